@@ -1,0 +1,63 @@
+"""Hierarchical context parallelism for JAX on GPU device meshes.
+
+    import hcp_jax as hcp
+
+    mesh = hcp.make_mesh(dp=1, tp=1, cp_outer=2, cp_inner=4)
+    cp = hcp.ContextParallel(mesh, comm_type="a2a+p2p")
+    out = hcp.dot_product_attention(q, k, v, cp=cp, mask=hcp.causal())
+
+The names below are the library's face. They are imported on first use, so that the command line can
+set up the platform, and `hcp_jax.dynamic` can plan on a host, before anything imports jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hcp_jax.attention.api import dot_product_attention as dot_product_attention
+    from hcp_jax.attention.flax import attention_fn as attention_fn
+    from hcp_jax.context import ContextParallel as ContextParallel
+    from hcp_jax.mask import Mask as Mask
+    from hcp_jax.mask import bidirectional as bidirectional
+    from hcp_jax.mask import causal as causal
+    from hcp_jax.mask import chunked_local as chunked_local
+    from hcp_jax.mask import documents as documents
+    from hcp_jax.mask import intervals as intervals
+    from hcp_jax.mask import lengths as lengths
+    from hcp_jax.mask import prefix_lm as prefix_lm
+    from hcp_jax.mask import sliding_window as sliding_window
+    from hcp_jax.mesh import make_mesh as make_mesh
+    from hcp_jax.mesh import xla_flags as xla_flags
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ContextParallel": "context",
+    "Mask": "mask",
+    "attention_fn": "attention.flax",
+    "bidirectional": "mask",
+    "causal": "mask",
+    "chunked_local": "mask",
+    "documents": "mask",
+    "dot_product_attention": "attention.api",
+    "intervals": "mask",
+    "lengths": "mask",
+    "make_mesh": "mesh",
+    "prefix_lm": "mask",
+    "sliding_window": "mask",
+    "xla_flags": "mesh",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hcp_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"hcp_jax.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

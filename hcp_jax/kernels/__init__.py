@@ -1,0 +1,1 @@
+"""The blockwise attention core: what one device computes, with no mesh and no axis names."""

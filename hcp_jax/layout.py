@@ -1,0 +1,135 @@
+"""Layouts: the order in which a stream is cut over the context-parallel devices.
+
+    a stream of 8 chunks over C = 4 devices
+
+    contiguous   | 0 1 | 2 3 | 4 5 | 6 7 |     device 3 sees nearly everything, device 0 next to
+                  dev 0 dev 1 dev 2 dev 3      nothing: a causal ring waits for device 3
+
+    zigzag       | 0 7 | 1 6 | 2 5 | 3 4 |     chunks c and 2C-1-c: every device has the same
+                  dev 0 dev 1 dev 2 dev 3      number of visible (query, key) pairs
+
+A layout is a permutation of equal chunks, nothing more. It is flat over all C devices; a
+hierarchical mesh needs no layout of its own, because the flat index c = p·A + a keeps the devices
+of ring rank p side by side: what ring rank p holds after its all-to-all is places
+[p·A, (p+1)·A) of the very same order.
+
+`KeyRuns` is what a kernel learns of a layout: where the stretches of consecutive keys lie.
+
+This module knows arrays and integers only; meshes come in at `context.py`.
+"""
+
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+Layout = Literal["contiguous", "zigzag"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
+
+
+class KeyRuns(NamedTuple):
+    """Where each run of consecutive keys begins, among the keys one call of the core gets.
+
+    Run r fills the places `offsets[r] … offsets[r+1]` of the key dim, and the key at place j of it
+    has global index `starts[r] + j - offsets[r]`. Runs may be empty; places at or past the last
+    offset are padding that no query sees. Query i therefore sees, of run r, one interval of
+    *places*: `[max(0, start_i - starts[r]), min(length_r, end_i - starts[r])) + offsets[r]`.
+
+    Attributes:
+        starts: global index of the first key of each run.
+        offsets: place at which each run begins, and, last, where the last one ends.
+    """
+
+    starts: Int32[jax.Array | np.ndarray, "R"]
+    offsets: Int32[jax.Array | np.ndarray, "R+1"]
+
+
+def single_run(length: int, start: int = 0) -> KeyRuns:
+    """Keys in natural order: one run of `length` keys whose first has global index `start`."""
+    return KeyRuns(np.asarray([start], np.int32), np.asarray([0, length], np.int32))
+
+
+def key_index(runs: KeyRuns, length: int) -> Int32[jax.Array, "S"]:
+    """Global index of each of `length` key places; -1 for padding, which no interval holds."""
+    place = jnp.arange(length, dtype=jnp.int32)
+    offsets, starts = jnp.asarray(runs.offsets), jnp.asarray(runs.starts)
+    inside = (place[:, None] >= offsets[:-1]) & (place[:, None] < offsets[1:])  # [S, R]
+    index = place[:, None] - offsets[:-1] + starts
+    return jnp.max(jnp.where(inside, index, -1), axis=1).astype(jnp.int32)
+
+
+def runs_per_device(layout: str) -> int:
+    """How many chunks of a stream a device holds: one (contiguous) or two (zigzag)."""
+    return 2 if layout == "zigzag" else 1
+
+
+def padded_length(length: int, cp_size: int, layout: str) -> int:
+    """The least multiple of the number of chunks that holds `length` tokens."""
+    chunks = runs_per_device(layout) * cp_size
+    return -(-length // chunks) * chunks
+
+
+def chunk_order(cp_size: int, layout: str) -> np.ndarray:
+    """The natural number of the chunk at each place, device by device.
+
+    >>> chunk_order(4, "zigzag")
+    array([0, 7, 1, 6, 2, 5, 3, 4])
+    """
+    if layout == "contiguous":
+        return np.arange(cp_size)
+    c = np.arange(cp_size)
+    return np.stack([c, 2 * cp_size - 1 - c], axis=1).reshape(-1)
+
+
+def to_layout(x: ArrayT, cp_size: int, layout: str, dim: int) -> ArrayT:
+    """Reorder `dim` from natural order to `layout`; its size must be a `padded_length`."""
+    return _permute_chunks(x, chunk_order(cp_size, layout), dim)
+
+
+def from_layout(x: ArrayT, cp_size: int, layout: str, dim: int) -> ArrayT:
+    """The inverse of `to_layout`."""
+    return _permute_chunks(x, np.argsort(chunk_order(cp_size, layout)), dim)
+
+
+def global_index(length: int, cp_size: int, layout: str) -> Int32[np.ndarray, "T"]:
+    """Global index of the token at each place of the layout."""
+    return to_layout(np.arange(length, dtype=np.int32), cp_size, layout, 0)
+
+
+def ring_runs(length: int, cp_size: int, layout: str, ring_size: int) -> KeyRuns:
+    """The key runs of every ring rank, as stacked rows: `starts` is `[ring_size, R]`.
+
+    A ring rank holds the chunks of cp_size / ring_size neighbouring devices, one behind the other.
+    All ranks have equal runs, so that one row of offsets serves them all. Chunks that are
+    neighbours in the stream and in memory on every rank are one run.
+
+    Args:
+        length: number of tokens in the whole stream, padded.
+        cp_size: C, the devices the layout was cut for.
+        layout: "contiguous" or "zigzag".
+        ring_size: how many parts the keys are in: 1 once all of them have been gathered.
+    """
+    order = chunk_order(cp_size, layout).reshape(ring_size, -1)
+    chunk = length // order.size
+    joins = np.all(np.diff(order, axis=1) == 1, axis=0)
+    begins = np.flatnonzero(np.concatenate([[True], ~joins]))
+    offsets = np.append(begins, order.shape[1]) * chunk
+    return KeyRuns((order[:, begins] * chunk).astype(np.int32), offsets.astype(np.int32))
+
+
+def _permute_chunks(x: ArrayT, order: np.ndarray, dim: int) -> ArrayT:
+    dim %= x.ndim
+    size, chunks = x.shape[dim], order.size
+    if size % chunks:
+        raise ValueError(
+            f"dim {dim} has {size} tokens, which {chunks} chunks do not divide; pad it to "
+            f"{-(-size // chunks) * chunks} first (ContextParallel.shard does)."
+        )
+    if np.array_equal(order, np.arange(chunks)):
+        return x
+    split = x.reshape(*x.shape[:dim], chunks, size // chunks, *x.shape[dim + 1 :])
+    return split.take(order, axis=dim).reshape(x.shape)

@@ -1,0 +1,24 @@
+"""Eight simulated devices for every test, before jax's backend starts.
+
+`HCP_TEST_PLATFORM=gpu` leaves the platform alone, so that `pytest -m gpu` sees the GPUs.
+"""
+
+import os
+
+import jax
+import pytest
+
+NUM_DEVICES = 8
+
+if os.environ.get("HCP_TEST_PLATFORM", "cpu") == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason="no GPU here (run with HCP_TEST_PLATFORM=gpu on a GPU machine)")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
