@@ -1,0 +1,232 @@
+"""The public op: check the call, place its mask, and compose the strategy under shard_map."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from hcp_jax.attention.local import LocalSpec, attention
+from hcp_jax.context import ContextParallel
+from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
+from hcp_jax.layout import to_layout
+from hcp_jax.mask import Intervals, Mask, Placement, bidirectional, causal
+
+_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
+
+
+def dot_product_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    *,
+    cp: ContextParallel | None = None,
+    mask: Mask | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Exact attention over sequences that are cut over the devices of a mesh.
+
+    The words are those of `jax.nn.dot_product_attention`; arrays are global, in and out of `jit`.
+
+    Args:
+        q: queries, in `cp`'s layout order (as the layers give them when `cp.shard_batch` cut the
+            tokens, or `cp.shard(q, dim=1)`). Query head n reads kv head n // (N / K).
+        k: keys, likewise.
+        v: values, likewise; their head size may differ from that of q and k.
+        cp: the mesh, and what its axes do; None for one device.
+        mask: which keys each query sees, in natural order, or as `cp.shard_batch` placed it; every
+            key if None. A query that sees none gives zeros and zero gradients.
+        is_causal: short for `mask & hcp.causal()`.
+        scale: of the logits; 1 / sqrt(H) if None.
+        logits_soft_cap: c, for logits c · tanh(logits / c).
+        sinks: one logit per query head that takes part in the softmax and has no value
+            (gpt-oss; Xiao et al., Attention Sinks, 2023).
+        implementation: of the blockwise core: "reference", "blockwise" or "triton"; if None, the
+            best for the mesh's devices that can do this call.
+        return_residual: return lse, too.
+
+    Returns:
+        The output, in q's dtype; with `return_residual` also lse = log Σ exp(logits), sinks
+        included, in float32 (float64 if q is), -inf for a query that sees nothing. Both have
+        correct gradients.
+
+    Raises:
+        ValueError: for shapes, dtypes, masks or meshes that do not fit.
+        NotImplementedError: if the implementation named cannot do this call.
+
+    >>> import jax, hcp_jax as hcp
+    >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
+    >>> x = jax.random.normal(jax.random.key(0), (1, 64, 8, 16))
+    >>> q = k = v = cp.shard(x, dim=1)
+    >>> hcp.dot_product_attention(q, k, v, cp=cp, mask=hcp.causal()).shape
+    (1, 64, 8, 16)
+    """
+    _require_fitting(q, k, v, sinks)
+    if cp is None:
+        device = _device_of(q)
+        platform, device_kind = device.platform, device.device_kind
+    else:
+        platform, device_kind = cp.platform, cp.device_kind
+        _require_divisible(q, k, cp)
+    name = resolve(implementation, problem_of(q, k, v, platform, device_kind))
+    core = CoreSpec(
+        implementation=name,
+        scale=1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        device_kind=device_kind,
+        interpret=platform == "cpu",
+    )
+    mask = _joined(mask, is_causal)
+    out, lse = _jitted(cp, core, q, k, v, mask, sinks, return_residual)
+    return (out, lse) if return_residual else out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 7))
+def _jitted(cp: ContextParallel | None, core: CoreSpec, q, k, v, mask: Mask, sinks, residual: bool):
+    intervals = _intervals(mask, q.shape, k.shape[1], cp)
+    spec = LocalSpec(core=core, key_length=k.shape[1])
+    if cp is None:
+        return attention(spec, q, k, v, intervals, sinks, residual)
+    return _sharded(cp, core, q, k, v, intervals, sinks, residual)
+
+
+def _sharded(cp: ContextParallel, core: CoreSpec, q, k, v, intervals: Intervals, sinks, residual):
+    exchange, move, by = cp.strategy
+    spec = LocalSpec(
+        core=core,
+        key_length=k.shape[1],
+        cp_size=cp.size,
+        layout=cp.layout,
+        exchange=exchange,
+        exchange_size=cp.axis_size(exchange),
+        move=move,
+        move_size=cp.axis_size(move),
+        by=by,
+    )
+    heads = PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp)
+    rows = cp.dp if intervals.start.shape[0] > 1 else None
+    # Every cp device has all intervals, so that those of the queries it gets are a local slice.
+    of_queries = PartitionSpec(rows, move or None)
+    of_sinks = PartitionSpec((*_axes(cp.tp), *exchange) or None)
+    body = functools.partial(attention, spec, return_residual=residual)
+    used = {*_axes(cp.dp), *_axes(cp.tp), *cp.cp_axes}
+    return jax.shard_map(
+        body,
+        mesh=cp.mesh,
+        in_specs=(heads, heads, heads, of_queries, None if sinks is None else of_sinks),
+        out_specs=(heads, heads if residual else None),
+        axis_names=used,
+        check_vma=False,
+    )(q, k, v, intervals, sinks)
+
+
+def _intervals(mask: Mask, q_shape, key_length: int, cp: ContextParallel | None) -> Intervals:
+    """The intervals of the queries, in the layout's order."""
+    rows, length = q_shape[:2]
+    here = None if cp is None else Placement(cp.layout, cp.size)
+    if mask.placement is not None and mask.placement != here:
+        raise ValueError(
+            f"the mask was placed for {mask.placement}, but attention runs in "
+            f"{here or 'natural order on one device'}; place it with the same cp."
+        )
+    intervals = mask.intervals(length, key_length, xp=jnp)
+    if intervals.start.shape[0] not in (1, rows):
+        raise ValueError(
+            f"the mask has {intervals.start.shape[0]} rows, but q has a batch of {rows}; give one "
+            "row for all, or one per row."
+        )
+    if cp is None or mask.placement is not None:
+        return intervals
+    return Intervals(*(to_layout(x, cp.size, cp.layout, 1) for x in intervals))
+
+
+def _joined(mask: Mask | None, is_causal: bool) -> Mask:
+    if mask is None:
+        return causal() if is_causal else bidirectional()
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask must be a hcp_jax.Mask, got {type(mask).__name__}. Dense and boolean masks are "
+            "not intervals; build one with causal(), documents(ids), sliding_window(w) ... and &."
+        )
+    return mask & causal() if is_causal else mask
+
+
+def _device_of(q) -> jax.Device:
+    """The device that a call without a mesh runs on."""
+    if isinstance(q, jax.Array) and not isinstance(q, jax.core.Tracer):
+        return next(iter(q.devices()))
+    default: Any = jax.config.jax_default_device
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
+
+
+def _require_fitting(q, k, v, sinks) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q must be [B, T, N, H] and k, v [B, S, K, H], got {shapes}.")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v must have one batch size B, got {shapes}.")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(f"k and v must have the same length S and heads K, got {shapes}.")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have the same head size H, got {shapes}.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q has N={q.shape[2]} heads and k has K={k.shape[2]}; K must divide N, so that every "
+            "kv head serves as many query heads."
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them."
+        )
+    if q.dtype not in _DTYPES:
+        names = ", ".join(jnp.dtype(d).name for d in _DTYPES)
+        raise ValueError(f"q, k and v must be of {names}, got {q.dtype}.")
+    if sinks is not None and sinks.shape != (q.shape[2],):
+        raise ValueError(
+            f"sinks must have one logit per query head, shape ({q.shape[2]},), got "
+            f"{tuple(sinks.shape)}."
+        )
+
+
+def _require_divisible(q, k, cp: ContextParallel) -> None:
+    """That the mesh divides the batch, the sequences and the heads."""
+    dp, tp = cp.axis_size(cp.dp), cp.axis_size(cp.tp)
+    if q.shape[0] % dp:
+        raise ValueError(f"q has a batch of B={q.shape[0]}, which dp={dp} does not divide.")
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[1] != cp.padded_length(x.shape[1]):
+            raise ValueError(
+                f"{name} has {x.shape[1]} tokens, which do not fit a {cp.layout} layout over "
+                f"{cp.size} devices; put it there with cp.shard({name}, dim=1), which pads it to "
+                f"{cp.padded_length(x.shape[1])}."
+            )
+    for name, heads in (("q has N", q.shape[2]), ("k and v have K", k.shape[2])):
+        if heads % tp:
+            raise ValueError(
+                f"{name}={heads} heads; tp={tp} needs a multiple of {tp}. Use a tp that divides "
+                f"{math.gcd(q.shape[2], k.shape[2])}."
+            )
+    exchange = cp.strategy.exchange
+    size, heads = cp.axis_size(exchange), q.shape[2] // tp
+    if heads % size:
+        after_tp = f" after tp={tp}" if tp > 1 else ""
+        sizes = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        raise ValueError(
+            f"q has N={heads} heads{after_tp}; {cp.comm_type} over {' x '.join(exchange)}={size} "
+            f"needs N % {size} == 0. Use comm_type='p2p', or one of {', '.join(sizes)} for "
+            f"{' x '.join(exchange)}."
+        )
+
+
+def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)

@@ -1,0 +1,133 @@
+"""What one device does inside shard_map: exchange heads, attend while K and V move, exchange back.
+
+Every strategy is this one composition, and the only gradient of our own is around its middle: a
+custom_vjp that saves q, the local k and v, out and lse, and moves K and V once more in backward.
+The all-to-alls around it have JAX's own transpose, themselves.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from hcp_jax.attention import gather, heads, ring
+from hcp_jax.kernels.core import CoreSpec, attend, attend_grads
+from hcp_jax.kernels.merge import Partial, merge, softmax_weight
+from hcp_jax.layout import ring_runs
+from hcp_jax.mask import Intervals
+
+# What remat policies may keep, so that backward need not run attention's forward again.
+RESIDUALS = ("hcp_out", "hcp_lse")
+
+_MOVES = {"ring": ring, "gather": gather}
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalSpec:
+    """All that is static about attention on one device; hashable.
+
+    Attributes:
+        core: how a device computes.
+        key_length: S, keys in the whole stream, padded.
+        cp_size: C.
+        layout: of queries and keys.
+        exchange: mesh axes to exchange heads over.
+        exchange_size: how many devices they have.
+        move: mesh axes to move K and V over.
+        move_size: how many devices they have.
+        by: how K and V move, "ring" or "gather".
+    """
+
+    core: CoreSpec
+    key_length: int
+    cp_size: int = 1
+    layout: str = "contiguous"
+    exchange: tuple[str, ...] = ()
+    exchange_size: int = 1
+    move: tuple[str, ...] = ()
+    move_size: int = 1
+    by: Literal["ring", "gather"] = "ring"
+
+    @property
+    def runs(self):
+        """The key runs of each device that K and V move over; one row where they are gathered."""
+        ring_size = self.move_size if self.by == "ring" else 1
+        return ring_runs(self.key_length, self.cp_size, self.layout, ring_size)
+
+
+def attention(
+    spec: LocalSpec,
+    q: Float[Array, "B t N H"],
+    k: Float[Array, "B s K H"],
+    v: Float[Array, "B s K Hv"],
+    intervals: Intervals,
+    sinks: Float[Array, "NA"] | None,
+    return_residual: bool,
+) -> tuple[Float[Array, "B t N Hv"], Float[Array, "B t N"] | None]:
+    """This device's queries against all keys of the stream.
+
+    Args:
+        spec: static.
+        q: this device's queries, all heads (of its tp part).
+        k: this device's keys.
+        v: this device's values.
+        intervals: of the queries that this device has *after* the exchange of heads.
+        sinks: logits of the attention sinks of the heads it has then.
+        return_residual: whether lse is wanted, too.
+    """
+    k, v = (heads.replicate_kv(x, spec.exchange_size) for x in (k, v))
+    q, k, v = (heads.to_sequence(x, spec.exchange) for x in (q, k, v))
+    out, lse = _attend_moving(spec, q, k, v, intervals, sinks)
+    return (
+        heads.to_heads(out, spec.exchange),
+        heads.to_heads(lse, spec.exchange) if return_residual else None,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_moving(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
+    core = functools.partial(_core, spec, q, intervals)
+    partial = _MOVES[spec.by].forward(core, k, v, spec.runs, spec.move)
+    if sinks is not None:
+        # A sink is one more key whose value is zero: seen once, whatever the number of hops.
+        partial = merge(partial, Partial(jnp.zeros_like(partial.out), _by_query(sinks, partial.lse)))
+    return partial.out.astype(q.dtype), partial.lse
+
+
+def _core(spec: LocalSpec, q, intervals: Intervals, k, v, runs) -> Partial:
+    return attend(spec.core, q, k, v, intervals, runs)
+
+
+def _forward(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
+    out, lse = _attend_moving(spec, q, k, v, intervals, sinks)
+    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
+    return (out, lse), (q, k, v, intervals, sinks, out, lse)
+
+
+def _backward(spec: LocalSpec, residuals, cotangents):
+    q, k, v, intervals, sinks, out, lse = residuals
+    dout, dlse = cotangents
+    # With l = log Σ exp(s), d l/d s = p: a cotangent of lse is one more term of delta.
+    delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
+    delta = jnp.where(lse == -jnp.inf, 0, delta)
+
+    def core(k, v, runs):
+        return attend_grads(spec.core, q, k, v, intervals, runs, dout, lse, delta)
+
+    dq, dk, dv = _MOVES[spec.by].backward(core, k, v, spec.runs, spec.move)
+    dsinks = None
+    if sinks is not None:
+        weight = softmax_weight(_by_query(sinks, lse), lse)
+        dsinks = jnp.sum(-weight * delta, axis=(0, 1)).astype(sinks.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dsinks
+
+
+def _by_query(sinks, lse):
+    return jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
+
+
+_attend_moving.defvjp(_forward, _backward)

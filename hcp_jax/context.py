@@ -1,0 +1,525 @@
+"""ContextParallel: a mesh, what each of its axes does, and the layout that streams are cut in.
+
+One object says all that the parts of a program must agree on: attention, the data that is cut, the
+roll of multi-token prediction, the checks of `hcp verify`. It is frozen and hashable, so that `jit`
+can close over it.
+"""
+
+import dataclasses
+import difflib
+import functools
+import logging
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
+
+from hcp_jax.layout import (
+    LAYOUTS,
+    from_layout,
+    global_index,
+    padded_length,
+    runs_per_device,
+    to_layout,
+)
+from hcp_jax.mask import Mask, Placement
+from hcp_jax.mask import intervals as mask_of
+from hcp_jax.mesh import axis_groups, axis_link, make_mesh
+from hcp_jax.roll import roll_local
+
+_log = logging.getLogger("hcp_jax")
+
+
+class Strategy(NamedTuple):
+    """Exchange heads for sequence over some axes, then move K and V over the others."""
+
+    exchange: tuple[str, ...]
+    move: tuple[str, ...]
+    by: Literal["ring", "gather"] = "ring"
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "p2p": Strategy((), ("cp_outer", "cp_inner"), "ring"),
+    "all_gather": Strategy((), ("cp_outer", "cp_inner"), "gather"),
+    "a2a": Strategy(("cp_outer", "cp_inner"), ()),
+    "a2a+p2p": Strategy(("cp_inner",), ("cp_outer",), "ring"),
+    "a2a+all_gather": Strategy(("cp_inner",), ("cp_outer",), "gather"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextParallel:
+    """How sequences are split over a mesh; frozen and hashable.
+
+    Attributes:
+        mesh: any mesh that has the axes named below; its other axes are left alone.
+        comm_type: what the two cp axes do: "p2p", "all_gather", "a2a", "a2a+p2p" or
+            "a2a+all_gather"; or a tuple with one per layer (`for_layer` picks).
+        layout: the order in which streams are cut, "zigzag" or "contiguous".
+        dp: mesh axis, or axes, that the batch is cut over; None if there is none.
+        tp: mesh axis, or axes, that attention heads are cut over; None if there is none.
+        cp_outer: mesh axis of the ring between hosts; None if there is none.
+        cp_inner: mesh axis of the all-to-all inside a host; None if there is none.
+
+    Raises:
+        ValueError: for an axis that the mesh lacks, and for an unknown comm type or layout.
+
+    >>> cp = ContextParallel(make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
+    >>> cp.size
+    8
+    """
+
+    mesh: Mesh
+    comm_type: str | tuple[str, ...] = "a2a+p2p"
+    layout: str = "zigzag"
+    dp: str | tuple[str, ...] | None = "dp"
+    tp: str | tuple[str, ...] | None = "tp"
+    cp_outer: str | None = "cp_outer"
+    cp_inner: str | None = "cp_inner"
+
+    def __post_init__(self):
+        for field in ("dp", "tp", "cp_outer", "cp_inner"):
+            for axis in _as_tuple(getattr(self, field)):
+                if axis not in self.mesh.axis_names:
+                    raise ValueError(
+                        f"{field}={axis!r} is not an axis of the mesh, which has "
+                        f"{self.mesh.axis_names}. Name the mesh's own axis, or pass {field}=None."
+                    )
+        if isinstance(self.comm_type, list):
+            object.__setattr__(self, "comm_type", tuple(self.comm_type))
+        for comm_type in _as_tuple(self.comm_type):
+            _require_known("comm_type", comm_type, tuple(STRATEGIES))
+        _require_known("layout", self.layout, LAYOUTS)
+        for note in sorted({_collapse(self, c) for c in _as_tuple(self.comm_type)} - {""}):
+            _log.warning(note)
+
+    @property
+    def cp_axes(self) -> tuple[str, ...]:
+        """The mesh axes that a sequence is cut over, the slower first."""
+        return tuple(axis for axis in (self.cp_outer, self.cp_inner) if axis is not None)
+
+    @property
+    def size(self) -> int:
+        """C, the context-parallel degree."""
+        return self.axis_size(self.cp_axes)
+
+    def axis_size(self, axes: str | tuple[str, ...] | None) -> int:
+        """The number of devices along one or several mesh axes; 1 for none."""
+        return int(np.prod([self.mesh.shape[axis] for axis in _as_tuple(axes)], dtype=int))
+
+    def for_layer(self, layer: int) -> "ContextParallel":
+        """This, with the comm type of one layer.
+
+        Raises:
+            ValueError: if there are comm types for fewer layers.
+        """
+        if isinstance(self.comm_type, str):
+            return self
+        if layer >= len(self.comm_type):
+            raise ValueError(
+                f"comm_type is a list for {len(self.comm_type)} layers, but the model has a layer "
+                f"{layer} (counted from 0). Give one comm type, or one per layer."
+            )
+        return _with_comm_type(self, self.comm_type[layer])
+
+    @property
+    def strategy(self) -> Strategy:
+        """What each axis does, in this mesh's names.
+
+        Raises:
+            ValueError: if there is one comm type per layer.
+        """
+        if not isinstance(self.comm_type, str):
+            raise ValueError(
+                f"this cp has one comm_type per layer, {self.comm_type}; attention needs one: "
+                "use cp.for_layer(i)."
+            )
+        exchange, move, by = STRATEGIES[self.comm_type]
+        return Strategy(self._present(exchange), self._present(move), by)
+
+    def spec(self, ndim: int, dim: int = 1) -> PartitionSpec:
+        """How an array with a sequence dim is cut: batch (dim 0) over dp, `dim` over the cp axes."""
+        axes: list[Any] = [None] * ndim
+        if dim != 0:
+            axes[0] = self.dp
+        axes[dim] = self.cp_axes or None
+        return PartitionSpec(*axes)
+
+    def sharding(self, ndim: int, dim: int = 1) -> NamedSharding:
+        """`spec`, on this mesh."""
+        return NamedSharding(self.mesh, self.spec(ndim, dim))
+
+    def padded_length(self, length: int) -> int:
+        """The length that a stream of `length` tokens has in this layout."""
+        return padded_length(length, self.size, self.layout)
+
+    def shard(self, x: Array | np.ndarray, dim: int = 1) -> jax.Array:
+        """Put an array in natural order into the layout, `dim` cut over the cp devices.
+
+        Works on host arrays, device arrays and inside `jit`. `dim` is padded with zeros at its end
+        to `padded_length`; a mask that looks ahead must then end where the stream does
+        (`mask & hcp.lengths(T)`; `shard_batch` sees to that itself).
+
+        Args:
+            x: dim 0 is the batch, cut over dp (unless `dim` is 0).
+            dim: the sequence dim.
+
+        Raises:
+            ValueError: if dp does not divide the batch.
+        """
+        dim %= x.ndim
+        length = x.shape[dim]
+        padding = self.padded_length(length) - length
+        if padding:
+            _tell_padding(length, padding, self.size, self.layout)
+        if dim != 0:
+            self._require_batch(x.shape[0], f"an array of shape {tuple(x.shape)}")
+        sharding = self.sharding(x.ndim, dim)
+        if isinstance(x, jax.Array):
+            return _reorder(x, self, dim, self.padded_length(length), sharding)
+        widths = [(0, padding if d == dim else 0) for d in range(x.ndim)]
+        host = to_layout(np.pad(x, widths), self.size, self.layout, dim)
+        return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+    def unshard(self, x: jax.Array, dim: int = 1, length: int | None = None) -> jax.Array:
+        """Back to natural order.
+
+        Args:
+            x: an array in the layout.
+            dim: the sequence dim.
+            length: the length before padding; all of it if None.
+        """
+        y = _restore(x, self, dim % x.ndim)
+        return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim % x.ndim)
+
+    def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of host arrays in natural order, as device arrays in the layout.
+
+        Args:
+            batch: arrays `[B, T, …]` (cut over dp and cp), `[B]` (cut over dp), scalars
+                (replicated), and `Mask`s, which are placed: their intervals are computed here,
+                once, and every cp device has all of them (8 bytes per token).
+
+        Returns:
+            The same keys. T is padded to `padded_length`: with zeros, and with queries that see
+            nothing and are seen by none.
+
+        Raises:
+            ValueError: if the arrays are of different lengths, or dp does not divide the batch.
+        """
+        lengths = {
+            name: x.shape[1]
+            for name, x in batch.items()
+            if not isinstance(x, Mask) and np.ndim(x) >= 2
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(
+                f"shard_batch needs arrays [B, T, ...] of one length T, got {lengths or 'none'}."
+            )
+        length = next(iter(lengths.values()))
+        return {name: self._shard_entry(name, x, length) for name, x in batch.items()}
+
+    def place(self, mask: Mask, length: int) -> Mask:
+        """A mask in natural order as a placed one: its numbers, in the layout, on the devices.
+
+        Args:
+            mask: written for a stream of `length` tokens, or for any.
+            length: T before padding; no query sees past it.
+        """
+        if mask.placement is not None:
+            raise ValueError("this mask has been placed already.")
+        padded = self.padded_length(length)
+        placed = []
+        for x in mask.intervals(length):
+            host = np.pad(np.asarray(x), ((0, 0), (0, padded - length)))
+            host = to_layout(host, self.size, self.layout, 1)
+            rows = self.dp if host.shape[0] > 1 else None
+            if rows is not None:
+                self._require_batch(host.shape[0], f"a mask of {host.shape[0]} rows")
+            sharding = NamedSharding(self.mesh, PartitionSpec(rows, None))
+            placed.append(jax.make_array_from_callback(host.shape, sharding, host.__getitem__))
+        return dataclasses.replace(
+            mask_of(*placed), placement=Placement(self.layout, self.size)
+        )
+
+    def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
+        """The global index of every token of a stream, in the layout; for RoPE."""
+        index = global_index(self.padded_length(length), self.size, self.layout)[None]
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, self.cp_axes or None))
+        return jax.make_array_from_callback(index.shape, sharding, index.__getitem__)
+
+    def roll(self, x: jax.Array, shift: int, dim: int = 1) -> jax.Array:
+        """`jnp.roll` along the stream of an array in the layout, right across device borders.
+
+        Only the |shift| tokens at the border of each chunk travel, by one ppermute for each of a
+        device's chunks (and once more for every full chunk's length in `shift`).
+
+        Args:
+            x: an array in the layout.
+            shift: places to move by; -1 puts the next token at each place.
+            dim: the sequence dim.
+        """
+        dim %= x.ndim
+        if x.shape[dim] != self.padded_length(x.shape[dim]):
+            raise ValueError(
+                f"dim {dim} has {x.shape[dim]} tokens, which is not a whole layout over "
+                f"{self.size} devices; put it there with cp.shard first."
+            )
+        spec = self.spec(x.ndim, dim)
+        body = functools.partial(
+            roll_local, axes=self.cp_axes, cp_size=self.size, layout=self.layout, shift=shift, dim=dim
+        )
+        return jax.shard_map(
+            body, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )(x)
+
+    def describe(self) -> str:
+        """The mesh, the groups of every axis with the link they use, and the comm types."""
+        lines = [
+            f"{self.mesh.devices.size} devices ({self.device_kind}), context parallel size "
+            f"{self.size}, {self.layout} layout"
+        ]
+        for field in ("dp", "tp", "cp_outer", "cp_inner"):
+            for axis in _as_tuple(getattr(self, field)):
+                lines.append(f"  {axis:<9} {_describe_axis(self.mesh, axis)}")
+        if isinstance(self.comm_type, str):
+            lines.append(f"  attention {describe_strategy(self)}")
+        else:
+            for layer in range(len(self.comm_type)):
+                lines.append(f"  layer {layer:<3} {describe_strategy(self.for_layer(layer))}")
+        return "\n".join(lines)
+
+    @property
+    def platform(self) -> str:
+        """The platform of the mesh's devices, "cpu" or "gpu", whatever the default backend is."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def device_kind(self) -> str:
+        """The kind of the mesh's devices, such as "NVIDIA H200"."""
+        return self.mesh.devices.flat[0].device_kind
+
+    def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
+        axes = (getattr(self, field) for field in fields)
+        return tuple(axis for axis in axes if axis is not None)
+
+    def _shard_entry(self, name: str, x: Any, length: int) -> Any:
+        if isinstance(x, Mask):
+            return self.place(x, length)
+        x = np.asarray(x)
+        if x.ndim >= 2:
+            return self.shard(x, dim=1)
+        if x.ndim == 1:
+            self._require_batch(x.shape[0], f"{name} of shape {x.shape}")
+        spec = PartitionSpec(self.dp) if x.ndim else PartitionSpec()
+        return jax.make_array_from_callback(
+            x.shape, NamedSharding(self.mesh, spec), x.__getitem__
+        )
+
+    def _require_batch(self, rows: int, what: str) -> None:
+        if rows % self.axis_size(self.dp):
+            raise ValueError(
+                f"{what} has a batch of {rows}, which dp={self.axis_size(self.dp)} does not "
+                "divide; change the batch size or dp."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """The mesh and the communication of a run, in this library's words or in Megatron's.
+
+    Attributes:
+        dp: data parallelism.
+        tp: tensor parallelism.
+        cp_outer: P, size of the ring between hosts.
+        cp_inner: A, size of the all-to-all inside a host.
+        comm_type: one comm type, or one per layer.
+        layout: "zigzag" or "contiguous".
+        fsdp: cut parameters and optimizer state over dp and cp.
+        context_parallel_size: Megatron's word for cp_outer * cp_inner.
+        cp_comm_type: Megatron's word for comm_type.
+        hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
+    """
+
+    dp: int = 1
+    tp: int = 1
+    cp_outer: int = 1
+    cp_inner: int = 1
+    comm_type: str | list[str] = "a2a+p2p"
+    layout: str = "zigzag"
+    fsdp: bool = False
+    context_parallel_size: int | None = None
+    cp_comm_type: str | list[str] | None = None
+    hierarchical_context_parallel_sizes: list[int] | None = None
+
+    def resolve(self) -> "ParallelConfig":
+        """The same run in this library's words alone.
+
+        Raises:
+            ValueError: if the two sets of words contradict each other.
+        """
+        sizes = _cp_sizes(self)
+        comm_type = self.comm_type
+        if self.cp_comm_type is not None:
+            comm_type = self.cp_comm_type
+        return dataclasses.replace(
+            self,
+            cp_outer=sizes[1],
+            cp_inner=sizes[0],
+            comm_type=comm_type,
+            context_parallel_size=None,
+            cp_comm_type=None,
+            hierarchical_context_parallel_sizes=None,
+        )
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices the mesh has."""
+        r = self.resolve()
+        return r.dp * r.tp * r.cp_outer * r.cp_inner
+
+    def context_parallel(
+        self, num_layers: int | None = None, devices: list[jax.Device] | None = None
+    ) -> ContextParallel:
+        """Make the mesh.
+
+        Args:
+            num_layers: how many layers the model has, where it is known.
+            devices: all of `jax.devices()` if None.
+
+        Raises:
+            ValueError: for anything about the mesh or the comm types that cannot be.
+        """
+        r = self.resolve()
+        comm_type = r.comm_type if isinstance(r.comm_type, str) else tuple(r.comm_type)
+        if num_layers is not None and not isinstance(comm_type, str):
+            if len(comm_type) != num_layers:
+                raise ValueError(
+                    f"comm_type lists {len(comm_type)} layers, but the model has {num_layers}; "
+                    "give one comm type, or one per layer."
+                )
+        for one in _as_tuple(comm_type):
+            _require_known("comm_type", one, tuple(STRATEGIES))
+        mesh = make_mesh(r.dp, r.tp, r.cp_outer, r.cp_inner, devices=devices)
+        return ContextParallel(mesh, comm_type=comm_type, layout=r.layout)
+
+
+def describe_strategy(cp: ContextParallel) -> str:
+    """One line: what attention with `cp`'s comm type does on `cp`'s mesh.
+
+    >>> describe_strategy(ContextParallel(make_mesh(cp_outer=4, cp_inner=2)))
+    'a2a+p2p: heads exchanged over cp_inner (2), K/V ring over cp_outer (4)'
+    """
+    exchange, move, by = cp.strategy
+    does = []
+    for axes, what in ((exchange, "heads exchanged"), (move, f"K/V {by}")):
+        live = [axis for axis in axes if cp.mesh.shape[axis] > 1]
+        if live:
+            over = " x ".join(f"{axis} ({cp.mesh.shape[axis]})" for axis in live)
+            does.append(f"{what} over {over}")
+    return f"{cp.comm_type}: " + (", ".join(does) or "one device per sequence, nothing moves")
+
+
+def _describe_axis(mesh: Mesh, axis: str) -> str:
+    groups = [[d.id for d in group] for group in axis_groups(mesh, axis)]
+    size = len(groups[0])
+    if size == 1:
+        return "size 1"
+    shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:8])
+    more = f" ... {len(groups)} groups" if len(groups) > 8 else ""
+    return f"size {size}, {axis_link(mesh, axis)}: {shown}{more}"
+
+
+def _collapse(cp: ContextParallel, comm_type: str) -> str:
+    """What a comm type of two levels comes to where one of its axes has size 1."""
+    if "+" not in comm_type or cp.size == 1:
+        return ""
+    outer = comm_type.split("+")[1]
+    if cp.axis_size(cp.cp_inner) == 1:
+        return f"comm_type {comm_type!r} with cp_inner of size 1 is {outer!r} over cp_outer."
+    if cp.axis_size(cp.cp_outer) == 1:
+        return f"comm_type {comm_type!r} with cp_outer of size 1 is 'a2a' over cp_inner."
+    return ""
+
+
+def _cp_sizes(config: ParallelConfig) -> tuple[int, int]:
+    """(cp_inner, cp_outer), from whichever words the config uses."""
+    own = (config.cp_inner, config.cp_outer)
+    total, levels = config.context_parallel_size, config.hierarchical_context_parallel_sizes
+    if total is None and levels is None:
+        return own
+    if own != (1, 1):
+        raise ValueError(
+            f"cp_inner={own[0]} and cp_outer={own[1]} are given together with Megatron's "
+            "context_parallel_size or hierarchical_context_parallel_sizes; use one of the two."
+        )
+    if levels is not None:
+        if len(levels) != 2:
+            raise ValueError(
+                "hierarchical_context_parallel_sizes needs two sizes, [all-to-all, p2p] = "
+                f"[cp_inner, cp_outer], got {levels}."
+            )
+        if total is not None and levels[0] * levels[1] != total:
+            raise ValueError(
+                f"hierarchical_context_parallel_sizes {levels} multiply to "
+                f"{levels[0] * levels[1]}, but context_parallel_size is {total}."
+            )
+        return levels[0], levels[1]
+    assert total is not None
+    comm_type = config.cp_comm_type if config.cp_comm_type is not None else config.comm_type
+    if any("+" in one for one in _as_tuple(comm_type)) and total != 1:
+        raise ValueError(
+            f"comm_type {comm_type!r} needs hierarchical_context_parallel_sizes [cp_inner, "
+            f"cp_outer] whose product is context_parallel_size={total}; without them there is no "
+            "telling which devices exchange heads."
+        )
+    # One level. Heads are exchanged inside hosts, so a2a is given the inner axis.
+    return (total, 1) if "a2a" in _as_tuple(comm_type) else (1, total)
+
+
+def _require_known(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown {what} {name!r}: there are {', '.join(known)}{hint}")
+
+
+def _as_tuple(axes: Any) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+@functools.lru_cache(maxsize=256)
+def _with_comm_type(cp: ContextParallel, comm_type: str) -> ContextParallel:
+    return dataclasses.replace(cp, comm_type=comm_type)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tell_padding(length: int, padding: int, size: int, layout: str) -> None:
+    # The cache makes it one line per shape, not one per step.
+    _log.info(
+        "padded %d tokens with %d: a %s layout over %d devices needs a multiple of %d. The padding "
+        "is never seen under a causal mask; join others with hcp.lengths(%d).",
+        length,
+        padding,
+        layout,
+        size,
+        runs_per_device(layout) * size,
+        length,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _reorder(x, cp: ContextParallel, dim: int, padded: int, sharding: NamedSharding):
+    widths = [(0, padded - x.shape[dim] if d == dim else 0) for d in range(x.ndim)]
+    y = to_layout(jnp.pad(x, widths), cp.size, cp.layout, dim)
+    return jax.lax.with_sharding_constraint(y, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _restore(x, cp: ContextParallel, dim: int):
+    return from_layout(x, cp.size, cp.layout, dim)

@@ -1,0 +1,196 @@
+"""The blockwise core in plain jnp: FlashAttention's recurrence, for any platform.
+
+Memory is linear in T and S: one block of logits exists at a time. A block of queries visits only
+the blocks of keys that some of its intervals reach; which those are is known before any product is
+made, from the least start and the greatest end of the block's intervals and the least and greatest
+global index of each block of keys.
+
+The gradient visits the same pairs of blocks once and makes five products for each (logits, dp, dv,
+dk, dq). (Dao, FlashAttention-2, 2023.)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from hcp_jax.kernels.core import CoreSpec, Problem
+from hcp_jax.kernels.merge import Partial, softmax_weight
+from hcp_jax.layout import KeyRuns, key_index
+from hcp_jax.mask import Intervals
+
+BLOCK = 256  # queries, and keys, of a block: 1 MiB of float32 logits for four heads
+
+
+class _Blocks(NamedTuple):
+    """Queries and keys cut into blocks along a new leading dim, and which pairs of them meet."""
+
+    q: Float[Array, "Q B K G q H"]
+    start: Int32[Array, "Q B1 1 1 q 1"]
+    end: Int32[Array, "Q B1 1 1 q 1"]
+    k: Float[Array, "S B K s H"]
+    v: Float[Array, "S B K s Hv"]
+    index: Int32[Array, "S s"]  # global index of each key; -1 for padding
+    visits: Int32[Array, "Q S"]  # for each query block, its visible key blocks first
+    num_visits: Int32[Array, "Q"]
+
+
+def unsupported(problem: Problem) -> str | None:
+    """None: plain jnp does everything."""
+    return None
+
+
+def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Partial:
+    """See `hcp_jax.kernels.core.attend`."""
+    blocks = _cut(q, k, v, intervals, runs)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    _, _, kv_heads, group, queries, _ = blocks.q.shape
+
+    def of_query_block(i):
+        rows = (q.shape[0], kv_heads, group, queries, 1)
+
+        def visit(j, carry):
+            out, top, total = carry
+            s = blocks.visits[i, j]
+            logits, _ = _logits(spec, blocks, i, s)
+            new_top = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
+            weights, decay = softmax_weight(logits, new_top), softmax_weight(top, new_top)
+            total = decay * total + jnp.sum(weights, axis=-1, keepdims=True)
+            out = decay * out + _dot("bkgqs,bksh->bkgqh", weights.astype(v.dtype), blocks.v[s])
+            return out, new_top, total
+
+        out, top, total = jax.lax.fori_loop(
+            0,
+            blocks.num_visits[i],
+            visit,
+            (
+                jnp.zeros((*rows[:-1], v.shape[3]), dtype),
+                jnp.full(rows, -jnp.inf, dtype),
+                jnp.zeros(rows, dtype),
+            ),
+        )
+        seen = total > 0
+        lse = jnp.log(total) + jnp.where(seen, top, 0)
+        return out / jnp.where(seen, total, 1), lse
+
+    out, lse = jax.lax.map(of_query_block, jnp.arange(blocks.q.shape[0]))
+    length = q.shape[1]
+    return Partial(_join_queries(out, length), _join_queries(lse, length)[..., 0])
+
+
+def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout, lse, delta):
+    """See `hcp_jax.kernels.core.attend_grads`."""
+    blocks = _cut(q, k, v, intervals, runs)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    kv_heads = k.shape[2]
+    dout_blocks = _cut_queries(dout.astype(q.dtype), kv_heads)
+    lse_blocks = _cut_queries(lse[..., None], kv_heads)
+    delta_blocks = _cut_queries(delta[..., None], kv_heads)
+
+    def of_query_block(dkv, i):
+        def visit(j, carry):
+            dq, dk, dv = carry
+            s = blocks.visits[i, j]
+            logits, slope = _logits(spec, blocks, i, s)
+            weights = softmax_weight(logits, lse_blocks[i])
+            dweights = _dot("bkgqh,bksh->bkgqs", dout_blocks[i], blocks.v[s])
+            dlogits = weights * (dweights - delta_blocks[i]) * slope * spec.scale
+            weights, dlogits = weights.astype(q.dtype), dlogits.astype(q.dtype)
+            dq += _dot("bkgqs,bksh->bkgqh", dlogits, blocks.k[s])
+            dk = dk.at[s].add(_dot("bkgqs,bkgqh->bksh", dlogits, blocks.q[i]))
+            dv = dv.at[s].add(_dot("bkgqs,bkgqh->bksh", weights, dout_blocks[i]))
+            return dq, dk, dv
+
+        dq = jnp.zeros(blocks.q.shape[1:], dtype)
+        dq, *dkv = jax.lax.fori_loop(0, blocks.num_visits[i], visit, (dq, *dkv))
+        return tuple(dkv), dq
+
+    zeros = tuple(jnp.zeros(x.shape, dtype) for x in (blocks.k, blocks.v))
+    (dk, dv), dq = jax.lax.scan(of_query_block, zeros, jnp.arange(blocks.q.shape[0]))
+    return _join_queries(dq, q.shape[1]), _join_keys(dk, k.shape[1]), _join_keys(dv, k.shape[1])
+
+
+def _logits(spec: CoreSpec, blocks: _Blocks, i, s):
+    """Masked logits of query block i against key block s, and the slope of the soft cap there."""
+    logits = spec.scale * _dot("bkgqh,bksh->bkgqs", blocks.q[i], blocks.k[s])
+    slope: Float[Array, "..."] | float = 1.0
+    if spec.logits_soft_cap is not None:
+        capped = jnp.tanh(logits / spec.logits_soft_cap)
+        logits, slope = spec.logits_soft_cap * capped, 1 - capped**2
+    index = blocks.index[s]
+    visible = (index >= blocks.start[i]) & (index < blocks.end[i]) & (index >= 0)
+    return jnp.where(visible, logits, -jnp.inf), slope
+
+
+def _cut(q, k, v, intervals: Intervals, runs: KeyRuns) -> _Blocks:
+    keys = min(BLOCK, k.shape[1])
+    index = key_index(runs, k.shape[1])
+    index = _blocks_of(index, keys, dim=0, fill=-1)
+    start, end = (
+        _blocks_of(jnp.asarray(x), min(BLOCK, q.shape[1]), dim=1)[:, :, None, None, :, None]
+        for x in intervals
+    )
+    visible = _meets(start, end, index)
+    return _Blocks(
+        q=_cut_queries(q, k.shape[2]),
+        start=start,
+        end=end,
+        k=_blocks_of(k, keys, dim=1).swapaxes(2, 3),
+        v=_blocks_of(v, keys, dim=1).swapaxes(2, 3),
+        index=index,
+        visits=jnp.argsort(~visible, axis=1, stable=True).astype(jnp.int32),
+        num_visits=jnp.sum(visible, axis=1, dtype=jnp.int32),
+    )
+
+
+def _meets(start, end, index) -> Bool[Array, "Q S"]:
+    """Whether some query of a block sees a key whose index lies in a key block's range."""
+    limit = jnp.iinfo(jnp.int32).max
+    empty = end <= start
+    others = tuple(range(1, start.ndim))
+    first = jnp.min(jnp.where(empty, limit, start), axis=others)[:, None]
+    stop = jnp.max(jnp.where(empty, -1, end), axis=others)[:, None]
+    least = jnp.min(jnp.where(index < 0, limit, index), axis=1)
+    greatest = jnp.max(index, axis=1)
+    return (first <= greatest) & (stop > least)
+
+
+def _cut_queries(x, kv_heads: int):
+    """`[B, T, N, H]` as blocks `[Q, B, K, G, q, H]`."""
+    x = _blocks_of(x, min(BLOCK, x.shape[1]), dim=1)
+    x = x.reshape(*x.shape[:3], kv_heads, -1, x.shape[-1])
+    return x.transpose(0, 1, 3, 4, 2, 5)
+
+
+def _join_queries(x, length: int):
+    blocks, batch, kv_heads, group, queries, size = x.shape
+    x = x.transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, blocks * queries, kv_heads * group, size)[:, :length]
+
+
+def _join_keys(x, length: int):
+    blocks, batch, kv_heads, keys, size = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(batch, blocks * keys, kv_heads, size)[:, :length]
+
+
+def _blocks_of(x, block: int, dim: int, fill: int = 0):
+    """`dim` padded and cut into blocks, their number in front."""
+    tail = -x.shape[dim] % block
+    widths = [(0, tail if d == dim else 0) for d in range(x.ndim)]
+    x = jnp.pad(x, widths, constant_values=fill) if tail else x
+    x = x.reshape(*x.shape[:dim], -1, block, *x.shape[dim + 1 :])
+    return jnp.moveaxis(x, dim, 0)
+
+
+def _dot(subscripts: str, a, b):
+    """A product accumulated in float32 at least; float32 operands are not rounded to tf32."""
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    exact = a.dtype not in (jnp.bfloat16, jnp.float16)
+    return jnp.einsum(
+        subscripts,
+        a,
+        b,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=dtype,
+    )
