@@ -1,0 +1,1 @@
+"""From outside: what will this run cost, and what will the compiler make of it?"""
