@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from hcp_jax.layout import (
@@ -66,6 +66,7 @@ class ContextParallel:
 
     Raises:
         ValueError: for an axis that the mesh lacks, and for an unknown comm type or layout.
+        NotImplementedError: for a mesh with Explicit axes.
 
     >>> cp = ContextParallel(make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
     >>> cp.size
@@ -88,6 +89,11 @@ class ContextParallel:
                         f"{field}={axis!r} is not an axis of the mesh, which has "
                         f"{self.mesh.axis_names}. Name the mesh's own axis, or pass {field}=None."
                     )
+        if AxisType.Explicit in self.mesh.axis_types:
+            raise NotImplementedError(
+                f"the mesh has Explicit axes, {self.mesh.axis_types}; this library needs Auto ones: "
+                "hcp.make_mesh, or jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)."
+            )
         if isinstance(self.comm_type, list):
             object.__setattr__(self, "comm_type", tuple(self.comm_type))
         for comm_type in _as_tuple(self.comm_type):
@@ -273,7 +279,7 @@ class ContextParallel:
             roll_local, axes=self.cp_axes, cp_size=self.size, layout=self.layout, shift=shift, dim=dim
         )
         return jax.shard_map(
-            body, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False
+            body, mesh=self.mesh_in_context, in_specs=spec, out_specs=spec, check_vma=False
         )(x)
 
     def describe(self) -> str:
@@ -301,6 +307,13 @@ class ContextParallel:
     def device_kind(self) -> str:
         """The kind of the mesh's devices, such as "NVIDIA H200"."""
         return self.mesh.devices.flat[0].device_kind
+
+    @property
+    def mesh_in_context(self) -> Mesh | AbstractMesh:
+        """The mesh to hand to shard_map, also inside somebody else's (a pipeline's, say)."""
+        context = jax.sharding.get_abstract_mesh()
+        inside = not context.empty and AxisType.Manual in context.axis_types
+        return context if inside and context.axis_names == self.mesh.axis_names else self.mesh
 
     def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
         axes = (getattr(self, field) for field in fields)

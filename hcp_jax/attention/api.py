@@ -120,7 +120,7 @@ def _sharded(cp: ContextParallel, core: CoreSpec, q, k, v, intervals: Intervals,
     used = {*_axes(cp.dp), *_axes(cp.tp), *cp.cp_axes}
     return jax.shard_map(
         body,
-        mesh=cp.mesh,
+        mesh=cp.mesh_in_context,
         in_specs=(heads, heads, heads, of_queries, None if sinks is None else of_sinks),
         out_specs=(heads, heads if residual else None),
         axis_names=used,
