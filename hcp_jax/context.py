@@ -91,8 +91,8 @@ class ContextParallel:
                     )
         if AxisType.Explicit in self.mesh.axis_types:
             raise NotImplementedError(
-                f"the mesh has Explicit axes, {self.mesh.axis_types}; this library needs Auto ones: "
-                "hcp.make_mesh, or jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)."
+                f"the mesh has Explicit axes, {self.mesh.axis_types}; Auto ones are needed: use "
+                "hcp.make_mesh, or jax.make_mesh with axis_types=(AxisType.Auto,) * n."
             )
         if isinstance(self.comm_type, list):
             object.__setattr__(self, "comm_type", tuple(self.comm_type))
@@ -147,7 +147,7 @@ class ContextParallel:
         return Strategy(self._present(exchange), self._present(move), by)
 
     def spec(self, ndim: int, dim: int = 1) -> PartitionSpec:
-        """How an array with a sequence dim is cut: batch (dim 0) over dp, `dim` over the cp axes."""
+        """How an array is cut: batch (dim 0) over dp, the sequence dim over the cp axes."""
         axes: list[Any] = [None] * ndim
         if dim != 0:
             axes[0] = self.dp
@@ -247,9 +247,7 @@ class ContextParallel:
                 self._require_batch(host.shape[0], f"a mask of {host.shape[0]} rows")
             sharding = NamedSharding(self.mesh, PartitionSpec(rows, None))
             placed.append(jax.make_array_from_callback(host.shape, sharding, host.__getitem__))
-        return dataclasses.replace(
-            mask_of(*placed), placement=Placement(self.layout, self.size)
-        )
+        return dataclasses.replace(mask_of(*placed), placement=Placement(self.layout, self.size))
 
     def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
         """The global index of every token of a stream, in the layout; for RoPE."""
@@ -276,7 +274,12 @@ class ContextParallel:
             )
         spec = self.spec(x.ndim, dim)
         body = functools.partial(
-            roll_local, axes=self.cp_axes, cp_size=self.size, layout=self.layout, shift=shift, dim=dim
+            roll_local,
+            axes=self.cp_axes,
+            cp_size=self.size,
+            layout=self.layout,
+            shift=shift,
+            dim=dim,
         )
         return jax.shard_map(
             body, mesh=self.mesh_in_context, in_specs=spec, out_specs=spec, check_vma=False
@@ -328,9 +331,7 @@ class ContextParallel:
         if x.ndim == 1:
             self._require_batch(x.shape[0], f"{name} of shape {x.shape}")
         spec = PartitionSpec(self.dp) if x.ndim else PartitionSpec()
-        return jax.make_array_from_callback(
-            x.shape, NamedSharding(self.mesh, spec), x.__getitem__
-        )
+        return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, spec), x.__getitem__)
 
     def _require_batch(self, rows: int, what: str) -> None:
         if rows % self.axis_size(self.dp):
@@ -408,12 +409,11 @@ class ParallelConfig:
         """
         r = self.resolve()
         comm_type = r.comm_type if isinstance(r.comm_type, str) else tuple(r.comm_type)
-        if num_layers is not None and not isinstance(comm_type, str):
-            if len(comm_type) != num_layers:
-                raise ValueError(
-                    f"comm_type lists {len(comm_type)} layers, but the model has {num_layers}; "
-                    "give one comm type, or one per layer."
-                )
+        if not isinstance(comm_type, str) and num_layers not in (None, len(comm_type)):
+            raise ValueError(
+                f"comm_type lists {len(comm_type)} layers, but the model has {num_layers}; "
+                "give one comm type, or one per layer."
+            )
         for one in _as_tuple(comm_type):
             _require_known("comm_type", one, tuple(STRATEGIES))
         mesh = make_mesh(r.dp, r.tp, r.cp_outer, r.cp_inner, devices=devices)

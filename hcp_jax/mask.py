@@ -13,7 +13,7 @@ needs to know what the mask *means*. A mask is written in natural order, for str
 
 import dataclasses
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,17 @@ class Placement(NamedTuple):
 class _Term:
     """One condition on (query, key) pairs."""
 
-    length: ClassVar[int | None] = None  # the number of queries it was written for; None: any
+    @property
+    def length(self) -> int | None:
+        """The number of queries that it was written for; None if it fits any."""
+        return None
 
     def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         """(start, end) of the queries `index`; each broadcasts against `[B1, T]`."""
         raise NotImplementedError
 
 
+@dataclass_transform(frozen_default=True)
 def _term(cls):
     """A frozen dataclass whose fields marked `static` are not leaves of the pytree."""
     cls = dataclasses.dataclass(frozen=True)(cls)
@@ -173,7 +177,7 @@ class Mask:
     @property
     def length(self) -> int | None:
         """The number of queries that the mask was written for; None if it fits any."""
-        sizes = {term.length for term in self.terms} - {None}
+        sizes = {term.length for term in self.terms if term.length is not None}
         if len(sizes) > 1:
             raise ValueError(
                 f"the mask joins parts written for streams of different lengths {sorted(sizes)}; "
@@ -303,7 +307,8 @@ def intervals(
     """
     if start.shape != end.shape or len(start.shape) != 2:
         raise ValueError(
-            f"start and end must have one shape [B, T] or [1, T], got {start.shape} and {end.shape}."
+            "start and end must have one shape [B, T] or [1, T], got "
+            f"{start.shape} and {end.shape}."
         )
     for name, x in (("start", start), ("end", end)):
         if not jnp.issubdtype(x.dtype, jnp.integer):

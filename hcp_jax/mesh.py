@@ -1,8 +1,8 @@
 """The device mesh: four named axes, and what each of them runs over.
 
-Devices are ordered dp, cp_outer, cp_inner, tp from the slowest to the fastest, so that the axes that
-talk most (tp: every layer's products; cp_inner: the all-to-alls) stay inside a host, and the ring
-of cp_outer, which hides behind attention, is what crosses hosts:
+Devices are ordered dp, cp_outer, cp_inner, tp from the slowest to the fastest, so that the axes
+that talk most (tp: every layer's products; cp_inner: the all-to-alls) stay inside a host, and the
+ring of cp_outer, which hides behind attention, is what crosses hosts:
 
     host 0                      host 1
     tp tp | tp tp               tp tp | tp tp

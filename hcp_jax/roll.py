@@ -48,7 +48,9 @@ def _roll_step(x, axes: tuple[str, ...], cp_size: int, layout: str, step: int, d
     place_of = np.argsort(order)
     chunks = jnp.split(x, runs, axis=dim)
     size = chunks[0].shape[dim]
-    edge, rest = ((0, -step), (-step, size)) if step < 0 else ((size - step, size), (0, size - step))
+    edge, rest = (
+        ((0, -step), (-step, size)) if step < 0 else ((size - step, size), (0, size - step))
+    )
     borders = jnp.stack([jax.lax.slice_in_dim(chunk, *edge, axis=dim) for chunk in chunks])
     device = jax.lax.axis_index(axes) if axes else 0
 

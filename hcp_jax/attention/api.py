@@ -145,7 +145,7 @@ def _intervals(mask: Mask, q_shape, key_length: int, cp: ContextParallel | None)
         )
     if cp is None or mask.placement is not None:
         return intervals
-    return Intervals(*(to_layout(x, cp.size, cp.layout, 1) for x in intervals))
+    return Intervals(*(to_layout(jnp.asarray(x), cp.size, cp.layout, 1) for x in intervals))
 
 
 def _joined(mask: Mask | None, is_causal: bool) -> Mask:
@@ -163,7 +163,7 @@ def _device_of(q) -> jax.Device:
     """The device that a call without a mesh runs on."""
     if isinstance(q, jax.Array) and not isinstance(q, jax.core.Tracer):
         return next(iter(q.devices()))
-    default: Any = jax.config.jax_default_device
+    default: Any = jax.config.read("jax_default_device")
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 

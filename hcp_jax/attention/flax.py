@@ -84,7 +84,7 @@ def attention_fn(
             (x if dtype is None else x.astype(dtype)).reshape(-1, *x.shape[-3:])
             for x in (query, key, value)
         )
-        out = dot_product_attention(
+        out: Any = dot_product_attention(
             q,
             k,
             v,

@@ -8,15 +8,14 @@ are summed in float32. (Dubey et al., The Llama 3 Herd of Models, 2024, section 
 import jax
 from jaxtyping import Array, Float
 
-from hcp_jax.attention.ring import Attend, AttendGrads
+from hcp_jax.attention.ring import KV, Attend, AttendGrads
 from hcp_jax.kernels.merge import Partial
 from hcp_jax.layout import KeyRuns
 
 
 def forward(
     attend: Attend,
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    kv: KV,
     runs: KeyRuns,
     axes: tuple[str, ...],
 ) -> Partial:
@@ -24,27 +23,26 @@ def forward(
 
     Args:
         attend: the core, for this device's queries.
-        k: this device's own keys.
-        v: this device's own values.
+        kv: this device's own keys and values.
         runs: `layout.ring_runs` for a ring of one: the runs of all keys, device by device.
         axes: mesh axes to gather over.
     """
-    return attend(*_gather((k, v), axes), KeyRuns(runs.starts[0], runs.offsets))
+    return attend(_gather(kv, axes), KeyRuns(runs.starts[0], runs.offsets))
 
 
 def backward(
     attend_grads: AttendGrads,
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    kv: KV,
     runs: KeyRuns,
     axes: tuple[str, ...],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
     """The gradients of this device's queries, keys and values; arguments as in `forward`."""
     runs = KeyRuns(runs.starts[0], runs.offsets)
-    dq, *dkv = attend_grads(*_gather((k, v), axes), runs)
+    dq, *dkv = attend_grads(_gather(kv, axes), runs)
     dk, dv = (jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in dkv)
     return dq, dk, dv
 
 
-def _gather(kv, axes: tuple[str, ...]):
-    return tuple(jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in kv)
+def _gather(kv: KV, axes: tuple[str, ...]) -> KV:
+    k, v = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in kv)
+    return k, v

@@ -90,16 +90,16 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_moving(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
-    core = functools.partial(_core, spec, q, intervals)
-    partial = _MOVES[spec.by].forward(core, k, v, spec.runs, spec.move)
+    def core(kv, runs):
+        return attend(spec.core, q, *kv, intervals, runs)
+
+    partial = _MOVES[spec.by].forward(core, (k, v), spec.runs, spec.move)
     if sinks is not None:
         # A sink is one more key whose value is zero: seen once, whatever the number of hops.
-        partial = merge(partial, Partial(jnp.zeros_like(partial.out), _by_query(sinks, partial.lse)))
+        partial = merge(
+            partial, Partial(jnp.zeros_like(partial.out), _by_query(sinks, partial.lse))
+        )
     return partial.out.astype(q.dtype), partial.lse
-
-
-def _core(spec: LocalSpec, q, intervals: Intervals, k, v, runs) -> Partial:
-    return attend(spec.core, q, k, v, intervals, runs)
 
 
 def _forward(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
@@ -115,10 +115,10 @@ def _backward(spec: LocalSpec, residuals, cotangents):
     delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
     delta = jnp.where(lse == -jnp.inf, 0, delta)
 
-    def core(k, v, runs):
-        return attend_grads(spec.core, q, k, v, intervals, runs, dout, lse, delta)
+    def core(kv, runs):
+        return attend_grads(spec.core, q, *kv, intervals, runs, dout, lse, delta)
 
-    dq, dk, dv = _MOVES[spec.by].backward(core, k, v, spec.runs, spec.move)
+    dq, dk, dv = _MOVES[spec.by].backward(core, (k, v), spec.runs, spec.move)
     dsinks = None
     if sinks is not None:
         weight = softmax_weight(_by_query(sinks, lse), lse)

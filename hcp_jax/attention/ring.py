@@ -18,8 +18,6 @@ Brandon et al., Striped Attention, 2023, and Zhu, ring-flash-attention, 2024.)
 """
 
 from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -27,15 +25,16 @@ from jaxtyping import Array, Float
 from hcp_jax.kernels.merge import Partial, merge
 from hcp_jax.layout import KeyRuns
 
-# attend(k, v, runs) and attend_grads(k, v, runs), with everything else bound.
-Attend = Callable[[Any, Any, KeyRuns], Partial]
-AttendGrads = Callable[[Any, Any, KeyRuns], tuple[Any, Any, Any]]
+KV = tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]
+
+# attend(kv, runs) -> partial, and attend_grads(kv, runs) -> (dq, dk, dv), all else bound.
+Attend = Callable[[KV, KeyRuns], Partial]
+AttendGrads = Callable[[KV, KeyRuns], tuple[Any, Any, Any]]
 
 
 def forward(
     attend: Attend,
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    kv: KV,
     runs: KeyRuns,
     axes: tuple[str, ...],
 ) -> Partial:
@@ -43,32 +42,29 @@ def forward(
 
     Args:
         attend: the core, for this device's queries.
-        k: this device's own keys.
-        v: this device's own values.
+        kv: this device's own keys and values.
         runs: `layout.ring_runs`: the key runs of every device of the ring.
         axes: mesh axes of the ring.
     """
     size, visiting = _ring(runs, axes)
-    kv = (k, v)
     if size == 1:
-        return attend(*kv, visiting(0))
+        return attend(kv, visiting(0))
 
     arriving = _send_on(kv, axes, size)
-    partial = attend(*kv, visiting(0))
+    partial = attend(kv, visiting(0))
 
     def middle(carry, hop):
         kv, partial = carry
         arriving = _send_on(kv, axes, size)
-        return (arriving, merge(partial, attend(*kv, visiting(hop)))), None
+        return (arriving, merge(partial, attend(kv, visiting(hop)))), None
 
     (kv, partial), _ = jax.lax.scan(middle, (arriving, partial), jnp.arange(1, size - 1))
-    return merge(partial, attend(*kv, visiting(size - 1)))
+    return merge(partial, attend(kv, visiting(size - 1)))
 
 
 def backward(
     attend_grads: AttendGrads,
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    kv: KV,
     runs: KeyRuns,
     axes: tuple[str, ...],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
@@ -76,29 +72,27 @@ def backward(
 
     Args:
         attend_grads: the core's gradient, for this device's queries and the *global* lse and delta.
-        k: this device's own keys.
-        v: this device's own values.
+        kv: this device's own keys and values.
         runs: as in `forward`.
         axes: mesh axes of the ring.
     """
     size, visiting = _ring(runs, axes)
-    kv = (k, v)
     if size == 1:
-        return attend_grads(*kv, visiting(0))
+        return attend_grads(kv, visiting(0))
 
     arriving = _send_on(kv, axes, size)
-    dq, *home = attend_grads(*kv, visiting(0))
+    dq, *home = attend_grads(kv, visiting(0))
     kv = arriving
     if size > 2:
         arriving = _send_on(kv, axes, size)
-    dq_hop, *dkv = attend_grads(*kv, visiting(1))
+    dq_hop, *dkv = attend_grads(kv, visiting(1))
     dq += dq_hop
 
     def middle(carry, hop, last=False):
         kv, dkv, dq = carry
         arriving = kv if last else _send_on(kv, axes, size)
         dkv = _send_on(dkv, axes, size)
-        dq_hop, *dkv_hop = attend_grads(*kv, visiting(hop))
+        dq_hop, *dkv_hop = attend_grads(kv, visiting(hop))
         return (arriving, _add(dkv, dkv_hop), dq + dq_hop), None
 
     if size > 2:

@@ -31,7 +31,7 @@ class _Blocks(NamedTuple):
     end: Int32[Array, "Q B1 1 1 q 1"]
     k: Float[Array, "S B K s H"]
     v: Float[Array, "S B K s Hv"]
-    index: Int32[Array, "S s"]  # global index of each key; -1 for padding
+    key_index: Int32[Array, "S s"]  # global index of each key; -1 for padding
     visits: Int32[Array, "Q S"]  # for each query block, its visible key blocks first
     num_visits: Int32[Array, "Q"]
 
@@ -114,11 +114,11 @@ def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout,
 def _logits(spec: CoreSpec, blocks: _Blocks, i, s):
     """Masked logits of query block i against key block s, and the slope of the soft cap there."""
     logits = spec.scale * _dot("bkgqh,bksh->bkgqs", blocks.q[i], blocks.k[s])
-    slope: Float[Array, "..."] | float = 1.0
+    slope: Float[Array, ...] | float = 1.0
     if spec.logits_soft_cap is not None:
         capped = jnp.tanh(logits / spec.logits_soft_cap)
         logits, slope = spec.logits_soft_cap * capped, 1 - capped**2
-    index = blocks.index[s]
+    index = blocks.key_index[s]
     visible = (index >= blocks.start[i]) & (index < blocks.end[i]) & (index >= 0)
     return jnp.where(visible, logits, -jnp.inf), slope
 
@@ -138,7 +138,7 @@ def _cut(q, k, v, intervals: Intervals, runs: KeyRuns) -> _Blocks:
         end=end,
         k=_blocks_of(k, keys, dim=1).swapaxes(2, 3),
         v=_blocks_of(v, keys, dim=1).swapaxes(2, 3),
-        index=index,
+        key_index=index,
         visits=jnp.argsort(~visible, axis=1, stable=True).astype(jnp.int32),
         num_visits=jnp.sum(visible, axis=1, dtype=jnp.int32),
     )

@@ -54,7 +54,7 @@ def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout,
 def _logits(spec: CoreSpec, q, k, intervals: Intervals, runs: KeyRuns):
     """Masked logits, `[B, K, G, T, S]`, and the slope of the soft cap at each of them."""
     logits = spec.scale * _einsum("btkgh,bskh->bkgts", q, k)
-    slope: Float[Array, "..."] | float = 1.0
+    slope: Float[Array, ...] | float = 1.0
     if spec.logits_soft_cap is not None:
         capped = jnp.tanh(logits / spec.logits_soft_cap)
         logits, slope = spec.logits_soft_cap * capped, 1 - capped**2
@@ -65,7 +65,7 @@ def _logits(spec: CoreSpec, q, k, intervals: Intervals, runs: KeyRuns):
 
 
 def _grouped(q, k, v):
-    """q as `[B, T, K, G, H]`, all in the dtype that we compute in."""
+    """The queries as `[B, T, K, G, H]`, and all in the dtype that we compute in."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     return q.astype(dtype), k.astype(dtype), v.astype(dtype)
