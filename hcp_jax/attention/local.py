@@ -91,7 +91,8 @@ def attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_moving(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
     def core(kv, runs):
-        return attend(spec.core, q, *kv, intervals, runs)
+        k, v = kv
+        return attend(spec.core, q, k, v, intervals, runs)
 
     partial = _MOVES[spec.by].forward(core, (k, v), spec.runs, spec.move)
     if sinks is not None:
@@ -116,7 +117,8 @@ def _backward(spec: LocalSpec, residuals, cotangents):
     delta = jnp.where(lse == -jnp.inf, 0, delta)
 
     def core(kv, runs):
-        return attend_grads(spec.core, q, *kv, intervals, runs, dout, lse, delta)
+        k, v = kv
+        return attend_grads(spec.core, q, k, v, intervals, runs, dout, lse, delta)
 
     dq, dk, dv = _MOVES[spec.by].backward(core, (k, v), spec.runs, spec.move)
     dsinks = None

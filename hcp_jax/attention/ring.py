@@ -18,6 +18,8 @@ Brandon et al., Striped Attention, 2023, and Zhu, ring-flash-attention, 2024.)
 """
 
 from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
