@@ -25,7 +25,9 @@ def masks(length: int) -> dict[str, Case]:
     i, j = np.arange(length)[:, None], np.arange(length)[None]
     causal = (j <= i)[None]
     window, chunk, prefix = length // 5, length // 4 + 1, length // 3
-    ids = np.repeat([7, 2, 9, 4], [length // 7, 1, length // 2, length - length // 7 - 1 - length // 2])
+    ids = np.repeat(
+        [7, 2, 9, 4], [length // 7, 1, length // 2, length - length // 7 - 1 - length // 2]
+    )
     two_rows = np.stack([ids, np.repeat([1, 0], [length - length // 4, length // 4])])
     same = two_rows[:, :, None] == two_rows[:, None]
     real = (two_rows != 0)[:, :, None]
@@ -96,7 +98,9 @@ def inputs(length: int, heads: int, kv_heads: int, size: int, v_size: int, seed:
     return Inputs(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
 
 
-def attention(x: Inputs, dense: np.ndarray, *, soft_cap=None, sinks=False, dtype=np.float64) -> Answer:
+def attention(
+    x: Inputs, dense: np.ndarray, *, soft_cap=None, sinks=False, dtype=np.float64
+) -> Answer:
     """Dense attention and gradients, in float64, or as a bfloat16 model would compute it."""
     with jax.enable_x64(dtype == np.float64):
         run = jax.jit(jax.value_and_grad(functools.partial(_loss, soft_cap), (0, 1, 2, 3), True))

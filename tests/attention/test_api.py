@@ -73,7 +73,9 @@ def answer(cp, x: oracle.Inputs, mask, *, soft_cap=None, sinks=False, dtype=np.f
 
 
 def assert_exact(got: oracle.Answer, want: oracle.Answer, case: str, tolerance: float = 2e-6):
-    errors = {name: oracle.relative(getattr(got, name), getattr(want, name)) for name in want._fields}
+    errors = {
+        name: oracle.relative(getattr(got, name), getattr(want, name)) for name in want._fields
+    }
     assert max(errors.values()) <= tolerance, f"{case}: {errors}"
 
 
@@ -144,7 +146,9 @@ def test_one_device_needs_no_mesh():
         for name, case in MASKS.items():
             numbers = hcp.intervals(*case.mask.intervals(T))  # one kind of mask: one compile
             got = run(None, None, False, impl, x, numbers)
-            assert_exact(oracle.Answer(*map(np.asarray, got)), expected(name, "GQA"), f"{impl}, {name}")
+            assert_exact(
+                oracle.Answer(*map(np.asarray, got)), expected(name, "GQA"), f"{impl}, {name}"
+            )
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_zero_gradients():
@@ -266,7 +270,9 @@ def test_bad_masks_names_and_sizes_are_refused_with_what_to_do():
     attend = functools.partial(hcp.dot_product_attention, cp=cp)
     with pytest.raises(ValueError, match=r"mask must be a hcp_jax.Mask, got ndarray"):
         attend(q, k, v, mask=np.ones((64, 64), bool))
-    with pytest.raises(ValueError, match=r"unknown implementation 'blockwize'.*did you mean 'blockwise'"):
+    with pytest.raises(
+        ValueError, match=r"unknown implementation 'blockwize'.*did you mean 'blockwise'"
+    ):
         attend(q, k, v, implementation="blockwize")
     with pytest.raises(ValueError, match=r"q has 50 tokens, .* pads it to 64"):
         attend(q[:, :50], k, v)
