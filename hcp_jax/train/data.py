@@ -18,12 +18,13 @@ state is then the same everywhere and fits any number of processes.
 
 import dataclasses
 import json
+import operator
 import os
 import pathlib
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -61,12 +62,11 @@ class DataConfig:
             raise ValueError(f"data.prefetch must be at least 1, got {self.prefetch}.")
 
 
-class Corpus(Sequence):
+class Corpus:
     """Documents as bytes, in memory, one behind the other.
 
     Attributes:
         source: where they come from, in words.
-        num_bytes: of all documents together.
     """
 
     def __init__(self, texts: Sequence[bytes], source: str):
@@ -76,13 +76,15 @@ class Corpus(Sequence):
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all documents together."""
         return self._bytes.size
 
     def __len__(self) -> int:
         return self._offsets.size - 1
 
-    def __getitem__(self, index) -> UInt8[np.ndarray, "n"]:
-        return self._bytes[self._offsets[index] : self._offsets[index + 1]]
+    def __getitem__(self, index: SupportsIndex) -> UInt8[np.ndarray, "n"]:
+        at = operator.index(index)
+        return self._bytes[self._offsets[at] : self._offsets[at + 1]]
 
     def __repr__(self) -> str:
         return f"{len(self):,} documents, {self.num_bytes / 1e6:.1f} MB, from {self.source}"
