@@ -148,8 +148,12 @@ def load(
             raise ValueError(f"--{key}: there is no such key{_nearest(key)}")
         _put(values, key.split("."), text)
     origin = "the command line" if overrides else str(path)
-    parser = _value_parser()
-    return parser.instantiate(_to_values(values, origin)).config
+    try:
+        return _value_parser().instantiate(_to_values(values, origin)).config
+    except ValueError as error:
+        # What an optional part says of its own values comes wrapped in a page about unions.
+        of_part = re.search(r"Union subtypes.*?Errors:\n\s+- (.*?)$", str(error), re.S | re.M)
+        raise ValueError(of_part[1] if of_part else str(error)) from None
 
 
 def dump(config: TrainConfig) -> str:
@@ -180,8 +184,11 @@ def _explain(message: str, values: Mapping[str, Any]) -> str:
     value = functools.reduce(
         lambda v, k: v.get(k) if isinstance(v, Mapping) else None, key.split("."), values
     )
-    if value is None and "null" not in _words(kinds[key]):
-        return f"{key} is missing: it must be {_words(kinds[key])}."
+    part = _part(kinds[key])
+    if part is not None and isinstance(value, Mapping):
+        absent = [f.name for f in dataclasses.fields(part) if _required(f) and f.name not in value]
+        if absent:
+            return f"{key} needs {', '.join(absent)}, too."
     near = difflib.get_close_matches(str(value), _choices(kinds[key]), 1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{key} must be {_words(kinds[key])}, got {value!r}{hint}"
@@ -207,6 +214,8 @@ def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix:
         if name not in kinds:
             raise ValueError(f"{path}: there is no key {key!r}{_nearest(key)}")
         part = _part(kinds[name])
+        if value is None and type(None) not in typing.get_args(kinds[name]):
+            raise ValueError(f"{path}: {key} must be {_words(kinds[name])}, got null.")
         if part is None:
             continue
         if isinstance(value, Mapping):
@@ -247,6 +256,10 @@ def _part(kind: Any) -> type | None:
     return parts[0] if parts else None
 
 
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def _choices(kind: Any) -> list[str]:
     if typing.get_origin(kind) is typing.Literal:
         return [str(value) for value in typing.get_args(kind)]
@@ -256,7 +269,7 @@ def _choices(kind: Any) -> list[str]:
 def _words(kind: Any) -> str:
     """A type as a person says it in YAML."""
     if typing.get_origin(kind) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(kind)))
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
     if isinstance(kind, types.UnionType):
         return " or ".join(map(_words, typing.get_args(kind)))
     plain = {int: "int", float: "float", str: "str", bool: "true or false", types.NoneType: "null"}

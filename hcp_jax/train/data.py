@@ -23,14 +23,14 @@ import os
 import pathlib
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from hcp_jax.mask import causal, documents, sliding_window
+from hcp_jax.mask import Mask, causal, documents
 
 SEPARATOR = 256
 """The token before the first and after the last byte of a document."""
@@ -136,13 +136,17 @@ def streams(
     return grain.experimental.ConcatThenSplitIterDataset(in_order, length_struct={"pairs": seq_len})
 
 
+def _in_documents(segment_ids: Int32[np.ndarray, "B T"]) -> Mask:
+    return causal() & documents(segment_ids, padding_id=0)
+
+
 def make_batches(
     corpus: Corpus,
     *,
     batch_size: int,
     seq_len: int,
     seed: int,
-    window: int | None = None,
+    mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
     prefetch: int = 2,
 ) -> grain.DatasetIterator:
     """Batches of packed streams, on the host and in natural order, without end.
@@ -155,10 +159,11 @@ def make_batches(
         batch_size: B, streams per batch, of all processes together.
         seq_len: T, tokens per stream.
         seed: of the order of the documents.
-        window: the model's sliding window, in tokens, if it has one.
+        mask: the model's mask for streams whose documents have these segment ids
+            (`ModelConfig.mask`).
         prefetch: batches prepared ahead by a thread.
     """
-    batches = streams(corpus, seq_len, seed).batch(batch_size).map(lambda x: _batch(x, window))
+    batches = streams(corpus, seq_len, seed).batch(batch_size).map(lambda x: _batch(x, mask))
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
     return iter(ahead)
 
@@ -176,15 +181,14 @@ def _next_tokens(document: UInt8[np.ndarray, "n"]) -> dict[str, Int32[np.ndarray
     return {"pairs": pairs}
 
 
-def _batch(packed: dict[str, np.ndarray], window: int | None) -> dict[str, Any]:
+def _batch(packed: dict[str, np.ndarray], mask: Callable) -> dict[str, Any]:
     segment_ids = packed["pairs_segment_ids"]
-    mask = causal() & documents(segment_ids, padding_id=0)
     return {
         "tokens": np.ascontiguousarray(packed["pairs"][..., 0]),
         "targets": np.ascontiguousarray(packed["pairs"][..., 1]),
         "positions": packed["pairs_positions"],
         "weights": (segment_ids > 0).astype(np.float32),
-        "mask": mask if window is None else mask & sliding_window(window),
+        "mask": mask(segment_ids),
     }
 
 

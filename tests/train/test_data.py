@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from hcp_jax.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
 
@@ -73,14 +74,18 @@ def test_no_token_attends_across_documents(corpus):
     assert np.all(begins[:, 1:][batch["tokens"][:, 1:] == SEPARATOR])
 
 
-def test_a_sliding_window_narrows_the_mask(corpus):
-    wide, narrow = (next(batches_of(corpus, window=w))["mask"].intervals(64) for w in (None, 5))
+def test_the_model_decides_the_mask_within_documents(corpus):
+    def windowed(segment_ids):
+        return documents(segment_ids) & sliding_window(5)
+
+    wide = next(batches_of(corpus))["mask"].intervals(64)
+    narrow = next(batches_of(corpus, mask=windowed))["mask"].intervals(64)
     np.testing.assert_array_equal(narrow.start, np.maximum(wide.start, np.arange(64) - 4))
 
 
 def test_padding_sees_nothing_and_weighs_nothing():
     packed = list(data.streams(Corpus([b"abc"], "a test"), 8, seed=0, num_epochs=1))
-    batch = data._batch({k: v[None] for k, v in packed[0].items()}, None)
+    batch = data._batch({k: v[None] for k, v in packed[0].items()}, data._in_documents)
     assert batch["weights"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
     start, end = batch["mask"].intervals(8)
     assert (end - start).tolist() == [[1, 2, 3, 4, 0, 0, 0, 0]]
