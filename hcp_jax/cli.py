@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if os.environ.get("HCP_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"hcp: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"hcp: {_in_one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 
 
@@ -112,7 +112,7 @@ def set_up_platform(num_devices: int | None) -> None:
         ours = [f"--{k}={str(v).lower()}" for k, v in flags.items() if f"--{k}" not in given]
         os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
     simulated = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in given
-    if num_devices is not None and not simulated:
+    if num_devices not in (None, jax.config.jax_num_cpu_devices) and not simulated:
         jax.config.update("jax_num_cpu_devices", num_devices)
 
 
@@ -134,6 +134,12 @@ def _gpu_kind() -> str | None:
         )
         return None
     return listed.splitlines()[0] if listed else "NVIDIA GPU"
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def _exists(module: str) -> bool:
@@ -158,9 +164,9 @@ def _help(available: dict[str, Command]) -> str:
     )
 
 
-def _hint(name: str, known) -> str:
+def _hint(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.split("=")[0], list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; see hcp {'--help'}."
+    return f"; did you mean {near[0]!r}?" if near else "; see --help."
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        name: what the run folder is called, with a number behind it.
+        name: what the run folder is called, with a number behind it; if a file gives none, the
+            file's own name.
         steps: optimizer steps.
         batch_size: streams per optimizer step, over all of dp and all of `accumulation`.
         seq_len: tokens per stream.
@@ -140,7 +141,7 @@ def load(
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_yaml(path)
+        values = {"name": pathlib.Path(path).stem, **_read_yaml(path)}
         _require_known_keys(values, TrainConfig, str(path))
         _to_values(values, str(path))
     for key, text in overrides:

@@ -113,7 +113,7 @@ def train(
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
-    console.print(_introduction(config, cp, corpus, abstract), markup=False)
+    console.print(_introduction(config, cp, corpus, abstract), markup=False, soft_wrap=True)
 
     batches = data.make_batches(
         corpus,
@@ -125,12 +125,17 @@ def train(
     )
     state = None if resume is None else _restore(config, resume, abstract, batches)
     step = make_train_step(
-        config.model, config.optimizer, config.steps, cp, fsdp=fsdp, accumulation=config.accumulation
+        config.model,
+        config.optimizer,
+        config.steps,
+        cp,
+        fsdp=fsdp,
+        accumulation=config.accumulation,
     )
     batch = cp.shard_batch(next(batches))
     began = time.perf_counter()
     compiled = step.lower(abstract, batch).compile()
-    console.print(_compiled(time.perf_counter() - began, compiled), markup=False)
+    console.print(_compiled(time.perf_counter() - began, compiled), markup=False, soft_wrap=True)
 
     folder = _new_folder(config) if resume is None else resume
     if state is None:
@@ -198,7 +203,9 @@ def _make_steps(
 
     with (
         _Signals() as signals,
-        Progress(console, config.steps, start, config.log.every, config.tokens_per_step) as progress,
+        Progress(
+            console, config.steps, start, config.log.every, config.tokens_per_step
+        ) as progress,
     ):
         before: tuple[int, dict] | None = None
         while True:
@@ -218,7 +225,9 @@ def _make_steps(
                 break
             batch = cp.shard_batch(next(batches))
     finished = done == config.steps
-    console.print(_ending(keeper.folder, start, done, shown, progress.seconds), markup=False)
+    console.print(
+        _ending(keeper.folder, start, done, shown, progress.seconds), markup=False, soft_wrap=True
+    )
     if not finished:
         console.print(
             f"Stopped after step {done} of {config.steps}. Go on with:\n"

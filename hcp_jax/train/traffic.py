@@ -36,7 +36,9 @@ class LayerTraffic:
     hops: int
 
 
-def of_layer(cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: int) -> LayerTraffic:
+def of_layer(
+    cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: int
+) -> LayerTraffic:
     """What one layer's attention moves, without what a remat policy repeats.
 
     Args:
