@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
@@ -112,7 +112,7 @@ def set_up_platform(num_devices: int | None) -> None:
         ours = [f"--{k}={str(v).lower()}" for k, v in flags.items() if f"--{k}" not in given]
         os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
     simulated = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in given
-    if num_devices not in (None, jax.config.jax_num_cpu_devices) and not simulated:
+    if num_devices not in (None, jax.config.values["jax_num_cpu_devices"]) and not simulated:
         jax.config.update("jax_num_cpu_devices", num_devices)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the state of training, where the data stood, and which model it is. (Orbax.)
+"""Checkpoints: the state of training, where the data stood, and which model it is; by Orbax.
 
 One checkpoint holds three items: `state` (parameters, optimizer state and step, every array with
 its own bits, whatever mesh it lies on), `data` (the state of the data pipeline) and `model` (its

@@ -38,7 +38,7 @@ SMALL_MODEL = ModelConfig(
     compute_dtype="float32",
     remat="none",
 )
-"""A decoder for bytes that learns within minutes on a CPU: the model of a config that names none."""
+"""A decoder for bytes that learns within minutes on a CPU; the model of configs that name none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,11 @@ class TrainConfig:
     seed: int = 0
     run_dir: str = "runs"
     model: ModelConfig = SMALL_MODEL
-    parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "accumulation"):
@@ -176,15 +176,15 @@ def _to_values(values: Mapping[str, Any], origin: str) -> jsonargparse.Namespace
 
 
 def _explain(message: str, values: Mapping[str, Any]) -> str:
-    """jsonargparse's page about one value, as one line."""
+    """What jsonargparse says of one value on a page, as one line."""
     found = re.findall(r'Parser key "([\w.]+)"', message)
     key = ".".join(found).removeprefix("config.")
     kinds = {known: kind for known, kind, _ in _keys(TrainConfig)}
     if key not in kinds:
         return " ".join(message.split())
-    value = functools.reduce(
-        lambda v, k: v.get(k) if isinstance(v, Mapping) else None, key.split("."), values
-    )
+    value: Any = values
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
     part = _part(kinds[key])
     if part is not None and isinstance(value, Mapping):
         absent = [f.name for f in dataclasses.fields(part) if _required(f) and f.name not in value]

@@ -124,7 +124,7 @@ def train(
         prefetch=config.data.prefetch,
     )
     state = None if resume is None else _restore(config, resume, abstract, batches)
-    step = make_train_step(
+    step: Any = make_train_step(
         config.model,
         config.optimizer,
         config.steps,
@@ -337,10 +337,11 @@ def _resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
 
 def _config_of(args: argparse.Namespace, folder: pathlib.Path | None) -> TrainConfig:
     """The config named, or that of the run resumed; overridden."""
-    if args.config is None and folder is None:
-        raise ValueError("hcp train needs a config (such as configs/quickstart.yaml) or --resume.")
-    path = args.config if args.config is not None else folder / "config.yaml"
-    return configuration.load(path, args.overrides or ())
+    if args.config is not None or folder is None:
+        if args.config is None:
+            raise ValueError("hcp train needs a config (configs/quickstart.yaml) or --resume.")
+        return configuration.from_arguments(args)
+    return configuration.load(folder / "config.yaml", args.overrides or ())
 
 
 def _cluster(how: str | None) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _ranges(numbers: list[int]) -> str:
     return f"layer {shown}" if len(numbers) == 1 else f"layers {shown}"
 
 
-def _bytes(number: int) -> str:
+def _bytes(number: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.4g} {unit}"

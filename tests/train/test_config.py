@@ -1,4 +1,4 @@
-"""Configs: every wrong key or value is told in one line that helps; a config survives a round trip."""
+"""Configs: a wrong key or value is told in one line that helps; a round trip changes nothing."""
 
 import argparse
 import dataclasses

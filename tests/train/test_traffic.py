@@ -1,7 +1,9 @@
 """What a step is said to move is what the compiled program moves."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hcp_jax.attention.api import dot_product_attention
@@ -24,14 +26,9 @@ MODEL = ModelConfig(
 )
 
 
-def sent_by_the_program(cp):
-    """(by all-to-alls, by anything else): bytes that a device sends in attention, forward."""
-    q, k = (
-        jax.ShapeDtypeStruct((2, T, heads, 4), jnp.float32, sharding=cp.sharding(4))
-        for heads in (8, 2)
-    )
-    attend = jax.jit(lambda q, k, v: dot_product_attention(q, k, v, cp=cp, mask=causal()))
-    found = hlo.collectives(attend.lower(q, k, k).compile().as_text())
+def sent_by(program, *args):
+    """(by all-to-alls, by anything else): bytes that a device sends in a compiled program."""
+    found = hlo.collectives(program.lower(*args).compile().as_text())
     exchanges = [c for c in found if c.kind == "all-to-all"]
     return tuple(
         sum(c.sent_bytes * c.count for c in group)
@@ -43,7 +40,18 @@ def sent_by_the_program(cp):
 def test_attention_sends_what_is_told(comm_type):
     cp = ContextParallel(make_mesh(dp=1, cp_outer=4, cp_inner=2), comm_type)
     told = traffic.of_layer(cp, MODEL, batch_size=2, seq_len=T)
-    assert (told.exchange, told.forward) == sent_by_the_program(cp)
+    q, k = (cp.shard(np.ones((2, T, heads, 4), np.float32)) for heads in (8, 2))
+
+    def attend(q, k, v):
+        return dot_product_attention(q, k, v, cp=cp, mask=causal())
+
+    assert sent_by(jax.jit(attend), q, k, k) == (told.exchange, told.forward)
+    # Two programs: in one, the compiler may keep what forward received for backward.
+    out, back = jax.jit(functools.partial(jax.vjp, attend))(q, k, k)
+    assert sent_by(jax.jit(lambda back, dout: back(dout)), back, out) == (
+        told.exchange,
+        told.backward,
+    )
 
 
 def test_layers_of_one_comm_type_are_told_together():
