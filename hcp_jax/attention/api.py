@@ -163,7 +163,8 @@ def _device_of(q) -> jax.Device:
     """The device that a call without a mesh runs on."""
     if isinstance(q, jax.Array) and not isinstance(q, jax.core.Tracer):
         return next(iter(q.devices()))
-    default: Any = jax.config.read("jax_default_device")
+    config: Any = jax.config  # its flags are not typed
+    default = config.jax_default_device
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 

@@ -112,6 +112,9 @@ def _forward(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
 def _backward(spec: LocalSpec, residuals, cotangents):
     q, k, v, intervals, sinks, out, lse = residuals
     dout, dlse = cotangents
+    # lse is the forward's last result: nothing that backward moves may start before it, for XLA
+    # would otherwise send K and V for backward while the forward's ring still runs.
+    k, v, lse = jax.lax.optimization_barrier((k, v, lse))
     # With l = log Σ exp(s), d l/d s = p: a cotangent of lse is one more term of delta.
     delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
     delta = jnp.where(lse == -jnp.inf, 0, delta)

@@ -84,7 +84,8 @@ def backward(
 
     arriving = _send_on(kv, axes, size)
     dq, *home = attend_grads(kv, visiting(0))
-    kv = arriving
+    # The next move waits for these kernels, or XLA would send twice on end with nothing to hide it.
+    kv, dq, home = jax.lax.optimization_barrier((arriving, dq, home))
     if size > 2:
         arriving = _send_on(kv, axes, size)
     dq_hop, *dkv = attend_grads(kv, visiting(1))
