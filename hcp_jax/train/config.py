@@ -106,6 +106,7 @@ class TrainConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the config file, and one option for every key of it, to a command's parser."""
     parser.add_argument("config", nargs="?", type=pathlib.Path, help="a YAML file (see configs/)")
+    parser.usage = "%(prog)s [config] [--key value ...]"  # a list of all keys would fill a page
     keys = parser.add_argument_group(
         "configuration", "Each key of the file can be given here, too, and then wins."
     )
@@ -115,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             dest="overrides",
             action="append",
             type=functools.partial(_pair, key),
-            metavar=_words(kind).upper() if len(_words(kind)) < 8 else "VALUE",
+            metavar=_metavar(kind),
             help=text.replace("%", "%%"),
         )
 
@@ -279,6 +280,15 @@ def _words(kind: Any) -> str:
     if typing.get_origin(kind) in (list, tuple):
         return f"a list of {_words(typing.get_args(kind)[0])}"
     return "keys and values" if dataclasses.is_dataclass(kind) else str(kind)
+
+
+def _metavar(kind: Any) -> str:
+    """A type as the help of an option shows it."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return _metavar(typing.get_args(kind)[0])
+    return {int: "INT", float: "FLOAT", str: "STR", bool: "BOOL"}.get(kind, "VALUE")
 
 
 def _pair(key: str, text: str) -> tuple[str, str]:
