@@ -1,0 +1,309 @@
+"""The configuration of a run: one frozen dataclass, read from YAML and the command line.
+
+Each part is a dataclass beside what it configures; here they are put together, read, and written
+down again. `jsonargparse` turns text into values of the declared types. What it says of a wrong key
+or a wrong value is put into one line here, with the file and the nearest right name.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import os
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import docstring_parser
+import jsonargparse
+import yaml
+
+from hcp_jax.context import ParallelConfig
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.train.checkpoint import CheckpointConfig
+from hcp_jax.train.data import VOCAB_SIZE, DataConfig
+from hcp_jax.train.metrics import LogConfig
+from hcp_jax.train.step import OptimizerConfig
+
+SMALL_MODEL = ModelConfig(
+    vocab_size=264,
+    num_layers=4,
+    hidden_size=128,
+    intermediate_size=352,
+    num_heads=8,
+    num_kv_heads=2,
+    compute_dtype="float32",
+    remat="none",
+)
+"""A decoder for bytes that learns within minutes on a CPU; the model of configs that name none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        name: what the run folder is called, with a number behind it; if a file gives none, the
+            file's own name.
+        steps: optimizer steps.
+        batch_size: streams per optimizer step, over all of dp and all of `accumulation`.
+        seq_len: tokens per stream.
+        accumulation: microbatches per optimizer step.
+        seed: of the initial parameters and of the order of the documents.
+        run_dir: where run folders are made.
+        model: the decoder.
+        parallel: the mesh and what its axes do.
+        data: the text.
+        optimizer: the optimizer and its schedule.
+        checkpoint: when to save.
+        log: how to report.
+
+    Raises:
+        ValueError: for numbers that do not fit each other.
+    """
+
+    name: str = "run"
+    steps: int = 200
+    batch_size: int = 2
+    seq_len: int = 1024
+    accumulation: int = 1
+    seed: int = 0
+    run_dir: str = "runs"
+    model: ModelConfig = SMALL_MODEL
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
+        if self.model.vocab_size < VOCAB_SIZE:
+            raise ValueError(
+                f"model.vocab_size={self.model.vocab_size} is too small: bytes and the separator "
+                f"are {VOCAB_SIZE} ids."
+            )
+        dp = self.parallel.resolve().dp
+        if self.batch_size % (self.accumulation * dp):
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of accumulation * dp = "
+                f"{self.accumulation} * {dp}."
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, of all devices together."""
+        return self.batch_size * self.seq_len
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the config file, and one option for every key of it, to a command's parser."""
+    parser.add_argument("config", nargs="?", type=pathlib.Path, help="a YAML file (see configs/)")
+    parser.usage = "%(prog)s [config] [--key value ...]"  # a list of all keys would fill a page
+    keys = parser.add_argument_group(
+        "configuration", "Each key of the file can be given here, too, and then wins."
+    )
+    for key, kind, text in _keys(TrainConfig):
+        keys.add_argument(
+            f"--{key}",
+            dest="overrides",
+            action="append",
+            type=functools.partial(_pair, key),
+            metavar=_metavar(kind),
+            help=text.replace("%", "%%"),
+        )
+
+
+def from_arguments(args: argparse.Namespace) -> TrainConfig:
+    """The config that a command line parsed with `add_arguments` asks for; see `load`."""
+    return load(args.config, args.overrides or ())
+
+
+def load(
+    path: str | os.PathLike | None = None, overrides: Sequence[tuple[str, str]] = ()
+) -> TrainConfig:
+    """Reads a config.
+
+    Args:
+        path: a YAML file; None for the defaults.
+        overrides: (dotted key, text) pairs that win over the file: `("model.num_layers", "4")`.
+
+    Raises:
+        ValueError: if the file is no YAML, or a key is unknown or has a value of the wrong type;
+            names the key, the file and the nearest right key.
+        FileNotFoundError: if there is no such file.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = {"name": pathlib.Path(path).stem, **_read_yaml(path)}
+        _require_known_keys(values, TrainConfig, str(path))
+        _to_values(values, str(path))
+    for key, text in overrides:
+        if key not in {known for known, _, _ in _keys(TrainConfig)}:
+            raise ValueError(f"--{key}: there is no such key{_nearest(key)}")
+        _put(values, key.split("."), text)
+    origin = "the command line" if overrides else str(path)
+    try:
+        return _value_parser().instantiate(_to_values(values, origin)).config
+    except ValueError as error:
+        # What an optional part says of its own values comes wrapped in a page about unions.
+        of_part = re.search(r"Union subtypes.*?Errors:\n\s+- (.*?)$", str(error), re.S | re.M)
+        raise ValueError(of_part[1] if of_part else str(error)) from None
+
+
+def dump(config: TrainConfig) -> str:
+    """The whole config as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _value_parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_class_arguments(TrainConfig, "config")
+    return parser
+
+
+def _to_values(values: Mapping[str, Any], origin: str) -> jsonargparse.Namespace:
+    try:
+        return _value_parser().parse_object({"config": values})
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{origin}: {_explain(str(error), values)}") from None
+
+
+def _explain(message: str, values: Mapping[str, Any]) -> str:
+    """What jsonargparse says of one value on a page, as one line."""
+    found = re.findall(r'Parser key "([\w.]+)"', message)
+    key = ".".join(found).removeprefix("config.")
+    kinds = {known: kind for known, kind, _ in _keys(TrainConfig)}
+    if key not in kinds:
+        return " ".join(message.split())
+    value: Any = values
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    part = _part(kinds[key])
+    if part is not None and isinstance(value, Mapping):
+        absent = [f.name for f in dataclasses.fields(part) if _required(f) and f.name not in value]
+        if absent:
+            return f"{key} needs {', '.join(absent)}, too."
+    near = difflib.get_close_matches(str(value), _choices(kinds[key]), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{key} must be {_words(kinds[key])}, got {value!r}{hint}"
+
+
+def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    text = pathlib.Path(path).read_text()
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}.")
+    return values
+
+
+def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix: str = "") -> None:
+    kinds = typing.get_type_hints(cls)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in kinds:
+            raise ValueError(f"{path}: there is no key {key!r}{_nearest(key)}")
+        part = _part(kinds[name])
+        if value is None and type(None) not in typing.get_args(kinds[name]):
+            raise ValueError(f"{path}: {key} must be {_words(kinds[name])}, got null.")
+        if part is None:
+            continue
+        if isinstance(value, Mapping):
+            _require_known_keys(value, part, path, f"{key}.")
+        elif part is kinds[name]:
+            raise ValueError(f"{path}: {key} must hold keys and values, got {value!r}.")
+
+
+def _nearest(key: str) -> str:
+    """A hint that ends a message: a key spelt nearly so, else one of the same name elsewhere."""
+    known = [k for k, _, _ in _keys(TrainConfig)] + [
+        f.name for f in dataclasses.fields(TrainConfig) if _part(f.type)
+    ]
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.75)
+    last = key.rsplit(".", 1)[-1]
+    near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
+    near = near or difflib.get_close_matches(key, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, type, what it is) of every value that can be given."""
+    kinds = typing.get_type_hints(cls)
+    texts = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
+    for field in dataclasses.fields(cls):
+        part = _part(kinds[field.name])
+        if part is not kinds[field.name]:
+            text = " ".join((texts.get(field.name) or "").split())
+            yield f"{prefix}{field.name}", kinds[field.name], text
+        if part is not None:
+            yield from _keys(part, f"{prefix}{field.name}.")
+
+
+def _part(kind: Any) -> type | None:
+    """The dataclass that a field holds, or may hold; None if it holds none."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    parts = [k for k in options if isinstance(k, type) and dataclasses.is_dataclass(k)]
+    return parts[0] if parts else None
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _choices(kind: Any) -> list[str]:
+    if typing.get_origin(kind) is typing.Literal:
+        return [str(value) for value in typing.get_args(kind)]
+    return [c for k in typing.get_args(kind) for c in _choices(k)]
+
+
+def _words(kind: Any) -> str:
+    """A type as a person says it in YAML."""
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_words, typing.get_args(kind)))
+    plain = {int: "int", float: "float", str: "str", bool: "true or false", types.NoneType: "null"}
+    if kind in plain:
+        return plain[kind]
+    if typing.get_origin(kind) in (list, tuple):
+        return f"a list of {_words(typing.get_args(kind)[0])}"
+    return "keys and values" if dataclasses.is_dataclass(kind) else str(kind)
+
+
+def _metavar(kind: Any) -> str:
+    """A type as the help of an option shows it."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return _metavar(typing.get_args(kind)[0])
+    return {int: "INT", float: "FLOAT", str: "STR", bool: "BOOL"}.get(kind, "VALUE")
+
+
+def _pair(key: str, text: str) -> tuple[str, str]:
+    return key, text
+
+
+def _put(values: dict[str, Any], keys: list[str], text: str) -> None:
+    for key in keys[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[keys[-1]] = text
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(of_key) for key, of_key in value.items()}
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value

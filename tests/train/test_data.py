@@ -1,0 +1,176 @@
+"""Data: nothing is lost, nothing crosses documents, and a run can go on where it stopped."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from hcp_jax.mask import documents, sliding_window
+from hcp_jax.train import data
+from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Documents of 1 to 200 bytes, each of one letter pair that no other has."""
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(1, 40, 30).tolist(), 200, 1, 64, 63, 65]
+    return Corpus(
+        [bytes((i + 33, j % 7 + 1)[j % 2] for j in range(n)) for i, n in enumerate(lengths)],
+        "a test",
+    )
+
+
+def batches_of(corpus, seed=0, **options):
+    return data.make_batches(corpus, batch_size=2, seq_len=64, seed=seed, **options)
+
+
+def segments(stream):
+    """(tokens, targets, positions) of each segment of a packed stream, in order."""
+    ids = stream["pairs_segment_ids"]
+    for i in range(1, ids.max() + 1):
+        yield stream["pairs"][ids == i], stream["pairs_positions"][ids == i]
+
+
+def test_every_byte_of_every_document_comes_exactly_once_per_epoch(corpus):
+    packed = list(data.streams(corpus, 64, seed=3, num_epochs=1))
+    tokens = np.concatenate([x["pairs"][x["pairs_segment_ids"] > 0, 0] for x in packed])
+    starts = np.flatnonzero(tokens == SEPARATOR)
+    found = [bytes(d[1:].astype(np.uint8)) for d in np.split(tokens, starts)[1:]]
+    assert sorted(found) == sorted(bytes(corpus[i]) for i in range(len(corpus)))
+    assert starts[0] == 0
+
+
+def test_only_the_last_stream_of_an_epoch_is_padded(corpus):
+    packed = list(data.streams(corpus, 64, seed=0, num_epochs=1))
+    padding = [int((x["pairs_segment_ids"] == 0).sum()) for x in packed]
+    assert not any(padding[:-1])
+    assert 64 * len(packed) - padding[-1] == corpus.num_bytes + len(corpus)
+
+
+def test_targets_are_the_next_tokens_of_the_same_document(corpus):
+    by_first_byte = {int(corpus[i][0]): corpus[i] for i in range(len(corpus))}
+    for stream in data.streams(corpus, 64, seed=1, num_epochs=1):
+        for pairs, positions in segments(stream):
+            tokens, targets = pairs.T
+            np.testing.assert_array_equal(tokens[1:], targets[:-1])
+            np.testing.assert_array_equal(positions, np.arange(len(tokens)))
+            assert np.all(tokens[1:] != SEPARATOR)
+            if tokens[0] == SEPARATOR:
+                document = by_first_byte[int(targets[0])]
+                whole = np.append(document, SEPARATOR).astype(np.int32)
+                np.testing.assert_array_equal(targets, whole[: len(targets)])
+
+
+def test_no_token_attends_across_documents(corpus):
+    batch = next(batches_of(corpus))
+    start, end = batch["mask"].intervals(64)
+    index = np.arange(64)
+    # A token's interval reaches back to where its position counter began, and up to itself.
+    np.testing.assert_array_equal(start, index - batch["positions"])
+    np.testing.assert_array_equal(end, np.broadcast_to(index + 1, end.shape))
+    begins = batch["positions"] == 0
+    assert np.all(begins[:, 1:][batch["tokens"][:, 1:] == SEPARATOR])
+
+
+def test_the_model_decides_the_mask_within_documents(corpus):
+    def windowed(segment_ids):
+        return documents(segment_ids) & sliding_window(5)
+
+    wide = next(batches_of(corpus))["mask"].intervals(64)
+    narrow = next(batches_of(corpus, mask=windowed))["mask"].intervals(64)
+    np.testing.assert_array_equal(narrow.start, np.maximum(wide.start, np.arange(64) - 4))
+
+
+def test_padding_sees_nothing_and_weighs_nothing():
+    packed = list(data.streams(Corpus([b"abc"], "a test"), 8, seed=0, num_epochs=1))
+    batch = data._batch({k: v[None] for k, v in packed[0].items()}, data._in_documents)
+    assert batch["weights"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+    start, end = batch["mask"].intervals(8)
+    assert (end - start).tolist() == [[1, 2, 3, 4, 0, 0, 0, 0]]
+
+
+def test_the_seed_decides_the_batches_and_nothing_else_does(corpus):
+    def first(seed):
+        return [b["tokens"] for b in itertools.islice(batches_of(corpus, seed), 8)]
+
+    np.testing.assert_array_equal(first(5), first(5))
+    assert not np.array_equal(first(5), first(6))
+
+
+def test_each_epoch_has_its_own_order(corpus):
+    tokens = np.concatenate([x["pairs"][:, 0] for x in data.streams(corpus, 64, 0, num_epochs=2)])
+    documents = np.split(tokens, np.flatnonzero(tokens == SEPARATOR))[1:]
+    first, second = documents[: len(corpus)], documents[len(corpus) : 2 * len(corpus)]
+    order = [[int(d[1]) for d in epoch if len(d) > 1] for epoch in (first, second)]
+    assert sorted(order[0]) == sorted(order[1])
+    assert order[0] != order[1]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 23])
+def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop):
+    whole = batches_of(corpus)
+    for _ in range(stop):
+        next(whole)
+    state = json.loads(json.dumps(whole.get_state()))
+    resumed = batches_of(corpus)
+    data.restore(resumed, state)
+    for _ in range(12):
+        a, b = next(whole), next(resumed)
+        for key in ("tokens", "targets", "positions", "weights"):
+            np.testing.assert_array_equal(a[key], b[key])
+        np.testing.assert_array_equal(a["mask"].intervals(64), b["mask"].intervals(64))
+
+
+def test_the_standard_library_is_megabytes_of_documents_of_many_lengths():
+    corpus = open_corpus(DataConfig())
+    lengths = np.diff(corpus._offsets)
+    assert corpus.num_bytes > 5e6
+    assert len(corpus) > 500
+    assert lengths.max() > 10 * np.median(lengths)
+    text = bytes(corpus[0]).decode()
+    assert "\0" not in text
+
+
+def test_text_files_jsonl_and_folders_are_read_in_a_fixed_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.md").write_text("één")
+    (tmp_path / "a.txt").write_text("two\nlines")
+    (tmp_path / "c.jsonl").write_text('{"text": "x"}\n\n{"text": "yy", "id": 3}\n')
+    (tmp_path / ".hidden").write_bytes(b"\xff\0")
+    (tmp_path / "empty.txt").touch()
+
+    def read(path):
+        corpus = open_corpus(DataConfig(path=str(path)))
+        return [bytes(d).decode() for d in corpus]
+
+    assert read(tmp_path) == ["two\nlines", "x", "yy", "één"]
+    assert read(tmp_path / "c.jsonl") == ["x", "yy"]
+    assert read(tmp_path / "a.txt") == ["two\nlines"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.txt", None, r"gone\.txt does not exist"),
+        ("empty.txt", b"", r"empty\.txt is empty"),
+        ("image.txt", b"ab\ncd\0e", r"image\.txt is not text: byte 0x00 at offset 5 \(line 2\)"),
+        ("latin.txt", b"caf\xe9 au lait", r"latin\.txt is not text: byte 0xe9 at offset 3"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": ', r"bad\.jsonl, line 2: not JSON"),
+        ("body.jsonl", b'{"text": "a"}\n{"body": "b"}', r"line 2: no text in field 'text' .*body"),
+        ("list.jsonl", b'["a"]', r"list\.jsonl, line 1: no text in field 'text' .*list"),
+        ("half.jsonl", b'{"text": "\\ud800"}', r"half\.jsonl, line 1: field 'text' is not text"),
+        ("none.jsonl", b'{"text": ""}\n', r"none\.jsonl is empty"),
+    ],
+)
+def test_bad_data_is_refused_by_file_and_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_corpus(DataConfig(path=str(tmp_path / name)))
+
+
+def test_a_folder_without_text_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no text files"):
+        open_corpus(DataConfig(path=str(tmp_path)))

@@ -1,0 +1,45 @@
+"""Progress: a bar where there is a terminal, plain lines where there is none."""
+
+import io
+
+import pytest
+import rich.console
+
+from hcp_jax.train import progress
+from hcp_jax.train.progress import Progress
+
+
+def shown(steps=25, start=0, **console):
+    file = io.StringIO()
+    with Progress(
+        rich.console.Console(file=file, width=100, **console), steps, start, 10, 64
+    ) as bar:
+        for step in range(start, steps):
+            took = bar.show(step, {"loss": 5.0 - step / 10, "learning_rate": 1e-3})
+            assert took["tokens_per_second"] == pytest.approx(64 / took["seconds"])
+    return file.getvalue()
+
+
+def test_without_a_terminal_every_tenth_step_and_the_last_are_a_line():
+    lines = shown().splitlines()
+    assert [line.split()[1] for line in lines] == ["0", "10", "20", "24"]
+    assert "loss 4.0000  learning rate 1.00e-03" in lines[1]
+    assert lines[-1].endswith("0:00 left")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_terminal_has_a_bar_with_loss_speed_and_time_left():
+    text = shown(force_terminal=True)
+    for part in ("25/25", "loss 2.600", "tokens/s", "left"):
+        assert part in text
+
+
+def test_a_resumed_run_counts_on():
+    assert [line.split()[1] for line in shown(start=15).splitlines()] == ["20", "24"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3600 * 30 + 65, "30:01:05")]
+)
+def test_time_is_told_as_on_a_clock(seconds, text):
+    assert progress._clock(seconds) == text
