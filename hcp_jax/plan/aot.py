@@ -32,10 +32,10 @@ def devices(cluster: Cluster) -> list[jax.Device]:
         Host by host; `process_index` tells the host.
 
     Raises:
-        ModuleNotFoundError: if the CUDA compiler is not installed; says how to.
+        NotImplementedError: if the CUDA compiler is not installed; says how to.
     """
     if not any(_installed(plugin) for plugin in _PLUGINS):
-        raise ModuleNotFoundError(
+        raise NotImplementedError(
             "compiling for GPUs needs the CUDA plugin of jax (no GPU and no CUDA libraries): "
             "pip install 'hcp_jax[aot]'"
         )
