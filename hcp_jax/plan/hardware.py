@@ -18,8 +18,10 @@ Plain Python, without jax: a plan is made on any machine.
 import dataclasses
 import difflib
 import math
-from pathlib import Path
-from typing import Any
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 NO_LINK, INSIDE, BETWEEN = "no link", "inside a host", "between hosts"
 
@@ -120,6 +122,14 @@ class GPU:
             ) from None
 
 
+class Path(NamedTuple):
+    """How a collective travels: kind of link, bytes/s that each device sends, seconds to start."""
+
+    link: str
+    rate: float
+    latency: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Hosts of equal GPUs."""
@@ -144,16 +154,25 @@ class Cluster:
         """GPUs that NVLink joins."""
         return self.gpu.nvlink_domain or self.gpus_per_host
 
-    def link_kind(self, first: int, stride: int, size: int) -> str:
-        """What `size` devices talk over, `stride` apart from each other, from device `first` on."""
-        if size == 1:
-            return NO_LINK
-        domains = {(first + i * stride) // self.domain for i in range(size)}
-        return INSIDE if len(domains) == 1 else BETWEEN
+    def path(self, kind: str, group: Sequence[int]) -> "Path":
+        """What a collective of some devices runs over, and how fast.
 
-    def link(self, kind: str) -> Link | None:
-        """The link of that kind, None for no link."""
-        return {INSIDE: self.gpu.nvlink, BETWEEN: self.gpu.network}.get(kind)
+        Where a group has several GPUs in each host, gathers and reductions cross hosts over all of
+        their network cards at once; in a permute and an all-to-all, each GPU has its own alone.
+
+        Args:
+            kind: of the collective, in HLO's words.
+            group: numbers of its devices, host by host.
+        """
+        members = Counter(device // self.domain for device in group)
+        if len(group) < 2:
+            return Path(NO_LINK, math.inf, 0.0)
+        inside, network = self.gpu.nvlink, self.gpu.network
+        if len(members) == 1:
+            return Path(INSIDE, inside.rate.value, inside.latency)
+        shared = kind not in ("collective-permute", "all-to-all", "ragged-all-to-all")
+        cards = min(members.values()) if shared else 1
+        return Path(BETWEEN, min(inside.rate.value, cards * network.rate.value), network.latency)
 
     def __str__(self) -> str:
         return f"{self.hosts} x {self.gpus_per_host} {self.gpu.name.upper()}"
@@ -292,7 +311,7 @@ def gpu(name_or_file: str) -> GPU:
     """
     if name_or_file.lower() in GPUS:
         return GPUS[name_or_file.lower()]
-    path = Path(name_or_file)
+    path = pathlib.Path(name_or_file)
     if path.suffix in (".yaml", ".yml"):
         return _described(path)
     near = difflib.get_close_matches(name_or_file.lower(), GPUS, 1)
@@ -334,7 +353,7 @@ device_description_str: "{gpu.device_kind}"
 _LINK_FIELDS = ("nvlink", "network")
 
 
-def _described(path: Path) -> GPU:
+def _described(path: pathlib.Path) -> GPU:
     import yaml
 
     try:
@@ -365,7 +384,7 @@ def _described(path: Path) -> GPU:
     return dataclasses.replace(base, attention=attention, **told)
 
 
-def _described_link(path: Path, name: str, told: Any) -> Link:
+def _described_link(path: pathlib.Path, name: str, told: Any) -> Link:
     if not isinstance(told, dict) or not {"peak"} <= set(told) <= {"name", "peak", "latency"}:
         raise ValueError(f"{path}: {name} needs peak (bytes/s), and may have name and latency.")
     make = _nvlink if name == "nvlink" else _infiniband
@@ -373,7 +392,7 @@ def _described_link(path: Path, name: str, told: Any) -> Link:
     return dataclasses.replace(link, latency=float(told.get("latency", link.latency)))
 
 
-def _number(path: Path, name: str, value: Any, like: Any) -> Any:
+def _number(path: pathlib.Path, name: str, value: Any, like: Any) -> Any:
     if isinstance(like, tuple):
         parts = str(value).split(".") if not isinstance(value, list) else value
         return tuple(int(part) for part in parts)
