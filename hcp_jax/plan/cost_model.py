@@ -140,6 +140,12 @@ class Transfer:
     seconds: float
     exposed: float
 
+    def times(self, n: int) -> "Transfer":
+        """This transfer, n times."""
+        return Transfer(
+            self.what, self.axes, self.link, n * self.bytes, n * self.seconds, n * self.exposed
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -234,7 +240,7 @@ def estimate(
         "optimizer": 28 * model.params / split.tp / shards / bandwidth,
     }
     transfers = [
-        *(dataclasses.replace(x, **_times(x, model.num_layers)) for x in attention.transfers),
+        *(x.times(model.num_layers) for x in attention.transfers),
         *_tensor_parallel(model, split, cluster, t),
         *_weights_and_gradients(model, split, cluster),
     ]
@@ -383,10 +389,6 @@ def _weights_and_gradients(model, split, cluster) -> list[Transfer]:
     calls = model.num_layers * (gathers + 1)
     seconds = sent / rate + calls * latency
     return [Transfer("weights gathered, gradients scattered", axes, link, sent, seconds, seconds)]
-
-
-def _times(x: Transfer, n: int) -> dict[str, float]:
-    return {"bytes": x.bytes * n, "seconds": x.seconds * n, "exposed": x.exposed * n}
 
 
 def hops_hidden(estimated: Estimate) -> bool:

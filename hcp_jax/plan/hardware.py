@@ -62,7 +62,7 @@ class Link:
     latency: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class GPU:
     """One kind of GPU.
 
@@ -190,7 +190,7 @@ def _infiniband(name: str, peak: float) -> Link:
     return Link(name, peak, _share(peak, 0.9, "the data sheet"), 25e-6)
 
 
-# TFLOP/s (REFERENCE figures of public kernels). "blockwise" takes XLA's dense attention as its like.
+# FLOP/s of public kernels of the same kind; XLA's dense attention stands for "blockwise".
 _H100_ATTENTION = {
     ("triton", "forward"): 361e12,
     ("triton", "backward"): 338e12,

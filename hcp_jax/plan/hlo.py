@@ -181,7 +181,8 @@ def parse(hlo_text: str) -> Module:
     counts = [re.search(rf"\b{word}=(\d+)", head) for word in ("num_partitions", "replica_count")]
     num_devices = math.prod(int(count.group(1)) if count else 1 for count in counts)
     computations: dict[str, Computation] = {}
-    entry, name, body = None, "", []
+    entry, name = "", ""
+    body: list[Instruction] = []
     for line in hlo_text.splitlines():
         if (header := _HEADER.match(line)) and " = " not in line.split("(")[0]:
             name, body = header.group(2), []
