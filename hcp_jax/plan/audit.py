@@ -230,7 +230,8 @@ def tell(found: Audit, flags: dict, attention: bool) -> None:
     import rich.console
     import rich.table
 
-    console = rich.console.Console(file=sys.stdout, highlight=False, width=None)
+    width = None if sys.stdout.isatty() else 120
+    console = rich.console.Console(file=sys.stdout, highlight=False, width=width, soft_wrap=True)
     console.print(f"{title(found, attention)}; compiled in {found.compile_s:.0f} s")
     for name, value in flags.items():
         console.print(f"  --{name}={str(value).lower()}")

@@ -225,7 +225,7 @@ def _number(device: jax.Device, cluster: Cluster) -> int:
 def _moved(c: hlo.Collective, flight: schedule.Flight, mesh: Mesh, link: str) -> Moved:
     what = next((name for scope, name in _NAMES.items() if scope in c.op_name), "")
     if what == "ring":
-        hidden = flight.attention >= flight.seconds
+        hidden = flight.attention >= flight.until
     else:
         hidden = c.asynchronous and flight.exposed <= _TOLERANCE * flight.seconds
     return Moved(
@@ -256,6 +256,6 @@ def _together(moved: list[Moved]) -> list[Moved]:
             count=same.count + one.count,
             seconds=same.seconds + one.seconds,
             exposed_s=same.exposed_s + one.exposed_s,
-            behind=tuple(dict.fromkeys((*same.behind, *one.behind)))[:3],
+            behind=tuple(dict.fromkeys((*same.behind, *one.behind)))[:2],
         )
     return list(alike.values())

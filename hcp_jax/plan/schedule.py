@@ -16,6 +16,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from hcp_jax.plan import hlo
 from hcp_jax.plan.cost_model import BACKWARD
@@ -62,13 +63,15 @@ class Flight:
     """One execution of a collective.
 
     Attributes:
-        seconds: from its start to its last byte, the wait for its link included.
+        seconds: that it takes on its link.
+        until: seconds from its start to its last byte, the wait for its link included.
         exposed: seconds in which the device waits for it.
         attention: seconds of attention issued between its start and its done.
         behind: kernels issued between the two, the longest first.
     """
 
     seconds: float
+    until: float
     exposed: float
     attention: float
     behind: tuple[str, ...]
@@ -139,6 +142,16 @@ def label(instruction: hlo.Instruction) -> str:
     return instruction.op_name.rsplit("/", 1)[-1] or instruction.name
 
 
+class _Departed(NamedTuple):
+    """A transfer under way, and what had been computed when it was issued."""
+
+    issued: float
+    begin: float
+    end: float
+    attention: float
+    kernels: int
+
+
 class _Walk:
     def __init__(self, module: hlo.Module, costs: Costs):
         self.module, self.costs = module, costs
@@ -161,24 +174,22 @@ class _Walk:
         )
 
     def walk(self, computation: hlo.Computation) -> None:
-        flying: dict[str, tuple[float, float, float, int]] = {}
+        flying: dict[str, _Departed] = {}
         waits_for: dict[str, str] = {}
         for instruction in computation.instructions:
             if instruction.name in self.collectives:
                 collective = self.collectives[instruction.name]
-                end = self.depart(collective)
-                state = (self.now, end, self.compute["attention"], len(self.seen))
-                flying[instruction.name] = state
+                flying[instruction.name] = self.depart(collective)
                 waits_for[instruction.name] = instruction.name
                 if not collective.asynchronous:
-                    self.arrive(instruction.name, *flying.pop(instruction.name))
+                    self.arrive(instruction.name, flying.pop(instruction.name))
             elif instruction.opcode.endswith(("-update", "-done")):
                 for name in instruction.operands:
                     start = waits_for.get(name)
                     if start is not None:
                         waits_for[instruction.name] = start
                         if instruction.opcode.endswith("-done") and start in flying:
-                            self.arrive(start, *flying.pop(start))
+                            self.arrive(start, flying.pop(start))
             elif instruction.opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
                 assert body is not None, instruction.name
@@ -190,22 +201,26 @@ class _Walk:
             else:
                 self.execute(computation, instruction)
 
-    def depart(self, collective: hlo.Collective) -> float:
+    def depart(self, collective: hlo.Collective) -> "_Departed":
         path = self.costs.path(collective)
         begin = max(self.now, self.free.get(path.link, 0.0))
         end = begin + path.latency + collective.sent_bytes / path.rate
         self.free[path.link] = end
         self.span(path.link, collective.kind, collective.name, begin, end)
-        return end
+        return _Departed(self.now, begin, end, self.compute["attention"], len(self.seen))
 
-    def arrive(self, name: str, began: float, end: float, attention: float, first: int) -> None:
-        exposed = max(0.0, end - self.now)
-        behind = sorted(self.seen[first:], reverse=True)
-        names = tuple(dict.fromkeys(name for _, name in behind))[:3]
-        attention = self.compute["attention"] - attention
-        self.flights[name] = Flight(end - began, exposed, attention, names)
+    def arrive(self, name: str, departed: "_Departed") -> None:
+        exposed = max(0.0, departed.end - self.now)
+        kernels = sorted(self.seen[departed.kernels :], reverse=True)
+        self.flights[name] = Flight(
+            seconds=departed.end - departed.begin,
+            until=departed.end - departed.issued,
+            exposed=exposed,
+            attention=self.compute["attention"] - departed.attention,
+            behind=tuple(dict.fromkeys(kernel for _, kernel in kernels))[:2],
+        )
         self.exposed += exposed
-        self.now = max(self.now, end)
+        self.now = max(self.now, departed.end)
 
     def loop(self, body: hlo.Computation, trips: int) -> None:
         """Walk over the body once; all its later trips take as long."""

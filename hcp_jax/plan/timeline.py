@@ -91,6 +91,7 @@ def zoom(spans: Sequence[Span]) -> tuple[float, float]:
 
 def _lanes(axes, spans: Sequence[Span], waits, lanes: list[str], window) -> None:
     begin, end = window
+    edge = 0.0 if window[0] == 0.0 else 0.6
     shown = [s for s in spans if s.end >= begin and s.begin <= end]
     for place, lane in enumerate(lanes):
         for kind in _COLORS:
@@ -99,7 +100,20 @@ def _lanes(axes, spans: Sequence[Span], waits, lanes: list[str], window) -> None
                 for s in shown
                 if s.lane == lane and s.kind == kind
             ]
-            axes.broken_barh(bars, (place - 0.4, 0.8), facecolors=_COLORS[kind], linewidth=0)
+            axes.broken_barh(
+                bars,
+                (place - 0.4, 0.8),
+                facecolors=_COLORS[kind],
+                linewidth=edge,
+                edgecolor="white",
+            )
+    for span in shown:
+        wide = min(span.end, end) - max(span.begin, begin) > 0.05 * (end - begin)
+        if wide and edge:
+            middle = (max(span.begin, begin) + min(span.end, end)) / 2 * 1e3
+            name = span.name if span.lane == "compute" else f"{span.kind.split('-')[-1]}"
+            place = lanes.index(span.lane)
+            axes.text(middle, place, name, ha="center", va="center", size=7, color="white")
     gaps = [(a * 1e3, (b - a) * 1e3) for a, b in waits if b >= begin and a <= end]
     axes.broken_barh(gaps, (-0.4, 0.8), facecolors="none", edgecolor="red", hatch="///", lw=0.3)
     axes.set_yticks(range(len(lanes)), lanes)
