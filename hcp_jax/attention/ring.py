@@ -105,7 +105,9 @@ def backward(
         carry = (arriving, dkv, dq)
         carry, _ = _scan_by_twos(middle, carry, jnp.arange(2, size - 1))
         (_, dkv, dq), _ = middle(carry, size - 1, last=True)
-    return dq, *_add(home, _send_on(dkv, axes, size))
+    # dq waits for the way home of dk and dv, so that its kernel is what they hide behind.
+    dq, dkv = jax.lax.optimization_barrier((dq, _send_on(dkv, axes, size)))
+    return dq, *_add(home, dkv)
 
 
 def _ring(runs: KeyRuns, axes: tuple[str, ...]) -> tuple[int, Callable[[Any], KeyRuns]]:
