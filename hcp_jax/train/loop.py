@@ -9,6 +9,7 @@ ends it after the step in hand, with a checkpoint.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -113,7 +114,7 @@ def train(
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
-    console.print(_introduction(config, cp, corpus, abstract), markup=False, soft_wrap=True)
+    _print(console, _introduction(config, cp, corpus, abstract))
 
     batches = data.make_batches(
         corpus,
@@ -123,25 +124,27 @@ def train(
         mask=config.model.mask,
         prefetch=config.data.prefetch,
     )
-    state = None if resume is None else _restore(config, resume, abstract, batches)
-    step: Any = make_train_step(
-        config.model,
-        config.optimizer,
-        config.steps,
-        cp,
-        fsdp=fsdp,
-        accumulation=config.accumulation,
-    )
-    batch = cp.shard_batch(next(batches))
-    began = time.perf_counter()
-    compiled = step.lower(abstract, batch).compile()
-    console.print(_compiled(time.perf_counter() - began, compiled), markup=False, soft_wrap=True)
+    with contextlib.closing(batches):
+        state = None if resume is None else _restore(config, resume, abstract, batches)
+        step: Any = make_train_step(
+            config.model,
+            config.optimizer,
+            config.steps,
+            cp,
+            fsdp=fsdp,
+            accumulation=config.accumulation,
+        )
+        batch = cp.shard_batch(next(batches))
+        began = time.perf_counter()
+        compiled = step.lower(abstract, batch).compile()
+        _print(console, _compiled(time.perf_counter() - began, compiled))
 
-    folder = _new_folder(config) if resume is None else resume
-    if state is None:
-        state = init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
-    with _Keeper(config, folder, int(state.step), f"{config.name}: {_in_short(cp)}") as keeper:
-        return _make_steps(config, cp, keeper, console, compiled, state, batch, batches)
+        folder = _new_folder(config) if resume is None else resume
+        if state is None:
+            state = init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
+        title = f"{config.name}: {_in_short(cp)}"
+        with _Keeper(config, folder, int(state.step), title) as keeper:
+            return _make_steps(config, cp, keeper, console, compiled, state, batch, batches)
 
 
 class _Keeper:
@@ -225,14 +228,12 @@ def _make_steps(
                 break
             batch = cp.shard_batch(next(batches))
     finished = done == config.steps
-    console.print(
-        _ending(keeper.folder, start, done, shown, progress.seconds), markup=False, soft_wrap=True
-    )
+    _print(console, _ending(keeper.folder, start, done, shown, progress.seconds))
     if not finished:
-        console.print(
+        _print(
+            console,
             f"Stopped after step {done} of {config.steps}. Go on with:\n"
             f"  hcp train --resume {keeper.folder}",
-            markup=False,
         )
     return Outcome(keeper.folder, done, None if finished else stopped)
 
@@ -359,6 +360,10 @@ def _cluster(how: str | None) -> dict[str, Any]:
         "process_id": int(parts[1]),
         "num_processes": int(parts[2]),
     }
+
+
+def _print(console: rich.console.Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _introduction(
