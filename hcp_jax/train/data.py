@@ -144,7 +144,7 @@ def streams(
 
 
 class _Segments:
-    """Every document in parts of `seq_len` tokens and a rest, as pairs of a token and its target."""
+    """Each document in parts of `seq_len` tokens and a rest, as pairs of a token and its target."""
 
     def __init__(self, corpus: Corpus, seq_len: int):
         self._corpus, self._seq_len = corpus, seq_len

@@ -12,10 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
-import signal
-import threading
 import time
 from typing import Any
 
@@ -31,6 +28,7 @@ from hcp_jax.train import data, metrics, traffic
 from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.progress import Progress
+from hcp_jax.train.signals import Signals
 from hcp_jax.train.step import (
     TrainState,
     abstract_state,
@@ -205,7 +203,7 @@ def _make_steps(
         shown.append(values["loss"])
 
     with (
-        _Signals() as signals,
+        Signals() as signals,
         Progress(
             console, config.steps, start, config.log.every, config.tokens_per_step
         ) as progress,
@@ -236,45 +234,6 @@ def _make_steps(
             f"  hcp train --resume {keeper.folder}",
         )
     return Outcome(keeper.folder, done, None if finished else stopped)
-
-
-class _Signals:
-    """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once.
-
-    Of several processes all must stop after the same step: they hand the signal to jax's preemption
-    service, which agrees on one.
-    """
-
-    def __init__(self):
-        self._caught: int | None = None
-        self._old: dict[int, Any] = {}
-        self._alone = jax.process_count() == 1
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            # jax listens for SIGTERM itself where there are several processes.
-            for number in (signal.SIGINT, signal.SIGTERM)[: 2 if self._alone else 1]:
-                self._old[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def agreed(self, step: int) -> int | None:
-        """The signal after which all processes stop now, at `step`; None if they go on."""
-        if self._alone:
-            return self._caught
-        if multihost_utils.reached_preemption_sync_point(step):
-            return self._caught or signal.SIGTERM
-        return None
-
-    def _catch(self, number: int, frame: Any) -> None:
-        if self._caught is not None:
-            raise KeyboardInterrupt
-        self._caught = number
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _restore(

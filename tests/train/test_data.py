@@ -11,7 +11,6 @@ from hcp_jax.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
 
-
 T = 64
 
 
