@@ -192,7 +192,7 @@ class Mask:
 
         Args:
             length: T. Queries past the mask's own length (padding) get empty intervals.
-            key_length: S, the number of keys; T if None.
+            key_length: S, the number of keys; those of the queries if None.
             xp: `numpy` (on the host), or `jax.numpy` (where leaves are traced).
 
         Returns:
@@ -201,8 +201,10 @@ class Mask:
         Raises:
             ValueError: if the mask was written for more than `length` queries.
         """
-        key_length = length if key_length is None else key_length
         own = self.length
+        if key_length in (None, length):
+            # Self-attention: what pads the queries pads the keys.
+            key_length = length if own is None else min(own, length)
         if own is not None and own > length:
             raise ValueError(
                 f"the mask was written for {own} queries, but there are only {length}; "
@@ -213,7 +215,7 @@ class Mask:
         for term in self.terms:
             term_start, term_end = term.bounds(index, xp)
             start, end = xp.maximum(start, term_start), xp.minimum(end, term_end)
-        end = xp.maximum(start, end)
+        start, end = xp.broadcast_arrays(start, xp.maximum(start, end))
         if own is not None and own < length:
             tail = ((0, 0), (0, length - own))
             start, end = xp.pad(start, tail), xp.pad(end, tail)

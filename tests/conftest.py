@@ -5,14 +5,22 @@
 
 import os
 
+import hypothesis
 import jax
 import pytest
 
 NUM_DEVICES = 8
 
 if os.environ.get("HCP_TEST_PLATFORM", "cpu") == "cpu":
+    # Tests compile much and compute little: without LLVM's optimisations they take a third less.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+
+
+# The time of one example says little: the first one compiles.
+hypothesis.settings.register_profile("hcp", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("hcp")
 
 
 def pytest_collection_modifyitems(items):

@@ -39,10 +39,12 @@ def backward(
     """The gradients of this device's queries, keys and values; arguments as in `forward`."""
     runs = KeyRuns(runs.starts[0], runs.offsets)
     dq, *dkv = attend_grads(_gather(kv, axes), runs)
-    dk, dv = (jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in dkv)
+    with jax.named_scope("gather_kv"):
+        dk, dv = (jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in dkv)
     return dq, dk, dv
 
 
 def _gather(kv: KV, axes: tuple[str, ...]) -> KV:
-    k, v = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in kv)
+    with jax.named_scope("gather_kv"):
+        k, v = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in kv)
     return k, v

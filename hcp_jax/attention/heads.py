@@ -22,14 +22,16 @@ def to_sequence(x: Float[Array, "B t N *H"], axes: tuple[str, ...]) -> Float[Arr
     """From a part of the sequence with all heads to more of the sequence with a part of them."""
     if not axes:
         return x
-    return jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True)
+    with jax.named_scope("exchange_heads"):
+        return jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True)
 
 
 def to_heads(x: Float[Array, "B At nA *H"], axes: tuple[str, ...]) -> Float[Array, "B t N *H"]:
     """The inverse of `to_sequence`."""
     if not axes:
         return x
-    return jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
+    with jax.named_scope("exchange_heads"):
+        return jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
 
 
 def replicate_kv(x: Float[Array, "B t K H"], size: int) -> Float[Array, "B t rK H"]:

@@ -58,9 +58,10 @@ def forward(
     def middle(carry, hop):
         kv, partial = carry
         arriving = _send_on(kv, axes, size)
-        return (arriving, merge(partial, attend(kv, visiting(hop)))), None
+        partial = merge(partial, attend(kv, visiting(hop)))
+        return jax.lax.optimization_barrier((arriving, partial)), None
 
-    (kv, partial), _ = jax.lax.scan(middle, (arriving, partial), jnp.arange(1, size - 1))
+    (kv, partial), _ = _scan_by_twos(middle, (arriving, partial), jnp.arange(1, size - 1))
     return merge(partial, attend(kv, visiting(size - 1)))
 
 
@@ -96,13 +97,17 @@ def backward(
         arriving = kv if last else _send_on(kv, axes, size)
         dkv = _send_on(dkv, axes, size)
         dq_hop, *dkv_hop = attend_grads(kv, visiting(hop))
-        return (arriving, _add(dkv, dkv_hop), dq + dq_hop), None
+        carry = (arriving, _add(dkv, dkv_hop), dq + dq_hop)
+        # After the last hop dk and dv go home behind what is left of its kernels.
+        return carry if last else jax.lax.optimization_barrier(carry), None
 
     if size > 2:
         carry = (arriving, dkv, dq)
-        carry, _ = jax.lax.scan(middle, carry, jnp.arange(2, size - 1))
+        carry, _ = _scan_by_twos(middle, carry, jnp.arange(2, size - 1))
         (_, dkv, dq), _ = middle(carry, size - 1, last=True)
-    return dq, *_add(home, _send_on(dkv, axes, size))
+    # dq waits for the way home of dk and dv, so that its kernel is what they hide behind.
+    dq, dkv = jax.lax.optimization_barrier((dq, _send_on(dkv, axes, size)))
+    return dq, *_add(home, dkv)
 
 
 def _ring(runs: KeyRuns, axes: tuple[str, ...]) -> tuple[int, Callable[[Any], KeyRuns]]:
@@ -113,9 +118,20 @@ def _ring(runs: KeyRuns, axes: tuple[str, ...]) -> tuple[int, Callable[[Any], Ke
     return size, lambda hop: KeyRuns(starts[(here - hop) % size], offsets)
 
 
+def _scan_by_twos(hop: Callable, carry, hops):
+    """Scan over hops that end in a barrier, two to a body.
+
+    K and V arrive in a second buffer while kernels read the first. Two hops a body lead back to the
+    first one, so that the loop's carry stays where it is; with one, XLA would copy K and V each
+    hop. The barriers say that a move may overwrite a buffer: its kernels are done.
+    """
+    return jax.lax.scan(hop, carry, hops, unroll=2)
+
+
 def _send_on(tree, axes: tuple[str, ...], size: int):
     pairs = [(source, (source + 1) % size) for source in range(size)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, pairs), tree)
+    with jax.named_scope("ring_hop"):
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, pairs), tree)
 
 
 def _add(a, b):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from hcp_jax.kernels.core import CoreSpec, Problem
 from hcp_jax.kernels.merge import Partial, softmax_weight
@@ -24,7 +24,7 @@ BLOCK = 256  # queries, and keys, of a block: 1 MiB of float32 logits for four h
 
 
 class _Blocks(NamedTuple):
-    """Queries and keys cut into blocks along a new leading dim, and which pairs of them meet."""
+    """Queries and keys cut into blocks, their number in front, and how far each block reaches."""
 
     q: Float[Array, "Q B K G q H"]
     start: Int32[Array, "Q B1 1 1 q 1"]
@@ -32,8 +32,8 @@ class _Blocks(NamedTuple):
     k: Float[Array, "S B K s H"]
     v: Float[Array, "S B K s Hv"]
     key_index: Int32[Array, "S s"]  # global index of each key; -1 for padding
-    visits: Int32[Array, "Q S"]  # for each query block, its visible key blocks first
-    num_visits: Int32[Array, "Q"]
+    reach: tuple[Int32[Array, "Q"], Int32[Array, "Q"]]  # least start, greatest end of its queries
+    spans: tuple[Int32[Array, "S"], Int32[Array, "S"]]  # least, greatest index of its keys
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -48,11 +48,12 @@ def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Par
     _, _, kv_heads, group, queries, _ = blocks.q.shape
 
     def of_query_block(i):
+        visits, num_visits = _visits(blocks, i)
         rows = (q.shape[0], kv_heads, group, queries, 1)
 
         def visit(j, carry):
             out, top, total = carry
-            s = blocks.visits[i, j]
+            s = visits[j]
             logits, _ = _logits(spec, blocks, i, s)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
             weights, decay = softmax_weight(logits, new_top), softmax_weight(top, new_top)
@@ -62,7 +63,7 @@ def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Par
 
         out, top, total = jax.lax.fori_loop(
             0,
-            blocks.num_visits[i],
+            num_visits,
             visit,
             (
                 jnp.zeros((*rows[:-1], v.shape[3]), dtype),
@@ -89,9 +90,11 @@ def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout,
     delta_blocks = _cut_queries(delta[..., None], kv_heads)
 
     def of_query_block(dkv, i):
+        visits, num_visits = _visits(blocks, i)
+
         def visit(j, carry):
             dq, dk, dv = carry
-            s = blocks.visits[i, j]
+            s = visits[j]
             logits, slope = _logits(spec, blocks, i, s)
             weights = softmax_weight(logits, lse_blocks[i])
             dweights = _dot("bkgqh,bksh->bkgqs", dout_blocks[i], blocks.v[s])
@@ -103,7 +106,7 @@ def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout,
             return dq, dk, dv
 
         dq = jnp.zeros(blocks.q.shape[1:], dtype)
-        dq, *dkv = jax.lax.fori_loop(0, blocks.num_visits[i], visit, (dq, *dkv))
+        dq, *dkv = jax.lax.fori_loop(0, num_visits, visit, (dq, *dkv))
         return tuple(dkv), dq
 
     zeros = tuple(jnp.zeros(x.shape, dtype) for x in (blocks.k, blocks.v))
@@ -131,7 +134,8 @@ def _cut(q, k, v, intervals: Intervals, runs: KeyRuns) -> _Blocks:
         _blocks_of(jnp.asarray(x), min(BLOCK, q.shape[1]), dim=1)[:, :, None, None, :, None]
         for x in intervals
     )
-    visible = _meets(start, end, index)
+    limit, others = jnp.iinfo(jnp.int32).max, tuple(range(1, start.ndim))
+    empty = end <= start
     return _Blocks(
         q=_cut_queries(q, k.shape[2]),
         start=start,
@@ -139,21 +143,23 @@ def _cut(q, k, v, intervals: Intervals, runs: KeyRuns) -> _Blocks:
         k=_blocks_of(k, keys, dim=1).swapaxes(2, 3),
         v=_blocks_of(v, keys, dim=1).swapaxes(2, 3),
         key_index=index,
-        visits=jnp.argsort(~visible, axis=1, stable=True).astype(jnp.int32),
-        num_visits=jnp.sum(visible, axis=1, dtype=jnp.int32),
+        reach=(
+            jnp.min(jnp.where(empty, limit, start), axis=others),
+            jnp.max(jnp.where(empty, -1, end), axis=others),
+        ),
+        spans=(
+            jnp.min(jnp.where(index < 0, limit, index), axis=1),
+            jnp.max(index, axis=1),
+        ),
     )
 
 
-def _meets(start, end, index) -> Bool[Array, "Q S"]:
-    """Whether some query of a block sees a key whose index lies in a key block's range."""
-    limit = jnp.iinfo(jnp.int32).max
-    empty = end <= start
-    others = tuple(range(1, start.ndim))
-    first = jnp.min(jnp.where(empty, limit, start), axis=others)[:, None]
-    stop = jnp.max(jnp.where(empty, -1, end), axis=others)[:, None]
-    least = jnp.min(jnp.where(index < 0, limit, index), axis=1)
-    greatest = jnp.max(index, axis=1)
-    return (first <= greatest) & (stop > least)
+def _visits(blocks: _Blocks, i) -> tuple[Int32[Array, "S"], Int32[Array, ""]]:
+    """The key blocks that query block i may see, those first, and how many they are."""
+    (first, stop), (least, greatest) = blocks.reach, blocks.spans
+    visible = (first[i] <= greatest) & (stop[i] > least)
+    order = jnp.argsort(~visible, stable=True).astype(jnp.int32)
+    return order, jnp.sum(visible, dtype=jnp.int32)
 
 
 def _cut_queries(x, kv_heads: int):

@@ -17,6 +17,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from hcp_jax.kernels.merge import Partial
@@ -80,7 +81,9 @@ def attend(
         `out` and the natural-log `lse`, both float32 (float64 if q is); zeros and -inf for a query
         that sees none of these keys.
     """
-    return _module(spec.implementation).forward(spec, q, k, v, intervals, runs)
+    # The scopes' names stand in the compiled program: `hcp audit` knows attention by them.
+    with jax.named_scope("attend"):
+        return _module(spec.implementation).forward(spec, q, k, v, intervals, runs)
 
 
 def attend_grads(
@@ -114,7 +117,8 @@ def attend_grads(
         (dq, dk, dv), float32 (float64 if q is); zeros for empty queries and padding keys.
     """
     grads = _module(spec.implementation).backward
-    return grads(spec, q, k, v, intervals, runs, dout, lse, delta)
+    with jax.named_scope("attend_grads"):
+        return grads(spec, q, k, v, intervals, runs, dout, lse, delta)
 
 
 def resolve(implementation: str | None, problem: Problem) -> str:

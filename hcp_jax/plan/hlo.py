@@ -52,6 +52,8 @@ class Instruction:
         shape: the type of its result, as HLO writes it.
         operands: names of the instructions it reads.
         attributes: all that follows the operands, as HLO writes it.
+        literal: what stands in the place of operands, if there are none: a parameter's number, the
+            beginning of a constant.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Instruction:
     shape: str
     operands: tuple[str, ...]
     attributes: str
+    literal: str = ""
 
     @property
     def bytes(self) -> int:
@@ -181,7 +184,8 @@ def parse(hlo_text: str) -> Module:
     counts = [re.search(rf"\b{word}=(\d+)", head) for word in ("num_partitions", "replica_count")]
     num_devices = math.prod(int(count.group(1)) if count else 1 for count in counts)
     computations: dict[str, Computation] = {}
-    entry, name, body = None, "", []
+    entry, name = "", ""
+    body: list[Instruction] = []
     for line in hlo_text.splitlines():
         if (header := _HEADER.match(line)) and " = " not in line.split("(")[0]:
             name, body = header.group(2), []
@@ -326,9 +330,11 @@ def _instruction(line: str) -> Instruction | None:
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.find("(")
     closing = _closing(rest, opening)
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opening : closing + 1]))
-    opcode = rest[:opening].strip()
-    return Instruction(match.group(2), opcode, shape, operands, rest[closing + 1 :])
+    inside = rest[opening + 1 : closing]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    opcode, attributes = rest[:opening].strip(), rest[closing + 1 :]
+    literal = "" if operands else inside[:32]
+    return Instruction(match.group(2), opcode, shape, operands, attributes, literal)
 
 
 def _closing(text: str, opening: int) -> int:

@@ -1,0 +1,169 @@
+"""ContextParallel: arrays go into the layout and come back; what cannot be is refused."""
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+import hcp_jax as hcp
+from hcp_jax.context import STRATEGIES, ParallelConfig, describe_strategy
+from hcp_jax.plan.hlo import collectives
+
+LAYOUTS = ["zigzag", "contiguous"]
+
+
+def context(comm_type="a2a+p2p", layout="zigzag", **sizes) -> hcp.ContextParallel:
+    sizes = sizes or {"cp_outer": 4, "cp_inner": 2}
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    return hcp.ContextParallel(hcp.make_mesh(**sizes, devices=devices), comm_type, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [1, 16, 50])
+def test_shard_and_unshard_give_back_the_array(layout, length):
+    cp = context(layout=layout)
+    x = np.arange(2 * length * 3).reshape(2, length, 3)
+    for y in (cp.shard(x), cp.shard(jax.numpy.asarray(x)), jax.jit(cp.shard)(x)):
+        assert y.shape[1] == cp.padded_length(length)
+        assert y.sharding.is_equivalent_to(cp.sharding(3), 3)
+        assert np.array_equal(cp.unshard(y, length=length), x)
+
+
+def test_each_device_gets_its_chunks():
+    cp = context()
+    y = cp.shard(np.arange(32)[None])
+    held = {shard.device.id: np.asarray(shard.data)[0].tolist() for shard in y.addressable_shards}
+    assert held[0] == [0, 1, 30, 31]
+    assert held[3] == [6, 7, 24, 25]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"cp_outer": 4, "cp_inner": 2}, {"dp": 2, "cp_outer": 3}, {"dp": 2}]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_roll_crosses_device_borders(layout, sizes):
+    cp = context(layout=layout, **sizes)
+    x = np.arange(2 * 48 * 2).reshape(2, 48, 2)
+    for shift in (-1, 1, 3, -7, 25, -48, 100, 0):
+        rolled = jax.jit(lambda y, s=shift: cp.roll(y, s, dim=1))(cp.shard(x))
+        assert np.array_equal(cp.unshard(rolled), np.roll(x, shift, axis=1)), shift
+
+
+def test_roll_sends_borders_alone():
+    cp = context()
+    y = cp.shard(np.zeros((1, 64, 4), np.float32))
+    text = jax.jit(lambda y: cp.roll(y, -1)).lower(y).compile().as_text()
+    assert [(c.kind, c.bytes) for c in collectives(text)] == [("collective-permute", 16)] * 2
+
+
+def test_roll_has_the_gradient_of_a_roll():
+    cp = context()
+    x, w = np.random.default_rng(0).normal(size=(2, 1, 32)).astype(np.float32)
+    grad = jax.grad(lambda y: jax.numpy.sum(cp.roll(y, -1) * cp.shard(w)))(cp.shard(x))
+    assert np.array_equal(cp.unshard(grad), np.roll(w, 1, axis=1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_are_global_indices(layout):
+    cp = context(layout=layout)
+    assert np.array_equal(cp.unshard(cp.positions(50)), np.arange(cp.padded_length(50))[None])
+
+
+def test_shard_batch_cuts_arrays_and_places_masks():
+    cp = context(dp=2, cp_outer=2, cp_inner=2)
+    tokens = np.arange(2 * 21).reshape(2, 21)
+    batch = cp.shard_batch({"tokens": tokens, "rows": np.arange(2), "n": 3, "mask": hcp.causal()})
+    assert np.array_equal(cp.unshard(batch["tokens"], length=21), tokens)
+    assert batch["n"] == 3
+    _, end = batch["mask"].intervals(24, xp=jax.numpy)
+    assert np.array_equal(cp.unshard(end)[0], [*range(1, 22), 0, 0, 0])
+    assert end.sharding.is_fully_replicated
+    with pytest.raises(ValueError, match="one length T, got {'a': 8, 'b': 9}"):
+        cp.shard_batch({"a": np.zeros((2, 8)), "b": np.zeros((2, 9))})
+    with pytest.raises(ValueError, match="has a batch of 3, which dp=2 does not divide"):
+        cp.shard_batch({"a": np.zeros((3, 8))})
+
+
+def test_padding_is_told(caplog):
+    with caplog.at_level(logging.INFO, logger="hcp_jax"):
+        context(cp_outer=5).shard(np.zeros((1, 33)))
+    assert "padded 33 tokens with 7" in caplog.text
+
+
+def test_a_context_is_hashable_and_names_its_groups():
+    assert hash(context()) == hash(context())
+    text = context().describe()
+    assert "cp_outer  size 4, inside a host: [0 2 4 6] [1 3 5 7]" in text
+    assert "a2a+p2p: heads exchanged over cp_inner (2), K/V ring over cp_outer (4)" in text
+
+
+@pytest.mark.parametrize("comm_type", STRATEGIES)
+def test_every_strategy_uses_every_context_parallel_axis(comm_type):
+    exchange, move, _ = context(comm_type).strategy
+    assert sorted((*exchange, *move)) == ["cp_inner", "cp_outer"]
+
+
+def test_comm_types_may_differ_by_layer():
+    cp = context(("p2p", "a2a"))
+    assert cp.for_layer(1).comm_type == "a2a"
+    assert "layer 0   p2p" in cp.describe()
+    with pytest.raises(ValueError, match="list for 2 layers, but the model has a layer 2"):
+        cp.for_layer(2)
+
+
+@pytest.mark.parametrize("sizes", [{"cp_outer": 8, "cp_inner": 1}, {"cp_outer": 1, "cp_inner": 8}])
+def test_two_levels_on_one_axis_are_told_and_still_communicate(sizes, caplog):
+    cp = context(**sizes)
+    assert "of size 1 is '" in caplog.text
+    assert "(8)" in describe_strategy(cp)
+
+
+def test_contexts_that_cannot_be_are_refused():
+    mesh = hcp.make_mesh(cp_outer=4, cp_inner=2)
+    with pytest.raises(
+        ValueError, match=r"unknown comm_type 'a2a\+p2': .* did you mean 'a2a\+p2p'"
+    ):
+        hcp.ContextParallel(mesh, "a2a+p2")
+    with pytest.raises(ValueError, match="unknown layout 'zig-zag': .* did you mean 'zigzag'"):
+        hcp.ContextParallel(mesh, layout="zig-zag")
+    with pytest.raises(ValueError, match=r"cp_outer='ring' is not an axis of the mesh"):
+        hcp.ContextParallel(mesh, cp_outer="ring")
+    explicit = jax.make_mesh((8,), ("cp",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(NotImplementedError, match="Explicit axes"):
+        hcp.ContextParallel(explicit, dp=None, tp=None, cp_outer="cp", cp_inner=None)
+
+
+def test_megatrons_words_map_to_the_mesh():
+    config = ParallelConfig(
+        dp=1,
+        context_parallel_size=8,
+        hierarchical_context_parallel_sizes=[2, 4],
+        cp_comm_type="a2a+p2p",
+    )
+    cp = config.context_parallel()
+    assert (cp.mesh.shape["cp_inner"], cp.mesh.shape["cp_outer"]) == (2, 4)
+    flat = ParallelConfig(context_parallel_size=8, cp_comm_type="p2p").resolve()
+    assert (flat.cp_outer, flat.cp_inner) == (8, 1)
+    heads = ParallelConfig(context_parallel_size=8, cp_comm_type="a2a").resolve()
+    assert (heads.cp_outer, heads.cp_inner) == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            {"context_parallel_size": 16, "hierarchical_context_parallel_sizes": [2, 4]},
+            "multiply to 8",
+        ),
+        ({"hierarchical_context_parallel_sizes": [8]}, "needs two sizes"),
+        ({"context_parallel_size": 8}, "needs hierarchical_context_parallel_sizes"),
+        ({"context_parallel_size": 8, "cp_outer": 8}, "use one of the two"),
+        ({"cp_outer": 8, "comm_type": ["p2p", "a2a"]}, "lists 2 layers, but the model has 3"),
+        ({"cp_outer": 3}, "needs 3 devices, but there are 8"),
+        ({"cp_outer": 8, "comm_type": "p3p"}, "did you mean 'p2p'"),
+    ],
+)
+def test_parallel_configs_that_cannot_be_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**words).context_parallel(num_layers=3)

@@ -1,0 +1,47 @@
+"""The mesh: tp and cp_inner side by side, any sizes, clear refusals."""
+
+import jax
+import pytest
+
+import hcp_jax as hcp
+from hcp_jax.mesh import AXES, axis_groups, axis_link
+
+
+def test_tp_is_innermost_then_cp_inner_then_cp_outer_then_dp():
+    mesh = hcp.make_mesh(dp=1, tp=2, cp_outer=2, cp_inner=2)
+    ids = {axis: [[d.id for d in g] for g in axis_groups(mesh, axis)] for axis in AXES}
+    assert ids["tp"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert ids["cp_inner"] == [[0, 2], [4, 6], [1, 3], [5, 7]]
+    assert ids["cp_outer"] == [[0, 4], [2, 6], [1, 5], [3, 7]]
+
+
+def test_axes_are_auto_whatever_jax_makes_by_default():
+    assert set(hcp.make_mesh(cp_outer=8).axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_sizes_need_not_be_powers_of_two():
+    assert hcp.make_mesh(cp_outer=3, cp_inner=2, devices=jax.devices()[:6]).size == 6
+
+
+def test_an_axis_of_one_device_has_no_link():
+    mesh = hcp.make_mesh(cp_outer=8)
+    assert axis_link(mesh, "tp") == "no link"
+    assert axis_link(mesh, "cp_outer") == "inside a host"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"cp_outer": 3}, r"cp_outer=3 \* cp_inner=1 needs 3 devices, but there are 8"),
+        ({"tp": 0}, "tp must be a positive integer, got 0"),
+        ({"dp": 2.0}, "dp must be a positive integer, got 2.0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        hcp.make_mesh(**sizes)
+
+
+def test_flags_are_recommended_for_gpus_alone():
+    assert hcp.xla_flags("cpu") == {}
+    assert hcp.xla_flags("NVIDIA H200")["xla_gpu_enable_latency_hiding_scheduler"] is True
