@@ -1,0 +1,1 @@
+"""Flax models whose attention is context parallel."""

@@ -1,0 +1,114 @@
+"""Cross entropy without the logits of a whole sequence.
+
+A device cuts *its own* tokens into chunks and keeps the logits of one chunk at a time: the backward
+pass computes them again. The chunks lie inside the device's share of the stream, so no token moves;
+and what the chunks add to the gradient of the output matrix is summed on the device first and over
+devices once, which is why this is written per device (`shard_map`).
+
+The vocabulary may be cut over tp. Then the log-partition is merged over tp (two scalars per token).
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+
+def summed_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    targets: Int32[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    cp: Any = None,
+    chunk: int = 1024,
+    z_loss: float = 0.0,
+) -> Float[Array, ""]:
+    """Σ over all tokens of weight · (cross entropy in nats + z_loss · logZ²), in float32.
+
+    It is a sum, so that sums over microbatches add up; divide it by the sum of all the weights.
+
+    Args:
+        hidden: outputs of the decoder, in cp's layout order.
+        unembedding: the output matrix; used in the dtype of `hidden`, its gradient summed in its
+            own.
+        targets: the token to be predicted at each place; any valid id where the weight is 0.
+        weights: how much each place counts; 0 for those that do not.
+        cp: the context parallelism whose axes the batch and the sequence are cut over; None for one
+            device.
+        chunk: tokens per device whose logits exist at one time.
+        z_loss: weight of the squared log-partition.
+    """
+    local = functools.partial(_on_device, chunk=chunk, z_loss=z_loss)
+    if cp is None:
+        return local(hidden, unembedding, targets, weights, sum_over=(), tp=())
+    tokens, tp = cp.spec(2), _names(cp.tp)
+    of_device = functools.partial(local, sum_over=_names(cp.dp) + tuple(cp.cp_axes), tp=tp)
+    # check_vma would place the sum over devices of the matrix's gradient inside the scan, once per
+    # chunk; without it the sum is where shard_map ends.
+    return jax.shard_map(
+        of_device,
+        mesh=cp.mesh,
+        in_specs=(cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(hidden, unembedding, targets, weights)
+
+
+def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, sum_over, tp):
+    """The weighted sum over the tokens of one device, and then over the devices of `sum_over`."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_chunk(hidden, targets, weights):
+        # The cast is in here so that the cotangents of the chunks add up in the matrix's own dtype.
+        logits = jnp.einsum(
+            "btd,vd->btv",
+            hidden,
+            unembedding.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        log_z, of_target = _log_partition(logits, tp), _logit_of(targets, logits, tp)
+        return jnp.sum(weights * (log_z - of_target + z_loss * jnp.square(log_z)))
+
+    blocks = [_chunks(x, chunk) for x in (hidden, targets, weights)]
+    sums = jax.lax.map(lambda block: of_chunk(*block), blocks)
+    total = jnp.sum(sums)
+    return jax.lax.psum(total, sum_over) if sum_over else total
+
+
+def _chunks(x: Float[Array, "B T ..."], chunk: int) -> Float[Array, "n B t ..."]:
+    """`[B, T]` as n equal stretches of the sequence, of at most `chunk` tokens each in all rows.
+
+    The last one is filled up with zeros, whose weight is 0.
+    """
+    rows, length = x.shape[:2]
+    number = math.ceil(length / max(1, chunk // rows))
+    step = math.ceil(length / number)
+    tail = [(0, 0), (0, number * step - length)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, tail).reshape(rows, number, step, *x.shape[2:])
+    return x.swapaxes(0, 1)
+
+
+def _log_partition(logits: Float[Array, "B t V"], tp: tuple[str, ...]) -> Float[Array, "B t"]:
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    top = jax.lax.pmax(top, tp) if tp else top
+    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    return top + jnp.log(jax.lax.psum(total, tp) if tp else total)
+
+
+def _logit_of(targets, logits: Float[Array, "B t V"], tp: tuple[str, ...]) -> Float[Array, "B t"]:
+    """The target's logit, which one of the tp devices holds."""
+    first = jax.lax.axis_index(tp) * logits.shape[-1] if tp else 0
+    token = first + jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    here = jnp.sum(jnp.where(token == targets[..., None], logits, 0), axis=-1)
+    return jax.lax.psum(here, tp) if tp else here
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if axis is None:
+        return ()
+    return (axis,) if isinstance(axis, str) else tuple(axis)

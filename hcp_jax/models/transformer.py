@@ -1,0 +1,267 @@
+"""A decoder of the Llama kind in Flax NNX: RMSNorm, rotary GQA, SwiGLU, layers scanned.
+
+Parallelism stays outside: attention is one op that is told a `ContextParallel`, activations are told
+at the border of every layer how they are cut, and how parameters are cut is `train/sharding.py`'s.
+With `cp=None` this is a plain model on one device.
+
+Submodules are called what Hugging Face's Llama and Qwen call them, so that their weights map one to
+one: `self_attn.q_proj.kernel[layer]` is `layers.{layer}.self_attn.q_proj.weight`, transposed to
+`[D, N, H]` (`[N, H, D]` for `o_proj`); the parameters of all layers are stacked in front.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int32
+
+from hcp_jax.mask import Mask
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.rope import Rotation, rotate, rotation
+
+_INIT_STD = 0.02
+_fan_in = nnx.initializers.variance_scaling
+
+
+class Attention(nnx.Module):
+    """Rotary grouped-query attention."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        size, heads = config.head_dim, config.num_heads
+        self.config = config
+        self.q_proj = self._project_in(heads, rngs)
+        self.k_proj = self._project_in(config.num_kv_heads, rngs)
+        self.v_proj = self._project_in(config.num_kv_heads, rngs)
+        self.o_proj = nnx.LinearGeneral(
+            (heads, size),
+            config.hidden_size,
+            axis=(-2, -1),
+            use_bias=False,
+            kernel_init=_fan_in(0.5 / config.num_layers, "fan_in", "normal"),
+            dtype=config.compute_dtype,
+            rngs=rngs,
+        )
+        self.q_norm = _norm(config, size, rngs) if config.qk_norm else None
+        self.k_norm = _norm(config, size, rngs) if config.qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros(heads, jnp.float32)) if config.attention_sinks else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: Any
+    ) -> Float[Array, "B T D"]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = dot_product_attention(
+            rotate(q, turn),
+            rotate(k, turn),
+            v,
+            cp=cp,
+            mask=mask,
+            logits_soft_cap=self.config.logits_soft_cap,
+            sinks=None if self.sinks is None else self.sinks[...],
+            implementation=self.config.implementation,
+        )
+        return self.o_proj(out)
+
+    def _project_in(self, heads: int, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+        return nnx.LinearGeneral(
+            self.config.hidden_size,
+            (heads, self.config.head_dim),
+            use_bias=self.config.qkv_bias,
+            kernel_init=_fan_in(1.0, "fan_in", "normal"),
+            dtype=self.config.compute_dtype,
+            rngs=rngs,
+        )
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        inner, outer = config.intermediate_size, config.hidden_size
+        self.gate_proj = _linear(config, outer, inner, 1.0, rngs)
+        self.up_proj = _linear(config, outer, inner, 1.0, rngs)
+        self.down_proj = _linear(config, inner, outer, 0.5 / config.num_layers, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each behind a norm and added to its input."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = _norm(config, config.hidden_size, rngs)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = _norm(config, config.hidden_size, rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: Any
+    ) -> Float[Array, "B T D"]:
+        x = x + self.self_attn(self.input_layernorm(x), turn, mask=mask, cp=cp)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nnx.Module):
+    """Tokens to hidden states, and from those to logits.
+
+    >>> config = ModelConfig(vocab_size=256, num_layers=2, hidden_size=16, intermediate_size=32,
+    ...                      num_heads=4, num_kv_heads=2)
+    >>> model = Transformer(config, rngs=nnx.Rngs(0))
+    >>> tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    >>> model.logits(model(tokens, tokens)).shape
+    (1, 8, 256)
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = _embedding(config, rngs)
+
+        def layer(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, rngs=rngs)
+
+        self.layers = nnx.vmap(layer)(rngs.split(config.num_layers))
+        self.norm = _norm(config, config.hidden_size, rngs)
+        self.lm_head = None if config.tie_embeddings else _embedding(config, rngs)
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        *,
+        mask: Mask | None = None,
+        cp: Any = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the last norm, in the compute dtype.
+
+        Args:
+            tokens: in cp's layout order, as `cp.shard_batch` leaves them.
+            positions: of each token in its document.
+            mask: who sees whom; `config.mask()` (causal, and the sliding window) if None. One that
+                is given is all there is: it must have the model's sliding window in it.
+            cp: the context parallelism, with one comm type or one per layer; None for one device.
+
+        Raises:
+            ValueError: if cp has a comm type per layer, but not for as many layers as these.
+        """
+        config = self.config
+        mask = config.mask() if mask is None else mask
+        turn = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        x = jnp.take(self.embed_tokens.embedding[...], tokens, axis=0)
+        x = _cut(x.astype(config.compute_dtype), cp)
+        graphdef, state = nnx.split(self.layers)
+        params = nnx.to_pure_dict(state)
+        for first, last, layer_cp in _stretches(cp, config.num_layers):
+
+            def layer(x, params, layer_cp=layer_cp):
+                x = nnx.merge(graphdef, params)(x, turn, mask=mask, cp=layer_cp)
+                return _cut(x, layer_cp), None
+
+            stretch = jax.tree.map(lambda p, a=first, b=last: p[a:b], params)
+            x, _ = jax.lax.scan(_remat(layer, config.remat), x, stretch)
+        return self.norm(x)
+
+    @property
+    def unembedding(self) -> Float[Array, "V D"]:
+        """The output matrix: logits are `hidden · unembeddingᵀ`."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).embedding[...]
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits in float32, all of them at once; training uses `summed_cross_entropy` instead."""
+        return jnp.einsum(
+            "btd,vd->btv",
+            hidden,
+            self.unembedding.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def abstract_model(config: ModelConfig) -> tuple[Any, dict]:
+    """The model without its numbers: the static graph, and the parameters' shapes.
+
+    `nnx.merge(graph, params)` makes a `Transformer` of the graph and any dict of parameters of these
+    shapes, so that what crosses a `jit` is a plain tree of arrays.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(state)
+    return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
+    """Fresh parameters, as a dict of dicts of arrays that mirrors the modules; `jit` it."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
+
+
+def _stretches(cp: Any, num_layers: int) -> Iterator[tuple[int, int, Any]]:
+    """(first, last + 1, cp) of the longest runs of layers with one comm type: one scan each."""
+    if cp is None or isinstance(cp.comm_type, str):
+        yield 0, num_layers, cp
+        return
+    if len(cp.comm_type) != num_layers:
+        raise ValueError(
+            f"comm_type names {len(cp.comm_type)} layers, but the model has {num_layers}; give one "
+            "per layer, or one string for all."
+        )
+    edges = [i for i in range(1, num_layers) if cp.comm_type[i] != cp.comm_type[i - 1]]
+    for first, last in zip([0, *edges], [*edges, num_layers], strict=True):
+        yield first, last, cp.for_layer(first)
+
+
+def _remat(layer: Callable, policy: str) -> Callable:
+    if policy == "none":
+        return layer
+    keep = {
+        "attention": jax.checkpoint_policies.save_only_these_names("hcp_out", "hcp_lse"),
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    # A scan's body is not merged with its own recomputation, so the barrier would only cost.
+    return jax.checkpoint(layer, policy=keep[policy], prevent_cse=False)
+
+
+def _cut(x: Float[Array, "B T D"], cp: Any) -> Float[Array, "B T D"]:
+    if cp is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(cp.mesh, cp.spec(x.ndim)))
+
+
+def _norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=config.compute_dtype, rngs=rngs)
+
+
+def _embedding(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(
+        config.vocab_size,
+        config.hidden_size,
+        embedding_init=nnx.initializers.normal(_INIT_STD),
+        rngs=rngs,
+    )
+
+
+def _linear(config: ModelConfig, inputs: int, outputs: int, gain: float, rngs) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        kernel_init=_fan_in(gain, "fan_in", "normal"),
+        dtype=config.compute_dtype,
+        rngs=rngs,
+    )
+
+
+def dot_product_attention(
+    q, k, v, *, cp, mask, logits_soft_cap=None, sinks=None, implementation=None
+):
+    from hcp_jax.kernels.core import CoreSpec, attend
+    from hcp_jax.layout import single_run
+
+    assert cp is None
+    spec = CoreSpec(implementation or "reference", q.shape[-1] ** -0.5, logits_soft_cap)
+    intervals = mask.intervals(q.shape[1], xp=jnp)
+    out, lse = attend(spec, q, k, v, intervals, single_run(k.shape[1]))
+    if sinks is not None:
+        out = out * jax.nn.sigmoid(lse - sinks)[..., None]
+    return out.astype(q.dtype)

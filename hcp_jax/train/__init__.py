@@ -1,0 +1,1 @@
+"""Training: the step, its shardings, the data, the loop around them."""

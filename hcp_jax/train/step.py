@@ -1,0 +1,344 @@
+"""One step of training: loss, gradients, AdamW.
+
+All that crosses a `jit` is a plain tree of arrays (`TrainState`, and a batch that is a dict); the
+model's graph is static. Nothing here loops, logs or reads data.
+
+A batch is a dict, on one device or as `ContextParallel.shard_batch` leaves it:
+
+    tokens, targets, positions   int32[R, T]
+    weights                      float32[R, T], 0 where the target does not count
+    mask                         hcp_jax.Mask
+
+Accumulation does not show in it: with `accumulation=A`, the R rows are computed in A portions of
+R / A, and since the loss is normalised by the weights of *all* rows, the gradient is that of the
+whole batch whatever A is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.loss import summed_cross_entropy
+from hcp_jax.models.transformer import abstract_model, init_params
+from hcp_jax.train.sharding import check_divides, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, 2019) with warm-up, cosine decay and clipping.
+
+    Weight decay is on the matrices of the layers (every `kernel`), not on norms, biases, sinks, the
+    embedding or the output head.
+
+    Attributes:
+        learning_rate: at the top, after the warm-up.
+        warmup_steps: steps over which it rises linearly; the first step has 1 / warmup_steps of it.
+        final_ratio: share of it that is left at the last step.
+        beta1: decay of the mean of gradients.
+        beta2: decay of the mean of their squares.
+        eps: added to the root of the latter.
+        weight_decay: per unit of learning rate.
+        clip_norm: greatest norm of all gradients together; None for no limit.
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    final_ratio: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.final_ratio <= 1:
+            raise ValueError(
+                "warmup_steps and weight_decay must not be negative and final_ratio lies in [0, 1]; "
+                f"got {self.warmup_steps}, {self.weight_decay} and {self.final_ratio}."
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step.
+
+    Attributes:
+        step: how many steps have been made.
+        params: a dict of dicts that mirrors the model's modules, in float32.
+        opt_state: optax's.
+    """
+
+    step: Int32[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step, from 0 to num_steps - 1.
+
+    Raises:
+        ValueError: if the warm-up is as long as the whole training or longer.
+    """
+    if num_steps <= config.warmup_steps:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} must be fewer than the {num_steps} steps of the "
+            "training; lower it, or train longer."
+        )
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=num_steps,
+        end_value=config.final_ratio * config.learning_rate,
+    )
+    # optax counts from a rate of 0, which would make the first step an idle one.
+    return lambda count: schedule(count + 1)
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW under `make_schedule`.
+
+    Raises:
+        ValueError: as `make_schedule`.
+    """
+
+    def is_decayed(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    adamw = optax.adamw(
+        make_schedule(config, num_steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=is_decayed,
+    )
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def abstract_state(
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    cp: Any = None,
+    *,
+    fsdp: bool = False,
+) -> TrainState:
+    """Shapes, dtypes and (with a cp) shardings of the state: what a checkpoint is restored into.
+
+    Raises:
+        ValueError: if tp cannot cut the model.
+    """
+    params = abstract_model(model)[1]
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+    )
+    if cp is None:
+        return state
+    check_divides(model, cp)
+    of_params, of_opt_state = state_shardings(params, optimizer, cp, fsdp=fsdp)
+    whole = jax.sharding.NamedSharding(cp.mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        TrainState(whole, of_params, of_opt_state),
+    )
+
+
+def init_state(
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    cp: Any = None,
+    *,
+    fsdp: bool = False,
+) -> TrainState:
+    """A fresh state, every array made where it belongs: no device ever holds the whole.
+
+    The numbers depend on the seed alone, not on the mesh.
+
+    Args:
+        model: the model.
+        optimizer: from `make_optimizer`.
+        seed: of the parameters.
+        cp: the context parallelism; None for one device.
+        fsdp: cut parameters and optimizer state over dp and cp as well.
+
+    Raises:
+        ValueError: if tp cannot cut the model.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(model, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shardings = _shardings(abstract_state(model, optimizer, cp, fsdp=fsdp))
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def make_train_step(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    cp: Any = None,
+    *,
+    fsdp: bool = False,
+    accumulation: int = 1,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, Array]]]:
+    """The compiled step.
+
+    Args:
+        model: the model.
+        optimizer: with `num_steps`, what `init_state`'s optimizer was made of.
+        num_steps: length of the training, which the learning rate's decay is stretched over.
+        cp: the context parallelism; None for one device.
+        fsdp: as in `init_state`.
+        accumulation: A, the number of portions that the rows of a batch are computed in; row r is
+            in portion r mod A.
+
+    Returns:
+        `(state, batch) -> (state, metrics)`, jitted; the state given is donated. Metrics are
+        scalars on the device: "loss" (nats per unit of weight, before the step), "grad_norm"
+        (before clipping), "learning_rate", "tokens" (the sum of the weights).
+
+    Raises:
+        ValueError: if tp cannot cut the model; when called, if A portions cannot be made.
+    """
+    schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
+    summed_loss = _summed_loss(model, cp)
+    shardings = _shardings(abstract_state(model, transform, cp, fsdp=fsdp))
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
+        tokens = jnp.sum(batch["weights"])
+
+        def loss_of(params: Any, portion: dict) -> Float[Array, ""]:
+            return summed_loss(params, portion) / _nonzero(tokens)
+
+        loss, grads = _accumulate(
+            jax.value_and_grad(loss_of),
+            state.params,
+            _portions(batch, accumulation, cp),
+            None if cp is None else shardings.params,
+        )
+        updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": tokens,
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    if cp is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None)
+    )
+
+
+def make_eval_loss(
+    model: ModelConfig, cp: Any = None
+) -> Callable[[Any, dict], dict[str, Float[Array, ""]]]:
+    """The loss without a step: `(params, batch) -> {"loss", "tokens"}`, jitted.
+
+    Batches of different weight are averaged right by weighing each loss with its "tokens".
+    """
+    summed_loss = _summed_loss(model, cp)
+
+    def eval_loss(params: Any, batch: dict) -> dict[str, Float[Array, ""]]:
+        tokens = jnp.sum(batch["weights"])
+        return {"loss": summed_loss(params, batch) / _nonzero(tokens), "tokens": tokens}
+
+    return jax.jit(eval_loss)
+
+
+def _summed_loss(model: ModelConfig, cp: Any) -> Callable[[Any, dict], Float[Array, ""]]:
+    """Σ weight · loss over a batch, as a function of the parameters."""
+    graphdef, _ = abstract_model(model)
+
+    def summed_loss(params: Any, batch: dict) -> Float[Array, ""]:
+        transformer = nnx.merge(graphdef, params)
+        hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
+        return summed_cross_entropy(
+            hidden,
+            transformer.unembedding,
+            batch["targets"],
+            batch["weights"],
+            cp=cp,
+            chunk=model.loss_chunk,
+            z_loss=model.z_loss,
+        )
+
+    return summed_loss
+
+
+def _portions(batch: dict, number: int, cp: Any) -> list[dict] | dict:
+    """The batch with a leading dim of `number` portions, row r in portion r mod `number`.
+
+    Rows are cut over dp in equal stretches; taking every `number`-th of each stretch moves nothing.
+    """
+    rows = batch["tokens"].shape[0]
+    each = number * (1 if cp is None else _dp_size(cp))
+    if rows % each:
+        raise ValueError(
+            f"a batch of {rows} rows cannot be computed in accumulation={number} portions on "
+            f"dp={each // number}: the rows must be a multiple of {each}."
+        )
+
+    def split(x: Array) -> Array:
+        if x.shape[0] != rows:  # one for all rows
+            return jnp.broadcast_to(x, (number, *x.shape))
+        return x.reshape(rows // number, number, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _accumulate(grad_of, params, portions, shardings) -> tuple[Float[Array, ""], Any]:
+    """Sums of loss and gradients over the portions, which are computed one after the other."""
+
+    def place(grads: Any) -> Any:
+        if shardings is None:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, shardings)
+
+    def add(total: tuple, portion: dict) -> tuple[tuple, None]:
+        loss, grads = grad_of(params, portion)
+        return (total[0] + loss, place(jax.tree.map(jnp.add, total[1], grads))), None
+
+    number = jax.tree.leaves(portions)[0].shape[0]
+    if number == 1:
+        loss, grads = grad_of(params, jax.tree.map(lambda x: x[0], portions))
+        return loss, place(grads)
+    zeros = (jnp.zeros((), jnp.float32), place(jax.tree.map(jnp.zeros_like, params)))
+    return jax.lax.scan(add, zeros, portions)[0]
+
+
+def _shardings(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def _dp_size(cp: Any) -> int:
+    names = (cp.dp,) if isinstance(cp.dp, str) else tuple(cp.dp or ())
+    size = 1
+    for name in names:
+        size *= cp.mesh.shape[name]
+    return size
+
+
+def _nonzero(tokens: Float[Array, ""]) -> Float[Array, ""]:
+    """A batch in which nothing counts has loss 0, not NaN."""
+    return jnp.where(tokens > 0, tokens, 1)
