@@ -10,12 +10,13 @@ The vocabulary may be cut over tp. Then the log-partition is merged over tp (two
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
+
+from hcp_jax.context import ContextParallel
 
 
 def summed_cross_entropy(
@@ -24,7 +25,7 @@ def summed_cross_entropy(
     targets: Int32[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
-    cp: Any = None,
+    cp: ContextParallel | None = None,
     chunk: int = 1024,
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:

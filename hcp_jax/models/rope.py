@@ -1,8 +1,8 @@
 """Rotary position embeddings (Su et al., RoFormer, 2021), and how they stretch to longer contexts.
 
-Pair i of a head, the dims i and i + H/2 (the half-split convention of Hugging Face's weights), turns
-by the angle `position · frequency_i`. Positions are given token by token, so a stream that has been
-cut over devices, or packed with documents, needs nothing special here.
+Pair i of a head, the dims i and i + H/2 (the half-split convention of Hugging Face's weights),
+turns by the angle `position · frequency_i`. Positions are given token by token, so a stream that
+has been cut over devices, or packed with documents, needs nothing special here.
 
 The frequencies are worked out in float64 on the host, since that costs nothing. What needs care is
 the product with the position: in float32, position 2²⁰ times a frequency is off by up to 0.06 of a
@@ -29,12 +29,13 @@ class RopeScaling:
     Attributes:
         kind: "linear": all divided by `factor` (Chen et al., Position Interpolation, 2023);
             "llama3": the slow ones, by wavelength (Llama 3.1's config); "yarn": the slow ones, by
-            the turns they make in the original context, and attention sharpened (Peng et al., 2023).
+            the turns they make in the original context, and attention sharpened (Peng et al.,
+            2023).
         factor: how many times longer the context becomes.
         original_max_position_embeddings: context of the first training, in tokens (llama3, yarn).
         low_freq_factor: llama3: wavelengths longer than original / low_freq_factor are stretched.
         high_freq_factor: llama3: those shorter than original / high_freq_factor are kept.
-        beta_fast: yarn: frequencies that make more turns than this in the original context are kept.
+        beta_fast: yarn: those that make more turns than this in the original context are kept.
         beta_slow: yarn: those that make fewer are stretched.
         attention_factor: yarn: what q and k are multiplied by; 0.1 ln(factor) + 1 if None.
     """
@@ -136,12 +137,12 @@ def _llama3_share(frequency, theta: float, scaling: RopeScaling):
 
 def _yarn_share(frequency, theta: float, scaling: RopeScaling):
     """As `_llama3_share`, but linear in the pair's number, between whole pairs."""
-    assert scaling.original_max_position_embeddings is not None
+    context = scaling.original_max_position_embeddings
+    assert context is not None
     pairs = frequency.size
 
     def pair_that_turns(times: float) -> float:
-        longest = scaling.original_max_position_embeddings / (2 * math.pi * times)
-        return pairs * math.log(longest) / math.log(theta)
+        return pairs * math.log(context / (2 * math.pi * times)) / math.log(theta)
 
     first = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     last = min(math.ceil(pair_that_turns(scaling.beta_slow)), 2 * pairs - 1)

@@ -1,8 +1,8 @@
 """A decoder of the Llama kind in Flax NNX: RMSNorm, rotary GQA, SwiGLU, layers scanned.
 
-Parallelism stays outside: attention is one op that is told a `ContextParallel`, activations are told
-at the border of every layer how they are cut, and how parameters are cut is `train/sharding.py`'s.
-With `cp=None` this is a plain model on one device.
+Parallelism stays outside: attention is one op that is told a `ContextParallel`, activations are
+told at the border of every layer how they are cut, and how parameters are cut is the business of
+`train/sharding.py`. With `cp=None` this is a plain model on one device.
 
 Submodules are called what Hugging Face's Llama and Qwen call them, so that their weights map one to
 one: `self_attn.q_proj.kernel[layer]` is `layers.{layer}.self_attn.q_proj.weight`, transposed to
@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int32
 
+from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.context import ContextParallel
 from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.rope import Rotation, rotate, rotation
@@ -49,12 +50,13 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros(heads, jnp.float32)) if config.attention_sinks else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: Any
+        self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: ContextParallel | None
     ) -> Float[Array, "B T D"]:
+        """`x` attends to itself; `turn` rotates q and k, `mask` and `cp` are the op's."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = dot_product_attention(
+        out: Any = dot_product_attention(
             rotate(q, turn),
             rotate(k, turn),
             v,
@@ -87,6 +89,7 @@ class MLP(nnx.Module):
         self.down_proj = _linear(config, inner, outer, 0.5 / config.num_layers, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Each token on its own."""
         return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -100,8 +103,9 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: Any
+        self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: ContextParallel | None
     ) -> Float[Array, "B T D"]:
+        """One layer; arguments as `Attention`'s."""
         x = x + self.self_attn(self.input_layernorm(x), turn, mask=mask, cp=cp)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -134,7 +138,7 @@ class Transformer(nnx.Module):
         positions: Int32[Array, "B T"],
         *,
         mask: Mask | None = None,
-        cp: Any = None,
+        cp: ContextParallel | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm, in the compute dtype.
 
@@ -183,8 +187,8 @@ class Transformer(nnx.Module):
 def abstract_model(config: ModelConfig) -> tuple[Any, dict]:
     """The model without its numbers: the static graph, and the parameters' shapes.
 
-    `nnx.merge(graph, params)` makes a `Transformer` of the graph and any dict of parameters of these
-    shapes, so that what crosses a `jit` is a plain tree of arrays.
+    `nnx.merge(graph, params)` makes a `Transformer` of the graph and any dict of parameters of
+    these shapes, so that what crosses a `jit` is a plain tree of arrays.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     shapes = nnx.to_pure_dict(state)
@@ -196,7 +200,9 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
 
 
-def _stretches(cp: Any, num_layers: int) -> Iterator[tuple[int, int, Any]]:
+def _stretches(
+    cp: ContextParallel | None, num_layers: int
+) -> Iterator[tuple[int, int, ContextParallel | None]]:
     """(first, last + 1, cp) of the longest runs of layers with one comm type: one scan each."""
     if cp is None or isinstance(cp.comm_type, str):
         yield 0, num_layers, cp
@@ -222,10 +228,10 @@ def _remat(layer: Callable, policy: str) -> Callable:
     return jax.checkpoint(layer, policy=keep[policy], prevent_cse=False)
 
 
-def _cut(x: Float[Array, "B T D"], cp: Any) -> Float[Array, "B T D"]:
+def _cut(x: Float[Array, "B T D"], cp: ContextParallel | None) -> Float[Array, "B T D"]:
     if cp is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(cp.mesh, cp.spec(x.ndim)))
+    return jax.lax.with_sharding_constraint(x, cp.sharding(x.ndim))
 
 
 def _norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -250,18 +256,3 @@ def _linear(config: ModelConfig, inputs: int, outputs: int, gain: float, rngs) -
         dtype=config.compute_dtype,
         rngs=rngs,
     )
-
-
-def dot_product_attention(
-    q, k, v, *, cp, mask, logits_soft_cap=None, sinks=None, implementation=None
-):
-    from hcp_jax.kernels.core import CoreSpec, attend
-    from hcp_jax.layout import single_run
-
-    assert cp is None
-    spec = CoreSpec(implementation or "reference", q.shape[-1] ** -0.5, logits_soft_cap)
-    intervals = mask.intervals(q.shape[1], xp=jnp)
-    out, lse = attend(spec, q, k, v, intervals, single_run(k.shape[1]))
-    if sinks is not None:
-        out = out * jax.nn.sigmoid(lse - sinks)[..., None]
-    return out.astype(q.dtype)

@@ -7,13 +7,13 @@ divisible, over dp and cp together (ZeRO-3: Rajbhandari et al., 2020). Optimizer
 parameter it belongs to.
 """
 
-import math
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
 
 # The end of a parameter's path -> the dim of it that tp cuts, layers not counted. What is not
@@ -38,29 +38,29 @@ TP_DIMS: dict[tuple[str, ...], int] = {
 _MATRICES = ("kernel", "embedding")
 
 
-def check_divides(config: ModelConfig, cp: Any) -> None:
+def check_divides(config: ModelConfig, cp: ContextParallel) -> None:
     """Refuses a model that tp cannot cut.
 
     Raises:
         ValueError: if tp divides not all of the heads, the kv heads, the MLP and the vocabulary.
     """
-    tp = _size(cp, cp.tp)
+    tp = cp.axis_size(cp.tp)
     if config.num_kv_heads % tp:
         raise ValueError(
-            f"tp={tp} cannot cut num_kv_heads={config.num_kv_heads}: every tp device needs whole kv "
-            f"heads. Use a tp that divides {config.num_kv_heads}, and context parallelism for the "
-            "other devices (it replicates kv heads where it must)."
+            f"tp={tp} cannot cut num_kv_heads={config.num_kv_heads}: every tp device needs whole "
+            f"kv heads. Use a tp that divides {config.num_kv_heads}, and context parallelism for "
+            "the other devices (it replicates kv heads where it must)."
         )
     for name in ("num_heads", "intermediate_size", "vocab_size"):
         size = getattr(config, name)
         if size % tp:
             raise ValueError(
-                f"tp={tp} cannot cut {name}={size}; use a tp that divides it, or round {name} up to "
-                f"{-(-size // tp) * tp}."
+                f"tp={tp} cannot cut {name}={size}; use a tp that divides it, or round {name} up "
+                f"to {-(-size // tp) * tp}."
             )
 
 
-def param_specs(params: Any, cp: Any, *, fsdp: bool = False) -> Any:
+def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
     """How each parameter is cut.
 
     Args:
@@ -83,7 +83,7 @@ def param_specs(params: Any, cp: Any, *, fsdp: bool = False) -> Any:
         if axes and keys[-1] in _MATRICES:
             # Not the layers' dim: a scan over it would fetch every layer from somewhere else.
             whole = [d for d in range(stacked, len(cut)) if cut[d] is None]
-            fits = [d for d in whole if shape.shape[d] % _size(cp, axes) == 0]
+            fits = [d for d in whole if shape.shape[d] % cp.axis_size(axes) == 0]
             if fits:
                 cut[max(fits, key=lambda d: shape.shape[d])] = axes
         return PartitionSpec(*cut)
@@ -92,7 +92,7 @@ def param_specs(params: Any, cp: Any, *, fsdp: bool = False) -> Any:
 
 
 def state_shardings(
-    params: Any, optimizer: optax.GradientTransformation, cp: Any, *, fsdp: bool = False
+    params: Any, optimizer: optax.GradientTransformation, cp: ContextParallel, *, fsdp: bool = False
 ) -> tuple[Any, Any]:
     """(parameters' shardings, optimizer state's shardings).
 
@@ -119,7 +119,3 @@ def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if axis is None:
         return ()
     return (axis,) if isinstance(axis, str) else tuple(axis)
-
-
-def _size(cp: Any, axis: str | tuple[str, ...] | None) -> int:
-    return math.prod(cp.mesh.shape[name] for name in _names(axis))

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
+from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
@@ -62,8 +63,8 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
         if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.final_ratio <= 1:
             raise ValueError(
-                "warmup_steps and weight_decay must not be negative and final_ratio lies in [0, 1]; "
-                f"got {self.warmup_steps}, {self.weight_decay} and {self.final_ratio}."
+                "warmup_steps and weight_decay must not be negative, and final_ratio lies in "
+                f"[0, 1]; got {self.warmup_steps}, {self.weight_decay} and {self.final_ratio}."
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
@@ -73,12 +74,12 @@ class TrainState(NamedTuple):
     """All that changes from step to step.
 
     Attributes:
-        step: how many steps have been made.
+        step: how many steps have been made, an int32 scalar.
         params: a dict of dicts that mirrors the model's modules, in float32.
         opt_state: optax's.
     """
 
-    step: Int32[Array, ""]
+    step: Any
     params: Any
     opt_state: Any
 
@@ -131,7 +132,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 def abstract_state(
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
-    cp: Any = None,
+    cp: ContextParallel | None = None,
     *,
     fsdp: bool = False,
 ) -> TrainState:
@@ -162,7 +163,7 @@ def init_state(
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
     seed: int,
-    cp: Any = None,
+    cp: ContextParallel | None = None,
     *,
     fsdp: bool = False,
 ) -> TrainState:
@@ -193,7 +194,7 @@ def make_train_step(
     model: ModelConfig,
     optimizer: OptimizerConfig,
     num_steps: int,
-    cp: Any = None,
+    cp: ContextParallel | None = None,
     *,
     fsdp: bool = False,
     accumulation: int = 1,
@@ -251,7 +252,7 @@ def make_train_step(
 
 
 def make_eval_loss(
-    model: ModelConfig, cp: Any = None
+    model: ModelConfig, cp: ContextParallel | None = None
 ) -> Callable[[Any, dict], dict[str, Float[Array, ""]]]:
     """The loss without a step: `(params, batch) -> {"loss", "tokens"}`, jitted.
 
@@ -266,7 +267,9 @@ def make_eval_loss(
     return jax.jit(eval_loss)
 
 
-def _summed_loss(model: ModelConfig, cp: Any) -> Callable[[Any, dict], Float[Array, ""]]:
+def _summed_loss(
+    model: ModelConfig, cp: ContextParallel | None
+) -> Callable[[Any, dict], Float[Array, ""]]:
     """Σ weight · loss over a batch, as a function of the parameters."""
     graphdef, _ = abstract_model(model)
 
@@ -286,13 +289,13 @@ def _summed_loss(model: ModelConfig, cp: Any) -> Callable[[Any, dict], Float[Arr
     return summed_loss
 
 
-def _portions(batch: dict, number: int, cp: Any) -> list[dict] | dict:
+def _portions(batch: dict, number: int, cp: ContextParallel | None) -> list[dict] | dict:
     """The batch with a leading dim of `number` portions, row r in portion r mod `number`.
 
     Rows are cut over dp in equal stretches; taking every `number`-th of each stretch moves nothing.
     """
     rows = batch["tokens"].shape[0]
-    each = number * (1 if cp is None else _dp_size(cp))
+    each = number * (1 if cp is None else cp.axis_size(cp.dp))
     if rows % each:
         raise ValueError(
             f"a batch of {rows} rows cannot be computed in accumulation={number} portions on "
@@ -329,14 +332,6 @@ def _accumulate(grad_of, params, portions, shardings) -> tuple[Float[Array, ""],
 
 def _shardings(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, state)
-
-
-def _dp_size(cp: Any) -> int:
-    names = (cp.dp,) if isinstance(cp.dp, str) else tuple(cp.dp or ())
-    size = 1
-    for name in names:
-        size *= cp.mesh.shape[name]
-    return size
 
 
 def _nonzero(tokens: Float[Array, ""]) -> Float[Array, ""]:
