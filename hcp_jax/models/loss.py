@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.context import ContextParallel
+from hcp_jax.models.embedding import live_axes
 
 
 def summed_cross_entropy(
@@ -47,8 +48,9 @@ def summed_cross_entropy(
     local = functools.partial(_on_device, chunk=chunk, z_loss=z_loss)
     if cp is None:
         return local(hidden, unembedding, targets, weights, sum_over=(), tp=())
-    tokens, tp = cp.spec(2), _names(cp.tp)
-    of_device = functools.partial(local, sum_over=_names(cp.dp) + tuple(cp.cp_axes), tp=tp)
+    tokens, tp = cp.spec(2), live_axes(cp, cp.tp)
+    sum_over = live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes)
+    of_device = functools.partial(local, sum_over=sum_over, tp=tp)
     # check_vma would place the sum over devices of the matrix's gradient inside the scan, once per
     # chunk; without it the sum is where shard_map ends.
     return jax.shard_map(
@@ -107,9 +109,3 @@ def _logit_of(targets, logits: Float[Array, "B t V"], tp: tuple[str, ...]) -> Fl
     token = first + jnp.arange(logits.shape[-1], dtype=targets.dtype)
     here = jnp.sum(jnp.where(token == targets[..., None], logits, 0), axis=-1)
     return jax.lax.psum(here, tp) if tp else here
-
-
-def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if axis is None:
-        return ()
-    return (axis,) if isinstance(axis, str) else tuple(axis)

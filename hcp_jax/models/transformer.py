@@ -21,6 +21,7 @@ from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.context import ContextParallel
 from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.embedding import lookup
 from hcp_jax.models.rope import Rotation, rotate, rotation
 
 _INIT_STD = 0.02
@@ -155,8 +156,7 @@ class Transformer(nnx.Module):
         config = self.config
         mask = config.mask() if mask is None else mask
         turn = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        x = jnp.take(self.embed_tokens.embedding[...], tokens, axis=0)
-        x = _cut(x.astype(config.compute_dtype), cp)
+        x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
         graphdef, state = nnx.split(self.layers)
         params = nnx.to_pure_dict(state)
         for first, last, layer_cp in _stretches(cp, config.num_layers):

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.embedding import live_axes
 
 # The end of a parameter's path -> the dim of it that tp cuts, layers not counted. What is not
 # named here (the norms' scales, o_proj's and down_proj's outputs) is whole on every tp device.
@@ -71,15 +72,16 @@ def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
     Returns:
         A tree like `params` of PartitionSpecs.
     """
-    axes = (*_names(cp.dp), *cp.cp_axes) if fsdp else ()
+    tp = live_axes(cp, cp.tp)
+    axes = live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes) if fsdp else ()
 
     def spec(path: tuple, shape: Any) -> PartitionSpec:
         keys = tuple(key.key for key in path)
         stacked = int(keys[0] == "layers")
         cut: list[Any] = [None] * len(shape.shape)
         tp_dim = TP_DIMS.get(keys[-2:])
-        if tp_dim is not None and _names(cp.tp):
-            cut[stacked + tp_dim] = cp.tp
+        if tp_dim is not None and tp:
+            cut[stacked + tp_dim] = tp
         if axes and keys[-1] in _MATRICES:
             # Not the layers' dim: a scan over it would fetch every layer from somewhere else.
             whole = [d for d in range(stacked, len(cut)) if cut[d] is None]
@@ -113,9 +115,3 @@ def state_shardings(
         transform_non_params=lambda _: whole,
     )
     return of_params, of_state
-
-
-def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if axis is None:
-        return ()
-    return (axis,) if isinstance(axis, str) else tuple(axis)
