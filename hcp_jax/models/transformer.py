@@ -9,8 +9,10 @@ one: `self_attn.q_proj.kernel[layer]` is `layers.{layer}.self_attn.q_proj.weight
 `[D, N, H]` (`[N, H, D]` for `o_proj`); the parameters of all layers are stacked in front.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.attention.local import RESIDUALS
 from hcp_jax.context import ContextParallel
 from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
@@ -158,15 +161,12 @@ class Transformer(nnx.Module):
         turn = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
         graphdef, state = nnx.split(self.layers)
-        params = nnx.to_pure_dict(state)
-        for first, last, layer_cp in _stretches(cp, config.num_layers):
 
-            def layer(x, params, layer_cp=layer_cp):
-                x = nnx.merge(graphdef, params)(x, turn, mask=mask, cp=layer_cp)
-                return _cut(x, layer_cp), None
+        def layer(cp: ContextParallel | None, x: Any, params: dict) -> Any:
+            return _cut(nnx.merge(graphdef, params)(x, turn, mask=mask, cp=cp), cp)
 
-            stretch = jax.tree.map(lambda p, a=first, b=last: p[a:b], params)
-            x, _ = jax.lax.scan(_remat(layer, config.remat), x, stretch)
+        for stretch in _stretches(cp, config.num_layers):
+            x = _scan(layer, stretch, x, nnx.to_pure_dict(state), config.remat)
         return self.norm(x)
 
     @property
@@ -200,32 +200,64 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
 
 
-def _stretches(
-    cp: ContextParallel | None, num_layers: int
-) -> Iterator[tuple[int, int, ContextParallel | None]]:
-    """(first, last + 1, cp) of the longest runs of layers with one comm type: one scan each."""
+class _Stretch(NamedTuple):
+    """Layers `first … last - 1`, whose comm types repeat `period`: what one scan computes."""
+
+    first: int
+    last: int
+    period: tuple[ContextParallel | None, ...]
+
+
+def _stretches(cp: ContextParallel | None, num_layers: int) -> list[_Stretch]:
+    """The layers in as few different pieces as will do, since each is compiled.
+
+    If the comm types of the whole model repeat (one in four gathers, say), that is one stretch;
+    otherwise there is one for every run of equal ones.
+    """
     if cp is None or isinstance(cp.comm_type, str):
-        yield 0, num_layers, cp
-        return
+        return [_Stretch(0, num_layers, (cp,))]
     if len(cp.comm_type) != num_layers:
         raise ValueError(
             f"comm_type names {len(cp.comm_type)} layers, but the model has {num_layers}; give one "
             "per layer, or one string for all."
         )
-    edges = [i for i in range(1, num_layers) if cp.comm_type[i] != cp.comm_type[i - 1]]
-    for first, last in zip([0, *edges], [*edges, num_layers], strict=True):
-        yield first, last, cp.for_layer(first)
+    of_layer = [cp.for_layer(i) for i in range(num_layers)]
+    edges = [i for i in range(1, num_layers) if of_layer[i] != of_layer[i - 1]]
+    for period in range(2, num_layers // 2 + 1):
+        repeats = num_layers % period == 0 and of_layer[period:] == of_layer[:-period]
+        if repeats and period <= len(edges):
+            return [_Stretch(0, num_layers, tuple(of_layer[:period]))]
+    borders = zip([0, *edges], [*edges, num_layers], strict=True)
+    return [_Stretch(first, last, (of_layer[first],)) for first, last in borders]
 
 
-def _remat(layer: Callable, policy: str) -> Callable:
+def _scan(layer: Callable, stretch: _Stretch, x: Any, params: dict, remat: str) -> Any:
+    """The layers of a stretch one after the other, a period of them at each turn."""
+    first, last, period = stretch
+    turns = (last - first) // len(period)
+    layers = [_remat(functools.partial(layer, cp), remat, turns) for cp in period]
+
+    def turn(x: Any, params: dict) -> tuple[Any, None]:
+        for i, one in enumerate(layers):
+            x = one(x, jax.tree.map(operator.itemgetter(i), params))
+        return x, None
+
+    def cut(p: Array) -> Array:
+        return p[first:last].reshape(turns, len(period), *p.shape[1:])
+
+    return jax.lax.scan(turn, x, jax.tree.map(cut, params))[0]
+
+
+def _remat(layer: Callable, policy: str, turns: int) -> Callable:
     if policy == "none":
         return layer
     keep = {
-        "attention": jax.checkpoint_policies.save_only_these_names("hcp_out", "hcp_lse"),
+        "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUALS),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
-    # A scan's body is not merged with its own recomputation, so the barrier would only cost.
-    return jax.checkpoint(layer, policy=keep[policy], prevent_cse=False)
+    # A loop's body is never merged with its recomputation in another loop, and barriers would cost;
+    # but a loop of one turn is no loop to XLA.
+    return jax.checkpoint(layer, policy=keep[policy], prevent_cse=turns == 1)
 
 
 def _cut(x: Float[Array, "B T D"], cp: ContextParallel | None) -> Float[Array, "B T D"]:

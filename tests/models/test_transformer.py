@@ -131,14 +131,34 @@ def test_a_model_over_a_mesh_computes_what_one_device_does():
     assert_same(loss_and_grads(config, cp), loss_and_grads(config), 2e-5)
 
 
-def test_a_stretch_of_layers_with_one_comm_type_is_one_scan():
-    cp = hcp.ContextParallel(
-        hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type=("p2p", "p2p", "all_gather", "all_gather")
-    )
+@pytest.mark.parametrize(
+    ("comm_types", "turns"),
+    [
+        (["p2p"] * 4, [4]),
+        (["p2p", "p2p", "all_gather", "all_gather"], [2, 2]),
+        (["p2p", "all_gather", "p2p", "all_gather"], [2]),
+        (["p2p", "all_gather", "all_gather", "p2p"], [1, 2, 1]),
+    ],
+    ids=str,
+)
+def test_equal_or_repeating_layers_are_one_scan(comm_types, turns):
+    mesh = hcp.make_mesh(cp_outer=4, cp_inner=2)
+    cp = hcp.ContextParallel(mesh, comm_type=tuple(comm_types))
     config = dataclasses.replace(CONFIG, num_layers=4)
     traced = jax.make_jaxpr(functools.partial(squares, config, cp=cp))(abstract_model(config)[1])
-    lengths = [e.params["length"] for e in traced.jaxpr.eqns if e.primitive.name == "scan"]
-    assert lengths == [2, 2]
+    scans = [e.params["length"] for e in traced.jaxpr.eqns if e.primitive.name == "scan"]
+    assert scans == turns
+
+
+def test_repeating_layers_are_computed_in_their_order():
+    config = dataclasses.replace(CONFIG, num_layers=4)
+    mesh = hcp.make_mesh(cp_outer=4, cp_inner=2)
+    cp = hcp.ContextParallel(mesh, comm_type=("a2a+p2p", "all_gather") * 2)
+    args = {"tokens": TOKENS, "positions": POSITIONS, "mask": config.mask(SEGMENTS)}
+    expected = hidden(config, params_of(config), **args)
+    model = nnx.merge(abstract_model(config)[0], params_of(config))
+    got = jax.jit(lambda batch: model(**batch, cp=cp))(cp.shard_batch(args))
+    np.testing.assert_allclose(cp.unshard(got), expected, atol=2e-5)
 
 
 def test_comm_types_for_another_number_of_layers_are_refused():

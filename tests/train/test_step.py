@@ -1,0 +1,216 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hcp_jax as hcp
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.train.step import (
+    OptimizerConfig,
+    abstract_state,
+    init_state,
+    make_eval_loss,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
+
+CONFIG = ModelConfig(
+    vocab_size=32,
+    num_layers=2,
+    hidden_size=16,
+    intermediate_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    compute_dtype="float32",
+    remat="attention",
+    loss_chunk=16,
+    z_loss=1e-3,
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+STEPS = 6
+ROWS, T = 4, 64
+
+
+@functools.cache
+def batch():
+    rng = np.random.default_rng(0)
+    # A pattern to learn, in documents of very different lengths, with uneven weights.
+    tokens = (np.cumsum(rng.integers(1, 3, (ROWS, T + 1)), axis=1) % 32).astype(np.int32)
+    segments = np.sort(rng.integers(0, 4, (ROWS, T)), axis=1).astype(np.int32)
+    starts = np.where(np.diff(segments, axis=1, prepend=-1) != 0, np.arange(T), 0)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": (np.arange(T) - np.maximum.accumulate(starts, axis=1)).astype(np.int32),
+        "weights": np.float32([[1], [0.5], [2], [1]]) * (rng.random((ROWS, T)) < 0.7),
+        "mask": CONFIG.mask(segments),
+    }
+
+
+@functools.cache
+def program(cp=None, fsdp=False, accumulation=1):
+    return make_train_step(CONFIG, OPTIMIZER, STEPS, cp, fsdp=fsdp, accumulation=accumulation)
+
+
+@functools.cache
+def _initial(cp, fsdp):
+    return init_state(CONFIG, make_optimizer(OPTIMIZER, STEPS), 0, cp, fsdp=fsdp)
+
+
+def fresh(cp=None, fsdp=False):
+    return jax.tree.map(jnp.copy, _initial(cp, fsdp))
+
+
+@functools.cache
+def trained(cp=None, fsdp=False, accumulation=1, steps=4):
+    """(state after `steps`, metrics of every step)."""
+    state, placed, history = fresh(cp, fsdp), batch(), []
+    if cp is not None:
+        placed = cp.shard_batch(placed)
+    for _ in range(steps):
+        state, metrics = program(cp, fsdp, accumulation)(state, placed)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def gradients(state):
+    """Of the first step, as AdamW's mean of gradients keeps them, up to a factor."""
+    moments = [x for x in jax.tree.leaves(state.opt_state, is_leaf=_is_moments) if _is_moments(x)]
+    return moments[0]
+
+
+def _is_moments(x):
+    return isinstance(x, dict) and "layers" in x
+
+
+def assert_same_history(got, expected, tolerance=1e-5):
+    for name in ("loss", "grad_norm", "learning_rate", "tokens"):
+        np.testing.assert_allclose(
+            [m[name] for m in got], [m[name] for m in expected], rtol=tolerance, err_msg=name
+        )
+
+
+def test_loss_starts_at_chance_and_falls():
+    _, history = trained()
+    assert history[0]["loss"] == pytest.approx(np.log(32), abs=0.1)
+    assert history[-1]["loss"] < history[0]["loss"] - 0.15
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch():
+    expected_state, expected = trained(steps=1)
+    state, history = trained(accumulation=ROWS, steps=1)
+    assert_same_history(history, expected)
+    for got, exact in zip(
+        jax.tree.leaves(gradients(state)), jax.tree.leaves(gradients(expected_state)), strict=True
+    ):
+        assert np.max(np.abs(got - exact)) < 1e-5 * np.max(np.abs(exact))
+
+
+MESHES = [
+    pytest.param({"cp_outer": 4, "cp_inner": 2}, "a2a+p2p", True, 1, id="cp8-fsdp"),
+    pytest.param({"dp": 2, "tp": 2, "cp_inner": 2}, "p2p", True, 2, id="dp2-tp2-cp2-fsdp-acc2"),
+    pytest.param(
+        {"dp": 2, "cp_outer": 2, "cp_inner": 2},
+        ("all_gather", "a2a"),
+        False,
+        1,
+        id="dp2-cp4-mixed",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("sizes", "comm_type", "fsdp", "accumulation"), MESHES)
+def test_training_over_a_mesh_has_the_losses_of_one_device(sizes, comm_type, fsdp, accumulation):
+    cp = hcp.ContextParallel(hcp.make_mesh(**sizes), comm_type=comm_type)
+    state, history = trained(cp, fsdp, accumulation)
+    assert_same_history(history, trained()[1], 2e-5)
+    wanted = abstract_state(CONFIG, make_optimizer(OPTIMIZER, STEPS), cp, fsdp=fsdp)
+    for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+
+
+def test_parameters_are_the_same_on_every_mesh_and_born_where_they_belong():
+    cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+    state = fresh(cp, fsdp=True)
+    jax.tree.map(np.testing.assert_array_equal, state.params, fresh().params)
+    gate = state.params["layers"]["mlp"]["gate_proj"]["kernel"]
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 16, 4)}
+
+
+def test_eval_loss_is_the_loss_before_the_step():
+    result = make_eval_loss(CONFIG)(fresh().params, batch())
+    _, history = trained()
+    assert float(result["loss"]) == pytest.approx(history[0]["loss"], rel=1e-6)
+    assert float(result["tokens"]) == np.sum(batch()["weights"])
+
+
+def test_the_state_given_is_donated():
+    state = fresh()
+    program()(state, batch())
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+
+
+def test_a_batch_in_which_nothing_counts_changes_no_gradient_and_is_not_nan():
+    nothing = {**batch(), "weights": np.zeros((ROWS, T), np.float32)}
+    state, metrics = program()(fresh(), nothing)
+    assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.params))
+
+
+def test_rows_that_cannot_be_portioned_are_refused():
+    step = make_train_step(CONFIG, OPTIMIZER, STEPS, accumulation=3)
+    with pytest.raises(ValueError, match=r"batch of 4 rows .* accumulation=3 .* multiple of 3"):
+        step.lower(_initial(None, False), batch())
+
+
+def test_learning_rate_rises_from_the_first_step_and_ends_at_its_share():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_ratio=0.1)
+    schedule = make_schedule(config, 20)
+    rates = [float(schedule(step)) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert np.all(np.diff(rates[3:]) < 0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert float(make_schedule(OptimizerConfig(1.0, warmup_steps=0), 20)(0)) > 0.9
+
+
+def test_weight_decay_is_on_the_matrices_of_layers_alone():
+    params = {
+        "embed_tokens": {"embedding": jnp.ones(2)},
+        "layers": {
+            "input_layernorm": {"scale": jnp.ones(2)},
+            "q_proj": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+            "sinks": jnp.ones(2),
+        },
+        "lm_head": {"embedding": jnp.ones(2)},
+    }
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0), 10)
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(still, optimizer.init(params), params)
+    assert np.all(updates["layers"]["q_proj"].pop("kernel") < 0)
+    assert not any(np.any(x) for x in jax.tree.leaves(updates))
+
+
+def test_gradients_are_clipped_to_the_norm_given():
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, clip_norm=0.5), 10)
+    params = {"w": {"scale": jnp.ones(4)}}
+    _, state = optimizer.update({"w": {"scale": jnp.full(4, 10.0)}}, optimizer.init(params), params)
+    mean = next(x for x in jax.tree.leaves(state) if x.shape == (4,))
+    assert np.linalg.norm(mean) == pytest.approx(0.5 * (1 - OptimizerConfig().beta1))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive"),
+        (lambda: OptimizerConfig(weight_decay=-1.0), "must not be negative"),
+        (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive or None"),
+        (lambda: make_optimizer(OptimizerConfig(warmup_steps=10), 10), "fewer than the 10 steps"),
+    ],
+)
+def test_impossible_optimizers_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
