@@ -5,10 +5,11 @@ A document of n bytes becomes n + 1 tokens with n + 1 targets, each the token th
     tokens   SEP  b0  b1  …  b(n-1)
     targets  b0   b1  b2  …  SEP
 
-Documents are shuffled anew each epoch, laid end to end, and cut every `seq_len` tokens. So a stream
-has no padding, a long document goes on in the next stream (as a segment of its own, whose positions
-begin at 0 again), and every token has its true target, also the last one before a cut. The batch's
-mask is `causal() & documents(segment_ids)`: no token attends across documents.
+Documents longer than a stream are cut into segments of `seq_len` tokens and a rest. Segments are
+shuffled anew each epoch; whole ones are streams, and the others are laid end to end and cut every
+`seq_len` tokens. So streams have no padding, a batch is not all of one document, and every token
+has its true target, also the last one before a cut. Behind a cut, positions begin at 0 again, and
+the batch's mask lets no token see past the beginning of its segment, still less of its document.
 
 Everything is held in memory as bytes and nothing is random but the seed, so a pipeline's state is a
 few integers: they are saved with a checkpoint, and the batches after it are the same ones. In a run
@@ -28,7 +29,7 @@ from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 from hcp_jax.mask import Mask, causal, documents
 
@@ -79,6 +80,11 @@ class Corpus:
         """Bytes of all documents together."""
         return self._bytes.size
 
+    @property
+    def sizes(self) -> Int64[np.ndarray, "D"]:
+        """Bytes of each document."""
+        return np.diff(self._offsets)
+
     def __len__(self) -> int:
         return self._offsets.size - 1
 
@@ -117,23 +123,48 @@ def open_corpus(config: DataConfig) -> Corpus:
 def streams(
     corpus: Corpus, seq_len: int, seed: int, num_epochs: int | None = None
 ) -> grain.IterDataset:
-    """The corpus, shuffled each epoch, packed and cut every `seq_len` tokens.
+    """The corpus in streams of `seq_len` tokens, shuffled each epoch.
 
     Each stream is a dict of `pairs` `[T, 2]` (a token and its target), `pairs_segment_ids` `[T]`
-    (from 1; 0 is padding, at the end of the last stream) and `pairs_positions` `[T]`.
+    (from 1; 0 is padding, in the last streams of the last epoch) and `pairs_positions` `[T]`.
 
     Args:
         corpus: the documents.
         seq_len: T, tokens per stream.
-        seed: of the order of the documents.
+        seed: of the order of the segments.
         num_epochs: how often all documents come; None: for ever.
     """
-    shuffled = (
-        grain.MapDataset.source(corpus).seed(seed).shuffle().repeat(num_epochs).map(_next_tokens)
-    )
+    segments = _Segments(corpus, seq_len)
+    shuffled = grain.MapDataset.source(segments).seed(seed).shuffle().repeat(num_epochs)
     # Documents are views of memory: threads that read ahead would have nothing to wait for.
     in_order = shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return grain.experimental.ConcatThenSplitIterDataset(in_order, length_struct={"pairs": seq_len})
+    return grain.experimental.ConcatThenSplitIterDataset(
+        in_order, length_struct={"pairs": seq_len}, split_full_length_features=False
+    )
+
+
+class _Segments:
+    """Each document in parts of `seq_len` tokens and a rest, as pairs of a token and its target."""
+
+    def __init__(self, corpus: Corpus, seq_len: int):
+        self._corpus, self._seq_len = corpus, seq_len
+        # The number of the first segment of each document, and of all.
+        self._first = np.concatenate([[0], np.cumsum(-(-(corpus.sizes + 1) // seq_len))])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Int32[np.ndarray, "t 2"]]:
+        number = operator.index(index)
+        which = int(np.searchsorted(self._first, number, side="right")) - 1
+        document = self._corpus[which]
+        begin = (number - int(self._first[which])) * self._seq_len
+        end = min(begin + self._seq_len, document.size + 1)
+        pairs = np.full((end - begin, 2), SEPARATOR, np.int32)
+        before, after = document[max(begin - 1, 0) : end - 1], document[begin:end]
+        pairs[pairs.shape[0] - before.size :, 0] = before
+        pairs[: after.size, 1] = after
+        return {"pairs": pairs}
 
 
 def _in_documents(segment_ids: Int32[np.ndarray, "B T"]) -> Mask:
@@ -172,13 +203,6 @@ def restore(batches: grain.DatasetIterator, state: dict[str, Any]) -> None:
     """Puts an iterator where `state = batches.get_state()` was taken; state may come from JSON."""
     # JSON has no tuples, and grain compares with them: a list would pass for another state.
     batches.set_state(_tuples(state))
-
-
-def _next_tokens(document: UInt8[np.ndarray, "n"]) -> dict[str, Int32[np.ndarray, "n+1 2"]]:
-    pairs = np.empty((document.size + 1, 2), np.int32)
-    pairs[0, 0] = pairs[-1, 1] = SEPARATOR
-    pairs[1:, 0] = pairs[:-1, 1] = document
-    return {"pairs": pairs}
 
 
 def _batch(packed: dict[str, np.ndarray], mask: Callable) -> dict[str, Any]:

@@ -9,12 +9,10 @@ ends it after the step in hand, with a checkpoint.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
-import os
 import pathlib
-import signal
-import threading
 import time
 from typing import Any
 
@@ -30,6 +28,7 @@ from hcp_jax.train import data, metrics, traffic
 from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.progress import Progress
+from hcp_jax.train.signals import Signals
 from hcp_jax.train.step import (
     TrainState,
     abstract_state,
@@ -113,7 +112,7 @@ def train(
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
-    console.print(_introduction(config, cp, corpus, abstract), markup=False, soft_wrap=True)
+    _print(console, _introduction(config, cp, corpus, abstract))
 
     batches = data.make_batches(
         corpus,
@@ -123,25 +122,27 @@ def train(
         mask=config.model.mask,
         prefetch=config.data.prefetch,
     )
-    state = None if resume is None else _restore(config, resume, abstract, batches)
-    step: Any = make_train_step(
-        config.model,
-        config.optimizer,
-        config.steps,
-        cp,
-        fsdp=fsdp,
-        accumulation=config.accumulation,
-    )
-    batch = cp.shard_batch(next(batches))
-    began = time.perf_counter()
-    compiled = step.lower(abstract, batch).compile()
-    console.print(_compiled(time.perf_counter() - began, compiled), markup=False, soft_wrap=True)
+    with contextlib.closing(batches):
+        state = None if resume is None else _restore(config, resume, abstract, batches)
+        step: Any = make_train_step(
+            config.model,
+            config.optimizer,
+            config.steps,
+            cp,
+            fsdp=fsdp,
+            accumulation=config.accumulation,
+        )
+        batch = cp.shard_batch(next(batches))
+        began = time.perf_counter()
+        compiled = step.lower(abstract, batch).compile()
+        _print(console, _compiled(time.perf_counter() - began, compiled))
 
-    folder = _new_folder(config) if resume is None else resume
-    if state is None:
-        state = init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
-    with _Keeper(config, folder, int(state.step), f"{config.name}: {_in_short(cp)}") as keeper:
-        return _make_steps(config, cp, keeper, console, compiled, state, batch, batches)
+        folder = _new_folder(config) if resume is None else resume
+        if state is None:
+            state = init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
+        title = f"{config.name}: {_in_short(cp)}"
+        with _Keeper(config, folder, int(state.step), title) as keeper:
+            return _make_steps(config, cp, keeper, console, compiled, state, batch, batches)
 
 
 class _Keeper:
@@ -202,7 +203,7 @@ def _make_steps(
         shown.append(values["loss"])
 
     with (
-        _Signals() as signals,
+        Signals() as signals,
         Progress(
             console, config.steps, start, config.log.every, config.tokens_per_step
         ) as progress,
@@ -225,55 +226,14 @@ def _make_steps(
                 break
             batch = cp.shard_batch(next(batches))
     finished = done == config.steps
-    console.print(
-        _ending(keeper.folder, start, done, shown, progress.seconds), markup=False, soft_wrap=True
-    )
+    _print(console, _ending(keeper.folder, start, done, shown, progress.seconds))
     if not finished:
-        console.print(
+        _print(
+            console,
             f"Stopped after step {done} of {config.steps}. Go on with:\n"
             f"  hcp train --resume {keeper.folder}",
-            markup=False,
         )
     return Outcome(keeper.folder, done, None if finished else stopped)
-
-
-class _Signals:
-    """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once.
-
-    Of several processes all must stop after the same step: they hand the signal to jax's preemption
-    service, which agrees on one.
-    """
-
-    def __init__(self):
-        self._caught: int | None = None
-        self._old: dict[int, Any] = {}
-        self._alone = jax.process_count() == 1
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            # jax listens for SIGTERM itself where there are several processes.
-            for number in (signal.SIGINT, signal.SIGTERM)[: 2 if self._alone else 1]:
-                self._old[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def agreed(self, step: int) -> int | None:
-        """The signal after which all processes stop now, at `step`; None if they go on."""
-        if self._alone:
-            return self._caught
-        if multihost_utils.reached_preemption_sync_point(step):
-            return self._caught or signal.SIGTERM
-        return None
-
-    def _catch(self, number: int, frame: Any) -> None:
-        if self._caught is not None:
-            raise KeyboardInterrupt
-        self._caught = number
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _restore(
@@ -359,6 +319,10 @@ def _cluster(how: str | None) -> dict[str, Any]:
         "process_id": int(parts[1]),
         "num_processes": int(parts[2]),
     }
+
+
+def _print(console: rich.console.Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _introduction(

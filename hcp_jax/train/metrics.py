@@ -82,14 +82,14 @@ def read(folder: pathlib.Path) -> list[dict[str, float]]:
 def plot(folder: pathlib.Path, title: str) -> pathlib.Path | None:
     """Draws the loss of a run over its steps to `loss.png`; None where there is no step yet.
 
-    The line is a mean over about a thirtieth of the run, drawn over the loss of each step.
+    The line is a mean over about a fifteenth of the run, drawn over the loss of each step.
     """
     records = read(folder)
     if not records:
         return None
     steps = np.asarray([r["step"] for r in records])
     loss = np.asarray([r["loss"] for r in records])
-    smooth = _running_mean(loss, len(loss) // 60)
+    smooth = _running_mean(loss, len(loss) // 30)
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()

@@ -1,5 +1,6 @@
 """Data: nothing is lost, nothing crosses documents, and a run can go on where it stopped."""
 
+import collections
 import itertools
 import json
 
@@ -10,63 +11,75 @@ from hcp_jax.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
 
+T = 64
+
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Documents of 1 to 200 bytes, each of one letter pair that no other has."""
+    """Documents of 1 to 300 random bytes: hardly any pair of neighbours comes twice."""
     rng = np.random.default_rng(0)
-    lengths = [*rng.integers(1, 40, 30).tolist(), 200, 1, 64, 63, 65]
-    return Corpus(
-        [bytes((i + 33, j % 7 + 1)[j % 2] for j in range(n)) for i, n in enumerate(lengths)],
-        "a test",
-    )
+    lengths = [*rng.integers(1, 40, 30).tolist(), 300, 200, 1, T - 1, T, T + 1, 2 * T - 1]
+    return Corpus([rng.bytes(n) for n in lengths], "a test")
 
 
 def batches_of(corpus, seed=0, **options):
-    return data.make_batches(corpus, batch_size=2, seq_len=64, seed=seed, **options)
+    return data.make_batches(corpus, batch_size=2, seq_len=T, seed=seed, **options)
+
+
+def epochs_of(corpus, number=1, seed=0):
+    return list(data.streams(corpus, T, seed=seed, num_epochs=number))
 
 
 def segments(stream):
     """(tokens, targets, positions) of each segment of a packed stream, in order."""
     ids = stream["pairs_segment_ids"]
     for i in range(1, ids.max() + 1):
-        yield stream["pairs"][ids == i], stream["pairs_positions"][ids == i]
+        yield *stream["pairs"][ids == i].T, stream["pairs_positions"][ids == i]
 
 
-def test_every_byte_of_every_document_comes_exactly_once_per_epoch(corpus):
-    packed = list(data.streams(corpus, 64, seed=3, num_epochs=1))
-    tokens = np.concatenate([x["pairs"][x["pairs_segment_ids"] > 0, 0] for x in packed])
-    starts = np.flatnonzero(tokens == SEPARATOR)
-    found = [bytes(d[1:].astype(np.uint8)) for d in np.split(tokens, starts)[1:]]
-    assert sorted(found) == sorted(bytes(corpus[i]) for i in range(len(corpus)))
-    assert starts[0] == 0
+def counted(pairs):
+    return collections.Counter(map(tuple, np.asarray(pairs).tolist()))
 
 
-def test_only_the_last_stream_of_an_epoch_is_padded(corpus):
-    packed = list(data.streams(corpus, 64, seed=0, num_epochs=1))
-    padding = [int((x["pairs_segment_ids"] == 0).sum()) for x in packed]
-    assert not any(padding[:-1])
-    assert 64 * len(packed) - padding[-1] == corpus.num_bytes + len(corpus)
+def test_every_token_of_every_document_comes_once_per_epoch_with_the_next_as_target(corpus):
+    found = counted(
+        np.concatenate([x["pairs"][x["pairs_segment_ids"] > 0] for x in epochs_of(corpus)])
+    )
+    expected = collections.Counter()
+    for i in range(len(corpus)):
+        document = [SEPARATOR, *corpus[i].tolist(), SEPARATOR]
+        expected += counted(list(itertools.pairwise(document)))
+    assert found == expected
+    assert max(expected.values()) < 4  # the pairs tell the places apart
 
 
-def test_targets_are_the_next_tokens_of_the_same_document(corpus):
-    by_first_byte = {int(corpus[i][0]): corpus[i] for i in range(len(corpus))}
-    for stream in data.streams(corpus, 64, seed=1, num_epochs=1):
-        for pairs, positions in segments(stream):
-            tokens, targets = pairs.T
+def test_a_segment_is_consecutive_tokens_of_one_document(corpus):
+    texts = [bytes(corpus[i]) for i in range(len(corpus))]
+    for stream in epochs_of(corpus):
+        for tokens, targets, positions in segments(stream):
             np.testing.assert_array_equal(tokens[1:], targets[:-1])
             np.testing.assert_array_equal(positions, np.arange(len(tokens)))
             assert np.all(tokens[1:] != SEPARATOR)
-            if tokens[0] == SEPARATOR:
-                document = by_first_byte[int(targets[0])]
-                whole = np.append(document, SEPARATOR).astype(np.int32)
-                np.testing.assert_array_equal(targets, whole[: len(targets)])
+            text = bytes(targets[targets != SEPARATOR].astype(np.uint8))
+            assert any(text in of_document for of_document in texts)
+
+
+def test_long_documents_fill_whole_streams(corpus):
+    whole = [x for x in epochs_of(corpus) if np.all(x["pairs_segment_ids"] == 1)]
+    assert len(whole) >= sum((corpus.sizes + 1) // T)
+
+
+def test_an_epoch_has_less_padding_than_one_stream(corpus):
+    packed = epochs_of(corpus)
+    padding = sum(int((x["pairs_segment_ids"] == 0).sum()) for x in packed)
+    assert padding < T
+    assert T * len(packed) - padding == corpus.num_bytes + len(corpus)
 
 
 def test_no_token_attends_across_documents(corpus):
     batch = next(batches_of(corpus))
-    start, end = batch["mask"].intervals(64)
-    index = np.arange(64)
+    start, end = batch["mask"].intervals(T)
+    index = np.arange(T)
     # A token's interval reaches back to where its position counter began, and up to itself.
     np.testing.assert_array_equal(start, index - batch["positions"])
     np.testing.assert_array_equal(end, np.broadcast_to(index + 1, end.shape))
@@ -78,9 +91,9 @@ def test_the_model_decides_the_mask_within_documents(corpus):
     def windowed(segment_ids):
         return documents(segment_ids) & sliding_window(5)
 
-    wide = next(batches_of(corpus))["mask"].intervals(64)
-    narrow = next(batches_of(corpus, mask=windowed))["mask"].intervals(64)
-    np.testing.assert_array_equal(narrow.start, np.maximum(wide.start, np.arange(64) - 4))
+    wide = next(batches_of(corpus))["mask"].intervals(T)
+    narrow = next(batches_of(corpus, mask=windowed))["mask"].intervals(T)
+    np.testing.assert_array_equal(narrow.start, np.maximum(wide.start, np.arange(T) - 4))
 
 
 def test_padding_sees_nothing_and_weighs_nothing():
@@ -99,13 +112,18 @@ def test_the_seed_decides_the_batches_and_nothing_else_does(corpus):
     assert not np.array_equal(first(5), first(6))
 
 
-def test_each_epoch_has_its_own_order(corpus):
-    tokens = np.concatenate([x["pairs"][:, 0] for x in data.streams(corpus, 64, 0, num_epochs=2)])
-    documents = np.split(tokens, np.flatnonzero(tokens == SEPARATOR))[1:]
-    first, second = documents[: len(corpus)], documents[len(corpus) : 2 * len(corpus)]
-    order = [[int(d[1]) for d in epoch if len(d) > 1] for epoch in (first, second)]
-    assert sorted(order[0]) == sorted(order[1])
-    assert order[0] != order[1]
+def test_each_epoch_has_its_own_order():
+    one_stream_each = Corpus([bytes([i]) * (T - 1) for i in range(40)], "a test")
+    order = [int(x["pairs"][1, 0]) for x in epochs_of(one_stream_each, number=2)]
+    assert sorted(order[:40]) == sorted(order[40:]) == list(range(40))
+    assert order[:40] != order[40:]
+
+
+def test_a_batch_is_not_all_of_one_document():
+    corpus = Corpus([bytes([i]) * 20 * T for i in range(50)], "a test")
+    batches = data.make_batches(corpus, batch_size=8, seq_len=T, seed=0)
+    for batch in itertools.islice(batches, 10):
+        assert len(set(batch["tokens"][:, 1].tolist())) >= 4
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 23])
@@ -120,12 +138,12 @@ def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop):
         a, b = next(whole), next(resumed)
         for key in ("tokens", "targets", "positions", "weights"):
             np.testing.assert_array_equal(a[key], b[key])
-        np.testing.assert_array_equal(a["mask"].intervals(64), b["mask"].intervals(64))
+        np.testing.assert_array_equal(a["mask"].intervals(T), b["mask"].intervals(T))
 
 
 def test_the_standard_library_is_megabytes_of_documents_of_many_lengths():
     corpus = open_corpus(DataConfig())
-    lengths = np.diff(corpus._offsets)
+    lengths = corpus.sizes
     assert corpus.num_bytes > 5e6
     assert len(corpus) > 500
     assert lengths.max() > 10 * np.median(lengths)
