@@ -289,7 +289,7 @@ def _summed_loss(
     return summed_loss
 
 
-def _portions(batch: dict, number: int, cp: ContextParallel | None) -> list[dict] | dict:
+def _portions(batch: dict, number: int, cp: ContextParallel | None) -> dict:
     """The batch with a leading dim of `number` portions, row r in portion r mod `number`.
 
     Rows are cut over dp in equal stretches; taking every `number`-th of each stretch moves nothing.

@@ -75,6 +75,71 @@ def assert_same(got, expected, tolerance):
     jax.tree_util.tree_map_with_path(same, got, expected)
 
 
+def by_the_book(config, params, tokens, positions, segments):
+    """Logits of one row in float64, with loops, of the model as papers describe it."""
+
+    def normed(x, scale):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * scale
+
+    def turned(x):
+        half = config.head_dim // 2
+        frequency = config.rope_theta ** (-np.arange(half) / half)
+        pairs = (x[..., :half] + 1j * x[..., half:]) * np.exp(
+            1j * positions[:, None, None] * frequency
+        )
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    def attended(x, p):
+        q, k, v = (
+            np.einsum("td,dnh->tnh", x, p[f"{name}_proj"]["kernel"]) + p[f"{name}_proj"]["bias"]
+            for name in "qkv"
+        )
+        q, k = turned(normed(q, p["q_norm"]["scale"])), turned(normed(k, p["k_norm"]["scale"]))
+        out = np.zeros_like(q)
+        for t, n in np.ndindex(*q.shape[:2]):
+            kv = n // (config.num_heads // config.num_kv_heads)
+            seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+            seen = [s for s in seen if t - s < config.sliding_window]
+            logits = k[seen, kv] @ q[t, n] / np.sqrt(config.head_dim)
+            logits = config.logits_soft_cap * np.tanh(logits / config.logits_soft_cap)
+            weights = np.exp(logits) / (np.sum(np.exp(logits)) + np.exp(p["sinks"][n]))
+            out[t, n] = weights @ v[seen, kv]
+        return np.einsum("tnh,nhd->td", out, p["o_proj"]["kernel"])
+
+    def mlp(x, p):
+        gate, up = x @ p["gate_proj"]["kernel"], x @ p["up_proj"]["kernel"]
+        return (gate / (1 + np.exp(-gate)) * up) @ p["down_proj"]["kernel"]
+
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    x = params["embed_tokens"]["embedding"][tokens]
+    for i in range(config.num_layers):
+        p = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        x = x + attended(normed(x, p["input_layernorm"]["scale"]), p["self_attn"])
+        x = x + mlp(normed(x, p["post_attention_layernorm"]["scale"]), p["mlp"])
+    return normed(x, params["norm"]["scale"]) @ params["lm_head"]["embedding"].T
+
+
+def test_logits_are_those_of_the_model_written_out_in_float64():
+    config = dataclasses.replace(
+        CONFIG,
+        qk_norm=True,
+        qkv_bias=True,
+        attention_sinks=True,
+        sliding_window=4,
+        logits_soft_cap=2.0,
+        head_size=6,
+    )
+    rng = np.random.default_rng(0)
+    # Scales that are all 1 and biases that are all 0 would show nothing.
+    params = jax.tree.map(
+        lambda p: (p + 0.3 * rng.normal(size=p.shape)).astype(np.float32), params_of(config)
+    )
+    model = nnx.merge(abstract_model(config)[0], params)
+    run = jax.jit(lambda: model.logits(model(TOKENS, POSITIONS, mask=config.mask(SEGMENTS))))
+    expected = by_the_book(config, params, TOKENS[0], POSITIONS[0], SEGMENTS[0])
+    assert np.max(np.abs(run()[0] - expected)) < 1e-5 * np.max(np.abs(expected))
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_no_logit_depends_on_a_later_token_or_on_another_document(window):
     config = dataclasses.replace(CONFIG, num_layers=2, sliding_window=window, qk_norm=True)

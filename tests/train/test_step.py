@@ -111,7 +111,14 @@ def test_accumulated_gradients_are_those_of_one_large_batch():
 
 MESHES = [
     pytest.param({"cp_outer": 4, "cp_inner": 2}, "a2a+p2p", True, 1, id="cp8-fsdp"),
-    pytest.param({"dp": 2, "tp": 2, "cp_inner": 2}, "p2p", True, 2, id="dp2-tp2-cp2-fsdp-acc2"),
+    pytest.param(
+        {"dp": 2, "tp": 2, "cp_inner": 2},
+        "p2p",
+        True,
+        2,
+        id="dp2-tp2-cp2-fsdp-acc2",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         {"dp": 2, "cp_outer": 2, "cp_inner": 2},
         ("all_gather", "a2a"),
