@@ -19,10 +19,14 @@ def test_a_signal_is_agreed_on_after_the_step_in_hand(number):
 
 
 def test_a_second_ctrl_c_stops_at_once_and_handlers_are_put_back():
+    def interrupt_twice():
+        with Signals():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Signals():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
     assert signal.getsignal(signal.SIGINT) is before
 
 
