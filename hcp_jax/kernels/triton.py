@@ -148,6 +148,7 @@ class _Call:
     hv: int
     mask_rows: int
     one_run: bool
+    dtype: str
     tile: Tile
     spec: CoreSpec
 
@@ -159,6 +160,7 @@ class _Call:
             *(b, t, k.shape[1], n, k.shape[2], h, v.shape[3]),
             mask_rows=intervals.start.shape[0],
             one_run=runs.starts.shape[0] == 1,
+            dtype=str(q.dtype),
             tile=getattr(tiles, kernel),
             spec=spec,
         )
@@ -192,6 +194,20 @@ class _Call:
     @property
     def shape_of_stats(self) -> tuple[int, ...]:
         return self.b, self.n, self.padded_t
+
+    def parts(self, size: int) -> list[tuple[int, int]]:
+        """A head size as powers of two, as (offset, width).
+
+        Products of float32 are unrolled into single multiply-adds, and what is loaded for a wide
+        part at once does not fit into the registers: narrow parts there.
+        """
+        widest = 32 if self.dtype == "float32" else _GREATEST_HEAD
+        parts, offset = [], 0
+        while offset < size:
+            width = min(1 << (size - offset).bit_length() - 1, widest)
+            parts.append((offset, width))
+            offset += width
+        return parts
 
     # Blocks for a grid of (query block, query head, batch row).
 
@@ -268,14 +284,14 @@ def _forward_kernel(
 ):
     block = _last_block_first(c)
     rows = _rows(block, c.tile.block_q)
-    q = _load(q_ref, rows, c.h, c.t)
+    q = _load(c, q_ref, rows, c.h, c.t)
     start, end = start_ref[rows], end_ref[rows]
 
     def visit(key_block, _, carry, masked: bool):
         out, top, total = carry
         keys = _rows(key_block, c.tile.block_k)
         limit = c.s if masked else None
-        logits, to_log2, _ = _logits(c, q, _load(k_ref, keys, c.h, limit))
+        logits, to_log2, _ = _logits(c, q, _load(c, k_ref, keys, c.h, limit))
         if masked:
             logits = _hide(logits, start[:, None], end[:, None], index_ref[keys][None, :])
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
@@ -285,12 +301,12 @@ def _forward_kernel(
         weights = _exp2(c, logits, to_log2, -anchor[:, None])
         fade = jnp.exp2(top * to_log2 - anchor)
         total = fade * total + jnp.sum(weights, axis=1)
-        v = _load(v_ref, keys, c.hv, limit)
+        v = _load(c, v_ref, keys, c.hv, limit)
         weights = weights.astype(v_ref.dtype)
         out = tuple(fade[:, None] * o + _dot(weights, x) for o, x in zip(out, v, strict=True))
         return out, new_top, total
 
-    out = tuple(jnp.zeros((c.tile.block_q, width), jnp.float32) for _, width in _parts(c.hv))
+    out = tuple(jnp.zeros((c.tile.block_q, width), jnp.float32) for _, width in c.parts(c.hv))
     top = jnp.full((c.tile.block_q,), -jnp.inf, jnp.float32)
     out, top, total = _walk(
         spans_ref, order_ref, block, 1, visit, (out, top, jnp.zeros_like(top)), c.one_run
@@ -299,7 +315,7 @@ def _forward_kernel(
     empty = (total == 0) | (end <= start)
     total = jnp.where(empty, 1.0, total)
     weight = jnp.where(empty, 0.0, 1.0 / total)
-    _store(out_ref, rows, out, weight, c.t)
+    _store(c, out_ref, rows, out, weight, c.t)
     to_nat = _to_log2(c) / _LOG2_E
     lse_ref[rows] = jnp.where(empty, -jnp.inf, top * to_nat + jnp.log(total))
 
@@ -322,24 +338,25 @@ def _dq_kernel(
 ):
     block = _last_block_first(c)
     rows = _rows(block, c.tile.block_q)
-    q, dout = _load(q_ref, rows, c.h, c.t), _load(dout_ref, rows, c.hv, c.t)
+    q, dout = _load(c, q_ref, rows, c.h, c.t), _load(c, dout_ref, rows, c.hv, c.t)
     start, end, less_lse, delta = start_ref[rows], end_ref[rows], less_lse_ref[rows], delta_ref[rows]
 
     def visit(key_block, _, dq, masked: bool):
         keys = _rows(key_block, c.tile.block_k)
         limit = c.s if masked else None
-        k = _load(k_ref, keys, c.h, limit)
+        k = _load(c, k_ref, keys, c.h, limit)
         logits, to_log2, slope = _logits(c, q, k)
         if masked:
             logits = _hide(logits, start[:, None], end[:, None], index_ref[keys][None, :])
         weights = _exp2(c, logits, to_log2, less_lse[:, None])
-        dweights = _dot_nt(dout, _load(v_ref, keys, c.hv, limit))
-        dlogits = (weights * (dweights - delta[:, None]) * slope).astype(k_ref.dtype)
+        weights = weights * slope
+        dweights = _dot_nt(dout, _load(c, v_ref, keys, c.hv, limit))
+        dlogits = (weights * (dweights - delta[:, None])).astype(k_ref.dtype)
         return tuple(d + _dot(dlogits, x) for d, x in zip(dq, k, strict=True))
 
-    dq = tuple(jnp.zeros((c.tile.block_q, width), jnp.float32) for _, width in _parts(c.h))
+    dq = tuple(jnp.zeros((c.tile.block_q, width), jnp.float32) for _, width in c.parts(c.h))
     dq = _walk(spans_ref, order_ref, block, 1, visit, dq, c.one_run)
-    _store(dq_ref, rows, dq, c.spec.scale, c.t)
+    _store(c, dq_ref, rows, dq, c.spec.scale, c.t)
 
 
 def _dkv_kernel(
@@ -361,33 +378,34 @@ def _dkv_kernel(
 ):
     block = pl.program_id(0)
     keys = _rows(block, c.tile.block_k)
-    k, v = _load(k_ref, keys, c.h, c.s), _load(v_ref, keys, c.hv, c.s)
+    k, v = _load(c, k_ref, keys, c.h, c.s), _load(c, v_ref, keys, c.hv, c.s)
     index = index_ref[keys]
 
     def visit(query_block, member, carry, masked: bool):
         dk, dv = carry
         rows = _rows(query_block, c.tile.block_q)
-        q = _load(q_ref, rows, c.h, c.t, member)
-        dout = _load(dout_ref, rows, c.hv, c.t, member)
+        q = _load(c, q_ref, rows, c.h, c.t, member)
+        dout = _load(c, dout_ref, rows, c.hv, c.t, member)
         logits, to_log2, slope = _logits(c, k, q)
         if masked:
             logits = _hide(logits, start_ref[rows][None, :], end_ref[rows][None, :], index[:, None])
         weights = _exp2(c, logits, to_log2, less_lse_ref[member, rows][None, :])
         cast = weights.astype(dout_ref.dtype)
         dv = tuple(d + _dot(cast, x) for d, x in zip(dv, dout, strict=True))
+        weights = weights * slope
         dweights = _dot_nt(v, dout)
-        dlogits = weights * (dweights - delta_ref[member, rows][None, :]) * slope
+        dlogits = weights * (dweights - delta_ref[member, rows][None, :])
         dlogits = dlogits.astype(q_ref.dtype)
         dk = tuple(d + _dot(dlogits, x) for d, x in zip(dk, q, strict=True))
         return dk, dv
 
     dk, dv = (
-        tuple(jnp.zeros((c.tile.block_k, width), jnp.float32) for _, width in _parts(size))
+        tuple(jnp.zeros((c.tile.block_k, width), jnp.float32) for _, width in c.parts(size))
         for size in (c.h, c.hv)
     )
     dk, dv = _walk(spans_ref, order_ref, block, c.group, visit, (dk, dv), False)
-    _store(dk_ref, keys, dk, c.spec.scale, c.s)
-    _store(dv_ref, keys, dv, 1.0, c.s)
+    _store(c, dk_ref, keys, dk, c.spec.scale, c.s)
+    _store(c, dv_ref, keys, dv, 1.0, c.s)
 
 
 def _walk(spans_ref, order_ref, block, members: int, visit: Callable, carry, in_order: bool):
@@ -460,21 +478,11 @@ def _hide(logits, start, end, index):
     return jnp.where((start <= index) & (index < end), logits, -jnp.inf)
 
 
-def _parts(size: int) -> list[tuple[int, int]]:
-    """`size` as powers of two, as (offset, width).
-
-    >>> _parts(80)
-    [(0, 64), (64, 16)]
-    """
-    widths = [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
-    return [(sum(widths[:i]), width) for i, width in enumerate(widths)]
-
-
 def _rows(block, size: int):
     return pl.ds(pl.multiple_of(block * size, size), size)
 
 
-def _load(ref, rows, width: int, limit: int | None, member=None):
+def _load(c: _Call, ref, rows, width: int, limit: int | None, member=None):
     """Rows of a head, one array per part of it; zeros for rows at or past `limit`."""
     heads = () if member is None else (member,)
     mask = None
@@ -486,17 +494,17 @@ def _load(ref, rows, width: int, limit: int | None, member=None):
             mask=mask,
             other=None if mask is None else 0.0,
         )
-        for offset, part in _parts(width)
+        for offset, part in c.parts(width)
     )
 
 
-def _store(ref, rows, parts, weight, limit: int):
+def _store(c: _Call, ref, rows, parts, weight, limit: int):
     """Write `weight · parts`, without the rows at or past `limit`."""
     mask = None
     if limit % rows.size:
         mask = (rows.start + lax.iota(jnp.int32, rows.size) < limit)[:, None]
     weight = weight if isinstance(weight, float) else weight[:, None]
-    for (offset, width), part in zip(_parts(ref.shape[-1]), parts, strict=True):
+    for (offset, width), part in zip(c.parts(ref.shape[-1]), parts, strict=True):
         plgpu.store(ref.at[(rows, pl.ds(offset, width))], part * weight, mask=mask)
 
 
