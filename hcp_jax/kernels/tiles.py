@@ -37,7 +37,7 @@ class Tiles:
 _INTERPRETER = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 
 
-def tiles_for(device_kind: str, dtype: str, head_size: int) -> Tiles:
+def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) -> Tiles:
     """The tiles of a device kind (`jax.Device.device_kind`)."""
     if device_kind in ("", "cpu"):
         return _INTERPRETER

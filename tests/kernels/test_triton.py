@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hcp_jax.mask as masks
-from hcp_jax.kernels import core, reference, triton
-from hcp_jax.kernels.tiles import Tile, Tiles
+from hcp_jax.kernels import core, reference, triton, triton_kernels
 from hcp_jax.layout import KeyRuns, single_run
 from hcp_jax.mask import Intervals
 
@@ -54,7 +53,7 @@ class Case:
 
 
 @functools.cache
-def _kernels(case: Case, interpret: bool, tile: Tile | None = None):
+def _kernels(case: Case, interpret: bool):
     spec = case.spec(interpret)
 
     def run(q, k, v, dout, intervals, runs, lse, delta):
@@ -90,7 +89,7 @@ def check(case: Case, intervals: Intervals, runs: KeyRuns, interpret: bool, seed
         assert a.shape == b.shape, name
         a, sees = np.asarray(a), np.isfinite(b)
         np.testing.assert_array_equal(a[~sees], b[~sees], err_msg=name)
-        tolerance = (2e-6 if name == "lse" else TOLERANCE[case.dtype]) * max(1, abs(b[sees]).max())
+        tolerance = (2e-6 if name == "lse" else TOLERANCE[case.dtype]) * max(1, abs(b[sees]).max(initial=0))
         np.testing.assert_allclose(a[sees], b[sees], rtol=0, atol=tolerance, err_msg=name)
 
 
@@ -153,9 +152,6 @@ def test_every_shape_gives_the_references_values_and_gradients(case, interpret):
     ids = np.sort(rng.integers(0, 4, (rows, case.t)), axis=1)
     mask = masks.documents(ids, padding_id=2)
     check(case, mask.intervals(case.t, case.s), single_run(case.s), interpret)
-    check(case, masks.causal().intervals(case.t, case.s), single_run(case.s), interpret) if (
-        rows == 1
-    ) else None
 
 
 # A stream of 160 in four chunks on two devices (zigzag): each holds 80 keys in two runs.
@@ -219,7 +215,7 @@ def test_any_intervals_and_any_runs(drawn, seed):
 
 def test_what_the_interpreter_leaves_unwritten_is_nan(monkeypatch):
     """So the comparisons above would see an element that a kernel forgets."""
-    monkeypatch.setattr(triton, "_store", lambda *_: None)
+    monkeypatch.setattr(triton_kernels, "_store", lambda *_: None)
     q, k, v, _ = Case().arrays()
     intervals = masks.causal().intervals(80)
     out, lse = triton.forward(Case().spec(True), q, k, v, intervals, single_run(80))
