@@ -94,18 +94,13 @@ class Call:
         """S in whole blocks."""
         return self.blocks_k * self.tile.block_k
 
-    def like_q(self, width: int) -> tuple[int, ...]:
-        """The shape of an array with a row for each query and query head."""
-        return self.b, self.t, self.n, width
+    def like_q(self, *width: int) -> tuple[int, ...]:
+        """The shape of an array with a row (or a number) for each query and query head."""
+        return self.b, self.t, self.n, *width
 
     def like_k(self, width: int) -> tuple[int, ...]:
         """The shape of an array with a row for each key and kv head."""
         return self.b, self.s, self.k, width
-
-    @property
-    def like_stats(self) -> tuple[int, ...]:
-        """The shape of an array with a number for each query head and query."""
-        return self.b, self.n, self.padded_t
 
     def parts(self, size: int) -> list[tuple[int, int]]:
         """A head size cut into powers of two, the sizes that Triton knows, as (offset, width).
@@ -124,9 +119,10 @@ class Call:
 
     # For a grid of (query block, query head, batch row).
 
-    def of_head(self, width: int) -> pl.BlockSpec:
-        """All rows of the program's query head."""
-        return pl.BlockSpec((None, self.padded_t, None, width), lambda _, n, b: (b, 0, n, 0))
+    def of_head(self, *width: int) -> pl.BlockSpec:
+        """All rows (or numbers) of the program's query head."""
+        zeros = (0,) * len(width)
+        return pl.BlockSpec((None, self.padded_t, None, *width), lambda _, n, b: (b, 0, n, *zeros))
 
     def of_kv_head(self, width: int) -> pl.BlockSpec:
         """All rows of the kv head that the program's query head reads."""

@@ -56,7 +56,8 @@ def attention_forward(q_ref, k_ref, v_ref, masks: Masks, out_ref, lse_ref, *, c:
     total = jnp.where(empty, 1.0, total)
     _store(c, out_ref, rows, out, jnp.where(empty, 0.0, 1.0 / total), c.t)
     top = top * (_to_log2(c) / LOG2_E)
-    lse_ref[rows] = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    plgpu.store(lse_ref.at[rows], lse, mask=_within(rows, c.t))
 
 
 def attention_dq(
@@ -201,18 +202,18 @@ def _rows(block, size: int):
 
 
 def _within(rows, limit: int | None):
-    """Which of `rows` come before `limit`, as a column; None if all must."""
+    """Which of `rows` come before `limit`; None if all must."""
     if limit is None or limit % rows.size == 0:
         return None
-    return (rows.start + lax.iota(jnp.int32, rows.size) < limit)[:, None]
+    return rows.start + lax.iota(jnp.int32, rows.size) < limit
 
 
 def _load(c: Call, ref, rows, width: int, limit: int | None, head=None):
     """Rows of a head, one array per part of it; zeros for rows at or past `limit`."""
     heads, mask = () if head is None else (head,), _within(rows, limit)
-    other = None if mask is None else 0.0
+    masking = {} if mask is None else {"mask": mask[:, None], "other": 0.0}
     return tuple(
-        plgpu.load(ref.at[(rows, *heads, pl.ds(offset, part))], mask=mask, other=other)
+        plgpu.load(ref.at[(rows, *heads, pl.ds(offset, part))], **masking)
         for offset, part in c.parts(width)
     )
 
@@ -220,6 +221,7 @@ def _load(c: Call, ref, rows, width: int, limit: int | None, head=None):
 def _store(c: Call, ref, rows, parts, weight, limit: int) -> None:
     """Write `weight · parts`, without the rows at or past `limit`."""
     mask = _within(rows, limit)
+    mask = None if mask is None else mask[:, None]
     weight = weight if isinstance(weight, float) else weight[:, None]
     for (offset, width), part in zip(c.parts(ref.shape[-1]), parts, strict=True):
         plgpu.store(ref.at[(rows, pl.ds(offset, width))], part * weight, mask=mask)
