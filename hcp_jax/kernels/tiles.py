@@ -3,11 +3,14 @@
 It stands alone because it is data, not code: it changes when somebody measures, and the kernels do
 not. Chosen without a GPU at hand, by what ptxas reports (docs/kernels.md has the figures): no
 register spills, with a soft cap or without, and within those the largest tiles, since a tile's
-arithmetic grows with its area and its loads with its edge. `hcp bench attention --tiles` measures
-the alternatives.
+arithmetic grows with its area and its loads with its edge. `hcp bench attention --sweep` measures
+alternatives.
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,8 @@ _FLOAT32: _Table = {
 # Small, so that the short sequences of tests have several blocks.
 _INTERPRETER = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 
+_trial: contextvars.ContextVar[Tiles | None] = contextvars.ContextVar("trial", default=None)
+
 _TABLES = {"A100": _AMPERE, "H100": _HOPPER, "H200": _HOPPER, "B200": _HOPPER}
 
 
@@ -78,11 +83,24 @@ def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) ->
         head_size: of q and k, at most 256.
         v_head_size: of v, at most 256.
     """
+    on_trial = _trial.get()
+    if on_trial is not None:
+        return on_trial
     if device_kind in ("", "cpu"):
         return _INTERPRETER
     known = _known(device_kind)
     table = _FLOAT32 if dtype == "float32" else _TABLES[known] if known else _AMPERE
     return table[min(size for size in table if size >= max(head_size, v_head_size))]
+
+
+@contextlib.contextmanager
+def trial(tiles: Tiles) -> Iterator[None]:
+    """Calls traced within get `tiles`, whatever they are: to measure them before they are listed."""
+    token = _trial.set(tiles)
+    try:
+        yield
+    finally:
+        _trial.reset(token)
 
 
 def describe(device_kind: str) -> str:

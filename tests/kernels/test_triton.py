@@ -93,7 +93,9 @@ def check(case: Case, intervals: Intervals, runs: KeyRuns, interpret: bool, seed
         assert a.shape == b.shape, name
         a, sees = np.asarray(a), np.isfinite(b)
         np.testing.assert_array_equal(a[~sees], b[~sees], err_msg=name)
-        tolerance = (2e-6 if name == "lse" else TOLERANCE[case.dtype]) * max(1, abs(b[sees]).max(initial=0))
+        tolerance = (2e-6 if name == "lse" else TOLERANCE[case.dtype]) * max(
+            1, abs(b[sees]).max(initial=0)
+        )
         np.testing.assert_allclose(a[sees], b[sees], rtol=0, atol=tolerance, err_msg=name)
 
 
@@ -172,9 +174,7 @@ def test_a_hop_of_a_zigzag_ring_sees_its_keys_and_no_others(name, queries, keys,
 
 @EITHER
 def test_runs_shorter_than_a_block_and_padding_after_them(interpret):
-    runs = KeyRuns(
-        np.asarray([900, 7, 450, 30], np.int32), np.asarray([0, 5, 5, 12, 71], np.int32)
-    )
+    runs = KeyRuns(np.asarray([900, 7, 450, 30], np.int32), np.asarray([0, 5, 5, 12, 71], np.int32))
     rng = np.random.default_rng(2)
     start, end = np.sort(rng.integers(0, 910, (2, 1, 80)).astype(np.int32), axis=0)
     check(Case(), Intervals(start, end), runs, interpret)

@@ -100,9 +100,7 @@ needs_compiler = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{v}") for v in (12, 13)),
     reason="jax's CUDA plugin is not installed (pip install hcp_jax[aot])",
 )
-needs_ptxas = pytest.mark.skipif(
-    _ptxas() is None, reason="no ptxas (pip install nvidia-cuda-nvcc)"
-)
+needs_ptxas = pytest.mark.skipif(_ptxas() is None, reason="no ptxas (pip install nvidia-cuda-nvcc)")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 CALLS = [
@@ -146,7 +144,5 @@ def test_h100_and_h200_are_one_to_the_compiler():
     assert TARGETS["H100"].shared_memory == TARGETS["H200"].shared_memory
     for sizes in ((64, 64), (128, 128), (192, 128), (256, 256)):
         for dtype in ("bfloat16", "float32"):
-            one, other = (
-                tiles_for(TARGETS[name].name, dtype, *sizes) for name in ("H100", "H200")
-            )
+            one, other = (tiles_for(TARGETS[name].name, dtype, *sizes) for name in ("H100", "H200"))
             assert one is other
