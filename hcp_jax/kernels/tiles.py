@@ -62,7 +62,7 @@ _AMPERE: _Table = {
 # float32 has no exact tensor cores: small tiles, for any GPU.
 _FLOAT32: _Table = {
     64: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    128: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    128: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     256: Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 
@@ -95,7 +95,7 @@ def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) ->
 
 @contextlib.contextmanager
 def trial(tiles: Tiles) -> Iterator[None]:
-    """Calls traced within get `tiles`, whatever they are: to measure them before they are listed."""
+    """Give every call traced within `tiles`, whatever the device: for measuring them."""
     token = _trial.set(tiles)
     try:
         yield
@@ -106,8 +106,8 @@ def trial(tiles: Tiles) -> Iterator[None]:
 def describe(device_kind: str) -> str:
     """Where the tiles for a device kind come from, in words.
 
-    >>> describe("NVIDIA L4")
-    "tiles that fit any GPU since Ampere ('NVIDIA L4' has none of its own; A100, H100, H200, B200 have)"
+    >>> describe("NVIDIA H100 80GB HBM3")
+    'tiles for H100'
     """
     known = _known(device_kind)
     if device_kind in ("", "cpu"):

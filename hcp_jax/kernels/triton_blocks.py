@@ -59,7 +59,7 @@ class QueryBlocks(NamedTuple):
 class KeyBlocks(NamedTuple):
     """The global index of each key place, -1 for padding, and the extremes per block."""
 
-    index: Int32[Array, "Sp"]
+    global_index: Int32[Array, "Sp"]
     least: Int32[Array, "K"]
     greatest: Int32[Array, "K"]
     whole: Bool[Array, "K"]

@@ -33,7 +33,7 @@ class Masks(NamedTuple):
 
     start: Any  # [Tp], of each query
     end: Any
-    index: Any  # [Sp], global, of each key
+    key_index: Any  # [Sp], global
     order: Any  # [blocks walked over]
     spans: Any  # [blocks, 4]
 
@@ -158,7 +158,7 @@ class Call:
             block = (None, *array.shape[1:])
             return array, pl.BlockSpec(block, lambda _, __, b: (b if own_row else 0, *zeros))
 
-        arrays = (queries.start, queries.end, keys.index[None], walk.order, walk.spans)
+        arrays = (queries.start, queries.end, keys.global_index[None], walk.order, walk.spans)
         return Masks(*map(of_row, arrays))
 
     def run(self, kernel: Callable, grid, inputs, masks: Masks, outputs) -> Any:

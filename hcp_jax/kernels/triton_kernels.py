@@ -35,7 +35,7 @@ def attention_forward(q_ref, k_ref, v_ref, masks: Masks, out_ref, lse_ref, *, c:
         limit = c.s if masked else None
         logits, to_log2, _ = _logits(c, q, _load(c, k_ref, keys, c.h, limit))
         if masked:
-            logits = _hide(logits, start[:, None], end[:, None], masks.index[keys][None, :])
+            logits = _hide(logits, start[:, None], end[:, None], masks.key_index[keys][None, :])
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
         # A row that has seen nothing yet has no finite top to measure from; 0 will do.
         anchor = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
@@ -63,7 +63,7 @@ def attention_forward(q_ref, k_ref, v_ref, masks: Masks, out_ref, lse_ref, *, c:
 def attention_dq(
     q_ref, k_ref, v_ref, dout_ref, less_lse_ref, delta_ref, masks: Masks, dq_ref, *, c: Call
 ) -> None:
-    """dq of one block of queries, over the key blocks that it sees."""
+    """The dq of one block of queries, over the key blocks that it sees."""
     block = _last_block_first(c)
     rows = _rows(block, c.tile.block_q)
     q, dout = _load(c, q_ref, rows, c.h, c.t), _load(c, dout_ref, rows, c.hv, c.t)
@@ -76,7 +76,7 @@ def attention_dq(
         k = _load(c, k_ref, keys, c.h, limit)
         logits, to_log2, slope = _logits(c, q, k)
         if masked:
-            logits = _hide(logits, start[:, None], end[:, None], masks.index[keys][None, :])
+            logits = _hide(logits, start[:, None], end[:, None], masks.key_index[keys][None, :])
         weights = _exp2(c, logits, to_log2, less_lse[:, None]) * slope
         dweights = _dot_nt(dout, _load(c, v_ref, keys, c.hv, limit))
         dlogits = (weights * (dweights - delta[:, None])).astype(k_ref.dtype)
@@ -89,14 +89,14 @@ def attention_dq(
 def attention_dkv(
     q_ref, k_ref, v_ref, dout_ref, less_lse_ref, delta_ref, masks: Masks, dk_ref, dv_ref, *, c: Call
 ) -> None:
-    """dk and dv of one block of keys, over the query blocks that see it, in every head of the group.
+    """The dk and dv of one block of keys, over the query blocks that see it, in all their heads.
 
     Blocks are transposed: keys are rows, queries columns.
     """
     block = pl.program_id(0)
     keys = _rows(block, c.tile.block_k)
     k, v = _load(c, k_ref, keys, c.h, c.s), _load(c, v_ref, keys, c.hv, c.s)
-    index = masks.index[keys]
+    index = masks.key_index[keys]
 
     def visit(query_block, head, carry, masked: bool):
         dk, dv = carry

@@ -1,10 +1,9 @@
 """`hcp bench attention`: how fast the attention core is on the GPU at hand, beside others.
 
 All contestants run in one process on the same random data, forward alone and forward with backward;
-the backward is the difference of the two. FLOPs are those that the mask asks for, the way they are
-counted in the literature: 2 (H + Hv) per visible pair of query and key and per head, half of T² pairs
-under a causal mask, 2.5 times as many in the backward. So a kernel that computes what is masked away
-gets no credit for it.
+the backward is the difference of the two. FLOPs are those that the mask asks for, as the literature
+counts them: 4 H per head and visible pair of query and key, half of T² pairs under a causal mask,
+2.5 times as many in the backward. So a kernel gets no credit for computing what is masked away.
 """
 
 import argparse
