@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
+from hcp_jax.kernels import core
 from hcp_jax.layout import (
     LAYOUTS,
     from_layout,
@@ -286,7 +287,7 @@ class ContextParallel:
         )(x)
 
     def describe(self) -> str:
-        """The mesh, the groups of every axis with the link they use, and the comm types."""
+        """The mesh, the groups of every axis with their link, the comm types, and the core."""
         lines = [
             f"{self.mesh.devices.size} devices ({self.device_kind}), context parallel size "
             f"{self.size}, {self.layout} layout"
@@ -299,6 +300,7 @@ class ContextParallel:
         else:
             for layer in range(len(self.comm_type)):
                 lines.append(f"  layer {layer:<3} {describe_strategy(self.for_layer(layer))}")
+        lines.append(f"  core      {core.describe(self.platform, self.device_kind)}")
         return "\n".join(lines)
 
     @property

@@ -14,6 +14,7 @@ from tests import oracle
 T = 50  # not a multiple of anything: padded to 64 on eight devices, 60 on six
 SOFT_CAP = 3.0
 HEADS = {"MHA": (8, 8, 8, 8), "GQA": (8, 2, 8, 8), "MQA, v wider": (8, 1, 8, 12)}
+TRITON_HEADS = (8, 2, 16, 16)  # the least head size of its matrix products
 MESHES = {
     "4x2": {"cp_outer": 4, "cp_inner": 2},
     "2x4": {"cp_outer": 2, "cp_inner": 4},
@@ -113,6 +114,16 @@ def test_every_strategy_is_exact_for_every_head_shape(comm_type, heads):
         for name in ("causal documents with padding", "sliding window"):
             got = answer(context("4x2", comm_type, layout), x, MASKS[name].mask)
             assert_exact(got, expected(name, heads), f"{comm_type}, {layout}, {heads}, {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comm_type", STRATEGIES)
+def test_the_triton_kernels_compute_the_same_table(comm_type):
+    x = oracle.inputs(T, *TRITON_HEADS)
+    for name, case in MASKS.items():
+        got = answer(context("4x2", comm_type), x, case.mask, impl="triton")
+        want = oracle.attention(x, case.dense)
+        assert_exact(got, want, f"{comm_type}, {name}")
 
 
 @pytest.mark.parametrize("comm_type", ["p2p", "a2a+p2p", "a2a+all_gather"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import hcp_jax as hcp
 from hcp_jax.kernels import blockwise
-from hcp_jax.kernels.core import CoreSpec, Problem, attend, attend_grads, resolve
+from hcp_jax.kernels.core import CoreSpec, Problem, attend, attend_grads, describe, resolve
 from hcp_jax.layout import KeyRuns, single_run
 from hcp_jax.mask import Intervals
 from tests.oracle import relative
@@ -83,6 +83,11 @@ PROBLEM = Problem("float32", N, K, H, H, "cpu", "cpu")
 def test_the_core_on_a_cpu_is_blockwise():
     assert resolve(None, PROBLEM) == "blockwise"
     assert resolve("reference", PROBLEM) == "reference"
+
+
+def test_the_core_is_described_by_the_devices_and_not_by_this_process():
+    assert describe("gpu", "NVIDIA H200") == "triton (tiles for H200)"
+    assert "'Tesla X' has none of its own" in describe("gpu", "Tesla X")
 
 
 def test_an_implementation_that_cannot_says_why_and_what_can(monkeypatch):
