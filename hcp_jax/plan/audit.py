@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from hcp_jax.train import config as configuration
 
     configuration.add_arguments(parser)
-    add_cluster_arguments(parser)
+    hardware.add_arguments(parser)
     parser.add_argument(
         "--attention",
         action="store_true",
@@ -51,17 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-flags", action="store_true", help="leave the library's flags out")
     parser.add_argument("--json", metavar="FILE", help="write all figures there; - for the screen")
     parser.add_argument("--picture", metavar="FILE", help="draw the schedule there (.png or .svg)")
-
-
-def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name a cluster."""
-    parser.add_argument(
-        "--gpu",
-        required=True,
-        help=f"one of {', '.join(hardware.GPUS)}, or a YAML file that describes another",
-    )
-    parser.add_argument("--hosts", type=int, required=True, help="number of hosts")
-    parser.add_argument("--gpus-per-host", type=int, default=8, help="GPUs in each (8)")
 
 
 def run(args: argparse.Namespace) -> int:
