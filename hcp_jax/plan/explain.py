@@ -57,8 +57,8 @@ def _tensor(plan: "Plan") -> list[str]:
     if split.tp > 1:
         sums = _waits(plan.best, "summed over tp")
         return [
-            f"Weights are cut over {split.tp} GPUs (tp) as well, which costs {sums:.0%} of the step "
-            "in sums that nothing hides, and leaves each GPU fewer heads and less memory to fill."
+            f"Weights are cut over {split.tp} GPUs (tp) as well: sums that nothing hides take "
+            f"{sums:.0%} of the step, and each GPU has fewer heads and less memory to fill."
         ]
     best = _best_of(plan, lambda c: c.split.tp > 1)
     if best is None:
@@ -115,14 +115,22 @@ def _alternatives(plan: "Plan") -> list[str]:
             lines.append(f"{comm_type}: does not fit, or the heads do not divide.")
             continue
         slower = 1 - best.cost.tokens_per_s / plan.best.cost.tokens_per_s
+        verdict = (
+            f"{slower:.1%} slower" if slower >= 0.01 else f"as fast, {_more_memory(plan, best)}"
+        )
         most = max(best.cost.transfers, key=lambda t: t.exposed, default=None)
         why = ""
         if most is not None and most.exposed > 0.005 * best.cost.step_s:
             waits = most.exposed / best.cost.step_s
             where = "over NVLink" if most.link == INSIDE else "over the network"
             why = f"; it waits {waits:.1%} of the step for: {most.what} {where}"
-        lines.append(f"{comm_type}, at its best ({best.split}): {slower:.1%} slower{why}.")
+        lines.append(f"{comm_type}, at its best ({best.split}): {verdict}{why}.")
     return lines
+
+
+def _more_memory(plan: "Plan", candidate: "Candidate") -> str:
+    gib = (candidate.peak_bytes - plan.best.peak_bytes) / 2**30
+    return f"{gib:.0f} GiB more memory" if gib >= 0.5 else "with the same memory"
 
 
 def _best_of(plan: "Plan", condition) -> "Candidate | None":

@@ -1,6 +1,6 @@
-"""How much memory a training step takes, modelled: what stays, and what is held at the worst moment.
+"""How much memory a training step takes, modelled: what stays, and what the worst moment holds.
 
-Parameters, gradients and the optimizer's moments are float32; activations are in the compute dtype.
+Parameters, gradients and the optimizer's moments are float32, activations in the compute dtype.
 The worst moment is the backward pass of a layer, or of the vocabulary's matrices:
 
     state         parameters and two moments, cut over tp (and over dp and cp by FSDP)
@@ -63,9 +63,10 @@ def _kept(model: ModelShape, split: Split, t: float, heads: float) -> float:
         return inputs
     if split.remat == "attention":
         return inputs + outputs
+    # Counted in compiled programs: norms and rotations leave float32 copies, too.
     kv_heads = 2.0 * t * 2 * _kv_width(model, split)
-    mlp = 2.0 * t * 3 * model.intermediate_size / split.tp
-    return 6 * inputs + 2 * outputs + 2.0 * t * heads + kv_heads + mlp
+    mlp = 2.0 * t * 4 * model.intermediate_size / split.tp
+    return 14 * inputs + 2.0 * t * 10 * heads + kv_heads + mlp
 
 
 def _kv_width(model: ModelShape, split: Split) -> float:
@@ -77,7 +78,7 @@ def _vocabulary(model: ModelShape, split: Split, t: float) -> float:
     matrix = model.head_params / split.tp
     logits = 12.0 * min(model.loss_chunk, t) * model.vocab_size / split.tp
     matrices = 1 if model.tie_embeddings else 2
-    gathered = 6.0 * matrix if split.fsdp else 2.0 * matrix
+    gathered = 4.0 * matrix if split.fsdp else 2.0 * matrix
     return logits + gathered + matrices * 4.0 * matrix
 
 

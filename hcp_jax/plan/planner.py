@@ -73,8 +73,8 @@ def tell(found: Plan, top: int) -> None:
     console = rich.console.Console(file=sys.stdout, highlight=False, width=width, soft_wrap=True)
     fitting = sum(candidate.fits for candidate in found.candidates)
     console.print(
-        f"{found.seq_len:,} tokens on {found.cluster}: {len(found.candidates)} splits, {fitting} of "
-        "them fit. Times are modelled."
+        f"{found.seq_len:,} tokens on {found.cluster}: {len(found.candidates)} splits, "
+        f"{fitting} of them fit. Times are modelled."
     )
     table = rich.table.Table("dp", "tp", "cp", "[in, out]", "comm type", "remat", "fsdp")
     for name in ("step s", "tok/s/GPU", "MFU", "waits", "GB NVLink", "GB network", "GiB"):
