@@ -292,9 +292,11 @@ class _Attention:
         self.t = rows * seq_len // split.cp  # tokens of a device, between the exchanges' outsides
         table = stream_pairs(model, seq_len, 2 * split.cp)
         by_hop = pairs_by_hop(table, split.cp, "zigzag", split.move)
-        flops = 4.0 * model.head_size * self.heads * rows * by_hop.max(axis=0)
+        per_pair = 4.0 * model.head_size * self.heads * rows
+        # All devices wait for the one that has most to do at a hop.
+        flops = per_pair * by_hop.max(axis=0)
         gpu = cluster.gpu
-        self.forward_flops = float(flops.sum())
+        self.forward_flops = per_pair * float(by_hop.sum()) / split.move
         self.forward_hops = flops / gpu.attention_rate(implementation, "forward").value
         backward = gpu.attention_rate(implementation, "backward").value
         self.backward_hops = BACKWARD * flops / backward
