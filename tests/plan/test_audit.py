@@ -18,7 +18,7 @@ batch_size: 1
 seq_len: 4096
 optimizer: {warmup_steps: 10}
 model: {vocab_size: 512, num_layers: 2, hidden_size: 256, intermediate_size: 512, num_heads: 4,
-        num_kv_heads: 2, head_size: 64}
+        num_kv_heads: 2, head_size: 64, implementation: blockwise}
 parallel: {cp_outer: 2, cp_inner: 2}
 """
 
