@@ -1,0 +1,348 @@
+"""Lengths in, microbatches out: each a layout of groups with the documents that they hold.
+
+Microbatches are built one after another from the documents that are left. For each, a few layouts
+are tried; a layout is filled as jobs are put on machines (longest processing time first, Graham
+1969): the group with least work so far takes the longest document that it still has room for.
+That one rule does three things: documents of like length meet in one microbatch, so that its groups
+finish together; groups end up full, since nearly any gap has a document that fits it; and wide
+groups, whose hops cost time even when empty, take documents only while that is hidden.
+
+Of the layouts tried, the one kept has the greatest efficiency: what its documents cost at least
+(`bound.document_prices`, their share of the lower bound) over what the microbatch takes.
+
+Nothing here is random but the order of documents of equal length (from the seed), all arithmetic is
+plain floats in a fixed order, and every microbatch takes the longest document left: so it always
+ends, and gives the same answer on every host.
+"""
+
+import heapq
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hcp_jax.dynamic import groups
+from hcp_jax.dynamic.bound import best_rings, document_prices
+from hcp_jax.dynamic.cost import Cost, Ring
+from hcp_jax.dynamic.groups import Layout
+from hcp_jax.dynamic.plan import Microbatch, Schedule
+
+MAX_MENU = 16  # programs that are worth compiling before the first step
+
+
+def max_documents_per_ring(max_tokens_per_device: int) -> int:
+    """Documents that a group of several devices may hold.
+
+    Each has two runs of keys on every device, and how many runs there are is part of the compiled
+    program: at most one to 16 tokens, so that looking through them costs little beside attention.
+    """
+    return max(64, max_tokens_per_device // 32)
+
+
+class _Problem(NamedTuple):
+    """What does not change while microbatches are built. A rank is a place in ascending order."""
+
+    lengths: list[int]  # ascending
+    values: list[float]  # seconds that each document's share of the lower bound is worth
+    density: list[float]  # the greatest value per token among ranks 0 … r
+    num_devices: int
+    tokens: int  # M
+    cost: Cost
+    sizes: tuple[int, ...]  # ascending
+    rings: dict[int, Ring]  # the best of each size
+
+
+class _Filled(NamedTuple):
+    layout: Layout
+    groups: list[list[int]]  # ranks
+    seconds: float
+    value: float
+
+
+def schedule(
+    lengths: Sequence[int] | np.ndarray,
+    num_devices: int = 64,
+    max_tokens_per_device: int = 2048,
+    min_cp_size: int = 1,
+    max_cp_size: int | None = None,
+    menu: Iterable[Sequence[int]] | None = None,
+    cost: Cost | None = None,
+    seed: int = 0,
+) -> Schedule:
+    """Put every document on as many devices as it needs.
+
+    Args:
+        lengths: tokens of each document, each at least 1.
+        num_devices: N, the data-parallel times context-parallel devices.
+        max_tokens_per_device: M, tokens of the buffer that each device holds in each microbatch; a
+            group of g devices holds g·M tokens.
+        min_cp_size: the least size of a group.
+        max_cp_size: the largest size of a group; N if None.
+        menu: the layouts that may be used, each a sequence of group sizes that add up to N; chosen
+            for these very documents if None (see `choose_menu` for a data set's).
+        cost: the cost model; `Cost()` if None.
+        seed: which of several documents of equal length goes where.
+
+    Returns:
+        The schedule: immutable; every document exactly once, and no device over M tokens.
+
+    Raises:
+        ValueError: if an argument makes no sense, or a document is longer than the widest group
+            holds; names it and the least max_tokens_per_device.
+
+    >>> plan = schedule([3000, 500, 700, 900], num_devices=4, max_tokens_per_device=1024)
+    >>> [(m.layout, m.documents) for m in plan.microbatches]
+    [((4,), ((0, 3),)), ((1, 1, 1, 1), ((2,), (1,), (), ()))]
+    """
+    cost = Cost() if cost is None else cost
+    sizes = groups.group_sizes(num_devices, min_cp_size, max_cp_size)
+    of_length = check_lengths(lengths)
+    _check_tokens(max_tokens_per_device, num_devices)
+    given = None if menu is None else _check_menu(menu, num_devices, sizes)
+    if given is not None:
+        sizes = tuple(sorted({size for layout in given for size in layout}))
+    _check_fits(of_length, max_tokens_per_device, sizes[-1])
+
+    order = _ascending(of_length, seed)
+    problem = _problem(of_length[order], num_devices, max_tokens_per_device, cost, sizes)
+    if given is None:
+        filled = _build(problem, None)
+        chosen = _frequent(filled, problem)
+        if any(mb.layout not in chosen for mb in filled):
+            filled = _build(problem, chosen)
+    else:
+        chosen = given
+        filled = _build(problem, chosen)
+    return Schedule(
+        lengths=tuple(of_length.tolist()),
+        num_devices=num_devices,
+        max_tokens_per_device=max_tokens_per_device,
+        menu=chosen,
+        microbatches=tuple(_microbatch(mb, order) for mb in filled),
+        cost=cost,
+    )
+
+
+def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """`lengths` as int64.
+
+    Raises:
+        ValueError: unless they are integers of at least 1, in one dimension.
+    """
+    array = np.asarray(lengths)
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros(0, np.int64)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"lengths must be integers in one dimension, got {array.dtype} of shape {array.shape}."
+        )
+    wrong = np.flatnonzero(array < 1)
+    if wrong.size:
+        raise ValueError(
+            f"document {wrong[0]} has length {array[wrong[0]]}; lengths must be >= 1: leave empty "
+            "documents out."
+        )
+    return array.astype(np.int64)
+
+
+def _check_tokens(max_tokens_per_device: int, num_devices: int) -> None:
+    value = max_tokens_per_device
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"max_tokens_per_device must be an integer >= 1, got {value!r}.")
+    if value * num_devices > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"num_devices={num_devices} times max_tokens_per_device={value} passes 2**31 - 1, the "
+            "greatest index of a token in a group; lower one of them."
+        )
+
+
+def _check_fits(lengths: np.ndarray, max_tokens_per_device: int, widest: int) -> None:
+    if lengths.size == 0 or int(lengths.max()) <= widest * max_tokens_per_device:
+        return
+    longest = int(lengths.argmax())
+    length = int(lengths[longest])
+    raise ValueError(
+        f"document {longest} has {length} tokens, but the widest group, of {widest} devices, holds "
+        f"{widest} * {max_tokens_per_device} = {widest * max_tokens_per_device}. Raise "
+        f"max_tokens_per_device to {-(-length // widest)} or more, allow wider groups, or cut it."
+    )
+
+
+def _check_menu(
+    menu: Iterable[Sequence[int]], num_devices: int, sizes: tuple[int, ...]
+) -> tuple[Layout, ...]:
+    layouts = tuple(dict.fromkeys(groups.check_layout(m, num_devices) for m in menu))
+    if not layouts:
+        raise ValueError("menu holds no layout; give at least one, or None to have it chosen.")
+    for layout in layouts:
+        if min(layout) < sizes[0] or max(layout) > sizes[-1]:
+            raise ValueError(
+                f"layout {groups.describe(layout)} of the menu has groups outside of min_cp_size="
+                f"{sizes[0]} to max_cp_size={sizes[-1]}."
+            )
+    return layouts
+
+
+def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
+    """Documents by length; equal ones in an order that the seed decides."""
+    shuffled = np.random.default_rng(seed).permutation(lengths.size)
+    return shuffled[np.argsort(lengths[shuffled], kind="stable")]
+
+
+def _problem(
+    ascending: np.ndarray, num_devices: int, tokens: int, cost: Cost, sizes: tuple[int, ...]
+) -> _Problem:
+    rings = best_rings(sizes, tokens, cost)
+    unique, inverse, count = np.unique(ascending, return_inverse=True, return_counts=True)
+    prices = document_prices(unique, count, rings, tokens, cost.dense_seconds(tokens))
+    values = prices / num_devices
+    density = np.maximum.accumulate(values / unique) if unique.size else values
+    return _Problem(
+        lengths=ascending.tolist(),
+        values=values[inverse].tolist(),
+        density=density[inverse].tolist(),
+        num_devices=num_devices,
+        tokens=tokens,
+        cost=cost,
+        sizes=sizes,
+        rings={ring.size: ring for ring in rings},
+    )
+
+
+def _build(problem: _Problem, menu: Sequence[Layout] | None) -> list[_Filled]:
+    """Microbatches for all documents, from the layouts of the menu, or of our own making."""
+    remaining = list(range(len(problem.lengths)))
+    filled = []
+    while remaining:
+        candidates = _propose(problem, remaining) if menu is None else menu
+        best = _best(problem, remaining, candidates)
+        taken = set(itertools.chain.from_iterable(best.groups))
+        remaining = [rank for rank in remaining if rank not in taken]
+        filled.append(best)
+    return filled
+
+
+def _best(problem: _Problem, remaining: list[int], candidates: Iterable[Layout]) -> _Filled:
+    """The candidate of greatest efficiency; those that cannot beat the best are not filled."""
+    longest = problem.lengths[remaining[-1]]
+    worth = problem.num_devices * problem.tokens * problem.density[remaining[-1]]
+    dense = problem.cost.dense_seconds(problem.tokens)
+    queue = []
+    for order, layout in enumerate(candidates):
+        rings = problem.cost.rings(layout, problem.tokens)
+        able = [ring for ring in set(rings) if ring.size * problem.tokens >= longest]
+        if able:
+            least = min(ring.seconds(ring.pairs(longest)) for ring in able)
+            empty = max(ring.seconds(0.0) for ring in set(rings))
+            queue.append((dense + max(least, empty), order, layout, rings))
+    best, efficiency = None, 0.0
+    for least, _, layout, rings in sorted(queue, key=lambda item: item[:2]):
+        if best is not None and worth <= efficiency * least:
+            break
+        filled = _fill(problem, remaining, layout, rings)
+        if best is None or filled.value > efficiency * filled.seconds * (1 + 1e-12):
+            best, efficiency = filled, filled.value / filled.seconds
+    assert best is not None, "a layout that holds the longest document is always among them"
+    return best
+
+
+def _fill(
+    problem: _Problem, remaining: list[int], layout: Layout, rings: Sequence[Ring]
+) -> _Filled:
+    """Fill a layout: the group with least work takes the longest document it has room for."""
+    lengths, values = problem.lengths, problem.values
+    left = remaining.copy()
+    room = [size * problem.tokens for size in layout]
+    pairs = [0.0] * len(layout)
+    inside: list[list[int]] = [[] for _ in layout]
+    most = max_documents_per_ring(problem.tokens)
+    value = slowest = 0.0
+    # Of equals the widest first, so that it gets the longest document.
+    heap = [(ring.seconds(0.0), -ring.size, group) for group, ring in enumerate(rings)]
+    heapq.heapify(heap)
+    while heap and left:
+        seconds, width, group = heap[0]
+        place = bisect_right(left, bisect_right(lengths, room[group]) - 1)
+        if place == 0 or (width < -1 and len(inside[group]) == most):
+            slowest = max(slowest, heapq.heappop(heap)[0])
+            continue
+        rank = left.pop(place - 1)
+        length, ring = lengths[rank], rings[group]
+        room[group] -= length
+        pairs[group] += ring.pairs(length)
+        value += values[rank]
+        inside[group].append(rank)
+        heapq.heapreplace(heap, (ring.seconds(pairs[group]), width, group))
+    slowest = max([slowest, *(item[0] for item in heap)])
+    dense = problem.cost.dense_seconds(problem.tokens)
+    return _Filled(layout, inside, dense + slowest, value)
+
+
+def _propose(problem: _Problem, remaining: list[int]) -> list[Layout]:
+    """Layouts worth trying for these documents.
+
+    Every document, longest first, gets the narrowest group in which it fits and takes at most a
+    target; the targets are fractions of what the longest takes in the narrowest group that holds
+    it. And for every size, as many groups of it as there can be.
+    """
+    longest = problem.lengths[remaining[-1]]
+    able = [ring for ring in problem.rings.values() if ring.size * problem.tokens >= longest]
+    slowest = able[0].seconds(able[0].pairs(longest))
+    proposed = [
+        _narrowest(problem, remaining, slowest * part)
+        for part in (float("inf"), 1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
+    ]
+    proposed += [
+        groups.uniform(ring.size, problem.num_devices, problem.sizes) for ring in able
+    ]
+    per_host = problem.cost.devices_per_host
+    return list(dict.fromkeys(groups.canonical(sizes, per_host) for sizes in proposed))
+
+
+def _narrowest(problem: _Problem, remaining: list[int], target: float) -> list[int]:
+    can = groups.composable(problem.num_devices, problem.sizes)
+    rest = problem.num_devices
+    chosen: list[int] = []
+    least = problem.sizes[0]
+    for rank in reversed(remaining):
+        length = problem.lengths[rank]
+        size = _narrowest_size(problem, length, target)
+        if size == least:
+            break
+        if size > rest or not can[rest - size]:
+            if not chosen:
+                return groups.uniform(problem.sizes[-1], problem.num_devices, problem.sizes)
+            break
+        chosen.append(size)
+        rest -= size
+    return groups.complete(chosen, problem.num_devices, problem.sizes)
+
+
+def _narrowest_size(problem: _Problem, length: int, target: float) -> int:
+    able = [ring for ring in problem.rings.values() if ring.size * problem.tokens >= length]
+    fast = (ring.size for ring in able if ring.seconds(ring.pairs(length)) <= target)
+    quickest = min(able, key=lambda ring: (ring.seconds(ring.pairs(length)), ring.size))
+    return next(fast, quickest.size)
+
+
+def _frequent(filled: Sequence[_Filled], problem: _Problem) -> tuple[Layout, ...]:
+    """The layouts that most of the time went to, at most `MAX_MENU`, with the fallback."""
+    fallback = groups.canonical(
+        groups.uniform(problem.sizes[-1], problem.num_devices, problem.sizes),
+        problem.cost.devices_per_host,
+    )
+    seconds: dict[Layout, float] = {}
+    for mb in filled:
+        seconds[mb.layout] = seconds.get(mb.layout, 0.0) + mb.seconds
+    ranked = sorted(seconds, key=lambda layout: (-seconds[layout], layout))
+    kept = [layout for layout in ranked if layout != fallback][: MAX_MENU - 1]
+    return tuple(sorted([*kept, fallback], reverse=True))
+
+
+def _microbatch(filled: _Filled, order: np.ndarray) -> Microbatch:
+    return Microbatch(
+        layout=filled.layout,
+        documents=tuple(tuple(int(order[rank]) for rank in group) for group in filled.groups),
+    )
