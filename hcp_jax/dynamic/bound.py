@@ -29,9 +29,11 @@ there, the least that Σ T can be has as much as possible hidden beside the big 
 
 **Volume.** A microbatch holds N·M tokens at most. With documents in descending order, the first
 ones whose tokens exceed (k-1)·N·M are in k microbatches at least, so the k-th largest T is no less
-than the least seconds t(L_k) = min_g f_g(a_g(L_k)) of the last of them:
+than τ_k, the greater of t of the last of them and t of the k-th big document. Of any j microbatches
+the prices add up to at most Q(j), the price of the dearest j·N·M tokens. With P the prices of the
+j microbatches of largest T, these take at least Σ τ_k, and all others P_all - P over N:
 
-    Σ T_k >= Σ_k t(L_k).                                                            (volume)
+    Σ T_k >= P_all / N + max_j [Σ_{k<=j} τ_k - Q(j) / N].                           (volume)
 
 **Microbatches.** K >= K0 = max(⌈Σ L / NM⌉, number of documents longer than NM / 2). So a schedule
 takes at least K0·C + max(average, volume).
@@ -70,7 +72,7 @@ def lower_bound(
         sizes: sizes that groups may have.
         cost: the cost model.
     """
-    lengths = np.sort(np.asarray(lengths, np.int64))[::-1]
+    lengths = np.asarray(lengths, np.int64)
     if lengths.size == 0:
         return 0.0
     capacity = num_devices * max_tokens_per_device
@@ -84,23 +86,44 @@ def lower_bound(
     big = 2 * unique > capacity
     least = np.min([_seconds(ring, unique[big], max_tokens_per_device) for ring in rings], axis=0)
     beside = np.max(prices[~big] / unique[~big], initial=0.0) * (capacity - unique[big])
-    prices[big] = np.maximum(num_devices * least - beside, prices[big])
-    average = float(np.sum(prices * count)) / num_devices
+    with_big = prices.copy()
+    with_big[big] = np.maximum(num_devices * least - beside, prices[big])
+    average = float(np.sum(with_big * count)) / num_devices
 
-    steps = np.arange(-(-total // capacity)) * capacity
-    # The first document at which the tokens so far exceed each multiple of the capacity, or the
-    # k-th big one if that is longer.
-    last = np.searchsorted(np.cumsum(lengths), steps, side="right")
-    num_big = int(count[big].sum())
-    last = np.concatenate([np.arange(num_big), last[num_big:]])
-    least = np.min([_seconds(ring, lengths[last], max_tokens_per_device) for ring in rings], axis=0)
-    volume = float(np.sum(least))
+    volume = _volume(unique, count, prices, rings, num_devices, max_tokens_per_device)
 
     slots = document_prices(unique, count, rings, max_tokens_per_device, dense)
     return max(
         num_microbatches * dense + max(average, volume),
         float(np.sum(slots * count)) / num_devices,
     )
+
+
+def _volume(
+    unique: np.ndarray,
+    count: np.ndarray,
+    prices: np.ndarray,
+    rings: Sequence[Ring],
+    num_devices: int,
+    max_tokens_per_device: int,
+) -> float:
+    capacity = num_devices * max_tokens_per_device
+    descending = np.repeat(unique, count)[::-1]
+    after = np.cumsum(descending)
+    steps = np.arange(-(-int(after[-1]) // capacity))
+    # The first document at which the tokens so far exceed each multiple of the capacity, or the
+    # k-th big one if that is longer.
+    last = np.searchsorted(after, steps * capacity, side="right")
+    num_big = int(np.sum(2 * descending > capacity))
+    last = np.concatenate([np.arange(num_big), last[num_big:]])
+    seconds = [_seconds(ring, descending[last], max_tokens_per_device) for ring in rings]
+    slowest = np.concatenate([[0.0], np.cumsum(np.min(seconds, axis=0))])
+
+    dearest = np.argsort(-prices / unique, kind="stable")
+    tokens = np.concatenate([[0], np.cumsum((unique * count)[dearest])])
+    price = np.concatenate([[0.0], np.cumsum((prices * count)[dearest])])
+    held = np.interp(np.arange(slowest.size) * capacity, tokens, price)
+    return float(price[-1] + np.max(num_devices * slowest - held)) / num_devices
 
 
 def best_rings(sizes: Sequence[int], tokens: int, cost: Cost) -> list[Ring]:

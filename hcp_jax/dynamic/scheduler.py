@@ -18,7 +18,7 @@ ends, and gives the same answer on every host.
 import heapq
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +51,11 @@ class _Problem(NamedTuple):
     tokens: int  # M
     cost: Cost
     sizes: tuple[int, ...]  # ascending
-    rings: dict[int, Ring]  # the best of each size
+    rings: list[Ring]  # the best of each size, ascending
+
+
+# From what is left (ranks, ascending) to layouts, of which one at least holds the longest.
+_Propose = Callable[[_Problem, list[int]], Sequence[Layout]]
 
 
 class _Filled(NamedTuple):
@@ -107,14 +111,8 @@ def schedule(
 
     order = _ascending(of_length, seed)
     problem = _problem(of_length[order], num_devices, max_tokens_per_device, cost, sizes)
-    if given is None:
-        filled = _build(problem, None)
-        chosen = _frequent(filled, problem)
-        if any(mb.layout not in chosen for mb in filled):
-            filled = _build(problem, chosen)
-    else:
-        chosen = given
-        filled = _build(problem, chosen)
+    chosen, filled = _search(problem) if given is None else (given, _build(problem, given))
+    assert filled is not None, "nothing makes it give up"
     return Schedule(
         lengths=tuple(of_length.tolist()),
         num_devices=num_devices,
@@ -207,21 +205,54 @@ def _problem(
         tokens=tokens,
         cost=cost,
         sizes=sizes,
-        rings={ring.size: ring for ring in rings},
+        rings=rings,
     )
 
 
-def _build(problem: _Problem, menu: Sequence[Layout] | None) -> list[_Filled]:
-    """Microbatches for all documents, from the layouts of the menu, or of our own making."""
+def _search(problem: _Problem) -> tuple[tuple[Layout, ...], list[_Filled]]:
+    """The best of a few ways to choose layouts, and the menu of what it uses.
+
+    By efficiency one microbatch at a time, which is best for most data; each document in the
+    narrowest group that holds it; equal groups in every microbatch; and groups of one and the same
+    size throughout, which packs tightest where documents are few.
+    """
+    best: list[_Filled] | None = None
+    seconds = float("inf")
+    for propose in (_by_target, _narrowest_only, _equal_groups, *_one_size(problem)):
+        filled = _build(problem, propose, seconds)
+        menu = _frequent(filled or [], problem)
+        if filled is not None and any(mb.layout not in menu for mb in filled):
+            filled = _build(problem, menu, seconds)
+        if filled is not None:
+            best, seconds = filled, sum(mb.seconds for mb in filled)
+    assert best is not None, "nothing makes the first way give up"
+    return _frequent(best, problem), best
+
+
+def _build(
+    problem: _Problem,
+    menu: Sequence[Layout] | _Propose,
+    give_up: float = float("inf"),
+) -> list[_Filled] | None:
+    """Microbatches for all documents, from the layouts of a menu or those proposed on the way.
+
+    None as soon as they are sure to take `give_up` seconds or more.
+    """
     remaining = list(range(len(problem.lengths)))
-    filled = []
+    filled: list[_Filled] = []
+    worth = sum(problem.values)
+    seconds = 0.0
     while remaining:
-        candidates = _propose(problem, remaining) if menu is None else menu
+        if (seconds + worth) * (1 + 1e-12) >= give_up:
+            return None
+        candidates = menu(problem, remaining) if callable(menu) else menu
         best = _best(problem, remaining, candidates)
         taken = set(itertools.chain.from_iterable(best.groups))
         remaining = [rank for rank in remaining if rank not in taken]
         filled.append(best)
-    return filled
+        seconds += best.seconds
+        worth -= best.value
+    return None if seconds * (1 + 1e-12) >= give_up else filled
 
 
 def _best(problem: _Problem, remaining: list[int], candidates: Iterable[Layout]) -> _Filled:
@@ -280,59 +311,72 @@ def _fill(
     return _Filled(layout, inside, dense + slowest, value)
 
 
-def _propose(problem: _Problem, remaining: list[int]) -> list[Layout]:
-    """Layouts worth trying for these documents.
+def _by_target(problem: _Problem, remaining: list[int]) -> list[Layout]:
+    """Layouts for these documents, from wide groups that are quick to narrow ones that are cheap.
 
     Every document, longest first, gets the narrowest group in which it fits and takes at most a
     target; the targets are fractions of what the longest takes in the narrowest group that holds
     it. And for every size, as many groups of it as there can be.
     """
     longest = problem.lengths[remaining[-1]]
-    able = [ring for ring in problem.rings.values() if ring.size * problem.tokens >= longest]
-    slowest = able[0].seconds(able[0].pairs(longest))
-    proposed = [
-        _narrowest(problem, remaining, slowest * part)
-        for part in (float("inf"), 1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
-    ]
-    proposed += [
-        groups.uniform(ring.size, problem.num_devices, problem.sizes) for ring in able
-    ]
-    per_host = problem.cost.devices_per_host
-    return list(dict.fromkeys(groups.canonical(sizes, per_host) for sizes in proposed))
+    narrowest = _able(problem, longest)[0]
+    slowest = narrowest.seconds(narrowest.pairs(longest))
+    parts = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
+    proposed = [_narrowest(problem, remaining, slowest * part) for part in parts]
+    proposed += _narrowest_only(problem, remaining) + _equal_groups(problem, remaining)
+    return list(dict.fromkeys(proposed))
 
 
-def _narrowest(problem: _Problem, remaining: list[int], target: float) -> list[int]:
+def _narrowest_only(problem: _Problem, remaining: list[int]) -> list[Layout]:
+    return [_narrowest(problem, remaining, float("inf"))]
+
+
+def _equal_groups(problem: _Problem, remaining: list[int]) -> list[Layout]:
+    longest = problem.lengths[remaining[-1]]
+    return [_uniform(problem, ring.size) for ring in _able(problem, longest)]
+
+
+def _one_size(problem: _Problem) -> Iterator[_Propose]:
+    for ring in _able(problem, problem.lengths[-1]) if problem.lengths else ():
+        layout = _uniform(problem, ring.size)
+        yield lambda *_, layout=layout: [layout]
+
+
+def _able(problem: _Problem, length: int) -> list[Ring]:
+    """The rings that hold a document of `length` tokens, narrowest first."""
+    return [ring for ring in problem.rings if ring.size * problem.tokens >= length]
+
+
+def _uniform(problem: _Problem, size: int) -> Layout:
+    sizes = groups.uniform(size, problem.num_devices, problem.sizes)
+    return groups.canonical(sizes, problem.cost.devices_per_host)
+
+
+def _narrowest(problem: _Problem, remaining: list[int], target: float) -> Layout:
     can = groups.composable(problem.num_devices, problem.sizes)
     rest = problem.num_devices
     chosen: list[int] = []
-    least = problem.sizes[0]
     for rank in reversed(remaining):
-        length = problem.lengths[rank]
-        size = _narrowest_size(problem, length, target)
-        if size == least:
-            break
-        if size > rest or not can[rest - size]:
-            if not chosen:
-                return groups.uniform(problem.sizes[-1], problem.num_devices, problem.sizes)
+        size = _narrowest_size(problem, problem.lengths[rank], target)
+        if size == problem.sizes[0] or size > rest or not can[rest - size]:
             break
         chosen.append(size)
         rest -= size
-    return groups.complete(chosen, problem.num_devices, problem.sizes)
+    if not chosen and size > problem.sizes[0]:
+        return _uniform(problem, problem.sizes[-1])
+    sizes = groups.complete(chosen, problem.num_devices, problem.sizes)
+    return groups.canonical(sizes, problem.cost.devices_per_host)
 
 
 def _narrowest_size(problem: _Problem, length: int, target: float) -> int:
-    able = [ring for ring in problem.rings.values() if ring.size * problem.tokens >= length]
-    fast = (ring.size for ring in able if ring.seconds(ring.pairs(length)) <= target)
-    quickest = min(able, key=lambda ring: (ring.seconds(ring.pairs(length)), ring.size))
-    return next(fast, quickest.size)
+    seconds = {ring.size: ring.seconds(ring.pairs(length)) for ring in _able(problem, length)}
+    fast = (size for size, took in seconds.items() if took <= target)
+    return next(fast, min(seconds, key=lambda size: (seconds[size], size)))
 
 
 def _frequent(filled: Sequence[_Filled], problem: _Problem) -> tuple[Layout, ...]:
     """The layouts that most of the time went to, at most `MAX_MENU`, with the fallback."""
-    fallback = groups.canonical(
-        groups.uniform(problem.sizes[-1], problem.num_devices, problem.sizes),
-        problem.cost.devices_per_host,
-    )
+    fallback = _uniform(problem, problem.sizes[-1])
     seconds: dict[Layout, float] = {}
     for mb in filled:
         seconds[mb.layout] = seconds.get(mb.layout, 0.0) + mb.seconds
