@@ -1,8 +1,8 @@
 """What others do with the same documents: the schedules that ours is compared with.
 
-They stand apart from the scheduler because they must not share its ideas. Each returns a `Schedule`,
-so that one cost model and one set of measures judge all. They are given the better side of a doubt:
-packing is best fit, and padding costs them neither time nor room.
+They stand apart from the scheduler because they must not share its ideas. Each returns a
+`Schedule`, so that one cost model and one set of measures judge all. They are given the better side
+of a doubt: packing is best fit, and padding costs them neither time nor room.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class Outcome:
 
     seconds: float
     seconds_unpadded: float
-    num_microbatches: int
-    num_programs: int
+    num_microbatches: float
+    num_programs: float
     token_fill: float
     balance: float
     idle_share: float
@@ -127,9 +127,9 @@ def seeded_greedy(
     new one, and goes where the greatest work of any group stays least, if that is under `HEADROOM`
     times the work of the batch's longest. (Of the microbatch's longest, as the description can also
     be read, the groups of short documents would stay next to empty, which its published token fill
-    of 0.87 to 0.98 excludes.) Devices that are left over double the smallest groups. (Sizes are those of
-    `groups.group_sizes`, so that device counts other than powers of two, which the original does
-    not survive, have an answer; what cannot double keeps a group of its own, empty.)
+    of 0.87 to 0.98 excludes.) Devices that are left over double the smallest groups. (Sizes are
+    those of `groups.group_sizes`, so that device counts other than powers of two, which the
+    original does not survive, have an answer; what cannot double is left as empty groups of one.)
     """
     sizes = groups.group_sizes(num_devices)
     left = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))

@@ -147,10 +147,7 @@ def document_prices(
         max_tokens_per_device: M.
         slot_seconds: seconds of a device added to every group: 0, or the dense seconds.
     """
-    options = [
-        _ring_prices(ring, lengths, max_tokens_per_device, slot_seconds)
-        for ring in rings
-    ]
+    options = [_ring_prices(ring, lengths, max_tokens_per_device, slot_seconds) for ring in rings]
     # Any choice of line and φ per size is valid; a few rounds of improving one size after another.
     chosen = np.array([of_ring[0] for of_ring in options])
     best = float(np.sum(np.min(chosen, axis=0) * count))

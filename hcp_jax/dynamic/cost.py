@@ -26,7 +26,7 @@ hidden, so `Cost.calibrate` fits them to timed microbatches by least squares.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -286,7 +286,8 @@ class Cost:
         matrix = np.concatenate([features[:, free] / scale, ridge])
         fitted, _ = nnls(matrix, np.concatenate([rest, ridge @ (now[free] * scale)]))
         now[free] = fitted / scale
-        return dataclasses.replace(self, **dict(zip(_FITTED, map(float, now), strict=True)))
+        values: dict[str, Any] = dict(zip(_FITTED, now.tolist(), strict=True))
+        return dataclasses.replace(self, **values)
 
     def _features(self, row: TimedMicrobatch) -> np.ndarray:
         """What each of `_FITTED` is multiplied by in the modelled seconds of `row`."""

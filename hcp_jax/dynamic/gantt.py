@@ -4,7 +4,7 @@ It stands alone because matplotlib is imported here and nowhere else.
 """
 
 import colorsys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hcp_jax.dynamic import groups
 
@@ -66,7 +66,10 @@ def draw(plan: "Schedule", axes: "Axes | None" = None) -> "Axes":
             first += ring.size
         now += took
 
-    edge = {"edgecolors": "white", "linewidths": 0.3 if plan.num_devices <= 128 else 0.0}
+    edge: dict[str, Any] = {
+        "edgecolors": "white",
+        "linewidths": 0.3 if plan.num_devices <= 128 else 0.0,
+    }
     for kind, style in (
         ("document", edge),
         ("pad", edge),

@@ -103,7 +103,7 @@ def _from_file(path: Path, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _location(mean: float, sigma: float, low: float, high: float) -> float:
-    """mu of the lognormal whose mean is `mean` once clipped to [low, high]."""
+    """The mu of the lognormal whose mean is `mean` once clipped to [low, high]."""
     if not low < mean < high or sigma <= 0:
         raise ValueError(f"lognormal needs min < mean < max and sigma > 0, got mean={mean}.")
     normal = NormalDist()

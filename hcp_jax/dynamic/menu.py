@@ -92,7 +92,7 @@ def choose_menu(
         kept = [layout for layout in ranked if layout != fallback][: keep - 1]
         if len(menu) <= max_layouts:
             return tuple(sorted([*kept, fallback], reverse=True))
-        menu = tuple([fallback, *kept])
+        menu = (fallback, *kept)
 
 
 def schedule_batches(

@@ -1,4 +1,4 @@
-"""A microbatch in, the arrays that its program needs out: tokens' sources, positions, intervals, runs.
+"""A microbatch in, the arrays of its program out: sources, positions, intervals and runs.
 
 A group of g devices holds its documents as one stream, one behind the other. The global index of a
 token is its place in that stream: where its document begins, plus its position. So a query sees

@@ -133,7 +133,9 @@ class Schedule:
         for i, mb in enumerate(self.microbatches):
             groups.check_layout(mb.layout, self.num_devices)
             if mb.layout not in self.menu:
-                raise ValueError(f"microbatch {i}: {groups.describe(mb.layout)} is not on the menu.")
+                raise ValueError(
+                    f"microbatch {i}: {groups.describe(mb.layout)} is not on the menu."
+                )
             if len(mb.documents) != len(mb.layout):
                 raise ValueError(f"microbatch {i}: one tuple of documents per group is needed.")
             for size, of_group in zip(mb.layout, mb.lengths(self.lengths), strict=True):

@@ -28,6 +28,7 @@ from hcp_jax.dynamic.bound import best_rings, document_prices
 from hcp_jax.dynamic.cost import Cost, Ring
 from hcp_jax.dynamic.groups import Layout
 from hcp_jax.dynamic.plan import Microbatch, Schedule
+from hcp_jax.dynamic.polish import Filled, polish
 
 MAX_MENU = 16  # programs that are worth compiling before the first step
 
@@ -56,13 +57,6 @@ class _Problem(NamedTuple):
 
 # From what is left (ranks, ascending) to layouts, of which one at least holds the longest.
 _Propose = Callable[[_Problem, list[int]], Sequence[Layout]]
-
-
-class _Filled(NamedTuple):
-    layout: Layout
-    groups: list[list[int]]  # ranks
-    seconds: float
-    value: float
 
 
 def schedule(
@@ -209,14 +203,14 @@ def _problem(
     )
 
 
-def _search(problem: _Problem) -> tuple[tuple[Layout, ...], list[_Filled]]:
+def _search(problem: _Problem) -> tuple[tuple[Layout, ...], list[Filled]]:
     """The best of a few ways to choose layouts, and the menu of what it uses.
 
     By efficiency one microbatch at a time, which is best for most data; each document in the
     narrowest group that holds it; equal groups in every microbatch; and groups of one and the same
     size throughout, which packs tightest where documents are few.
     """
-    best: list[_Filled] | None = None
+    best: list[Filled] | None = None
     seconds = float("inf")
     for propose in (_by_target, _narrowest_only, _equal_groups, *_one_size(problem)):
         filled = _build(problem, propose, seconds)
@@ -226,6 +220,8 @@ def _search(problem: _Problem) -> tuple[tuple[Layout, ...], list[_Filled]]:
         if filled is not None:
             best, seconds = filled, sum(mb.seconds for mb in filled)
     assert best is not None, "nothing makes the first way give up"
+    most = max_documents_per_ring(problem.tokens)
+    best = polish(best, problem.lengths, problem.tokens, most, problem.cost)
     return _frequent(best, problem), best
 
 
@@ -233,13 +229,13 @@ def _build(
     problem: _Problem,
     menu: Sequence[Layout] | _Propose,
     give_up: float = float("inf"),
-) -> list[_Filled] | None:
+) -> list[Filled] | None:
     """Microbatches for all documents, from the layouts of a menu or those proposed on the way.
 
     None as soon as they are sure to take `give_up` seconds or more.
     """
     remaining = list(range(len(problem.lengths)))
-    filled: list[_Filled] = []
+    filled: list[Filled] = []
     worth = sum(problem.values)
     seconds = 0.0
     while remaining:
@@ -255,7 +251,7 @@ def _build(
     return None if seconds * (1 + 1e-12) >= give_up else filled
 
 
-def _best(problem: _Problem, remaining: list[int], candidates: Iterable[Layout]) -> _Filled:
+def _best(problem: _Problem, remaining: list[int], candidates: Iterable[Layout]) -> Filled:
     """The candidate of greatest efficiency; those that cannot beat the best are not filled."""
     longest = problem.lengths[remaining[-1]]
     worth = problem.num_devices * problem.tokens * problem.density[remaining[-1]]
@@ -279,9 +275,7 @@ def _best(problem: _Problem, remaining: list[int], candidates: Iterable[Layout])
     return best
 
 
-def _fill(
-    problem: _Problem, remaining: list[int], layout: Layout, rings: Sequence[Ring]
-) -> _Filled:
+def _fill(problem: _Problem, remaining: list[int], layout: Layout, rings: Sequence[Ring]) -> Filled:
     """Fill a layout: the group with least work takes the longest document it has room for."""
     lengths, values = problem.lengths, problem.values
     left = remaining.copy()
@@ -294,7 +288,7 @@ def _fill(
     heap = [(ring.seconds(0.0), -ring.size, group) for group, ring in enumerate(rings)]
     heapq.heapify(heap)
     while heap and left:
-        seconds, width, group = heap[0]
+        _, width, group = heap[0]
         place = bisect_right(left, bisect_right(lengths, room[group]) - 1)
         if place == 0 or (width < -1 and len(inside[group]) == most):
             slowest = max(slowest, heapq.heappop(heap)[0])
@@ -308,7 +302,7 @@ def _fill(
         heapq.heapreplace(heap, (ring.seconds(pairs[group]), width, group))
     slowest = max([slowest, *(item[0] for item in heap)])
     dense = problem.cost.dense_seconds(problem.tokens)
-    return _Filled(layout, inside, dense + slowest, value)
+    return Filled(layout, inside, dense + slowest, value)
 
 
 def _by_target(problem: _Problem, remaining: list[int]) -> list[Layout]:
@@ -323,7 +317,8 @@ def _by_target(problem: _Problem, remaining: list[int]) -> list[Layout]:
     slowest = narrowest.seconds(narrowest.pairs(longest))
     parts = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
     proposed = [_narrowest(problem, remaining, slowest * part) for part in parts]
-    proposed += _narrowest_only(problem, remaining) + _equal_groups(problem, remaining)
+    proposed += _narrowest_only(problem, remaining)
+    proposed += [_uniform(problem, ring.size) for ring in _able(problem, longest)]
     return list(dict.fromkeys(proposed))
 
 
@@ -332,8 +327,9 @@ def _narrowest_only(problem: _Problem, remaining: list[int]) -> list[Layout]:
 
 
 def _equal_groups(problem: _Problem, remaining: list[int]) -> list[Layout]:
-    longest = problem.lengths[remaining[-1]]
-    return [_uniform(problem, ring.size) for ring in _able(problem, longest)]
+    able = _able(problem, problem.lengths[remaining[-1]])
+    even = [ring for ring in able if problem.num_devices % ring.size == 0]
+    return [_uniform(problem, ring.size) for ring in even or able]
 
 
 def _one_size(problem: _Problem) -> Iterator[_Propose]:
@@ -374,7 +370,7 @@ def _narrowest_size(problem: _Problem, length: int, target: float) -> int:
     return next(fast, min(seconds, key=lambda size: (seconds[size], size)))
 
 
-def _frequent(filled: Sequence[_Filled], problem: _Problem) -> tuple[Layout, ...]:
+def _frequent(filled: Sequence[Filled], problem: _Problem) -> tuple[Layout, ...]:
     """The layouts that most of the time went to, at most `MAX_MENU`, with the fallback."""
     fallback = _uniform(problem, problem.sizes[-1])
     seconds: dict[Layout, float] = {}
@@ -385,7 +381,7 @@ def _frequent(filled: Sequence[_Filled], problem: _Problem) -> tuple[Layout, ...
     return tuple(sorted([*kept, fallback], reverse=True))
 
 
-def _microbatch(filled: _Filled, order: np.ndarray) -> Microbatch:
+def _microbatch(filled: Filled, order: np.ndarray) -> Microbatch:
     return Microbatch(
         layout=filled.layout,
         documents=tuple(tuple(int(order[rank]) for rank in group) for group in filled.groups),

@@ -1,6 +1,6 @@
-"""`hcp dynamic simulate`: what dynamic context parallelism brings for a distribution of lengths.
+r"""`hcp dynamic simulate`: what dynamic context parallelism brings for a distribution of lengths.
 
-    hcp dynamic simulate --lengths lognormal:mean=1024,sigma=1.5,min=128,max=8192 --devices 64 \\
+    hcp dynamic simulate --lengths lognormal:mean=1024,sigma=1.5,min=128,max=8192 --devices 64 \
         --max-tokens-per-device 2048
 
 It draws batches, schedules them with ours and with each of `baselines`, and shows all of them under
@@ -24,6 +24,8 @@ from hcp_jax.dynamic.scheduler import schedule
 
 OURS = "dynamic (ours)"
 
+_Strategy = Callable[[list[int], int, int, Cost], Schedule]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the arguments that `run` reads."""
@@ -37,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens-per-device", type=int, default=2048, metavar="M")
     parser.add_argument("--min-cp-size", type=int, default=1)
     parser.add_argument("--max-cp-size", type=int, default=None)
-    parser.add_argument("--documents", type=int, default=None, help="per batch (default: by tokens)")
+    parser.add_argument(
+        "--documents", type=int, default=None, help="per batch (default: by tokens)"
+    )
     parser.add_argument(
         "--microbatches", type=float, default=8.0, help="buffers' worth of tokens per batch"
     )
@@ -92,19 +96,13 @@ def _ours(lengths: list[int], num_devices: int, cost: Cost, args: argparse.Names
 def _simulate(
     batches: Sequence[np.ndarray], num_devices: int, cost: Cost, args: argparse.Namespace
 ) -> dict:
-    strategies: dict[str, Callable[[list[int]], Schedule]] = {
-        OURS: lambda lengths: _ours(lengths, num_devices, cost, args)
-    }
-    others = {
+    strategies: dict[str, _Strategy] = {
+        OURS: lambda lengths, *_: _ours(lengths, num_devices, cost, args),
         "fixed CP, packed": baselines.fixed_packed,
         "fixed CP, DP-balanced": baselines.fixed_balanced,
         "one size per microbatch": baselines.one_size_per_microbatch,
         "seeded greedy (reference)": baselines.seeded_greedy,
     }
-    for name, baseline in others.items():
-        strategies[name] = lambda lengths, baseline=baseline: baseline(
-            lengths, num_devices, args.max_tokens_per_device, cost
-        )
     record: dict = {
         "devices": num_devices,
         "documents": sum(batch.size for batch in batches),
@@ -116,7 +114,8 @@ def _simulate(
         "strategies": {},
     }
     for name, strategy in strategies.items():
-        plans = [strategy(batch.tolist()) for batch in batches]
+        limits = num_devices, args.max_tokens_per_device, cost
+        plans = [strategy(batch.tolist(), *limits) for batch in batches]
         if name == OURS:
             bounds = [plan.lower_bound for plan in plans]
             record["lower_bound"] = sum(bounds)
