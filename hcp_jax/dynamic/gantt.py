@@ -86,11 +86,10 @@ def save(plan: "Schedule", path: str, title: str = "") -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 7), layout="constrained")
-    axes = draw(plan, figure.subplots())
+    draw(plan, figure.subplots())
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=130)
-    del axes
 
 
 def _colour(document: int, length: int, plan: "Schedule") -> tuple[float, float, float]:
