@@ -18,6 +18,7 @@ import numpy as np
 
 from hcp_jax.dynamic import baselines, gantt
 from hcp_jax.dynamic.baselines import Outcome
+from hcp_jax.dynamic.calibrate import read_cost
 from hcp_jax.dynamic.cost import MODELS, Cost, model_cost
 from hcp_jax.dynamic.lengths import draw_lengths, mean_length
 from hcp_jax.dynamic.menu import schedule_batches
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-12x2048")
     parser.add_argument("--devices-per-host", type=int, default=8)
+    parser.add_argument(
+        "--cost", type=Path, default=None, metavar="FILE", help="of `hcp dynamic calibrate`"
+    )
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="a Gantt chart")
 
@@ -63,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if an argument makes no sense.
     """
     cost = dataclasses.replace(model_cost(args.model), devices_per_host=args.devices_per_host)
+    if args.cost is not None:
+        cost = read_cost(args.cost)
     if args.batches < 1:
         raise ValueError(f"--batches must be >= 1, got {args.batches}.")
     mean = mean_length(args.lengths)
@@ -127,7 +133,7 @@ def _simulate(
         "mean_length": float(np.mean(np.concatenate(batches))),
         "lengths": args.lengths,
         "max_tokens_per_device": args.max_tokens_per_device,
-        "model": args.model,
+        "model": args.model if args.cost is None else str(args.cost),
         "strategies": {},
     }
     ours = [_ours(batch.tolist(), num_devices, cost, args) for batch in batches]
@@ -172,7 +178,7 @@ def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
         table = Table(
             title=f"{record['devices']} devices × {record['max_tokens_per_device']} tokens, "
             f"{record['documents']} documents of {record['mean_length']:.0f} tokens on average, "
-            f"{args.model}",
+            f"{record['model']}",
             title_justify="left",
         )
         for column in (
