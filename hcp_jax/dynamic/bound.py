@@ -148,9 +148,12 @@ def document_prices(
         slot_seconds: seconds of a device added to every group: 0, or the dense seconds.
     """
     options = [_ring_prices(ring, lengths, max_tokens_per_device, slot_seconds) for ring in rings]
-    # Any choice of line and φ per size is valid; a few rounds of improving one size after another.
-    chosen = np.array([of_ring[0] for of_ring in options])
-    best = float(np.sum(np.min(chosen, axis=0) * count))
+    # Any choice of line and φ per size is valid: the best one for all sizes alike, and then a few
+    # rounds of improving one size after another.
+    alike = np.sum(np.min(options, axis=0) * count, axis=1)
+    start = int(np.argmax(alike))
+    chosen = np.array([of_ring[start] for of_ring in options])
+    best = float(alike[start])
     for _ in range(2):
         before = best
         for i, of_ring in enumerate(options):
@@ -174,8 +177,6 @@ def _ring_prices(
     rows = []
     for forward in (1.0, 0.0):
         for backward in (1.0, 0.0):
-            if ring.size == 1 and (forward or backward):
-                continue
             hops = ring.size - 1
             hidden = forward * FORWARD_SHARE + backward * (1 - FORWARD_SHARE)
             alpha = 1 - hops / ring.size * hidden

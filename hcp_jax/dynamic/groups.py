@@ -47,7 +47,8 @@ def group_sizes(
             f"min_cp_size={min_size} is more than max_cp_size={max_size} (which is num_devices "
             "unless given); lower one or raise the other."
         )
-    max_size = min(max_size, num_devices)
+    num_devices, min_size = int(num_devices), int(min_size)
+    max_size = min(int(max_size), num_devices)
     sizes = {2**k for k in range(num_devices.bit_length())}
     sizes |= {d for d in range(1, num_devices + 1) if num_devices % d == 0}
     chosen = tuple(sorted(size for size in sizes if min_size <= size <= max_size))

@@ -98,6 +98,7 @@ def schedule(
     sizes = groups.group_sizes(num_devices, min_cp_size, max_cp_size)
     of_length = check_lengths(lengths)
     _check_tokens(max_tokens_per_device, num_devices)
+    num_devices, max_tokens_per_device = int(num_devices), int(max_tokens_per_device)
     given = None if menu is None else _check_menu(menu, num_devices, sizes)
     if given is not None:
         sizes = tuple(sorted({size for layout in given for size in layout}))
