@@ -105,10 +105,9 @@ def _finish(plan: "Schedule", axes: "Axes", now: float, seconds: tuple[float, ..
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     left = 0.0
-    few = len(seconds) <= 12
     for mb, took in zip(plan.microbatches, seconds, strict=True):
         axes.axvline(left + took, color="black", linewidth=0.8)
-        if few:
+        if took >= 0.05 * now:  # as wide as the words, about
             label = groups.describe(mb.layout)
             axes.text(
                 left + took / 2, -0.015 * plan.num_devices, label, ha="center", va="bottom", size=8

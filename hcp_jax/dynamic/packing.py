@@ -30,8 +30,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from hcp_jax.dynamic import groups
+from hcp_jax.dynamic.fill import max_documents_per_ring
 from hcp_jax.dynamic.plan import Microbatch
-from hcp_jax.dynamic.scheduler import max_documents_per_ring
 
 
 class Runs(NamedTuple):

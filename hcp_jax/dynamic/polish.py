@@ -1,32 +1,15 @@
-"""Filled microbatches, and the last small steps that even out their groups.
+"""The last small steps: documents change places so that groups finish together.
 
-It stands alone because it chooses no layouts: it only moves documents between groups that are.
+It stands apart from the scheduler because it starts from its answer and can only better it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from hcp_jax.dynamic.cost import Cost, Ring
-from hcp_jax.dynamic.groups import Layout
+from hcp_jax.dynamic.cost import Ring
+from hcp_jax.dynamic.fill import Filled, Problem, max_documents_per_ring
 
 # Enough for what the filling leaves to gain, and little enough not to be noticed in its time.
 _STEPS, _PARTNERS = 12, 4
-
-
-class Filled(NamedTuple):
-    """A microbatch while it is planned.
-
-    Attributes:
-        layout: group sizes in device order.
-        groups: the ranks of each group's documents: their places in ascending order of length.
-        seconds: modelled.
-        value: the documents' share of the lower bound, in seconds.
-    """
-
-    layout: Layout
-    groups: list[list[int]]
-    seconds: float
-    value: float
 
 
 class _Group:
@@ -40,21 +23,18 @@ class _Group:
         self.seconds = ring.seconds(self.pairs)
 
 
-def polish(
-    filled: Sequence[Filled], lengths: list[int], tokens: int, most: int, cost: Cost
-) -> list[Filled]:
+def polish(problem: Problem, filled: Sequence[Filled]) -> list[Filled]:
     """Relieve the slowest group of each microbatch by exchanging documents with quick groups.
 
     With groups of its own microbatch, as long as both end up quicker than the slowest was; and with
     the last microbatch, which tends to have room, as long as that does not get slower.
 
     Args:
-        filled: microbatches.
-        lengths: of the documents, by rank.
-        tokens: M.
-        most: documents that a group of several devices may hold.
-        cost: the cost model.
+        problem: what does not change.
+        filled: microbatches, at least one.
     """
+    lengths, tokens, cost = problem.lengths, problem.tokens, problem.cost
+    most = max_documents_per_ring(tokens)
     work = [
         [
             _Group(*of, lengths, tokens)

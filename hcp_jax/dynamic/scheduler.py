@@ -15,49 +15,25 @@ plain floats in a fixed order, and every microbatch takes the longest document l
 ends, and gives the same answer on every host.
 """
 
-import heapq
 import itertools
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.bound import best_rings, document_prices
 from hcp_jax.dynamic.cost import Cost, Ring
+from hcp_jax.dynamic.fill import Filled, Problem, fill
 from hcp_jax.dynamic.groups import Layout
 from hcp_jax.dynamic.plan import Microbatch, Schedule
-from hcp_jax.dynamic.polish import Filled, polish
+from hcp_jax.dynamic.polish import polish
 
 MAX_MENU = 16  # programs that are worth compiling before the first step
 _TIE = 1.0002  # the cost model is not so good that less than this would tell two schedules apart
 
 
-def max_documents_per_ring(max_tokens_per_device: int) -> int:
-    """Documents that a group of several devices may hold.
-
-    Each has two runs of keys on every device, and how many runs there are is part of the compiled
-    program: at most one to 16 tokens, so that looking through them costs little beside attention.
-    """
-    return max(64, max_tokens_per_device // 32)
-
-
-class _Problem(NamedTuple):
-    """What does not change while microbatches are built. A rank is a place in ascending order."""
-
-    lengths: list[int]  # ascending
-    values: list[float]  # seconds that each document's share of the lower bound is worth
-    density: list[float]  # the greatest value per token among ranks 0 … r
-    num_devices: int
-    tokens: int  # M
-    cost: Cost
-    sizes: tuple[int, ...]  # ascending
-    rings: list[Ring]  # the best of each size, ascending
-
-
 # From what is left (ranks, ascending) to layouts, of which one at least holds the longest.
-_Propose = Callable[[_Problem, list[int]], Sequence[Layout]]
+_Propose = Callable[[Problem, list[int]], Sequence[Layout]]
 
 
 def schedule(
@@ -107,8 +83,7 @@ def schedule(
 
     order = _ascending(of_length, seed)
     problem = _problem(of_length[order], num_devices, max_tokens_per_device, cost, sizes)
-    chosen, filled = _search(problem) if given is None else (given, _build(problem, given))
-    assert filled is not None, "nothing makes it give up"
+    chosen, filled = _search(problem, given)
     return Schedule(
         lengths=tuple(of_length.tolist()),
         num_devices=num_devices,
@@ -187,13 +162,13 @@ def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
 
 def _problem(
     ascending: np.ndarray, num_devices: int, tokens: int, cost: Cost, sizes: tuple[int, ...]
-) -> _Problem:
+) -> Problem:
     rings = best_rings(sizes, tokens, cost)
     unique, inverse, count = np.unique(ascending, return_inverse=True, return_counts=True)
     prices = document_prices(unique, count, rings, tokens, cost.dense_seconds(tokens))
     values = prices / num_devices
     density = np.maximum.accumulate(values / unique) if unique.size else values
-    return _Problem(
+    return Problem(
         lengths=ascending.tolist(),
         values=values[inverse].tolist(),
         density=density[inverse].tolist(),
@@ -205,7 +180,9 @@ def _problem(
     )
 
 
-def _search(problem: _Problem) -> tuple[tuple[Layout, ...], list[Filled]]:
+def _search(
+    problem: Problem, given: tuple[Layout, ...] | None
+) -> tuple[tuple[Layout, ...], list[Filled]]:
     """The best of a few ways to choose layouts, and the menu of what it uses.
 
     By efficiency one microbatch at a time, which is best for most data; each document in the
@@ -213,7 +190,10 @@ def _search(problem: _Problem) -> tuple[tuple[Layout, ...], list[Filled]]:
     size throughout, which packs tightest where documents are few. Of ways that come to the same
     time, as near as a model can tell, the evenest.
     """
-    most = max_documents_per_ring(problem.tokens)
+    if given is not None:
+        filled = _build(problem, given)
+        assert filled is not None, "nothing makes it give up"
+        return given, polish(problem, filled)
     found: list[tuple[float, list[Filled]]] = []
     for propose in (_by_target, _narrowest_only, _equal_groups, *_one_size(problem)):
         give_up = min((seconds for seconds, _ in found), default=float("inf")) * _TIE
@@ -222,7 +202,7 @@ def _search(problem: _Problem) -> tuple[tuple[Layout, ...], list[Filled]]:
         if filled is not None and any(mb.layout not in menu for mb in filled):
             filled = _build(problem, menu, give_up)
         if filled is not None:
-            filled = polish(filled, problem.lengths, problem.tokens, most, problem.cost)
+            filled = polish(problem, filled)
             found.append((sum(mb.seconds for mb in filled), filled))
     least = min(seconds for seconds, _ in found)
     tied = [filled for seconds, filled in found if seconds <= least * _TIE]
@@ -242,7 +222,7 @@ def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
 
 
 def _build(
-    problem: _Problem,
+    problem: Problem,
     menu: Sequence[Layout] | _Propose,
     give_up: float = float("inf"),
 ) -> list[Filled] | None:
@@ -267,7 +247,7 @@ def _build(
     return None if seconds * (1 + 1e-12) >= give_up else filled
 
 
-def _best(problem: _Problem, remaining: list[int], candidates: Iterable[Layout]) -> Filled:
+def _best(problem: Problem, remaining: list[int], candidates: Iterable[Layout]) -> Filled:
     """The candidate of greatest efficiency; those that cannot beat the best are not filled."""
     longest = problem.lengths[remaining[-1]]
     worth = problem.num_devices * problem.tokens * problem.density[remaining[-1]]
@@ -284,44 +264,14 @@ def _best(problem: _Problem, remaining: list[int], candidates: Iterable[Layout])
     for least, _, layout, rings in sorted(queue, key=lambda item: item[:2]):
         if best is not None and worth <= efficiency * least:
             break
-        filled = _fill(problem, remaining, layout, rings)
+        filled = fill(problem, remaining, layout, rings)
         if best is None or filled.value > efficiency * filled.seconds * (1 + 1e-12):
             best, efficiency = filled, filled.value / filled.seconds
     assert best is not None, "a layout that holds the longest document is always among them"
     return best
 
 
-def _fill(problem: _Problem, remaining: list[int], layout: Layout, rings: Sequence[Ring]) -> Filled:
-    """Fill a layout: the group with least work takes the longest document it has room for."""
-    lengths, values = problem.lengths, problem.values
-    left = remaining.copy()
-    room = [size * problem.tokens for size in layout]
-    pairs = [0.0] * len(layout)
-    inside: list[list[int]] = [[] for _ in layout]
-    most = max_documents_per_ring(problem.tokens)
-    value = slowest = 0.0
-    # Of equals the widest first, so that it gets the longest document.
-    heap = [(ring.seconds(0.0), -ring.size, group) for group, ring in enumerate(rings)]
-    heapq.heapify(heap)
-    while heap and left:
-        _, width, group = heap[0]
-        place = bisect_right(left, bisect_right(lengths, room[group]) - 1)
-        if place == 0 or (width < -1 and len(inside[group]) == most):
-            slowest = max(slowest, heapq.heappop(heap)[0])
-            continue
-        rank = left.pop(place - 1)
-        length, ring = lengths[rank], rings[group]
-        room[group] -= length
-        pairs[group] += ring.pairs(length)
-        value += values[rank]
-        inside[group].append(rank)
-        heapq.heapreplace(heap, (ring.seconds(pairs[group]), width, group))
-    slowest = max([slowest, *(item[0] for item in heap)])
-    dense = problem.cost.dense_seconds(problem.tokens)
-    return Filled(layout, inside, dense + slowest, value)
-
-
-def _by_target(problem: _Problem, remaining: list[int]) -> list[Layout]:
+def _by_target(problem: Problem, remaining: list[int]) -> list[Layout]:
     """Layouts for these documents, from wide groups that are quick to narrow ones that are cheap.
 
     Every document, longest first, gets the narrowest group in which it fits and takes at most a
@@ -338,33 +288,33 @@ def _by_target(problem: _Problem, remaining: list[int]) -> list[Layout]:
     return list(dict.fromkeys(proposed))
 
 
-def _narrowest_only(problem: _Problem, remaining: list[int]) -> list[Layout]:
+def _narrowest_only(problem: Problem, remaining: list[int]) -> list[Layout]:
     return [_narrowest(problem, remaining, float("inf"))]
 
 
-def _equal_groups(problem: _Problem, remaining: list[int]) -> list[Layout]:
+def _equal_groups(problem: Problem, remaining: list[int]) -> list[Layout]:
     able = _able(problem, problem.lengths[remaining[-1]])
     even = [ring for ring in able if problem.num_devices % ring.size == 0]
     return [_uniform(problem, ring.size) for ring in even or able]
 
 
-def _one_size(problem: _Problem) -> Iterator[_Propose]:
+def _one_size(problem: Problem) -> Iterator[_Propose]:
     for ring in _able(problem, problem.lengths[-1]) if problem.lengths else ():
         layout = _uniform(problem, ring.size)
         yield lambda *_, layout=layout: [layout]
 
 
-def _able(problem: _Problem, length: int) -> list[Ring]:
+def _able(problem: Problem, length: int) -> list[Ring]:
     """The rings that hold a document of `length` tokens, narrowest first."""
     return [ring for ring in problem.rings if ring.size * problem.tokens >= length]
 
 
-def _uniform(problem: _Problem, size: int) -> Layout:
+def _uniform(problem: Problem, size: int) -> Layout:
     sizes = groups.uniform(size, problem.num_devices, problem.sizes)
     return groups.canonical(sizes, problem.cost.devices_per_host)
 
 
-def _narrowest(problem: _Problem, remaining: list[int], target: float) -> Layout:
+def _narrowest(problem: Problem, remaining: list[int], target: float) -> Layout:
     can = groups.composable(problem.num_devices, problem.sizes)
     rest = problem.num_devices
     chosen: list[int] = []
@@ -380,13 +330,13 @@ def _narrowest(problem: _Problem, remaining: list[int], target: float) -> Layout
     return groups.canonical(sizes, problem.cost.devices_per_host)
 
 
-def _narrowest_size(problem: _Problem, length: int, target: float) -> int:
+def _narrowest_size(problem: Problem, length: int, target: float) -> int:
     seconds = {ring.size: ring.seconds(ring.pairs(length)) for ring in _able(problem, length)}
     fast = (size for size, took in seconds.items() if took <= target)
     return next(fast, min(seconds, key=lambda size: (seconds[size], size)))
 
 
-def _frequent(filled: Sequence[Filled], problem: _Problem) -> tuple[Layout, ...]:
+def _frequent(filled: Sequence[Filled], problem: Problem) -> tuple[Layout, ...]:
     """The layouts that most of the time went to, at most `MAX_MENU`, with the fallback."""
     fallback = _uniform(problem, problem.sizes[-1])
     seconds: dict[Layout, float] = {}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hcp_jax.dynamic import Cost
 
 # Deterministic, and as many cheap cases as there is time for.
-QUICK = {"deadline": None, "derandomize": True, "max_examples": 1000}
+QUICK = {"deadline": None, "derandomize": True, "max_examples": 500}
 
 NUM_DEVICES = st.one_of(
     st.integers(1, 24), st.sampled_from([32, 48, 64, 96, 100, 127, 128, 256, 384, 512])

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost, schedule
+from hcp_jax.dynamic.fill import max_documents_per_ring
 from hcp_jax.dynamic.groups import all_layouts, group_sizes
 from hcp_jax.dynamic.lengths import draw_lengths
-from hcp_jax.dynamic.scheduler import MAX_MENU, max_documents_per_ring
+from hcp_jax.dynamic.scheduler import MAX_MENU
 from tests.dynamic.strategies import QUICK, Case, cases
 
 BENCHMARK = "lognormal:mean=1024,sigma=1.5,min=128,max=8192"
