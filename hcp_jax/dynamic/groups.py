@@ -199,12 +199,24 @@ def hop_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], .
     The union of the cycles of all groups of more than `hop` devices; each passes on what it holds
     to the next device of its group. Empty from hop 0 and past the last.
     """
-    if hop < 1:
-        return ()
+    return _cycles(layout, narrowest=hop + 1) if hop >= 1 else ()
+
+
+def homeward_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
+    """(source, destination) pairs of the backward's `ppermute` of dk and dv from hop - 1 to `hop`.
+
+    They travel with their keys, and once more: the cycles of groups of exactly `hop` devices turn
+    too, which brings what they carry back to the device that holds the keys.
+    """
+    return _cycles(layout, narrowest=max(hop, 2)) if hop >= 1 else ()
+
+
+def _cycles(layout: Sequence[int], narrowest: int) -> tuple[tuple[int, int], ...]:
+    """Every device of a group of at least `narrowest` to the next device of its group."""
     first, size = group_of_device(layout)
     device = np.arange(size.size, dtype=np.int32)
     to = first + (device - first + 1) % size
-    turning = size > hop
+    turning = size >= narrowest
     return tuple(zip(device[turning].tolist(), to[turning].tolist(), strict=True))
 
 

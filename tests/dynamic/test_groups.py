@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +98,22 @@ def test_each_hop_brings_the_keys_that_its_ppermute_sends(sizes):
     first, size = groups.group_of_device(layout)
     for device, keys in seen.items():
         assert keys == set(range(first[device], first[device] + size[device]))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+@settings(**QUICK | {"max_examples": 200})
+def test_gradients_of_keys_come_home(sizes):
+    layout = tuple(sizes)
+    carries = {device: device for device in range(sum(layout))}
+    for hop in range(1, groups.num_hops(layout) + 1):
+        moved = dict(carries)
+        for source, to in groups.homeward_permutation(layout, hop):
+            moved[to] = carries[source]
+        carries = moved
+        source = groups.key_source(layout, hop)
+        for device in np.flatnonzero(source >= 0):
+            assert carries[device] == source[device], "as long as keys travel, beside them"
+    assert all(device == keys for device, keys in carries.items())
 
 
 @pytest.mark.parametrize("layout", [(4, 4, 1), (8, 0), (), (4.0, 4), (True,) * 8, (9, -1)])
