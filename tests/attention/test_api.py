@@ -1,5 +1,6 @@
 """The table: every strategy, layout, mask, head shape and dtype against the dense oracle."""
 
+import dataclasses
 import functools
 
 import jax
@@ -151,6 +152,16 @@ def test_bfloat16_is_no_further_off_than_dense_bfloat16(comm_type):
         assert ours <= theirs, f"{name}: {ours:.4g} against dense {theirs:.4g}"
 
 
+@pytest.mark.parametrize("comm_type", ["a2a+p2p", "p2p"])
+def test_heads_in_groups_give_the_same_answer(comm_type):
+    cp = dataclasses.replace(context("4x2", comm_type), head_groups=2)
+    x = oracle.inputs(T, 8, 4, 8, 8)
+    case = MASKS["causal documents with padding"]
+    want = oracle.attention(x, case.dense, soft_cap=SOFT_CAP, sinks=True)
+    got = answer(cp, x, case.mask, soft_cap=SOFT_CAP, sinks=True)
+    assert_exact(got, want, comm_type)
+
+
 def test_one_device_needs_no_mesh():
     x = oracle.inputs(T, *HEADS["GQA"])
     for impl in ("reference", "blockwise"):
@@ -297,5 +308,9 @@ def test_bad_masks_names_and_sizes_are_refused_with_what_to_do():
         attend(q, k, v, mask=hcp.prefix_lm(np.array([1, 2, 3])))
     with pytest.raises(ValueError, match=r"N=5 heads; a2a\+p2p over cp_inner=2 needs N % 2 == 0"):
         attend(q[:, :, :5], k[:, :, :1], v[:, :, :1])
+    with pytest.raises(
+        ValueError, match=r"head_groups=2 must divide the 1 kv heads .* use one of 1"
+    ):
+        hcp.dot_product_attention(q, k, v, cp=dataclasses.replace(cp, head_groups=2))
     with pytest.raises(ValueError, match="one comm_type per layer"):
         hcp.dot_product_attention(q, k, v, cp=hcp.ContextParallel(cp.mesh, ("p2p", "a2a")))
