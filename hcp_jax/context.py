@@ -66,7 +66,9 @@ class ContextParallel:
         cp_inner: mesh axis of the all-to-all inside a host; None if there is none.
         head_groups: exchange and attend to the heads in this many groups, so that the exchange of
             one hides behind attention on another; it must divide the kv heads that a device has
-            after the exchange. More than 1 pays where `hcp audit` shows the exchange exposed.
+            after the exchange. It pays where the exchange is a large part of the step (plain a2a
+            of short sequences); each ring has hops of its own at a group's ends, which may then
+            stand exposed. `hcp audit` shows both.
 
     Raises:
         ValueError: for an axis that the mesh lacks, and for an unknown comm type or layout.
