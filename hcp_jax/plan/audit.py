@@ -306,8 +306,8 @@ def advice(found: Audit) -> list[str]:
 _ABOUT = {
     "heads": (
         "The exchange of heads stands alone for",
-        "Set parallel.head_groups, so that one group's exchange hides behind another's attention, or "
-        "make cp_inner smaller and cp_outer larger, as long as the ring stays hidden.",
+        "Set parallel.head_groups, so that one group's exchange hides behind another's attention, "
+        "or make cp_inner smaller and cp_outer larger, as long as the ring stays hidden.",
     ),
     "gather": (
         "The gather of K and V stands alone for",
