@@ -6,17 +6,50 @@
     print(plan)
     arrays = dynamic.pack(plan.microbatches[0], plan.lengths, plan.max_tokens_per_device)
 
-NumPy alone: nothing here imports jax, so that a host can plan before any device is touched.
+NumPy alone: nothing here imports jax, so that a host can plan before any device is touched. The
+names are imported on first use, so that `hcp --help` imports nothing at all.
 """
 
-from hcp_jax.dynamic.cost import Cost as Cost
-from hcp_jax.dynamic.cost import TimedMicrobatch as TimedMicrobatch
-from hcp_jax.dynamic.cost import model_cost as model_cost
-from hcp_jax.dynamic.menu import choose_menu as choose_menu
-from hcp_jax.dynamic.menu import schedule_batches as schedule_batches
-from hcp_jax.dynamic.packing import PackedMicrobatch as PackedMicrobatch
-from hcp_jax.dynamic.packing import max_runs as max_runs
-from hcp_jax.dynamic.packing import pack as pack
-from hcp_jax.dynamic.plan import Microbatch as Microbatch
-from hcp_jax.dynamic.plan import Schedule as Schedule
-from hcp_jax.dynamic.scheduler import schedule as schedule
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hcp_jax.dynamic.cost import Cost as Cost
+    from hcp_jax.dynamic.cost import TimedMicrobatch as TimedMicrobatch
+    from hcp_jax.dynamic.cost import model_cost as model_cost
+    from hcp_jax.dynamic.menu import choose_menu as choose_menu
+    from hcp_jax.dynamic.menu import schedule_batches as schedule_batches
+    from hcp_jax.dynamic.packing import PackedMicrobatch as PackedMicrobatch
+    from hcp_jax.dynamic.packing import max_runs as max_runs
+    from hcp_jax.dynamic.packing import pack as pack
+    from hcp_jax.dynamic.plan import Microbatch as Microbatch
+    from hcp_jax.dynamic.plan import Schedule as Schedule
+    from hcp_jax.dynamic.scheduler import schedule as schedule
+
+_HOME = {
+    "Cost": "cost",
+    "Microbatch": "plan",
+    "PackedMicrobatch": "packing",
+    "Schedule": "plan",
+    "TimedMicrobatch": "cost",
+    "choose_menu": "menu",
+    "max_runs": "packing",
+    "model_cost": "cost",
+    "pack": "packing",
+    "schedule": "scheduler",
+    "schedule_batches": "menu",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hcp_jax.dynamic' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"hcp_jax.dynamic.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

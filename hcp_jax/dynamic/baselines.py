@@ -153,6 +153,7 @@ def _schedule(
         menu=tuple(dict.fromkeys(mb.layout for mb in microbatches)),
         microbatches=tuple(microbatches),
         cost=cost,
+        sizes=groups.group_sizes(sum(microbatches[0].layout)),
     )
 
 

@@ -167,6 +167,7 @@ def _step(
             for mb in microbatches
         ),
         cost=together.cost,
+        sizes=together.sizes,
     )
     return Step(plan, tuple(sources[d] for d in held))
 

@@ -5,7 +5,6 @@ the code that found it.
 """
 
 import dataclasses
-import itertools
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +47,7 @@ class Schedule:
         menu: the layouts that may be used.
         microbatches: in the order in which they run.
         cost: the model that the seconds are of.
+        sizes: the group sizes that there were to choose from, on the menu or not.
     """
 
     lengths: tuple[int, ...]
@@ -56,6 +56,7 @@ class Schedule:
     menu: tuple[Layout, ...]
     microbatches: tuple[Microbatch, ...]
     cost: Cost
+    sizes: tuple[int, ...]
 
     @cached_property
     def group_seconds(self) -> tuple[tuple[float, ...], ...]:
@@ -114,10 +115,9 @@ class Schedule:
 
     @cached_property
     def lower_bound(self) -> float:
-        """Seconds that no schedule of groups of the menu's sizes can beat: see `bound`."""
-        sizes = sorted(set(itertools.chain.from_iterable(self.menu)))
+        """Seconds that no schedule of groups of these sizes can beat: see `bound`."""
         return lower_bound(
-            self.lengths, self.num_devices, self.max_tokens_per_device, sizes, self.cost
+            self.lengths, self.num_devices, self.max_tokens_per_device, self.sizes, self.cost
         )
 
     def check(self) -> None:

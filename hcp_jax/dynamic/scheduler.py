@@ -91,6 +91,7 @@ def schedule(
         menu=chosen,
         microbatches=tuple(_microbatch(mb, order) for mb in filled),
         cost=cost,
+        sizes=sizes,
     )
 
 

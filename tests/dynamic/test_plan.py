@@ -12,6 +12,7 @@ PLAN = Schedule(
     menu=((2, 1, 1),),
     microbatches=(Microbatch((2, 1, 1), ((0,), (1, 2), (3,))),),
     cost=Cost(),
+    sizes=(1, 2, 4),
 )
 
 
@@ -61,3 +62,11 @@ def test_it_prints_what_matters():
 
 def test_an_empty_schedule_prints_too():
     assert "0 documents" in str(schedule([], 4))
+
+
+def test_the_bound_is_for_all_sizes_there_were_not_for_those_chosen():
+    free = schedule([3000, 700, 500] * 9, 8, 1024)
+    assert free.sizes == (1, 2, 4, 8)
+    narrow = dataclasses.replace(free, sizes=(1, 4))
+    assert narrow.lower_bound >= free.lower_bound
+    assert schedule([700], 8, 1024, menu=[(2,) * 4]).sizes == (2,)
