@@ -54,13 +54,12 @@ def draw(schedule: Schedule, file: pathlib.Path, title: str) -> None:
     waits = waiting(schedule.spans)
     _lanes(above, schedule.spans, waits, lanes, (0.0, last))
     _lanes(below, schedule.spans, waits, lanes, zoom(schedule.spans))
-    above.set_title(title, loc="left")
-    above.set_xlabel("modelled ms from the start of the program, on one GPU")
-    below.set_xlabel("ms: a stretch of the above")
+    above.set_title(title, loc="left", size=11)
+    below.set_title("a stretch of it", loc="left", size=10)
     kinds = [kind for kind in _COLORS if any(span.kind == kind for span in schedule.spans)]
     entries = [Patch(color=_COLORS[kind], label=_WORDS.get(kind, kind)) for kind in kinds]
     entries.append(Patch(facecolor="none", edgecolor="red", hatch="///", label="waiting"))
-    figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False)
+    figure.legend(handles=entries, loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(file, dpi=130)
 
 
@@ -91,32 +90,37 @@ def zoom(spans: Sequence[Span]) -> tuple[float, float]:
 
 def _lanes(axes, spans: Sequence[Span], waits, lanes: list[str], window) -> None:
     begin, end = window
-    edge = 0.0 if window[0] == 0.0 else 0.6
+    pixel = (end - begin) / 1200
+    zoomed = begin > 0
+    scale = 1e3 if end - begin < 10 else 1.0
     shown = [s for s in spans if s.end >= begin and s.begin <= end]
     for place, lane in enumerate(lanes):
-        for kind in _COLORS:
+        # What is narrower than a pixel is not drawn at random: transfers get one, kernels none.
+        least = 0.0 if lane == "compute" else pixel
+        for kind, color in _COLORS.items():
             bars = [
-                (s.begin * 1e3, (s.end - s.begin) * 1e3)
+                (s.begin * scale, max(s.end - s.begin, least) * scale)
                 for s in shown
                 if s.lane == lane and s.kind == kind
             ]
-            axes.broken_barh(
-                bars,
-                (place - 0.4, 0.8),
-                facecolors=_COLORS[kind],
-                linewidth=edge,
-                edgecolor="white",
-            )
-    for span in shown:
-        wide = min(span.end, end) - max(span.begin, begin) > 0.05 * (end - begin)
-        if wide and edge:
-            middle = (max(span.begin, begin) + min(span.end, end)) / 2 * 1e3
-            name = span.name if span.lane == "compute" else f"{span.kind.split('-')[-1]}"
-            place = lanes.index(span.lane)
-            axes.text(middle, place, name, ha="center", va="center", size=7, color="white")
-    gaps = [(a * 1e3, (b - a) * 1e3) for a, b in waits if b >= begin and a <= end]
+            edge = {"linewidth": 0.6 if zoomed else 0.0, "edgecolor": "white"}
+            axes.broken_barh(bars, (place - 0.4, 0.8), facecolors=color, snap=False, **edge)
+    if zoomed:
+        _names(axes, shown, lanes, window, scale)
+    gaps = [(a * scale, (b - a) * scale) for a, b in waits if b - a > pixel and a < end]
     axes.broken_barh(gaps, (-0.4, 0.8), facecolors="none", edgecolor="red", hatch="///", lw=0.3)
     axes.set_yticks(range(len(lanes)), lanes)
     axes.set_ylim(len(lanes) - 0.5, -0.5)
-    axes.set_xlim(begin * 1e3, end * 1e3)
+    axes.set_xlim(begin * scale, end * scale)
+    axes.set_xlabel(f"modelled {'ms' if scale == 1e3 else 's'}, on one GPU")
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _names(axes, spans: Sequence[Span], lanes: list[str], window, scale: float) -> None:
+    begin, end = window
+    for span in spans:
+        left, right = max(span.begin, begin), min(span.end, end)
+        if right - left > 0.05 * (end - begin):
+            name = span.name if span.lane == "compute" else span.kind.split("-")[-1]
+            at = ((left + right) / 2 * scale, lanes.index(span.lane))
+            axes.text(*at, name, ha="center", va="center", size=7, color="white")

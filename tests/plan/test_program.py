@@ -103,6 +103,7 @@ def test_no_hop_copies_keys_and_values(outer, inner, comm_type):
         assert not [i.name for i in body.instructions if i.opcode == "copy" and i.bytes >= MIB]
 
 
+@pytest.mark.slow
 def test_without_attention_beside_it_a_hop_is_exposed():
     # A device's 256 tokens are attended to sooner than they arrive.
     seen = found(2, 1, "p2p", tokens_per_device=256)
