@@ -46,7 +46,9 @@ class Device:
 def two_processes(of_one_slice=False, platform="gpu"):
     """Four devices in each; ids of the second begin anew far away, as jax gives them on CPUs."""
     return [
-        Device(2048 * p + i, p, 0 if of_one_slice else p, platform) for p in (1, 0) for i in range(4)
+        Device(2048 * p + i, p, 0 if of_one_slice else p, platform)
+        for p in (1, 0)
+        for i in range(4)
     ]
 
 
