@@ -104,12 +104,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(error, argv, message):
     assert message in error(*argv)
 
 
-def test_a_port_that_is_taken_is_told_before_jax_dies_of_it(error):
+def test_a_port_that_is_taken_is_told_before_jax_dies_of_it(error, monkeypatch):
+    monkeypatch.setattr("jax.distributed.initialize", pytest.fail)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        got = error("train", QUICKSTART, "--distributed", f"127.0.0.1:{port},0,2")
+        got = error("train", QUICKSTART, "--distributed", f"127.0.0.1:{port},0,1")
     assert f"port {port} cannot be used here (Address already in use)" in got
 
 

@@ -333,7 +333,7 @@ def _cluster(how: str | None) -> dict[str, Any]:
 
 
 def _require_free_port(address: str) -> None:
-    """jax's coordinator dies of a segmentation fault where something else listens on its port."""
+    """Told here, since jax's coordinator dies of a segmentation fault where a port is taken."""
     port = int(address.rpartition(":")[2])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
