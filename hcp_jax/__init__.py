@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hcp_jax import plan as plan
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
     from hcp_jax.context import ContextParallel as ContextParallel
@@ -43,6 +44,7 @@ _HOME = {
     "intervals": "mask",
     "lengths": "mask",
     "make_mesh": "mesh",
+    "plan": "plan",
     "prefix_lm": "mask",
     "sliding_window": "mask",
     "xla_flags": "mesh",
@@ -54,7 +56,9 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'hcp_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hcp_jax.{_HOME[name]}"), name)
+    module = importlib.import_module(f"hcp_jax.{_HOME[name]}")
+    # `plan` is a package that can be called: it goes by its own name.
+    value = module if _HOME[name] == name else getattr(module, name)
     globals()[name] = value
     return value
 

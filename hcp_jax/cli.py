@@ -35,7 +35,7 @@ COMMANDS = {
     "bench": Command("hcp_jax.plan.bench", "time attention strategies on the devices at hand"),
     "audit": Command("hcp_jax.plan.audit", "show what a compiled step moves, hides and holds"),
     "plan": Command("hcp_jax.plan.planner", "rank the meshes and comm types for a cluster"),
-    "dynamic": Command("hcp_jax.dynamic.simulate", "schedule documents of uneven lengths"),
+    "dynamic": Command("hcp_jax.dynamic.command", "schedule documents of uneven lengths"),
     "generate": Command("hcp_jax.models.generate", "continue a text with a trained model"),
 }
 

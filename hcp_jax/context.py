@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
+from hcp_jax.kernels import core
 from hcp_jax.layout import (
     LAYOUTS,
     from_layout,
@@ -63,6 +64,11 @@ class ContextParallel:
         tp: mesh axis, or axes, that attention heads are cut over; None if there is none.
         cp_outer: mesh axis of the ring between hosts; None if there is none.
         cp_inner: mesh axis of the all-to-all inside a host; None if there is none.
+        head_groups: exchange and attend to the heads in this many groups, so that the exchange of
+            one hides behind attention on another; it must divide the kv heads that a device has
+            after the exchange. It pays where the exchange is a large part of the step (plain a2a
+            of short sequences); each ring has hops of its own at a group's ends, which may then
+            stand exposed. `hcp audit` shows both.
 
     Raises:
         ValueError: for an axis that the mesh lacks, and for an unknown comm type or layout.
@@ -80,6 +86,7 @@ class ContextParallel:
     tp: str | tuple[str, ...] | None = "tp"
     cp_outer: str | None = "cp_outer"
     cp_inner: str | None = "cp_inner"
+    head_groups: int = 1
 
     def __post_init__(self):
         for field in ("dp", "tp", "cp_outer", "cp_inner"):
@@ -99,6 +106,8 @@ class ContextParallel:
         for comm_type in _as_tuple(self.comm_type):
             _require_known("comm_type", comm_type, tuple(STRATEGIES))
         _require_known("layout", self.layout, LAYOUTS)
+        if self.head_groups < 1:
+            raise ValueError(f"head_groups must be at least 1, got {self.head_groups}.")
         for note in sorted({_collapse(self, c) for c in _as_tuple(self.comm_type)} - {""}):
             _log.warning(note)
 
@@ -286,7 +295,7 @@ class ContextParallel:
         )(x)
 
     def describe(self) -> str:
-        """The mesh, the groups of every axis with the link they use, and the comm types."""
+        """The mesh, the groups of every axis with their link, the comm types, and the core."""
         lines = [
             f"{self.mesh.devices.size} devices ({self.device_kind}), context parallel size "
             f"{self.size}, {self.layout} layout"
@@ -299,6 +308,7 @@ class ContextParallel:
         else:
             for layer in range(len(self.comm_type)):
                 lines.append(f"  layer {layer:<3} {describe_strategy(self.for_layer(layer))}")
+        lines.append(f"  core      {core.describe(self.platform, self.device_kind)}")
         return "\n".join(lines)
 
     @property
@@ -353,6 +363,7 @@ class ParallelConfig:
         comm_type: one comm type, or one per layer.
         layout: "zigzag" or "contiguous".
         fsdp: cut parameters and optimizer state over dp and cp.
+        head_groups: as in `ContextParallel`.
         context_parallel_size: Megatron's word for cp_outer * cp_inner.
         cp_comm_type: Megatron's word for comm_type.
         hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
@@ -365,6 +376,7 @@ class ParallelConfig:
     comm_type: str | list[str] = "a2a+p2p"
     layout: str = "zigzag"
     fsdp: bool = False
+    head_groups: int = 1
     context_parallel_size: int | None = None
     cp_comm_type: str | list[str] | None = None
     hierarchical_context_parallel_sizes: list[int] | None = None
@@ -417,7 +429,9 @@ class ParallelConfig:
         for one in _as_tuple(comm_type):
             _require_known("comm_type", one, tuple(STRATEGIES))
         mesh = make_mesh(r.dp, r.tp, r.cp_outer, r.cp_inner, devices=devices)
-        return ContextParallel(mesh, comm_type=comm_type, layout=r.layout)
+        return ContextParallel(
+            mesh, comm_type=comm_type, layout=r.layout, head_groups=r.head_groups
+        )
 
 
 def describe_strategy(cp: ContextParallel) -> str:

@@ -110,7 +110,10 @@ def _sharded(cp: ContextParallel, core: CoreSpec, q, k, v, intervals: Intervals,
         move=move,
         move_size=cp.axis_size(move),
         by=by,
+        head_groups=cp.head_groups,
     )
+    if sinks is not None:
+        sinks = _sinks_by_device(sinks, cp)
     heads = PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp)
     rows = cp.dp if intervals.start.shape[0] > 1 else None
     # Every cp device has all intervals, so that those of the queries it gets are a local slice.
@@ -126,6 +129,16 @@ def _sharded(cp: ContextParallel, core: CoreSpec, q, k, v, intervals: Intervals,
         axis_names=used,
         check_vma=False,
     )(q, k, v, intervals, sinks)
+
+
+def _sinks_by_device(sinks, cp: ContextParallel):
+    """In the order that cutting them over tp and the exchange's axes needs.
+
+    Device a of the exchange gets the a-th part of every group of heads, not the a-th part of all.
+    """
+    tp, size = cp.axis_size(cp.tp), cp.axis_size(cp.strategy.exchange)
+    parts = sinks.reshape(tp, cp.head_groups, size, -1)
+    return parts.swapaxes(1, 2).reshape(-1)
 
 
 def _intervals(mask: Mask, q_shape, key_length: int, cp: ContextParallel | None) -> Intervals:
@@ -224,6 +237,13 @@ def _require_divisible(q, k, cp: ContextParallel) -> None:
             f"q has N={heads} heads{after_tp}; {cp.comm_type} over {' x '.join(exchange)}={size} "
             f"needs N % {size} == 0. Use comm_type='p2p', or one of {', '.join(sizes)} for "
             f"{' x '.join(exchange)}."
+        )
+    kv_heads = math.lcm(k.shape[2] // tp, size) // size
+    if kv_heads % cp.head_groups:
+        sizes = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+        raise ValueError(
+            f"head_groups={cp.head_groups} must divide the {kv_heads} kv heads that a device has "
+            f"after the exchange; use one of {', '.join(sizes)}."
         )
 
 

@@ -40,6 +40,7 @@ class LocalSpec:
         move: mesh axes to move K and V over.
         move_size: how many devices they have.
         by: how K and V move, "ring" or "gather".
+        head_groups: how many parts the heads are exchanged and attended to in.
     """
 
     core: CoreSpec
@@ -51,6 +52,7 @@ class LocalSpec:
     move: tuple[str, ...] = ()
     move_size: int = 1
     by: Literal["ring", "gather"] = "ring"
+    head_groups: int = 1
 
     @property
     def runs(self):
@@ -80,6 +82,20 @@ def attention(
         return_residual: whether lse is wanted, too.
     """
     k, v = (heads.replicate_kv(x, spec.exchange_size) for x in (k, v))
+    # Groups do not depend on each other: while one is attended to, the next is exchanged.
+    parts = [jnp.split(x, spec.head_groups, axis=2) for x in (q, k, v)]
+    sinks_of = [None] * spec.head_groups if sinks is None else jnp.split(sinks, spec.head_groups)
+    done = [
+        _exchanged(spec, q, k, v, intervals, of_group, return_residual)
+        for q, k, v, of_group in zip(*parts, sinks_of, strict=True)
+    ]
+    outs, lses = zip(*done, strict=True)
+    lse = jnp.concatenate(lses, axis=2) if return_residual else None
+    return jnp.concatenate(outs, axis=2), lse
+
+
+def _exchanged(spec: LocalSpec, q, k, v, intervals: Intervals, sinks, return_residual: bool):
+    """Attention of one group of heads, exchanged there and back."""
     q, k, v = (heads.to_sequence(x, spec.exchange) for x in (q, k, v))
     out, lse = _attend_moving(spec, q, k, v, intervals, sinks)
     return (

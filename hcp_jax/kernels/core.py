@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from hcp_jax.kernels import tiles
 from hcp_jax.kernels.merge import Partial
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
@@ -146,6 +147,17 @@ def resolve(implementation: str | None, problem: Problem) -> str:
             f"These can: {', '.join(can)} (or implementation=None for the best of them)."
         )
     return implementation
+
+
+def describe(platform: str, device_kind: str) -> str:
+    """What `implementation=None` is on devices of this kind, for the usual call, in words.
+
+    >>> describe("cpu", "cpu")
+    'blockwise'
+    """
+    usual = Problem("bfloat16", 8, 8, 128, 128, platform, device_kind)
+    name = resolve(None, usual)
+    return f"{name} ({tiles.describe(device_kind)})" if name == "triton" else name
 
 
 def _module(implementation: str) -> ModuleType:

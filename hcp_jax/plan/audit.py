@@ -19,23 +19,27 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import Problem, resolve
 from hcp_jax.mask import Placement, intervals
 from hcp_jax.mesh import xla_flags
+from hcp_jax.models.config import ModelConfig
 from hcp_jax.plan import hardware
 from hcp_jax.plan.aot import compile_for, devices
 from hcp_jax.plan.cost_model import ModelShape
 from hcp_jax.plan.hardware import Cluster
 from hcp_jax.plan.program import Audit, busiest_density, read
+from hcp_jax.plan.timeline import draw
+from hcp_jax.train import config as configuration
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.step import abstract_state, make_optimizer, make_train_step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hcp audit`."""
-    from hcp_jax.train import config as configuration
-
     configuration.add_arguments(parser)
-    add_cluster_arguments(parser)
+    hardware.add_arguments(parser)
     parser.add_argument(
         "--attention",
         action="store_true",
@@ -53,21 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--picture", metavar="FILE", help="draw the schedule there (.png or .svg)")
 
 
-def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name a cluster."""
-    parser.add_argument(
-        "--gpu",
-        required=True,
-        help=f"one of {', '.join(hardware.GPUS)}, or a YAML file that describes another",
-    )
-    parser.add_argument("--hosts", type=int, required=True, help="number of hosts")
-    parser.add_argument("--gpus-per-host", type=int, default=8, help="GPUs in each (8)")
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp audit`; returns the exit code."""
-    from hcp_jax.train import config as configuration
-
     config = configuration.from_arguments(args)
     cluster = Cluster(hardware.gpu(args.gpu), args.hosts, args.gpus_per_host)
     flags = chosen_flags(cluster, args.xla_flag, library=not args.no_flags)
@@ -78,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         found = audit_step(cp, cluster, config, flags)
     if args.picture:
-        from hcp_jax.plan.timeline import draw
-
         draw(found.schedule, pathlib.Path(args.picture), title(found, args.attention))
     text = json.dumps({"flags": flags} | found.to_json(), indent=2)
     if args.json == "-":
@@ -91,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def place(config: Any, cluster: Cluster) -> ContextParallel:
+def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
     """A config's mesh, made of a cluster's devices.
 
     Raises:
@@ -123,22 +112,18 @@ def chosen_flags(
     return flags
 
 
-def audit_attention(
-    cp: ContextParallel, cluster: Cluster, model: Any, seq_len: int, rows: int, flags: dict
-) -> Audit:
-    """Compile one layer's attention, forward and backward, for a cluster, and read it.
+def compile_attention(
+    cp: ContextParallel, model: ModelConfig, seq_len: int, rows: int, flags: dict
+) -> jax.stages.Compiled:
+    """One layer's attention, forward and backward, for the devices of a mesh.
 
     Args:
-        cp: a `ContextParallel` over a mesh of `aot.devices(cluster)`.
-        cluster: that cluster.
-        model: a `ModelConfig`, for its heads, mask, dtype and implementation.
-        seq_len: T.
+        cp: over a mesh of `aot.devices(cluster)`.
+        model: for its heads, mask, dtype and implementation.
+        seq_len: T, padded.
         rows: batch size B.
         flags: XLA flags.
     """
-    from hcp_jax.attention.api import dot_product_attention
-
-    seq_len = cp.padded_length(seq_len)
     sharding = NamedSharding(cp.mesh, PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp))
 
     def array(heads: int) -> jax.ShapeDtypeStruct:
@@ -155,12 +140,34 @@ def audit_attention(
         return out, *pull_back(dout)
 
     q, k = array(model.num_heads), array(model.num_kv_heads)
+    return compile_for(both, q, k, k, q, flags=flags)
+
+
+def audit_attention(
+    cp: ContextParallel,
+    cluster: Cluster,
+    model: ModelConfig,
+    seq_len: int,
+    rows: int,
+    flags: dict,
+) -> Audit:
+    """Compile one layer's attention, forward and backward, for a cluster, and read it.
+
+    Args:
+        cp: over a mesh of `aot.devices(cluster)`.
+        cluster: that cluster.
+        model: for its heads, mask, dtype and implementation.
+        seq_len: T.
+        rows: batch size B.
+        flags: XLA flags.
+    """
+    seq_len = cp.padded_length(seq_len)
     begin = time.perf_counter()
-    compiled = compile_for(both, q, k, k, q, flags=flags)
-    return _read(compiled, cp, cluster, model, seq_len, time.perf_counter() - begin)
+    compiled = compile_attention(cp, model, seq_len, rows, flags)
+    return read_model(compiled, cp, cluster, model, seq_len, time.perf_counter() - begin)
 
 
-def audit_step(cp: ContextParallel, cluster: Cluster, config: Any, flags: dict) -> Audit:
+def audit_step(cp: ContextParallel, cluster: Cluster, config: TrainConfig, flags: dict) -> Audit:
     """Compile a config's whole training step for a cluster, and read it.
 
     Args:
@@ -169,8 +176,6 @@ def audit_step(cp: ContextParallel, cluster: Cluster, config: Any, flags: dict) 
         config: a `TrainConfig`.
         flags: XLA flags.
     """
-    from hcp_jax.train.step import abstract_state, make_optimizer, make_train_step
-
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
@@ -186,7 +191,7 @@ def audit_step(cp: ContextParallel, cluster: Cluster, config: Any, flags: dict) 
     batch = _abstract_batch(cp, config.batch_size, seq_len)
     begin = time.perf_counter()
     compiled = compile_for(step, state, batch, flags=flags)
-    return _read(compiled, cp, cluster, config.model, seq_len, time.perf_counter() - begin)
+    return read_model(compiled, cp, cluster, config.model, seq_len, time.perf_counter() - begin)
 
 
 def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, Any]:
@@ -202,19 +207,32 @@ def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, A
     return {n: array(np.int32) for n in names} | {"weights": array(np.float32), "mask": mask}
 
 
-def _read(compiled, cp, cluster: Cluster, model, seq_len: int, compile_s: float) -> Audit:
-    dtype, heads, size = model.compute_dtype, model.num_heads, model.head_dim
-    problem = Problem(dtype, heads, model.num_kv_heads, size, size, cp.platform, cp.device_kind)
-    one = cp.for_layer(0)
-    density = busiest_density(
-        ModelShape.of(model), seq_len, cp.size, cp.layout, cp.axis_size(one.strategy.move)
+def read_model(
+    compiled: jax.stages.Compiled,
+    cp: ContextParallel,
+    cluster: Cluster,
+    model: ModelConfig,
+    seq_len: int,
+    compile_s: float = 0.0,
+) -> Audit:
+    """Read a program in which a model's attention runs, with its mask and its kernels' rates."""
+    size = model.head_dim
+    problem = Problem(
+        dtype=model.compute_dtype,
+        query_heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head_size=size,
+        v_head_size=size,
+        platform=cp.platform,
+        device_kind=cp.device_kind,
     )
+    ring = cp.axis_size(cp.for_layer(0).strategy.move)
     return read(
         compiled,
         cp.mesh,
         cluster,
         implementation=resolve(model.implementation, problem),
-        density=density,
+        density=busiest_density(ModelShape.of(model), seq_len, cp.size, cp.layout, ring),
         compile_s=compile_s,
     )
 
@@ -288,7 +306,8 @@ def advice(found: Audit) -> list[str]:
 _ABOUT = {
     "heads": (
         "The exchange of heads stands alone for",
-        "Make cp_inner smaller and cp_outer larger, as long as the ring stays hidden.",
+        "Set parallel.head_groups, so that one group's exchange hides behind another's attention, or "
+        "make cp_inner smaller and cp_outer larger, as long as the ring stays hidden.",
     ),
     "gather": (
         "The gather of K and V stands alone for",

@@ -2,8 +2,9 @@
 
 FLOPs are counted: attention's from the mask's intervals (`pairs.py`), the matrix products' from
 their shapes. Seconds come of them by the rates in `hardware.py`. What hides behind what is what the
-audit finds in the compiled program: ring hops behind attention, as far as it lasts, and nothing
-else; all-to-alls, gathers, tensor parallel sums and the gradients' sum stand alone.
+audit finds in compiled programs: ring hops behind attention and FSDP's gathers behind the layers,
+each as far as they last; all-to-alls, gathers of K and V, tensor parallel sums and the gradients'
+sum without FSDP stand alone.
 
 A step, on one device, with t = T / C tokens of each of its rows:
 
@@ -242,7 +243,7 @@ def estimate(
     transfers = [
         *(x.times(model.num_layers) for x in attention.transfers),
         *_tensor_parallel(model, split, cluster, t),
-        *_weights_and_gradients(model, split, cluster),
+        *_weights_and_gradients(model, split, cluster, sum(compute.values())),
     ]
     attention_flops = model.num_layers * attention.forward_flops * 3
     return Estimate(
@@ -291,9 +292,11 @@ class _Attention:
         self.t = rows * seq_len // split.cp  # tokens of a device, between the exchanges' outsides
         table = stream_pairs(model, seq_len, 2 * split.cp)
         by_hop = pairs_by_hop(table, split.cp, "zigzag", split.move)
-        flops = 4.0 * model.head_size * self.heads * rows * by_hop.max(axis=0)
+        per_pair = 4.0 * model.head_size * self.heads * rows
+        # All devices wait for the one that has most to do at a hop.
+        flops = per_pair * by_hop.max(axis=0)
         gpu = cluster.gpu
-        self.forward_flops = float(flops.sum())
+        self.forward_flops = per_pair * float(by_hop.sum()) / split.move
         self.forward_hops = flops / gpu.attention_rate(implementation, "forward").value
         backward = gpu.attention_rate(implementation, "backward").value
         self.backward_hops = BACKWARD * flops / backward
@@ -369,13 +372,14 @@ def _elementwise_bytes(model: ModelShape, split: Split, t: int) -> float:
 def _tensor_parallel(model, split, cluster, t) -> list[Transfer]:
     link, rate, latency = path(cluster, split, ("tp",), "all-reduce")
     again = 0 if split.remat == "none" else 1
-    sums = model.num_layers * (4 + 2 * again)
+    # The second sum of a layer made again is of no use to its backward.
+    sums = model.num_layers * (4 + again)
     sent = sums * 2 * (split.tp - 1) / split.tp * 2.0 * t * model.hidden_size
     seconds = sent / rate + sums * latency
     return [Transfer("activations summed over tp", ("tp",), link, sent, seconds, seconds)]
 
 
-def _weights_and_gradients(model, split, cluster) -> list[Transfer]:
+def _weights_and_gradients(model, split, cluster, compute_s: float) -> list[Transfer]:
     axes = ("dp", "cp_outer", "cp_inner")
     link, rate, latency = path(cluster, split, axes, "all-gather")
     group = split.dp * split.cp
@@ -388,7 +392,9 @@ def _weights_and_gradients(model, split, cluster) -> list[Transfer]:
     sent = gathers * 2.0 * share + 4.0 * share
     calls = model.num_layers * (gathers + 1)
     seconds = sent / rate + calls * latency
-    return [Transfer("weights gathered, gradients scattered", axes, link, sent, seconds, seconds)]
+    exposed = max(0.0, seconds - compute_s)
+    what = "weights gathered, gradients scattered"
+    return [Transfer(what, axes, link, sent, seconds, exposed)]
 
 
 def hops_hidden(estimated: Estimate) -> bool:

@@ -15,6 +15,7 @@ in a YAML file, as what differs from one that is:
 Plain Python, without jax: a plan is made on any machine.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -320,6 +321,17 @@ def gpu(name_or_file: str) -> GPU:
         f"unknown GPU {name_or_file!r}: {hint}there are {', '.join(GPUS)}. Describe another one in "
         "a YAML file (name, like: <one of these>, and what differs) and pass its path."
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a cluster."""
+    parser.add_argument(
+        "--gpu",
+        required=True,
+        help=f"one of {', '.join(GPUS)}, or a YAML file that describes another",
+    )
+    parser.add_argument("--hosts", type=int, required=True, help="number of hosts")
+    parser.add_argument("--gpus-per-host", type=int, default=8, help="GPUs in each (8)")
 
 
 def target_config(gpu: GPU) -> str:

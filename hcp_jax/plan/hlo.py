@@ -373,21 +373,36 @@ def _rings(pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
 
 def _groups(attributes: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
     match = re.search(
-        r"replica_groups=(\{\{[\d,{}\s]*\}\}|\{\}|\[[^ ]*|mesh\[.*?\} ?|\S+)", attributes
+        r"replica_groups=(\{\{[\d,{}\s]*\}\}|\{\}|\[[^ ]*|mesh\[.*?\}|\S+)", attributes
     )
     text = match.group(1).rstrip(", ") if match else "{}"
     if text == "{}":
         return (tuple(range(num_devices)),)
     if text.startswith("{{"):
         rows = re.findall(r"\{([\d,\s]*)\}", text[1:-1])
-        return tuple(tuple(int(n) for n in row.split(",") if n.strip()) for row in rows)
+        return tuple(_numbers(row) for row in rows)
     if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        return _iota_groups(
-            *(tuple(int(n) for n in (g or "").split(",") if n) for g in iota.groups())
-        )
-    if mesh := re.fullmatch(r"mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
-        return _mesh_groups(*mesh.groups())
+        return _iota_groups(*(_numbers(group or "") for group in iota.groups()))
+    if mesh := re.fullmatch(r"mesh\[([^\]]*)\](?:, ?device_ids=\((.*)\))? ?\{([^}]*)\}", text):
+        axes, devices, grouped = mesh.groups()
+        groups = _mesh_groups(axes, grouped)
+        order = _device_order(devices) if devices else tuple(range(num_devices))
+        return tuple(tuple(order[place] for place in group) for group in groups)
     raise ValueError(f"replica groups written as {text!r} are not known to this reader.")
+
+
+def _device_order(text: str) -> tuple[int, ...]:
+    """The device at each place of a mesh: a list, or `[8,8]T(1,0)`, numbers laid out in those."""
+    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims, order = (_numbers(group or "") for group in iota.groups())
+        return _iota_groups((math.prod(dims),), dims, order)[0]
+    if not re.fullmatch(r"[\d,\s]+", text):
+        raise ValueError(f"device ids written as {text!r} are not known to this reader.")
+    return _numbers(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number.strip())
 
 
 def _iota_groups(shape, dims, order) -> tuple[tuple[int, ...], ...]:

@@ -355,7 +355,8 @@ def _introduction(
 ) -> str:
     model = config.model
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
-    sent = traffic.describe(cp, model, config.batch_size, config.seq_len, num_params)
+    fsdp = config.parallel.fsdp
+    sent = traffic.describe(cp, model, config.batch_size, config.seq_len, num_params, fsdp=fsdp)
     return "\n".join(
         [
             cp.describe(),

@@ -64,7 +64,13 @@ def of_layer(
 
 
 def describe(
-    cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: int, num_params: int
+    cp: ContextParallel,
+    model: ModelConfig,
+    batch_size: int,
+    seq_len: int,
+    num_params: int,
+    *,
+    fsdp: bool = False,
 ) -> Iterator[str]:
     """Lines that tell what each device sends in a step.
 
@@ -74,6 +80,7 @@ def describe(
         batch_size: streams per step, over all of dp.
         seq_len: tokens per stream.
         num_params: parameters of the model.
+        fsdp: parameters and optimizer state are cut over dp and cp.
     """
     layers: dict[ContextParallel, list[int]] = {}
     for layer in range(model.num_layers):
@@ -84,17 +91,22 @@ def describe(
         if sent.exchange:
             parts.append(f"heads {_bytes(sent.exchange)} forward, {_bytes(sent.exchange)} backward")
         if sent.forward:
-            over = "in one gather" if of_layers.strategy.by == "gather" else f"in {sent.hops} hops"
+            hops = "1 hop" if sent.hops == 1 else f"{sent.hops} hops"
+            over = "in one gather" if of_layers.strategy.by == "gather" else f"in {hops}"
             parts.append(
                 f"K/V {_bytes(sent.forward)} forward, {_bytes(sent.backward)} backward {over}"
             )
         what = "; ".join(parts) or "nothing"
         yield f"{_ranges(numbers)} ({of_layers.comm_type}), each: {what}"
     copies = cp.size * cp.axis_size(cp.dp)
-    if copies > 1:
-        # An all-reduce sends each byte about twice: once to be summed, once summed.
-        sent_bytes = 8 * (copies - 1) * num_params // (copies * cp.axis_size(cp.tp))
-        yield f"gradients, summed over {copies} devices: {_bytes(sent_bytes)}"
+    if copies == 1:
+        return
+    # Float32 of each parameter: an all-reduce sends it twice (to be summed, and summed); FSDP sends
+    # it to gather it, forward and backward, and its gradient to be summed.
+    times = 3 if fsdp else 2
+    sent_bytes = times * 4 * (copies - 1) * num_params // (copies * cp.axis_size(cp.tp))
+    what = "parameters, gathered twice, and gradients, summed" if fsdp else "gradients, summed"
+    yield f"{what} over {copies} devices: {_bytes(sent_bytes)}"
 
 
 def _ranges(numbers: list[int]) -> str:

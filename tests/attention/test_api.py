@@ -1,5 +1,6 @@
 """The table: every strategy, layout, mask, head shape and dtype against the dense oracle."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from tests import oracle
 T = 50  # not a multiple of anything: padded to 64 on eight devices, 60 on six
 SOFT_CAP = 3.0
 HEADS = {"MHA": (8, 8, 8, 8), "GQA": (8, 2, 8, 8), "MQA, v wider": (8, 1, 8, 12)}
+TRITON_HEADS = (8, 2, 16, 16)  # the least head size of its matrix products
 MESHES = {
     "4x2": {"cp_outer": 4, "cp_inner": 2},
     "2x4": {"cp_outer": 2, "cp_inner": 4},
@@ -115,6 +117,16 @@ def test_every_strategy_is_exact_for_every_head_shape(comm_type, heads):
             assert_exact(got, expected(name, heads), f"{comm_type}, {layout}, {heads}, {name}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("comm_type", STRATEGIES)
+def test_the_triton_kernels_compute_the_same_table(comm_type):
+    x = oracle.inputs(T, *TRITON_HEADS)
+    for name, case in MASKS.items():
+        got = answer(context("4x2", comm_type), x, case.mask, impl="triton")
+        want = oracle.attention(x, case.dense)
+        assert_exact(got, want, f"{comm_type}, {name}")
+
+
 @pytest.mark.parametrize("comm_type", ["p2p", "a2a+p2p", "a2a+all_gather"])
 def test_soft_cap_and_sinks_count_once_whatever_the_number_of_hops(comm_type):
     cp = context("4x2", comm_type)
@@ -138,6 +150,16 @@ def test_bfloat16_is_no_further_off_than_dense_bfloat16(comm_type):
             for a in (got, dense)
         )
         assert ours <= theirs, f"{name}: {ours:.4g} against dense {theirs:.4g}"
+
+
+@pytest.mark.parametrize("comm_type", ["a2a+p2p", "p2p"])
+def test_heads_in_groups_give_the_same_answer(comm_type):
+    cp = dataclasses.replace(context("4x2", comm_type), head_groups=2)
+    x = oracle.inputs(T, 8, 4, 8, 8)
+    case = MASKS["causal documents with padding"]
+    want = oracle.attention(x, case.dense, soft_cap=SOFT_CAP, sinks=True)
+    got = answer(cp, x, case.mask, soft_cap=SOFT_CAP, sinks=True)
+    assert_exact(got, want, comm_type)
 
 
 def test_one_device_needs_no_mesh():
@@ -286,5 +308,9 @@ def test_bad_masks_names_and_sizes_are_refused_with_what_to_do():
         attend(q, k, v, mask=hcp.prefix_lm(np.array([1, 2, 3])))
     with pytest.raises(ValueError, match=r"N=5 heads; a2a\+p2p over cp_inner=2 needs N % 2 == 0"):
         attend(q[:, :, :5], k[:, :, :1], v[:, :, :1])
+    with pytest.raises(
+        ValueError, match=r"head_groups=2 must divide the 1 kv heads .* use one of 1"
+    ):
+        hcp.dot_product_attention(q, k, v, cp=dataclasses.replace(cp, head_groups=2))
     with pytest.raises(ValueError, match="one comm_type per layer"):
         hcp.dot_product_attention(q, k, v, cp=hcp.ContextParallel(cp.mesh, ("p2p", "a2a")))

@@ -135,6 +135,8 @@ def test_what_stands_between_start_and_done_is_told():
         ("mesh['o'=2,'i'=4] {'i'}", ((0, 1, 2, 3), (4, 5, 6, 7))),
         ("mesh['o'=2,'i'=4] {'o'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
         ("mesh['o'=2,'i'=4] {'o','i'}", (tuple(range(8)),)),
+        ("mesh['o'=2,'i'=4], device_ids=([4,2]T(1,0)) {'o'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
+        ("mesh['o'=2,'i'=2], device_ids=(3,1,2,0) {'i'}", ((3, 1), (2, 0))),
         ("mesh['o'=2,'i'=4] {'i':(1)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
         ("mesh['o'=2,'i'=4] {'i':(2)2}", ((0, 1), (2, 3), (4, 5), (6, 7))),
     ],
@@ -145,7 +147,7 @@ def test_every_way_of_writing_groups_is_read(text, groups):
 
 def test_groups_of_an_unknown_form_are_an_error_and_not_a_guess():
     with pytest.raises(ValueError, match="not known to this reader"):
-        groups_of("mesh['o'=2], device_ids=(1,0) {'o'}")
+        groups_of("mesh['o'=2], device_ids=(x) {'o'}")
 
 
 def test_a_text_that_is_no_module_is_an_error():

@@ -65,6 +65,8 @@ def test_layers_of_one_comm_type_are_told_together():
     assert "in 7 hops" in lines[0]
     assert "K/V" not in lines[1]
     assert lines[2].endswith(" 7 KiB")
+    *_, line = traffic.describe(cp, MODEL, batch_size=2, seq_len=T, num_params=1024, fsdp=True)
+    assert line.endswith(" 10.5 KiB")
 
 
 def test_one_device_sends_nothing():

@@ -1,0 +1,246 @@
+"""What others do with the same documents: the schedules that ours is compared with.
+
+They stand apart from the scheduler because they must not share its ideas. Each returns a
+`Schedule`, so that one cost model and one set of measures judge all. They are given the better side
+of a doubt: packing is best fit, and padding costs them neither time nor room.
+"""
+
+import dataclasses
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from hcp_jax.dynamic import groups
+from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.plan import Microbatch, Schedule
+from hcp_jax.dynamic.scheduler import MAX_MENU, schedule
+
+# The reference's second scheduler stops a group at this much above the longest document's work.
+HEADROOM = 1.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One strategy on one batch, under the cost model.
+
+    Attributes:
+        seconds: modelled, all microbatches, every device computing and sending whole buffers.
+        seconds_unpadded: the same if shapes followed the data: only as many tokens computed and
+            sent as the fullest device of the microbatch has.
+        num_microbatches: how many there are.
+        num_programs: different layouts among them.
+        token_fill: share of places that hold a token.
+        balance: attention pairs of the mean device over the busiest's, by microbatch, summed.
+        idle_share: share of device-seconds spent waiting for a slower group.
+        padding: tokens added inside documents, as a share of all real tokens.
+    """
+
+    seconds: float
+    seconds_unpadded: float
+    num_microbatches: float
+    num_programs: float
+    token_fill: float
+    balance: float
+    idle_share: float
+    padding: float
+
+
+def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
+    """What a schedule comes to.
+
+    Args:
+        plan: anybody's.
+        multiple: to what each document is padded, for `Outcome.padding` alone (neither time nor
+            room are counted for it); None: twice the size of its group.
+    """
+    unpadded, padding, cost = 0.0, 0, plan.cost
+    for mb in plan.microbatches:
+        of_groups = mb.lengths(plan.lengths)
+        fullest = max(
+            -(-sum(of_group) // size) for size, of_group in zip(mb.layout, of_groups, strict=True)
+        )
+        unpadded += cost.microbatch_seconds(mb.layout, of_groups, fullest)
+        for size, of_group in zip(mb.layout, of_groups, strict=True):
+            pad_to = 2 * size if multiple is None else multiple
+            padding += sum(-length % pad_to for length in of_group)
+    return Outcome(
+        seconds=plan.modelled_seconds,
+        seconds_unpadded=unpadded,
+        num_microbatches=len(plan.microbatches),
+        num_programs=len({mb.layout for mb in plan.microbatches}),
+        token_fill=plan.token_fill,
+        balance=plan.balance,
+        idle_share=plan.idle_share,
+        padding=padding / sum(plan.lengths),
+    )
+
+
+def fixed_size(lengths: Sequence[int], num_devices: int, max_tokens_per_device: int) -> int:
+    """The least divisor of the number of devices that holds the longest document."""
+    longest = max(lengths)
+    return next(
+        size
+        for size in range(1, num_devices + 1)
+        if num_devices % size == 0 and size * max_tokens_per_device >= longest
+    )
+
+
+def fixed_packed(
+    lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
+) -> Schedule:
+    """One CP size for all; documents packed by best fit, packs run as they come."""
+    size = fixed_size(lengths, num_devices, max_tokens_per_device)
+    packs = _best_fit(range(len(lengths)), lengths, size * max_tokens_per_device)
+    dealt = _deal(packs, size, num_devices)
+    return _schedule(lengths, max_tokens_per_device, dealt, cost)
+
+
+def fixed_balanced(
+    lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
+) -> Schedule:
+    """One CP size for all; packs of like work share a microbatch, so that its groups are even."""
+    size = fixed_size(lengths, num_devices, max_tokens_per_device)
+    longest_first = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
+    packs = _best_fit(longest_first, lengths, size * max_tokens_per_device)
+    packs.sort(key=lambda pack: -sum(lengths[d] ** 2 for d in pack))
+    dealt = _deal(packs, size, num_devices)
+    return _schedule(lengths, max_tokens_per_device, dealt, cost)
+
+
+def one_size_per_microbatch(
+    lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
+) -> Schedule:
+    """Our own scheduler, with layouts of equal groups only."""
+    sizes = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    menu = [(size,) * (num_devices // size) for size in sizes[::-1]]
+    return schedule(lengths, num_devices, max_tokens_per_device, menu=menu[-MAX_MENU:], cost=cost)
+
+
+def seeded_greedy(
+    lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
+) -> Schedule:
+    """The reference's second scheduler, written from its description in words.
+
+    Work is L² / size. In every microbatch the longest document left opens a group of the least size
+    that holds it. Each next one tries that size and every larger one, on a group there is or on a
+    new one, and goes where the greatest work of any group stays least, if that is under `HEADROOM`
+    times the work of the batch's longest. (Of the microbatch's longest, as the description can also
+    be read, the groups of short documents would stay next to empty, which its published token fill
+    of 0.87 to 0.98 excludes.) Devices that are left over double the smallest groups. (Sizes are
+    those of `groups.group_sizes`, so that device counts other than powers of two, which the
+    original does not survive, have an answer; what cannot double is left as empty groups of one.)
+    """
+    sizes = groups.group_sizes(num_devices)
+    left = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
+    first = next(size for size in sizes if size * max_tokens_per_device >= lengths[left[0]])
+    limit = HEADROOM * lengths[left[0]] ** 2 / first
+    microbatches = []
+    while left:
+        opened = _Opened(num_devices, max_tokens_per_device, limit)
+        left = [d for d in left if not opened.place(d, lengths[d], sizes)]
+        microbatches.append(opened.close())
+    return _schedule(lengths, max_tokens_per_device, microbatches, cost)
+
+
+def _schedule(
+    lengths: Sequence[int], max_tokens_per_device: int, microbatches: list[Microbatch], cost: Cost
+) -> Schedule:
+    return Schedule(
+        lengths=tuple(lengths),
+        num_devices=sum(microbatches[0].layout),
+        max_tokens_per_device=max_tokens_per_device,
+        menu=tuple(dict.fromkeys(mb.layout for mb in microbatches)),
+        microbatches=tuple(microbatches),
+        cost=cost,
+    )
+
+
+class _Opened:
+    """The groups of one microbatch while `seeded_greedy` fills it."""
+
+    def __init__(self, num_devices: int, max_tokens_per_device: int, limit: float):
+        self.free = num_devices
+        self.tokens = max_tokens_per_device
+        self.limit = limit
+        self.most = 0.0
+        self.sizes = np.zeros(num_devices, np.int64)
+        self.room = np.zeros(num_devices, np.int64)
+        self.work = np.zeros(num_devices)
+        self.documents: list[list[int]] = []
+
+    def place(self, document: int, length: int, sizes: Sequence[int]) -> bool:
+        best: tuple[float, int, int] | None = None
+        count = len(self.documents)
+        for size in sizes:
+            if size * self.tokens < length:
+                continue
+            work = length * length / size
+            able = (self.sizes[:count] == size) & (self.room[:count] >= length)
+            load, group = 0.0, count
+            if size > self.free:
+                if not able.any():
+                    continue
+                group = int(np.argmin(np.where(able, self.work[:count], np.inf)))
+                load = float(self.work[group])
+            option = (max(self.most, load + work), size, group)
+            if load + work <= self.limit and (best is None or option < best):
+                best = option
+            if count == 0 and best is not None:
+                break  # the first document seeds the least size
+        if best is None:
+            return False
+        projected, size, group = best
+        if group == count:
+            self.documents.append([])
+            self.sizes[group], self.room[group] = size, size * self.tokens
+            self.free -= size
+        self.most = projected
+        self.room[group] -= length
+        self.work[group] += length * length / size
+        self.documents[group].append(document)
+        return True
+
+    def close(self) -> Microbatch:
+        count = len(self.documents)
+        found = sorted(zip(self.sizes[:count].tolist(), self.documents, strict=True))
+        while self.free:
+            size, documents = found[0]
+            if size > self.free:
+                break
+            self.free -= size
+            found = found[1:]
+            insort(found, (2 * size, documents))
+        found += [(1, [])] * self.free
+        found.sort(key=lambda group: -group[0])
+        return Microbatch(
+            layout=tuple(size for size, _ in found),
+            documents=tuple(tuple(documents) for _, documents in found),
+        )
+
+
+def _best_fit(order: Iterable[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs of at most `capacity` tokens: each document where least room is left over."""
+    packs: list[list[int]] = []
+    open_packs: list[tuple[int, int]] = []  # (room, pack), ascending
+    for document in order:
+        length = lengths[document]
+        place = bisect_left(open_packs, (length, -1))
+        if place == len(open_packs):
+            room, pack = capacity, len(packs)
+            packs.append([])
+        else:
+            room, pack = open_packs.pop(place)
+        packs[pack].append(document)
+        insort(open_packs, (room - length, pack))
+    return packs
+
+
+def _deal(packs: list[list[int]], size: int, num_devices: int) -> list[Microbatch]:
+    per_microbatch = num_devices // size
+    dealt = []
+    for first in range(0, len(packs), per_microbatch):
+        part = packs[first : first + per_microbatch]
+        part += [[]] * (per_microbatch - len(part))
+        dealt.append(Microbatch((size,) * per_microbatch, tuple(map(tuple, part))))
+    return dealt

@@ -1,0 +1,90 @@
+"""`hcp dynamic calibrate`: fit the cost model to timed microbatches.
+
+    hcp dynamic calibrate timed.jsonl --output cost.json
+    hcp dynamic simulate --cost cost.json …
+
+Each line of the file is one microbatch that ran, as JSON:
+
+    {"layout": [4, 2, 1, 1], "lengths": [[8000], [3000], [900, 700], [1500]], "tokens": 2048,
+     "seconds": 0.0312}
+
+It stands apart from the cost model because that knows no files.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from hcp_jax.dynamic.cost import MODELS, Cost, TimedMicrobatch, model_cost
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the arguments that `run` reads."""
+    parser.add_argument("rows", type=Path, help="a JSON object per line and microbatch")
+    parser.add_argument("--model", choices=sorted(MODELS), default="gpt-12x2048")
+    parser.add_argument("--devices-per-host", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="write JSON here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, print what changed and how well it fits, and write the cost; the exit status.
+
+    Raises:
+        ValueError: if the file has no rows, or one of them is not as described.
+    """
+    rows = read_rows(args.rows)
+    before = dataclasses.replace(model_cost(args.model), devices_per_host=args.devices_per_host)
+    after = before.calibrate(rows)
+    for field in dataclasses.fields(Cost):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        print(f"{field.name:26} {old:.4g} -> {new:.4g}" if old != new else f"{field.name:26} {old}")
+    errors = [
+        after.microbatch_seconds(row.layout, row.lengths, row.tokens) / row.seconds - 1
+        for row in rows
+    ]
+    print(f"{len(rows)} microbatches, modelled within {max(map(abs, errors)):.1%} of each")
+    if args.output is not None:
+        args.output.write_text(json.dumps(dataclasses.asdict(after), indent=2) + "\n")
+    return 0
+
+
+def read_rows(path: Path) -> list[TimedMicrobatch]:
+    """The timed microbatches of a file.
+
+    Raises:
+        ValueError: naming the first line that is not one.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = TimedMicrobatch(**json.loads(line))
+            rows.append(
+                TimedMicrobatch(
+                    tuple(map(int, row.layout)),
+                    tuple(tuple(map(int, group)) for group in row.lengths),
+                    int(row.tokens),
+                    float(row.seconds),
+                )
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}:{number} is no object of layout, lengths, tokens and seconds: {error}"
+            ) from None
+        if len(rows[-1].layout) != len(rows[-1].lengths):
+            raise ValueError(f"{path}:{number} needs one list of lengths for each group.")
+    return rows
+
+
+def read_cost(path: Path) -> Cost:
+    """The cost that `run` wrote.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    try:
+        return Cost(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no cost of `hcp dynamic calibrate`: {error}") from None

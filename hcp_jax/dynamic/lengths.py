@@ -1,0 +1,120 @@
+"""Length distributions, written as one word on a command line.
+
+    lognormal:mean=1024,sigma=1.5,min=128,max=8192
+    uniform:min=128,max=8192
+    mix:0.90@2048,0.09@32768,0.01@262144
+    a path to a CSV file: its column `length`, or its only column
+
+It stands alone because simulations, benches and the choice of a menu all start from one.
+"""
+
+import csv
+import math
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+
+def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
+    """`count` lengths of the distribution `spec`, the same for the same seed.
+
+    Of a file, `count` of its lengths drawn without repeating (all of them if it has fewer).
+
+    A lognormal's lengths are clipped to [min, max], and `mean` is the mean *after* clipping: that
+    is the one a reader can check on the data. sigma is of the logarithm before clipping.
+
+    Raises:
+        ValueError: if the words make no distribution, or the file holds no lengths.
+    """
+    if count < 1:
+        raise ValueError(f"the number of documents must be >= 1, got {count}.")
+    rng = np.random.default_rng(seed)
+    kind, _, rest = spec.partition(":")
+    if kind == "mix":
+        return _mix(rest, count, rng)
+    if kind in ("lognormal", "uniform"):
+        values = _values(kind, rest)
+        if not 1 <= values["min"] <= values["max"]:
+            raise ValueError(f"{spec!r} needs 1 <= min <= max.")
+        low, high = values["min"], values["max"]
+        if kind == "uniform":
+            return rng.integers(int(low), int(high) + 1, count)
+        mu = _location(values["mean"], values["sigma"], low, high)
+        return np.rint(np.clip(rng.lognormal(mu, values["sigma"], count), low, high)).astype(int)
+    return _from_file(Path(spec), count, rng)
+
+
+def mean_length(spec: str) -> float:
+    """The mean of the distribution `spec`; of a file, of all it holds."""
+    return float(np.mean(draw_lengths(spec, 200_000, 0)))
+
+
+_NEEDED = {"lognormal": ("mean", "sigma", "min", "max"), "uniform": ("min", "max")}
+
+
+def _values(kind: str, words: str) -> dict[str, float]:
+    values = {}
+    for word in filter(None, words.split(",")):
+        name, _, value = word.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise ValueError(f"{kind}: {word!r} is not name=number.") from None
+    needed = _NEEDED[kind]
+    if set(values) != set(needed):
+        example = ",".join(f"{name}=…" for name in needed)
+        raise ValueError(f"{kind}:{words} must be written {kind}:{example}.")
+    return values
+
+
+def _mix(words: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    try:
+        parts = [word.split("@") for word in words.split(",")]
+        shares = np.array([float(share) for share, _ in parts])
+        sizes = np.array([int(size) for _, size in parts])
+    except ValueError:
+        raise ValueError(f"mix:{words} must be written mix:share@length,share@length,…") from None
+    if np.any(shares < 0) or not math.isclose(shares.sum(), 1.0, abs_tol=1e-6) or sizes.min() < 1:
+        raise ValueError(f"mix:{words} needs shares that add up to 1, and lengths >= 1.")
+    return rng.choice(sizes, count, p=shares / shares.sum())
+
+
+def _from_file(path: Path, count: int, rng: np.random.Generator) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(
+            f"{str(path)!r} is neither a file nor one of lognormal:…, uniform:… and mix:…."
+        )
+    with path.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if row]
+    column = 0
+    if rows and not rows[0][0].strip().isdigit():
+        head = [name.strip() for name in rows.pop(0)]
+        if len(head) > 1 and "length" not in head:
+            raise ValueError(f"{path} has columns {head}; call the one with lengths 'length'.")
+        column = head.index("length") if "length" in head else 0
+    try:
+        lengths = np.array([int(row[column]) for row in rows], np.int64)
+    except (ValueError, IndexError):
+        raise ValueError(f"{path} must hold one integer length per row.") from None
+    if not lengths.size:
+        raise ValueError(f"{path} holds no lengths.")
+    return rng.permutation(lengths)[:count]
+
+
+def _location(mean: float, sigma: float, low: float, high: float) -> float:
+    """The mu of the lognormal whose mean is `mean` once clipped to [low, high]."""
+    if not low < mean < high or sigma <= 0:
+        raise ValueError(f"lognormal needs min < mean < max and sigma > 0, got mean={mean}.")
+    normal = NormalDist()
+
+    def clipped_mean(mu: float) -> float:
+        a, b = (math.log(low) - mu) / sigma, (math.log(high) - mu) / sigma
+        middle = math.exp(mu + sigma**2 / 2) * (normal.cdf(b - sigma) - normal.cdf(a - sigma))
+        return low * normal.cdf(a) + middle + high * (1 - normal.cdf(b))
+
+    left, right = math.log(low) - 10 * sigma, math.log(high) + 10 * sigma
+    for _ in range(200):
+        mid = (left + right) / 2
+        left, right = (mid, right) if clipped_mean(mid) < mean else (left, mid)
+    return (left + right) / 2

@@ -1,0 +1,168 @@
+"""The scheduler's answer: microbatches, their layouts and documents, and how good they are.
+
+It stands alone so that the program, the packing and the pictures can speak of a schedule without
+the code that found it.
+"""
+
+import dataclasses
+import itertools
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hcp_jax.dynamic import groups
+from hcp_jax.dynamic.bound import lower_bound
+from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.groups import Layout
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """One step of the program: a layout, and the documents of each of its groups.
+
+    Attributes:
+        layout: group sizes in device order.
+        documents: for each group, the indices into the schedule's lengths that it holds.
+    """
+
+    layout: Layout
+    documents: tuple[tuple[int, ...], ...]
+
+    def lengths(self, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The lengths of each group's documents."""
+        return tuple(tuple(lengths[d] for d in group) for group in self.documents)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Microbatches that hold every document once.
+
+    Attributes:
+        lengths: tokens of each document.
+        num_devices: devices of every layout.
+        max_tokens_per_device: tokens of every device's buffer.
+        menu: the layouts that may be used.
+        microbatches: in the order in which they run.
+        cost: the model that the seconds are of.
+    """
+
+    lengths: tuple[int, ...]
+    num_devices: int
+    max_tokens_per_device: int
+    menu: tuple[Layout, ...]
+    microbatches: tuple[Microbatch, ...]
+    cost: Cost
+
+    @cached_property
+    def group_seconds(self) -> tuple[tuple[float, ...], ...]:
+        """Attention and exposed transfers of every group of every microbatch."""
+        return tuple(
+            tuple(
+                self.cost.group_seconds(
+                    mb.layout, mb.lengths(self.lengths), self.max_tokens_per_device
+                )
+            )
+            for mb in self.microbatches
+        )
+
+    @property
+    def microbatch_seconds(self) -> tuple[float, ...]:
+        """Modelled seconds of every microbatch."""
+        dense = self.cost.dense_seconds(self.max_tokens_per_device)
+        return tuple(dense + max(of_group) for of_group in self.group_seconds)
+
+    @property
+    def modelled_seconds(self) -> float:
+        """Modelled seconds of all microbatches, forward and backward."""
+        return sum(self.microbatch_seconds)
+
+    @property
+    def token_fill(self) -> float:
+        """Share of all buffers' places that hold a token; 1 if there are no microbatches."""
+        places = len(self.microbatches) * self.num_devices * self.max_tokens_per_device
+        return sum(self.lengths) / places if places else 1.0
+
+    @property
+    def balance(self) -> float:
+        """Attention pairs of the mean device over those of the busiest, by microbatch, summed."""
+        mean = busiest = 0.0
+        for mb in self.microbatches:
+            pairs = [
+                sum(length * (length + 1) / 2 for length in of_group) / size
+                for size, of_group in zip(mb.layout, mb.lengths(self.lengths), strict=True)
+            ]
+            mean += sum(p * size for p, size in zip(pairs, mb.layout, strict=True))
+            busiest += max(pairs) * self.num_devices
+        return mean / busiest if busiest else 1.0
+
+    @property
+    def idle_share(self) -> float:
+        """Share of all device-seconds in which a device waits for a slower group."""
+        waiting = 0.0
+        for mb, of_group in zip(self.microbatches, self.group_seconds, strict=True):
+            slowest = max(of_group)
+            waiting += sum(
+                size * (slowest - seconds)
+                for size, seconds in zip(mb.layout, of_group, strict=True)
+            )
+        total = self.modelled_seconds * self.num_devices
+        return waiting / total if total else 0.0
+
+    @cached_property
+    def lower_bound(self) -> float:
+        """Seconds that no schedule of groups of the menu's sizes can beat: see `bound`."""
+        sizes = sorted(set(itertools.chain.from_iterable(self.menu)))
+        return lower_bound(
+            self.lengths, self.num_devices, self.max_tokens_per_device, sizes, self.cost
+        )
+
+    def check(self) -> None:
+        """Hold the schedule to its promises.
+
+        Raises:
+            ValueError: if a document is missing or comes twice, a group holds more than its devices
+                can, or a layout is not on the menu.
+        """
+        held = [d for mb in self.microbatches for group in mb.documents for d in group]
+        if sorted(held) != list(range(len(self.lengths))):
+            raise ValueError(f"{len(held)} places for {len(self.lengths)} documents, once each.")
+        for i, mb in enumerate(self.microbatches):
+            groups.check_layout(mb.layout, self.num_devices)
+            if mb.layout not in self.menu:
+                raise ValueError(
+                    f"microbatch {i}: {groups.describe(mb.layout)} is not on the menu."
+                )
+            if len(mb.documents) != len(mb.layout):
+                raise ValueError(f"microbatch {i}: one tuple of documents per group is needed.")
+            for size, of_group in zip(mb.layout, mb.lengths(self.lengths), strict=True):
+                if sum(of_group) > size * self.max_tokens_per_device:
+                    raise ValueError(f"microbatch {i}: a group of {size} is over its capacity.")
+
+    def plot(self, axes: "Axes | None" = None) -> Any:
+        """A Gantt chart, devices × time, one colour per document: see `gantt.draw`."""
+        from hcp_jax.dynamic.gantt import draw
+
+        return draw(self, axes)
+
+    def __str__(self) -> str:
+        seconds = self.modelled_seconds
+        above = seconds / self.lower_bound - 1 if self.lower_bound else 0.0
+        lines = [
+            f"{len(self.lengths)} documents, {sum(self.lengths)} tokens in "
+            f"{len(self.microbatches)} microbatches of {self.num_devices} devices × "
+            f"{self.max_tokens_per_device} tokens",
+            f"modelled {1e3 * seconds:.2f} ms ({above:.1%} above the lower bound), token fill "
+            f"{self.token_fill:.1%}, balance {self.balance:.1%}, idle {self.idle_share:.1%}",
+            f"menu of {len(self.menu)} layouts; microbatches:",
+        ]
+        for mb, took in zip(self.microbatches, self.microbatch_seconds, strict=True):
+            held = np.array([length for g in mb.lengths(self.lengths) for length in g])
+            lines.append(
+                f"  {1e3 * took:9.2f} ms  {held.size:5d} documents of {held.min()} to "
+                f"{held.max()} tokens on {groups.describe(mb.layout)}"
+            )
+        return "\n".join(lines)

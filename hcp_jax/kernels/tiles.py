@@ -1,0 +1,126 @@
+"""Tile sizes of the Triton kernels, per kind of device, dtype and head size.
+
+It stands alone because it is data, not code: it changes when somebody measures, and the kernels do
+not. Chosen without a GPU at hand, by what ptxas reports (docs/kernels.md has the figures): no
+register spills, with a soft cap or without, and within those the largest tiles, since a tile's
+arithmetic grows with its area and its loads with its edge. `hcp bench attention --sweep` measures
+alternatives.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one kernel is cut and compiled.
+
+    Attributes:
+        block_q: queries of a block.
+        block_k: keys of a block.
+        warps: warps that work on one block (32 threads each).
+        stages: depth of the pipeline that loads the blocks of the inner loop.
+    """
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels: output, dq, and dk with dv."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+# By the greatest head size that they are for.
+_Table = dict[int, Tiles]
+
+# Hopper (wgmma) and Blackwell (tcgen05): 227 KiB of shared memory.
+_HOPPER: _Table = {
+    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    192: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
+}
+
+# Ampere (mma). All fit into 99 KiB of shared memory, the least that any GPU from Ampere on has, and
+# use nothing that later ones lack: so this is also what an unknown GPU gets.
+_AMPERE: _Table = {
+    64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
+    192: Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+    256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 64, 8, 2)),
+}
+
+# float32 has no exact tensor cores: small tiles, for any GPU.
+_FLOAT32: _Table = {
+    64: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    128: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    256: Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+
+# Small, so that the short sequences of tests have several blocks.
+_INTERPRETER = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
+
+_trial: contextvars.ContextVar[Tiles | None] = contextvars.ContextVar("trial", default=None)
+
+_TABLES = {"A100": _AMPERE, "H100": _HOPPER, "H200": _HOPPER, "B200": _HOPPER}
+
+
+def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) -> Tiles:
+    """The tiles for a call.
+
+    Args:
+        device_kind: `jax.Device.device_kind`; `cpu` or nothing for the interpreter.
+        dtype: of q, k and v.
+        head_size: of q and k, at most 256.
+        v_head_size: of v, at most 256.
+    """
+    on_trial = _trial.get()
+    if on_trial is not None:
+        return on_trial
+    if device_kind in ("", "cpu"):
+        return _INTERPRETER
+    known = _known(device_kind)
+    table = _FLOAT32 if dtype == "float32" else _TABLES[known] if known else _AMPERE
+    return table[min(size for size in table if size >= max(head_size, v_head_size))]
+
+
+@contextlib.contextmanager
+def trial(tiles: Tiles) -> Iterator[None]:
+    """Give every call traced within `tiles`, whatever the device: for measuring them."""
+    token = _trial.set(tiles)
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
+def describe(device_kind: str) -> str:
+    """Where the tiles for a device kind come from, in words.
+
+    >>> describe("NVIDIA H100 80GB HBM3")
+    'tiles for H100'
+    """
+    known = _known(device_kind)
+    if device_kind in ("", "cpu"):
+        return "small tiles for the interpreter"
+    if known is None:
+        return (
+            f"tiles that fit any GPU since Ampere ({device_kind!r} has none of its own; "
+            f"{', '.join(_TABLES)} have)"
+        )
+    return f"tiles for {known}"
+
+
+def _known(device_kind: str) -> str | None:
+    """The name in `_TABLES` of a device kind, such as "NVIDIA H100 80GB HBM3"."""
+    names = device_kind.replace("-", " ").split()
+    return next((name for name in _TABLES for word in (name, "G" + name) if word in names), None)

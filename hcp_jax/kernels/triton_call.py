@@ -1,0 +1,181 @@
+"""One call of a Triton kernel: its static facts, and the blocks of arrays that its programs see.
+
+Every program sees all rows of the heads that it works on, and takes its own with `pl.ds`. Lengths
+are rounded up to whole blocks; rows past the end are never read or written without a mask.
+
+It stands between the kernels, which know no grid, and the door, which knows no program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from hcp_jax import compat
+from hcp_jax.kernels.core import CoreSpec
+from hcp_jax.kernels.tiles import Tile, tiles_for
+from hcp_jax.kernels.triton_blocks import KeyBlocks, QueryBlocks, Walk
+from hcp_jax.layout import KeyRuns
+from hcp_jax.mask import Intervals
+
+LEAST_PART = 16  # the least inner dim of a matrix product in Triton
+GREATEST_HEAD = 256
+
+
+class Masks(NamedTuple):
+    """What a program needs to find its blocks and to mask them (arrays, or references to them)."""
+
+    start: Any  # [Tp], of each query
+    end: Any
+    key_index: Any  # [Sp], global
+    order: Any  # [blocks walked over]
+    spans: Any  # [blocks, 4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static facts of one call; the letters are those of `core.attend`."""
+
+    b: int
+    t: int
+    s: int
+    n: int
+    k: int
+    h: int
+    hv: int
+    one_run: bool
+    dtype: str
+    tile: Tile
+    spec: CoreSpec
+
+    @classmethod
+    def of(
+        cls, spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, kernel: str
+    ) -> "Call":
+        """The facts of calling `kernel`, a field of `Tiles`, with these arguments."""
+        b, t, n, h = q.shape
+        tiles = tiles_for(spec.device_kind, str(q.dtype), h, v.shape[3])
+        return cls(
+            *(b, t, k.shape[1], n, k.shape[2], h, v.shape[3]),
+            one_run=runs.starts.shape[0] == 1,
+            dtype=str(q.dtype),
+            tile=getattr(tiles, kernel),
+            spec=spec,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads of a kv head."""
+        return self.n // self.k
+
+    @property
+    def blocks_q(self) -> int:
+        """Blocks of queries."""
+        return pl.cdiv(self.t, self.tile.block_q)
+
+    @property
+    def blocks_k(self) -> int:
+        """Blocks of keys."""
+        return pl.cdiv(self.s, self.tile.block_k)
+
+    @property
+    def padded_t(self) -> int:
+        """T in whole blocks."""
+        return self.blocks_q * self.tile.block_q
+
+    @property
+    def padded_s(self) -> int:
+        """S in whole blocks."""
+        return self.blocks_k * self.tile.block_k
+
+    def like_q(self, *width: int) -> tuple[int, ...]:
+        """The shape of an array with a row (or a number) for each query and query head."""
+        return self.b, self.t, self.n, *width
+
+    def like_k(self, width: int) -> tuple[int, ...]:
+        """The shape of an array with a row for each key and kv head."""
+        return self.b, self.s, self.k, width
+
+    def parts(self, size: int) -> list[tuple[int, int]]:
+        """A head size cut into powers of two, the sizes that Triton knows, as (offset, width).
+
+        So 192 is 128 and 64: padding it to 256 would cost a third more arithmetic. Products of
+        float32 are unrolled into single multiply-adds, and what they would load for a wide part at
+        once does not fit into the registers; hence narrow parts there.
+        """
+        widest = 32 if self.dtype == "float32" else GREATEST_HEAD
+        parts, offset = [], 0
+        while offset < size:
+            width = min(1 << (size - offset).bit_length() - 1, widest)
+            parts.append((offset, width))
+            offset += width
+        return parts
+
+    # For a grid of (query block, query head, batch row).
+
+    def of_head(self, *width: int) -> pl.BlockSpec:
+        """All rows (or numbers) of the program's query head."""
+        zeros = (0,) * len(width)
+        return pl.BlockSpec((None, self.padded_t, None, *width), lambda _, n, b: (b, 0, n, *zeros))
+
+    def of_kv_head(self, width: int) -> pl.BlockSpec:
+        """All rows of the kv head that the program's query head reads."""
+        return pl.BlockSpec(
+            (None, self.padded_s, None, width), lambda _, n, b: (b, 0, lax.div(n, self.group), 0)
+        )
+
+    @property
+    def stats_of_head(self) -> pl.BlockSpec:
+        """All numbers of the program's query head."""
+        return pl.BlockSpec((None, None, self.padded_t), lambda _, n, b: (b, n, 0))
+
+    # For a grid of (key block, kv head, batch row).
+
+    def of_group(self, width: int) -> pl.BlockSpec:
+        """All rows of the query heads that read the program's kv head."""
+        return pl.BlockSpec((None, self.padded_t, self.group, width), lambda _, k, b: (b, 0, k, 0))
+
+    def of_key_head(self, width: int) -> pl.BlockSpec:
+        """All rows of the program's kv head."""
+        return pl.BlockSpec((None, self.padded_s, None, width), lambda _, k, b: (b, 0, k, 0))
+
+    @property
+    def stats_of_group(self) -> pl.BlockSpec:
+        """All numbers of the query heads that read the program's kv head."""
+        return pl.BlockSpec((None, self.group, self.padded_t), lambda _, k, b: (b, k, 0))
+
+    def masks(self, queries: QueryBlocks, keys: KeyBlocks, walk: Walk) -> Masks:
+        """The arrays of the masks, each with its `BlockSpec`, for either grid."""
+
+        def of_row(array):
+            own_row, zeros = array.shape[0] > 1, (0,) * (array.ndim - 1)
+            block = (None, *array.shape[1:])
+            return array, pl.BlockSpec(block, lambda _, __, b: (b if own_row else 0, *zeros))
+
+        arrays = (queries.start, queries.end, keys.global_index[None], walk.order, walk.spans)
+        return Masks(*map(of_row, arrays))
+
+    def run(self, kernel: Callable, grid, inputs, masks: Masks, outputs) -> Any:
+        """Call `kernel(*inputs, masks, *outputs, c=self)`; each with its `BlockSpec`.
+
+        `outputs` are shapes; all are float32.
+        """
+        compat.expect_pallas_triton()
+        call = pl.pallas_call(
+            functools.partial(kernel, c=self),
+            grid=grid,
+            in_specs=[*(spec for _, spec in inputs), Masks(*(spec for _, spec in masks))],
+            out_specs=[spec for _, spec in outputs],
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in outputs],
+            compiler_params=plgpu.CompilerParams(
+                num_warps=self.tile.warps, num_stages=self.tile.stages
+            ),
+            interpret=self.spec.interpret,
+        )
+        return call(*(array for array, _ in inputs), Masks(*(array for array, _ in masks)))

@@ -1,0 +1,58 @@
+"""What the property tests of `dynamic` draw: clusters of any size, and documents that fit on them."""
+
+import dataclasses
+
+from hypothesis import strategies as st
+
+from hcp_jax.dynamic import Cost
+
+# Deterministic, and as many cheap cases as there is time for.
+QUICK = {"deadline": None, "derandomize": True, "max_examples": 500}
+
+NUM_DEVICES = st.one_of(
+    st.integers(1, 24), st.sampled_from([32, 48, 64, 96, 100, 127, 128, 256, 384, 512])
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    num_devices: int
+    tokens: int
+    lengths: list[int]
+    min_size: int
+    max_size: int | None
+    cost: Cost
+
+
+@st.composite
+def costs(draw) -> Cost:
+    """From links that cost nothing to links that are all that counts; hosts of any size."""
+    scale = draw(st.sampled_from([0.0, 0.1, 1.0, 10.0]))
+    default = Cost()
+    return dataclasses.replace(
+        default,
+        seconds_per_byte_inside=default.seconds_per_byte_inside * scale,
+        seconds_per_byte_across=default.seconds_per_byte_across * scale,
+        seconds_per_token=default.seconds_per_token * draw(st.sampled_from([0.0, 0.01, 1.0])),
+        tile=draw(st.sampled_from([0, 64])),
+        devices_per_host=draw(st.sampled_from([1, 4, 8, 72])),
+    )
+
+
+@st.composite
+def cases(draw, max_documents: int = 40, num_devices=NUM_DEVICES) -> Case:
+    """Documents that fit, of lengths that are hard on borders: powers of two, one more, one less."""
+    devices = draw(num_devices)
+    tokens = draw(st.sampled_from([1, 7, 64, 100, 2048]))
+    min_size = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    max_size = draw(st.sampled_from([None, None, 4, 8]))
+    min_size = min(min_size, devices)
+    if max_size is not None and (min_size > max_size or devices % max_size):
+        max_size = None
+    widest = (devices if max_size is None else min(max_size, devices)) * tokens
+    near = st.sampled_from([tokens, 2 * tokens, tokens + 1, 2 * tokens - 1, widest, widest // 2])
+    length = st.one_of(
+        st.integers(1, min(widest, tokens)), st.integers(1, widest), near.map(lambda x: max(x, 1))
+    )
+    lengths = draw(st.lists(length.map(lambda x: min(x, widest)), max_size=max_documents))
+    return Case(devices, tokens, lengths, min_size, max_size, draw(costs()))

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hcp_jax.dynamic import choose_menu, schedule, schedule_batches
+from hcp_jax.dynamic.lengths import draw_lengths
+from tests.dynamic.strategies import QUICK, cases
+
+BENCHMARK = "lognormal:mean=1024,sigma=1.5,min=128,max=8192"
+
+
+def batches(count, first_seed=0, documents=16 * 16):
+    return [draw_lengths(BENCHMARK, documents, first_seed + i) for i in range(count)]
+
+
+def test_a_menu_of_one_sample_serves_other_batches_nearly_as_well_as_their_own():
+    menu = choose_menu(batches(6), 16, 2048)
+    assert len(menu) <= 16
+    assert (16,) in menu
+    fresh = batches(6, first_seed=100)
+    with_menu = sum(schedule(b, 16, 2048, menu=menu).modelled_seconds for b in fresh)
+    with_own = sum(schedule(b, 16, 2048).modelled_seconds for b in fresh)
+    assert with_menu < 1.005 * with_own
+
+
+def test_a_shorter_menu_costs_more_time_and_never_a_document():
+    fresh = batches(3, first_seed=50)
+    seconds = []
+    for most in (1, 2, 8):
+        menu = choose_menu(batches(3), 16, 2048, max_layouts=most)
+        assert len(menu) <= most
+        plans = [schedule(b, 16, 2048, menu=menu) for b in fresh]
+        for plan in plans:
+            plan.check()
+        seconds.append(sum(plan.modelled_seconds for plan in plans))
+    assert seconds[0] > seconds[1] > seconds[2]
+
+
+def test_the_fallback_takes_documents_that_no_sample_had():
+    menu = choose_menu([[100, 200, 300]], 8, 256)
+    plan = schedule([8 * 256], 8, 256, menu=menu)
+    assert plan.microbatches[0].layout == (8,)
+
+
+@pytest.mark.parametrize("arguments", [([], 8), ([[5]], 8, 256, 1, None, None, 0)])
+def test_a_menu_of_nothing_is_told(arguments):
+    with pytest.raises(ValueError, match="at least one batch and max_layouts >= 1"):
+        choose_menu(*arguments)
+
+
+@given(st.lists(cases(max_documents=12), min_size=1, max_size=4), st.integers(0, 5))
+@settings(**QUICK | {"max_examples": 150})
+def test_batches_together_hold_every_document_once(drawn, seed):
+    first = drawn[0]
+    longest = first.num_devices * first.tokens
+    lengths = [[length for length in case.lengths if length <= longest] for case in drawn]
+    steps = schedule_batches(lengths, first.num_devices, first.tokens, seed=seed)
+    assert steps == schedule_batches(lengths, first.num_devices, first.tokens, seed=seed)
+    assert len(steps) == len(lengths)
+    for step in steps:
+        step.plan.check()
+        for length, (batch, i) in zip(step.plan.lengths, step.sources, strict=True):
+            assert length == lengths[batch][i]
+    sources = sorted(source for step in steps for source in step.sources)
+    assert sources == [(b, i) for b, batch in enumerate(lengths) for i in range(len(batch))]
+    counts = [len(step.plan.microbatches) for step in steps]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_batches_together_fill_better_and_the_seed_orders_them():
+    lengths = batches(8)
+    alone = [schedule(b, 16, 2048) for b in lengths]
+    steps = schedule_batches(lengths, 16, 2048)
+    assert sum(s.plan.modelled_seconds for s in steps) < sum(p.modelled_seconds for p in alone)
+    assert np.mean([s.plan.token_fill for s in steps]) > 0.97
+    assert np.mean([p.token_fill for p in alone]) < 0.95
+    assert steps != schedule_batches(lengths, 16, 2048, seed=1)
+    long_ones = [max(step.plan.lengths) for step in steps]
+    assert min(long_ones) > 4096, "every step has long documents"
+
+
+def test_no_batches_are_told():
+    with pytest.raises(ValueError, match="at least one batch"):
+        schedule_batches([])

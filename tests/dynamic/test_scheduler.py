@@ -1,0 +1,209 @@
+import dataclasses
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hcp_jax.dynamic import Cost, schedule
+from hcp_jax.dynamic.fill import max_documents_per_ring
+from hcp_jax.dynamic.groups import all_layouts, group_sizes
+from hcp_jax.dynamic.lengths import draw_lengths
+from hcp_jax.dynamic.scheduler import MAX_MENU
+from tests.dynamic.strategies import QUICK, Case, cases
+
+BENCHMARK = "lognormal:mean=1024,sigma=1.5,min=128,max=8192"
+
+
+def plan_of(case: Case, **options):
+    return schedule(
+        case.lengths,
+        case.num_devices,
+        case.tokens,
+        case.min_size,
+        case.max_size,
+        cost=case.cost,
+        **options,
+    )
+
+
+@given(cases())
+@settings(**QUICK)
+def test_every_document_once_never_over_capacity_on_layouts_of_the_menu(case):
+    plan = plan_of(case)
+    plan.check()
+    sizes = group_sizes(case.num_devices, case.min_size, case.max_size)
+    assert len(plan.menu) <= MAX_MENU
+    assert max(max(layout) for layout in plan.menu) == sizes[-1], "the fallback"
+    most = max_documents_per_ring(case.tokens)
+    for microbatch in plan.microbatches:
+        assert set(microbatch.layout) <= set(sizes)
+        assert any(microbatch.documents), "no microbatch is empty"
+        for size, held in zip(microbatch.layout, microbatch.documents, strict=True):
+            assert size == 1 or len(held) <= most
+
+
+@given(cases(), st.integers(0, 3))
+@settings(**QUICK | {"max_examples": 200})
+def test_the_same_arguments_give_the_same_schedule(case, seed):
+    assert plan_of(case, seed=seed) == plan_of(case, seed=seed)
+
+
+@given(cases(max_documents=20))
+@settings(**QUICK | {"max_examples": 600})
+def test_no_schedule_beats_the_lower_bound(case):
+    plan = plan_of(case)
+    assert plan.modelled_seconds >= plan.lower_bound * (1 - 1e-9)
+
+
+@given(cases(), st.randoms(use_true_random=False))
+@settings(**QUICK | {"max_examples": 300})
+def test_any_menu_that_holds_the_longest_document_trains(case, random):
+    sizes = group_sizes(case.num_devices, case.min_size, case.max_size)
+    pool = list(zip(range(40), all_layouts(sizes, case.num_devices), strict=False))
+    menu = [layout for _, layout in random.sample(pool, min(3, len(pool)))]
+    widest = max(max(layout) for layout in menu)
+    fitting = [length for length in case.lengths if length <= widest * case.tokens]
+    plan = plan_of(dataclasses.replace(case, lengths=fitting), menu=menu)
+    plan.check()
+    assert {microbatch.layout for microbatch in plan.microbatches} <= set(menu)
+
+
+@given(cases(max_documents=5, num_devices=st.sampled_from([2, 3, 4])))
+@settings(**QUICK | {"max_examples": 40})
+def test_on_small_problems_it_is_near_the_best_there_is(case):
+    """Against all partitions into microbatches, layouts and groups."""
+    case = dataclasses.replace(case, lengths=case.lengths[:4], min_size=1, max_size=None)
+    best = least_seconds(case)
+    assert plan_of(case).modelled_seconds <= best * 1.35 + 1e-12
+
+
+def least_seconds(case: Case) -> float:
+    layouts = list(all_layouts(group_sizes(case.num_devices), case.num_devices))
+    memo: dict[frozenset, float] = {frozenset(): 0.0}
+
+    def one(documents):
+        """The least seconds of one microbatch that holds exactly these documents."""
+        best = float("inf")
+        for layout in layouts:
+            for places in np.ndindex(*[len(layout)] * len(documents)):
+                held = [[] for _ in layout]
+                for document, group in zip(documents, places, strict=True):
+                    held[group].append(case.lengths[document])
+                if all(sum(h) <= s * case.tokens for h, s in zip(held, layout, strict=True)):
+                    best = min(best, case.cost.microbatch_seconds(layout, held, case.tokens))
+        return best
+
+    def all_of(documents: frozenset) -> float:
+        if documents not in memo:
+            first, *others = sorted(documents)
+            memo[documents] = min(
+                one([first, *(d for i, d in enumerate(others) if mask >> i & 1)])
+                + all_of(frozenset(d for i, d in enumerate(others) if not mask >> i & 1))
+                for mask in range(2 ** len(others))
+            )
+        return memo[documents]
+
+    return all_of(frozenset(range(len(case.lengths))))
+
+
+@pytest.mark.parametrize("num_devices", [4, 6, 8, 12, 16, 24, 32, 64, 128])
+def test_on_the_benchmark_s_lengths_it_is_within_5_percent_of_the_lower_bound(num_devices):
+    for seed in range(2):
+        lengths = draw_lengths(BENCHMARK, 16 * num_devices, seed)
+        plan = schedule(lengths, num_devices, 2048)
+        assert plan.modelled_seconds <= 1.05 * plan.lower_bound
+        places = num_devices * 2048
+        assert len(plan.microbatches) == -(-lengths.sum() // places), "as few as tokens allow"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [256, 512])
+def test_on_many_devices_it_is_within_5_percent_of_the_lower_bound(num_devices):
+    plan = schedule(draw_lengths(BENCHMARK, 16 * num_devices, 0), num_devices, 2048)
+    assert plan.modelled_seconds <= 1.05 * plan.lower_bound
+
+
+def quickest(lengths, num_devices: int) -> float:
+    """Seconds of CPU time, the least of three."""
+    took = []
+    for _ in range(3):
+        before = time.process_time()
+        schedule(lengths, num_devices, 2048)
+        took.append(time.process_time() - before)
+    return min(took)
+
+
+def test_a_thousand_documents_on_64_devices_take_under_50_ms():
+    assert quickest(draw_lengths(BENCHMARK, 1000, 0), 64) < 0.05
+
+
+def test_ten_thousand_documents_on_1024_devices_take_under_a_second():
+    assert quickest(draw_lengths(BENCHMARK, 10_000, 0), 1024) < 1.0
+
+
+def test_documents_of_one_length_are_interchangeable_and_the_seed_says_which_goes_where():
+    plans = [schedule([100] * 20, 4, 256, seed=seed) for seed in range(4)]
+    assert len({plan.microbatches for plan in plans}) > 1
+    assert len({plan.modelled_seconds for plan in plans}) == 1
+
+
+def test_short_documents_stay_on_one_device_and_long_ones_spread():
+    plan = schedule([8000, *[2000] * 28], 32, 2048)
+    (microbatch,) = plan.microbatches
+    assert microbatch.layout == (4, *[1] * 28)
+    assert microbatch.documents[0] == (0,)
+
+
+def test_a_lone_long_document_takes_more_devices_than_it_must_where_that_is_quicker():
+    cost = dataclasses.replace(Cost(), seconds_per_byte_inside=0.0, seconds_per_hop=0.0)
+    assert schedule([4096], 8, 4096, cost=cost).microbatches[0].layout == (8,)
+    assert schedule([4096], 8, 4096).microbatches[0].layout == (1,) * 8
+
+
+def test_no_documents_are_no_microbatches():
+    plan = schedule([], 8)
+    assert plan.microbatches == ()
+    assert plan.modelled_seconds == 0.0
+
+
+def test_numpy_integers_will_do():
+    assert schedule(np.array([5, 6], np.uint16), np.int64(2), np.int32(8)).microbatches
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"lengths": [10, 9000, 5]}, "document 1 has 9000 tokens.*1125 or more"),
+        ({"lengths": [3000], "max_cp_size": 2}, "widest group, of 2 devices.*1500 or more"),
+        ({"lengths": [5, 0]}, "document 1 has length 0"),
+        ({"lengths": [5, -3]}, "document 1 has length -3"),
+        ({"lengths": [5.0]}, "lengths must be integers"),
+        ({"lengths": [[5]]}, "lengths must be integers in one dimension"),
+        ({"lengths": [True]}, "lengths must be integers"),
+        ({"min_cp_size": 4, "max_cp_size": 2}, "min_cp_size=4 is more than max_cp_size=2"),
+        ({"num_devices": 0}, "num_devices must be an integer >= 1"),
+        ({"max_tokens_per_device": 0}, "max_tokens_per_device must be an integer >= 1"),
+        ({"max_tokens_per_device": 2**30}, "2\\*\\*31 - 1"),
+        ({"menu": []}, "menu holds no layout"),
+        ({"menu": [(4, 2)]}, "add up to num_devices=8"),
+        ({"menu": [(8,)], "max_cp_size": 4}, "outside of min_cp_size=1 to max_cp_size=4"),
+        ({"menu": [(2,) * 4], "lengths": [3000]}, "widest group, of 2 devices"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_told(arguments, words):
+    given_arguments = {"lengths": [10], "num_devices": 8, "max_tokens_per_device": 1000} | arguments
+    with pytest.raises(ValueError, match=words):
+        schedule(**given_arguments)
+
+
+def test_scheduling_and_packing_import_no_jax_and_nothing_that_draws():
+    code = (
+        "import sys; from hcp_jax import dynamic; from hcp_jax.dynamic import command; "
+        "p = dynamic.schedule([3000, 70], 4); dynamic.pack(p.microbatches[0], p.lengths, 2048); "
+        "print(p); sys.exit(any(m in sys.modules for m in ('jax', 'matplotlib', 'rich', 'scipy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,89 @@
+import argparse
+import json
+
+import pytest
+
+from hcp_jax.dynamic import command, schedule
+
+
+def run(*words) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+ARGUMENTS = ("simulate", "--lengths", "uniform:min=10,max=400", "--max-tokens-per-device", 128)
+
+
+def test_the_table_the_json_and_the_picture_tell_of_every_strategy(tmp_path, capsys):
+    files = "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"
+    assert run(*ARGUMENTS, "--devices", 4, 6, "--batches", 2, *files) == 0
+    shown = capsys.readouterr().out
+    for words in ("seeded greedy", "fixed CP, packed", "one size", "above the proven lower bound"):
+        assert words in shown
+    records = json.loads((tmp_path / "out.json").read_text())
+    assert [record["devices"] for record in records] == [4, 6]
+    for record in records:
+        assert record["above_lower_bound"] >= 0
+        assert all(sum(layout) == record["devices"] for layout in record["layouts"])
+        for row in record["strategies"].values():
+            assert row["seconds"] > 0
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_a_batch_is_drawn_to_the_number_of_microbatches_that_was_asked_for(tmp_path):
+    path = tmp_path / "out.json"
+    run(*ARGUMENTS, "--devices", 8, "--microbatches", 20, "--json", path)
+    (record,) = json.loads(path.read_text())
+    assert abs(record["tokens"] / (8 * 128) - 20) < 4
+
+
+def test_calibrated_costs_are_used(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    row = {"layout": [2, 2], "lengths": [[100], [90]], "tokens": 128, "seconds": 0.5}
+    rows.write_text(json.dumps(row) + "\n")
+    assert run("calibrate", rows, "--output", tmp_path / "cost.json") == 0
+    assert "1 microbatches, modelled within 0.0% of each" in capsys.readouterr().out
+    out = "--json", tmp_path / "out.json"
+    run(*ARGUMENTS, "--devices", 4, "--cost", tmp_path / "cost.json", *out)
+    (record,) = json.loads((tmp_path / "out.json").read_text())
+    ours = record["strategies"]["dynamic (ours)"]
+    assert ours["seconds"] / ours["num_microbatches"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]\n", ":1 is no object"),
+        ('{"layout": [2], "lengths": [[1], [2]], "tokens": 8, "seconds": 1}\n', "one list of"),
+        ("", "at least one row"),
+    ],
+)
+def test_rows_that_are_none_are_told(tmp_path, text, words):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        run("calibrate", rows)
+
+
+def test_a_file_that_holds_no_cost_is_told(tmp_path):
+    path = tmp_path / "cost.json"
+    path.write_text('{"speed": 3}')
+    with pytest.raises(ValueError, match="holds no cost"):
+        run(*ARGUMENTS, "--devices", 4, "--cost", path)
+
+
+def test_batches_must_be_some():
+    with pytest.raises(ValueError, match="--batches must be >= 1"):
+        run(*ARGUMENTS, "--batches", 0)
+
+
+def test_the_picture_has_a_box_for_every_document_and_ends_when_the_schedule_does():
+    plan = schedule([3000, 700, 900, 100, 100], 4, 1024)
+    axes = plan.plot()
+    documents = axes.collections[0]
+    assert len(documents.get_paths()) == len(plan.lengths)
+    assert len({tuple(colour) for colour in documents.get_facecolor()}) == len(plan.lengths)
+    assert axes.get_xlim()[1] == pytest.approx(plan.modelled_seconds)
+    ends = max(path.vertices[:, 0].max() for c in axes.collections for path in c.get_paths())
+    assert ends == pytest.approx(plan.modelled_seconds)
