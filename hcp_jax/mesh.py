@@ -88,7 +88,8 @@ def axis_link(mesh: Mesh, axis: str) -> str:
     """What the groups of `axis` talk over: "no link" (size 1), "inside a host" or "between hosts".
 
     A host is what JAX calls a slice where it knows of slices (GPUs: a machine, or the machines of
-    one NVLink domain), else a process.
+    one NVLink domain), else a process; on CPUs always a process, so that several on one machine
+    stand for several hosts.
     """
     groups = axis_groups(mesh, axis)
     if groups.shape[1] == 1:
@@ -123,6 +124,10 @@ def _host(device: jax.Device) -> tuple[str, int]:
     # On GPUs a slice is a host, or the hosts of one NVLink domain, however many processes run
     # there. Devices of a cluster that is only compiled for are all of one slice.
     domain = getattr(device, "slice_index", None)
-    if domain is None or device.client.runtime_type == "compile_only_runtime":
+    if (
+        domain is None
+        or device.platform == "cpu"
+        or device.client.runtime_type == "compile_only_runtime"
+    ):
         return ("process", device.process_index)
     return ("domain", domain)

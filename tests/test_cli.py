@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import types
@@ -95,10 +96,22 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
         (["train", "--resume", "/gone"], "/gone is no run folder"),
         (["train", "--resume", "latest", "--run_dir", "/gone"], "no runs in /gone"),
         (["train", QUICKSTART, "--distributed", "me"], "--distributed must be 'auto' or"),
+        (["train", QUICKSTART, "--distributed", "me,0,2"], "--distributed must be 'auto' or"),
+        (["train", QUICKSTART, "--distributed", "me:1,2,2"], "2 is none of them"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(error, argv, message):
     assert message in error(*argv)
+
+
+def test_a_port_that_is_taken_is_told_before_jax_dies_of_it(error, monkeypatch):
+    monkeypatch.setattr("jax.distributed.initialize", pytest.fail)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        got = error("train", QUICKSTART, "--distributed", f"127.0.0.1:{port},0,1")
+    assert f"port {port} cannot be used here (Address already in use)" in got
 
 
 @pytest.mark.parametrize(

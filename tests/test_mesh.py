@@ -1,5 +1,8 @@
 """The mesh: tp and cp_inner side by side, any sizes, clear refusals."""
 
+import dataclasses
+import types
+
 import jax
 import pytest
 
@@ -27,6 +30,55 @@ def test_an_axis_of_one_device_has_no_link():
     mesh = hcp.make_mesh(cp_outer=8)
     assert axis_link(mesh, "tp") == "no link"
     assert axis_link(mesh, "cp_outer") == "inside a host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a `jax.Device` as a mesh is made of."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    client = types.SimpleNamespace(runtime_type="pjrt_ifrt")
+
+
+def two_processes(of_one_slice=False, platform="gpu"):
+    """Four devices in each; ids of the second begin anew far away, as jax gives them on CPUs."""
+    return [
+        Device(2048 * p + i, p, 0 if of_one_slice else p, platform)
+        for p in (1, 0)
+        for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_the_ring_runs_between_hosts_and_the_all_to_all_inside(platform, caplog):
+    mesh = hcp.make_mesh(cp_outer=4, cp_inner=2, devices=two_processes(platform=platform))
+    assert axis_link(mesh, "cp_outer") == "between hosts"
+    assert axis_link(mesh, "cp_inner") == "inside a host"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("axis", ["cp_inner", "tp"])
+def test_an_axis_that_should_stay_inside_a_host_and_crosses_is_told(axis, caplog):
+    mesh = hcp.make_mesh(**{axis: 8}, devices=two_processes())
+    assert axis_link(mesh, axis) == "between hosts"
+    (record,) = caplog.records
+    assert f"{axis}=8 crosses hosts" in record.getMessage()
+
+
+def test_gpus_of_one_slice_are_one_host_however_many_processes_drive_them(caplog):
+    mesh = hcp.make_mesh(cp_inner=8, devices=two_processes(of_one_slice=True))
+    assert axis_link(mesh, "cp_inner") == "inside a host"
+    assert not caplog.records
+
+
+def test_processes_on_cpus_stand_for_hosts_though_one_machine_runs_them():
+    devices = two_processes(of_one_slice=True, platform="cpu")
+    mesh = hcp.make_mesh(cp_outer=2, cp_inner=4, devices=devices)
+    assert axis_link(mesh, "cp_outer") == "between hosts"
+    assert axis_link(mesh, "cp_inner") == "inside a host"
 
 
 @pytest.mark.parametrize(

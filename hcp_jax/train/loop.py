@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import socket
 import time
 from typing import Any
 
@@ -79,7 +80,10 @@ def num_devices(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp train`; returns 0, or 128 plus the number of the signal that stopped it."""
     if args.distributed:
-        jax.distributed.initialize(**_cluster(args.distributed))
+        cluster = _cluster(args.distributed)
+        if cluster.get("process_id") == 0:
+            _require_free_port(cluster["coordinator_address"])
+        jax.distributed.initialize(**cluster)
     folder = _resumed_folder(args)
     outcome = train(_config_of(args, folder), resume=folder)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
@@ -309,16 +313,37 @@ def _cluster(how: str | None) -> dict[str, Any]:
     if how in (None, "auto"):
         return {}
     parts = how.split(",")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts[1:]):
+    host, _, port = parts[0].rpartition(":")
+    if len(parts) != 3 or not host or not all(p.isdecimal() for p in (port, *parts[1:])):
         raise ValueError(
             f"--distributed must be 'auto' or ADDRESS:PORT,PROCESS,PROCESSES (such as "
             f"10.0.0.1:1234,0,4), got {how!r}."
         )
+    process, processes = int(parts[1]), int(parts[2])
+    if process >= processes:
+        raise ValueError(
+            f"--distributed {how}: the processes of {processes} count from 0; {process} is none "
+            "of them."
+        )
     return {
         "coordinator_address": parts[0],
-        "process_id": int(parts[1]),
-        "num_processes": int(parts[2]),
+        "process_id": process,
+        "num_processes": processes,
     }
+
+
+def _require_free_port(address: str) -> None:
+    """Told here, since jax's coordinator dies of a segmentation fault where a port is taken."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"--distributed: port {port} cannot be used here ({error.strerror}); choose "
+                "another one, the same for every process."
+            ) from None
 
 
 def _print(console: rich.console.Console, text: str) -> None:
