@@ -57,7 +57,11 @@ def _compile(name: str, sizes: tuple[int, int], dtype: str, cap: float | None = 
         run, mesh=mesh, in_specs=(everywhere, *[rows] * 6), out_specs=rows, check_vma=False
     )
     with tempfile.TemporaryDirectory() as folder:
-        flags = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder}
+        flags = {
+            "xla_backend_optimization_level": 3,
+            "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
+            "xla_dump_to": folder,
+        }
         if jax.__version_info__ >= (0, 11):  # before, the assembly is dumped unasked
             flags["xla_dump_emitter_re"] = ".*"
         aot.compile_for(sharded, masks, *arrays, flags=flags)
