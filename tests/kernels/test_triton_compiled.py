@@ -105,6 +105,7 @@ def test_no_kernel_spills_registers_and_all_fit_the_shared_memory(name, sizes, d
             assert shared_memory <= LEAST_SHARED_MEMORY, kernel
 
 
+@pytest.mark.slow
 def test_a_tile_that_spills_is_noticed():
     """Or the test above could not fail."""
     tile = Tile(128, 64, 4, 2)
