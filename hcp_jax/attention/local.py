@@ -82,26 +82,31 @@ def attention(
         return_residual: whether lse is wanted, too.
     """
     k, v = (heads.replicate_kv(x, spec.exchange_size) for x in (k, v))
-    # Groups do not depend on each other: while one is attended to, the next is exchanged.
-    parts = [jnp.split(x, spec.head_groups, axis=2) for x in (q, k, v)]
+    groups = list(zip(*(jnp.split(x, spec.head_groups, axis=2) for x in (q, k, v)), strict=True))
     sinks_of = [None] * spec.head_groups if sinks is None else jnp.split(sinks, spec.head_groups)
-    done = [
-        _exchanged(spec, q, k, v, intervals, of_group, return_residual)
-        for q, k, v, of_group in zip(*parts, sinks_of, strict=True)
-    ]
-    outs, lses = zip(*done, strict=True)
-    lse = jnp.concatenate(lses, axis=2) if return_residual else None
-    return jnp.concatenate(outs, axis=2), lse
+    arriving = _to_sequence(spec, groups[0])
+    partials: list[tuple] = []
+    for group, of_group in enumerate(sinks_of):
+        here = arriving
+        if group + 1 < spec.head_groups:
+            # The next exchange starts when this one has arrived and the attention before is done:
+            # else XLA sends all groups first, and no attention stands beside any of them.
+            leaving, here, before = jax.lax.optimization_barrier(
+                (groups[group + 1], here, partials[-1:])
+            )
+            partials[-1:] = before
+            arriving = _to_sequence(spec, leaving)
+        partials.append(_attend_moving(spec, *here, intervals, of_group))
+    outs, lses = zip(*partials, strict=True)
+    outs = [heads.to_heads(out, spec.exchange) for out in outs]
+    if not return_residual:
+        return jnp.concatenate(outs, axis=2), None
+    lses = [heads.to_heads(lse, spec.exchange) for lse in lses]
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
 
 
-def _exchanged(spec: LocalSpec, q, k, v, intervals: Intervals, sinks, return_residual: bool):
-    """Attention of one group of heads, exchanged there and back."""
-    q, k, v = (heads.to_sequence(x, spec.exchange) for x in (q, k, v))
-    out, lse = _attend_moving(spec, q, k, v, intervals, sinks)
-    return (
-        heads.to_heads(out, spec.exchange),
-        heads.to_heads(lse, spec.exchange) if return_residual else None,
-    )
+def _to_sequence(spec: LocalSpec, arrays: tuple) -> tuple:
+    return tuple(heads.to_sequence(x, spec.exchange) for x in arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -237,6 +237,11 @@ def _scan(layer: Callable, stretch: _Stretch, x: Any, params: dict, remat: str) 
     turns = (last - first) // len(period)
     layers = [_remat(functools.partial(layer, cp), remat, turns) for cp in period]
 
+    if len(period) == 1:
+        # Without the reshape below, of which XLA makes one more copy of all layers' gradients.
+        whole = jax.tree.map(lambda p: p[first:last], params)
+        return jax.lax.scan(lambda x, p: (layers[0](x, p), None), x, whole)[0]
+
     def turn(x: Any, params: dict) -> tuple[Any, None]:
         for i, one in enumerate(layers):
             x = one(x, jax.tree.map(operator.itemgetter(i), params))
