@@ -12,7 +12,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,8 @@ def refusal(case: Case) -> str | None:
 
     def total(q, k, v):
         mask = _placed(case.layout, case.mask)
-        return jnp.sum(dot_product_attention(q, k, v, cp=cp, mask=mask))
+        out: Any = dot_product_attention(q, k, v, cp=cp, mask=mask)
+        return jnp.sum(out)
 
     try:
         jax.eval_shape(jax.grad(total, (0, 1, 2)), q, k, k)

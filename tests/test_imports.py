@@ -16,6 +16,7 @@ FLOORS = [
     ["plan"],
     ["train"],
     ["models"],
+    ["support", "plot"],
     ["attention"],
     ["context"],
     ["roll"],
