@@ -3,8 +3,9 @@
     python -m hcp_jax.support README.md
 
 For every strategy, layout, mask and head shape, attention and its gradient are traced on eight
-simulated devices, and what the call raises is the answer. The table is what stands in the README
-between two marks; a test makes it anew and compares.
+simulated devices, with sinks, a soft cap, v heads of another size and lse as a second output, and
+what the call raises is the answer. The table is what stands in the README between two marks; a test
+makes it anew and compares. Whether the numbers are right is for tests/attention to say.
 """
 
 import functools
@@ -58,19 +59,26 @@ class Case(NamedTuple):
 def refusal(case: Case) -> str | None:
     """Why attention or its gradient cannot do this, in its own words; None if it can."""
     cp = _context(case.comm_type, case.layout)
-    size = cp.padded_length(LENGTH)
-    q, k = (
-        jax.ShapeDtypeStruct((1, size, heads, 16), jnp.float32)
-        for heads in (case.query_heads, case.kv_heads)
-    )
+    mask = _placed(case.layout, case.mask)
+    size, heads, kv_heads = cp.padded_length(LENGTH), case.query_heads, case.kv_heads
+    shapes = ((1, size, heads, 16), (1, size, kv_heads, 16), (1, size, kv_heads, 24), (heads,))
 
-    def total(q, k, v):
-        mask = _placed(case.layout, case.mask)
-        out: Any = dot_product_attention(q, k, v, cp=cp, mask=mask)
-        return jnp.sum(out)
+    def total(q, k, v, sinks):
+        both: Any = dot_product_attention(
+            q,
+            k,
+            v,
+            cp=cp,
+            mask=mask,
+            sinks=sinks,
+            logits_soft_cap=30.0,
+            return_residual=True,
+        )
+        return jnp.sum(both[0]) + jnp.sum(both[1])
 
     try:
-        jax.eval_shape(jax.grad(total, (0, 1, 2)), q, k, k)
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        jax.eval_shape(jax.grad(total, range(4)), *arrays)
     except (ValueError, NotImplementedError) as error:
         return str(error)
     return None
