@@ -10,6 +10,7 @@ import pytest
 
 import hcp_jax
 from hcp_jax import support
+from hcp_jax.train import config, traffic
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,6 +58,15 @@ def test_the_map_names_what_is_there_and_all_that_is_there():
     private = {"__init__.py", "__pycache__"}
     there = {p.name for p in (ROOT / "hcp_jax").iterdir()} - private
     assert there == top
+
+
+def test_the_output_shown_is_of_the_quickstart():
+    run = config.load(ROOT / "configs" / "quickstart.yaml")
+    cp = run.parallel.context_parallel(run.model.num_layers)
+    assert cp.describe() in README
+    assert traffic.of_layer(cp, run.model, run.batch_size, run.seq_len).exchange == 320 * 1024
+    assert "heads 320 KiB forward, 320 KiB backward" in README
+    assert f"step  {run.steps - 1}  loss" in README
 
 
 def test_links_lead_to_files():
