@@ -12,7 +12,7 @@ ROOT = pathlib.Path(hcp_jax.__file__).parent
 # From the top of the house to the ground; what stands on one line may import sideways.
 FLOORS = [
     ["cli"],
-    ["verify"],
+    ["verify", "support", "plot"],
     ["plan"],
     ["train"],
     ["models"],
