@@ -97,12 +97,11 @@ def attention(
             partials[-1:] = before
             arriving = _to_sequence(spec, leaving)
         partials.append(_attend_moving(spec, *here, intervals, of_group))
-    outs, lses = zip(*partials, strict=True)
-    outs = [heads.to_heads(out, spec.exchange) for out in outs]
-    if not return_residual:
-        return jnp.concatenate(outs, axis=2), None
-    lses = [heads.to_heads(lse, spec.exchange) for lse in lses]
-    return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
+    out, lse = (
+        jnp.concatenate([heads.to_heads(x, spec.exchange) for x in parts], axis=2)
+        for parts in zip(*partials, strict=True)
+    )
+    return out, lse if return_residual else None
 
 
 def _to_sequence(spec: LocalSpec, arrays: tuple) -> tuple:

@@ -7,15 +7,18 @@ counts them: 4 H per head and visible pair of query and key, half of T² pairs u
 """
 
 import argparse
+import datetime
 import functools
 import json
 import pathlib
 import statistics
+import subprocess
 import time
 from typing import Any, NamedTuple
 
 CONTESTANTS = ("triton", "blockwise", "cudnn", "xla")
 MASKS = ("causal", "full", "packed")
+_LONGEST_ON_CPU = 2048
 
 
 class Setting(NamedTuple):
@@ -65,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     device = jax.devices()[0]
+    longest = max(args.stream if mask == "packed" else args.length for mask in args.masks)
+    if device.platform == "cpu" and longest > _LONGEST_ON_CPU:
+        raise ValueError(
+            f"there is no GPU, and {longest} tokens would take hours on a CPU; to try the command "
+            f"out, give --length and --stream of at most {_LONGEST_ON_CPU} (and --document)."
+        )
     settings = [_setting(args, mask) for mask in args.masks]
     time_rows = _sweep if args.sweep else _compare
     rows = time_rows(args, settings)
@@ -74,11 +83,27 @@ def run(args: argparse.Namespace) -> int:
     kind = device.device_kind.replace(" ", "-").lower()
     path = args.output / f"attention-{'sweep-' if args.sweep else ''}{kind}.json"
     options = {k: v for k, v in vars(args).items() if isinstance(v, int | str | list)}
-    facts = {"device": device.device_kind, "jax": jax.__version__, "options": options}
+    facts = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "options": options,
+    }
     path.write_text(json.dumps(facts | {"rows": [row._asdict() for row in rows]}, indent=1) + "\n")
     _plot(rows, path.with_suffix(".png"), device.device_kind)
     print(f"written: {path} and {path.with_suffix('.png')}")
     return 0
+
+
+def _commit() -> str | None:
+    """The commit that the package was read from; None if it does not lie in a git checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return None
+    return found.stdout.strip() or None
 
 
 def _setting(args: argparse.Namespace, mask: str) -> Setting:
