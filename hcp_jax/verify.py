@@ -16,6 +16,7 @@ mesh kept: the mathematics does not depend on the rest.
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -63,12 +64,15 @@ def num_devices(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp verify`; returns 0, or 1 if a check failed."""
     config = configuration.from_arguments(args)
-    console = rich.console.Console(highlight=False)
+    width = None if sys.stdout.isatty() else 100  # a file has room
+    console = rich.console.Console(highlight=False, width=width)
     cp = config.parallel.context_parallel(config.model.num_layers)
     console.print(cp.describe(), markup=False, soft_wrap=True)
     total = failed = 0
     for title, rows in checks(config, cp):
-        table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        table = rich.table.Table(
+            title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
+        )
         for check in rows:
             if not table.columns:
                 for heading in (*check.cells, ""):
@@ -102,7 +106,7 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
         f"(T={small.seq_len}, {_describe(small.model)}; at most {EXACT:.0e})",
         _attention(cp, small.model, small.seq_len),
     )
-    yield "a training step in float32 against one device", _one_step(small, cp, batch)
+    yield "one training step in float32 against one device", _one_step(small, cp, batch)
     yield (
         "bytes that each device puts into collectives, and what the algorithm needs",
         _traffic(small, cp, batch),
@@ -233,7 +237,7 @@ def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[
         # Backward moves at least as much again: dK and dV, or the exchanges' cotangents. It moves
         # K and V once more, but there the compiler may merge a move with one of the forward.
         "forward": (forward, 1),
-        "whole step": (step.lower(state, placed).compile(), 2),
+        "step": (step.lower(state, placed).compile(), 2),
     }
     needed = _needed_bytes(config.model, cp, batch["tokens"].shape)
     for program, (compiled, times) in programs.items():
