@@ -17,6 +17,7 @@ FLOORS = [
     ["train"],
     ["models"],
     ["attention"],
+    ["parallel"],
     ["context"],
     ["roll"],
     ["mesh"],

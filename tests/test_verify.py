@@ -5,8 +5,8 @@ import pytest
 
 from hcp_jax import verify
 from hcp_jax.attention import ring
-from hcp_jax.context import ParallelConfig
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
 

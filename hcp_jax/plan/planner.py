@@ -115,8 +115,8 @@ def config_text(found: Plan, fields: dict[str, Any]) -> str:
 
 
 def _train_config(found: Plan, candidate: Candidate, fields: dict[str, Any]) -> Any:
-    from hcp_jax.context import ParallelConfig
     from hcp_jax.models.config import ModelConfig
+    from hcp_jax.parallel import ParallelConfig
     from hcp_jax.train.config import TrainConfig
 
     split = candidate.split

@@ -21,8 +21,8 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from hcp_jax.context import ParallelConfig
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.checkpoint import CheckpointConfig
 from hcp_jax.train.data import VOCAB_SIZE, DataConfig
 from hcp_jax.train.metrics import LogConfig

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hcp_jax.context import ParallelConfig
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel import ParallelConfig
 from hcp_jax.plan import audit, hardware
 from hcp_jax.plan.cost_model import ModelShape, Split
 from hcp_jax.plan.hardware import Cluster

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from hcp_jax.context import ParallelConfig
+from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train import config as configuration
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig

@@ -13,8 +13,8 @@ import pytest
 import rich.console
 from matplotlib.image import imread
 
-from hcp_jax.context import ParallelConfig
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train import config as configuration
 from hcp_jax.train import data, loop, metrics
 from hcp_jax.train.checkpoint import CheckpointConfig
