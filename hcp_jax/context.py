@@ -74,7 +74,8 @@ class ContextParallel:
         ValueError: for an axis that the mesh lacks, and for an unknown comm type or layout.
         NotImplementedError: for a mesh with Explicit axes.
 
-    >>> cp = ContextParallel(make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
+    >>> import hcp_jax as hcp
+    >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
     >>> cp.size
     8
     """
@@ -354,7 +355,8 @@ class ContextParallel:
 def describe_strategy(cp: ContextParallel) -> str:
     """One line: what attention with `cp`'s comm type does on `cp`'s mesh.
 
-    >>> describe_strategy(ContextParallel(make_mesh(cp_outer=4, cp_inner=2)))
+    >>> import hcp_jax as hcp
+    >>> describe_strategy(hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2)))
     'a2a+p2p: heads exchanged over cp_inner (2), K/V ring over cp_outer (4)'
     """
     exchange, move, by = cp.strategy
