@@ -246,9 +246,10 @@ def _ranked(model, cluster, seq_len, batch, implementation) -> list[Candidate]:
 def _rank(candidate: Candidate) -> tuple:
     """Those that fit first, the fastest first; what is within 1 % goes by the memory it leaves."""
     if not candidate.fits:
-        return (1, candidate.peak_bytes, 0.0)
-    one_percent = round(math.log(candidate.cost.tokens_per_s) / math.log(1.01))
-    return (0, -one_percent, candidate.peak_bytes)
+        return (1, candidate.peak_bytes, 0.0, 0.0)
+    speed = candidate.cost.tokens_per_s
+    one_percent = round(math.log(speed) / math.log(1.01))
+    return (0, -one_percent, round(candidate.peak_bytes / 2**30), -speed)
 
 
 def _valid(model: ModelShape, split: Split) -> bool:
