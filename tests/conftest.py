@@ -16,7 +16,9 @@ if os.environ.get("HCP_TEST_PLATFORM", "cpu") == "cpu":
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-
+else:
+    # The workers of pytest-xdist share the GPU: none may take most of its memory at the start.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # The time of one example says little: the first one compiles.
 hypothesis.settings.register_profile("hcp", deadline=None, derandomize=True, max_examples=50)

@@ -253,7 +253,7 @@ def test_the_same_call_gives_the_same_bits(dtype):
 
         HCP_TEST_PLATFORM=gpu XLA_PYTHON_CLIENT_ALLOCATOR=platform \\
             compute-sanitizer --tool memcheck python -m pytest tests/kernels/test_triton.py \\
-            -m gpu -k "mask or zigzag"
+            -n 0 -m gpu -k "mask or zigzag"
 
     and the same with `--tool racecheck`. The allocator named gives every array an allocation of its
     own, without which memcheck cannot tell one array from its neighbour.
