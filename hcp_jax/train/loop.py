@@ -8,35 +8,24 @@ to the same bits as if it had never stopped. Ctrl-C (or SIGTERM, as a cluster's 
 ends it after the step in hand, with a checkpoint.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
 import pathlib
-import socket
 import time
 from typing import Any
 
-import grain
 import jax
-import numpy as np
 import rich.console
-from jax.experimental import multihost_utils
 
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import config as configuration
-from hcp_jax.train import data, metrics, traffic
-from hcp_jax.train.checkpoint import Checkpoints
+from hcp_jax.train import data, folder, traffic
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.folder import RunFolder
+from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
 from hcp_jax.train.signals import Signals
-from hcp_jax.train.step import (
-    TrainState,
-    abstract_state,
-    init_state,
-    make_optimizer,
-    make_train_step,
-)
+from hcp_jax.train.step import TrainState, abstract_state, init_state, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,41 +41,6 @@ class Outcome:
     folder: pathlib.Path
     steps: int
     stopped_by: int | None = None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp train`."""
-    configuration.add_arguments(parser)
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on from the last checkpoint of this run folder, or of the 'latest'; with its own "
-        "config unless one is given",
-    )
-    parser.add_argument(
-        "--distributed",
-        metavar="HOW",
-        help="be one of several processes: 'auto' under Slurm, Open MPI or Kubernetes, elsewhere "
-        "ADDRESS:PORT,PROCESS,PROCESSES of the first process, of this one, and of all",
-    )
-
-
-def num_devices(args: argparse.Namespace) -> int:
-    """How many devices this process must simulate where there is no GPU."""
-    total = _config_of(args, _resumed_folder(args)).parallel.num_devices
-    return total // _cluster(args.distributed).get("num_processes", 1)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs `hcp train`; returns 0, or 128 plus the number of the signal that stopped it."""
-    if args.distributed:
-        cluster = _cluster(args.distributed)
-        if cluster.get("process_id") == 0:
-            _require_free_port(cluster["coordinator_address"])
-        jax.distributed.initialize(**cluster)
-    folder = _resumed_folder(args)
-    outcome = train(_config_of(args, folder), resume=folder)
-    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
 
 def train(
@@ -118,92 +72,37 @@ def train(
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
     _print(console, _introduction(config, cp, corpus, abstract))
 
-    batches = data.make_batches(
-        corpus,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        mask=config.model.mask,
-        prefetch=config.data.prefetch,
-    )
-    with contextlib.closing(batches):
-        state = None if resume is None else _restore(config, resume, abstract, batches)
-        step: Any = make_train_step(
-            config.model,
-            config.optimizer,
-            config.steps,
-            cp,
-            fsdp=fsdp,
-            accumulation=config.accumulation,
-        )
-        batch = cp.shard_batch(next(batches))
+    program: Program = FixedProgram(config, cp, corpus)
+    with contextlib.closing(program):
+        state = None if resume is None else _restore(config, resume, abstract, program)
         began = time.perf_counter()
-        compiled = step.lower(abstract, batch).compile()
-        _print(console, _compiled(time.perf_counter() - began, compiled))
+        size = program.compile(abstract)
+        took = time.perf_counter() - began
+        _print(console, f"compiled in {took:.0f} s: {size / 2**20:,.0f} MiB per device")
 
-        folder = _new_folder(config) if resume is None else resume
+        path = folder.make_new(config) if resume is None else resume
         if state is None:
             state = init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
         title = f"{config.name}: {_in_short(cp)}"
-        with _Keeper(config, folder, int(state.step), title) as keeper:
-            return _make_steps(config, cp, keeper, console, compiled, state, batch, batches)
-
-
-class _Keeper:
-    """Keeps what a run leaves in its folder: metrics, plot and checkpoints."""
-
-    def __init__(self, config: TrainConfig, folder: pathlib.Path, start: int, title: str):
-        self.folder, self._title = folder, title
-        self._checkpoints = _checkpoints(config, folder)
-        self._recorder = None
-        if jax.process_index() == 0:
-            (folder / "config.yaml").write_text(configuration.dump(config))
-            self._recorder = metrics.Recorder(folder, start, config.log.tensorboard)
-
-    def __enter__(self) -> "_Keeper":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._checkpoints.close()
-        if self._recorder is not None:
-            self._recorder.close()
-            metrics.plot(self.folder, self._title)
-
-    def record(self, step: int, values: dict[str, float]) -> None:
-        """Writes the metrics of a step, unless they show that it went wrong."""
-        if not math.isfinite(values["loss"]):
-            last = self._checkpoints.latest()
-            saved = f"The last checkpoint is of step {last}." if last else "There is no checkpoint."
-            raise FloatingPointError(
-                f"the loss of step {step} is {values['loss']}. {saved} A lower "
-                "optimizer.learning_rate, more warmup_steps or a lower clip_norm may help."
-            )
-        if self._recorder is not None:
-            self._recorder.write(step, values)
-
-    def save(self, done: int, state: TrainState, batches: grain.DatasetIterator) -> None:
-        """Begins to write a checkpoint."""
-        self._checkpoints.save(done, state, batches.get_state())
+        with RunFolder(config, path, int(state.step), title) as run:
+            return _make_steps(config, program, run, console, state)
 
 
 def _make_steps(
     config: TrainConfig,
-    cp: ContextParallel,
-    keeper: _Keeper,
+    program: Program,
+    run: RunFolder,
     console: rich.console.Console,
-    compiled: Any,
     state: TrainState,
-    batch: dict[str, Any],
-    batches: grain.DatasetIterator,
 ) -> Outcome:
-    """All steps that are left, or those until a signal comes; `batch` is that of the first."""
+    """All steps that are left, or those until a signal comes."""
     start = done = int(state.step)
     every = config.checkpoint.every
     shown: list[float] = []
 
     def report(step: int, of_step: dict[str, Any]) -> None:
         values = {name: float(value) for name, value in jax.device_get(of_step).items()}
-        keeper.record(step, values | progress.show(step, values))
+        run.record(step, values | progress.show(step, values))
         shown.append(values["loss"])
 
     with (
@@ -213,8 +112,9 @@ def _make_steps(
         ) as progress,
     ):
         before: tuple[int, dict] | None = None
+        batch = program.next_batch()
         while True:
-            state, of_step = compiled(state, batch)
+            state, of_step = program.step(state, batch)
             # The devices work on this step while the host sees to the one before.
             if before is not None:
                 report(*before)
@@ -225,125 +125,35 @@ def _make_steps(
                 # A step whose loss is no number must not become a checkpoint.
                 report(*before)
                 before = None
-                keeper.save(done, state, batches)
+                run.save(done, state, program)
             if stopped is not None or done == config.steps:
                 break
-            batch = cp.shard_batch(next(batches))
+            batch = program.next_batch()
     finished = done == config.steps
-    _print(console, _ending(keeper.folder, start, done, shown, progress.seconds))
+    _print(console, _ending(run.path, start, done, shown, progress.seconds))
     if not finished:
         _print(
             console,
             f"Stopped after step {done} of {config.steps}. Go on with:\n"
-            f"  hcp train --resume {keeper.folder}",
+            f"  hcp train --resume {run.path}",
         )
-    return Outcome(keeper.folder, done, None if finished else stopped)
+    return Outcome(run.path, done, None if finished else stopped)
 
 
 def _restore(
-    config: TrainConfig,
-    folder: pathlib.Path,
-    abstract: TrainState,
-    batches: grain.DatasetIterator,
+    config: TrainConfig, path: pathlib.Path, abstract: TrainState, program: Program
 ) -> TrainState:
-    """The state of a run, and its batches put where they were."""
-    checkpoints = _checkpoints(config, folder)
+    """The state of a run, and its data put where they were."""
+    checkpoints = folder.open_checkpoints(config, path)
     restored = checkpoints.restore(abstract)
     checkpoints.close()
     if int(restored.state.step) >= config.steps:
         raise ValueError(
-            f"{folder} has made all its {config.steps} steps; to go on, give --steps a greater "
+            f"{path} has made all its {config.steps} steps; to go on, give --steps a greater "
             "number."
         )
-    data.restore(batches, restored.data)
+    program.restore_data(restored.data)
     return restored.state
-
-
-def _checkpoints(config: TrainConfig, folder: pathlib.Path) -> Checkpoints:
-    return Checkpoints(folder, dataclasses.asdict(config.model), config.checkpoint.keep)
-
-
-def _new_folder(config: TrainConfig) -> pathlib.Path:
-    """Makes `run_dir/name-001`, or with the first number after it that is free."""
-    number = 0
-    if jax.process_index() == 0:
-        while True:
-            number += 1
-            try:
-                _folder(config, number).mkdir(parents=True)
-                break
-            except FileExistsError:
-                continue
-    if jax.process_count() > 1:
-        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-    return _folder(config, number)
-
-
-def _folder(config: TrainConfig, number: int) -> pathlib.Path:
-    return pathlib.Path(config.run_dir, f"{config.name}-{number:03}")
-
-
-def _resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
-    """The folder of the run that a command line goes on with."""
-    if args.resume is None:
-        return None
-    if args.resume != "latest":
-        folder = pathlib.Path(args.resume)
-        if not (folder / "config.yaml").is_file():
-            raise ValueError(f"--resume: {folder} is no run folder: it has no config.yaml.")
-        return folder
-    run_dir = pathlib.Path(configuration.from_arguments(args).run_dir)
-    configs = list(run_dir.glob("*/config.yaml"))
-    if not configs:
-        raise ValueError(f"--resume latest: there are no runs in {run_dir}.")
-    return max(configs, key=lambda path: path.stat().st_mtime).parent
-
-
-def _config_of(args: argparse.Namespace, folder: pathlib.Path | None) -> TrainConfig:
-    """The config named, or that of the run resumed; overridden."""
-    if args.config is not None or folder is None:
-        if args.config is None:
-            raise ValueError("hcp train needs a config (configs/quickstart.yaml) or --resume.")
-        return configuration.from_arguments(args)
-    return configuration.load(folder / "config.yaml", args.overrides or ())
-
-
-def _cluster(how: str | None) -> dict[str, Any]:
-    """What `jax.distributed.initialize` needs to be told."""
-    if how in (None, "auto"):
-        return {}
-    parts = how.split(",")
-    host, _, port = parts[0].rpartition(":")
-    if len(parts) != 3 or not host or not all(p.isdecimal() for p in (port, *parts[1:])):
-        raise ValueError(
-            f"--distributed must be 'auto' or ADDRESS:PORT,PROCESS,PROCESSES (such as "
-            f"10.0.0.1:1234,0,4), got {how!r}."
-        )
-    process, processes = int(parts[1]), int(parts[2])
-    if process >= processes:
-        raise ValueError(
-            f"--distributed {how}: the processes of {processes} count from 0; {process} is none "
-            "of them."
-        )
-    return {
-        "coordinator_address": parts[0],
-        "process_id": process,
-        "num_processes": processes,
-    }
-
-
-def _require_free_port(address: str) -> None:
-    """Told here, since jax's coordinator dies of a segmentation fault where a port is taken."""
-    port = int(address.rpartition(":")[2])
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ValueError(
-                f"--distributed: port {port} cannot be used here ({error.strerror}); choose "
-                "another one, the same for every process."
-            ) from None
 
 
 def _print(console: rich.console.Console, text: str) -> None:
@@ -371,20 +181,12 @@ def _introduction(
     )
 
 
-def _compiled(seconds: float, compiled: Any) -> str:
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return f"compiled in {seconds:.0f} s: {total / 2**20:,.0f} MiB per device"
-
-
-def _ending(
-    folder: pathlib.Path, start: int, done: int, losses: list[float], seconds: float
-) -> str:
+def _ending(path: pathlib.Path, start: int, done: int, losses: list[float], seconds: float) -> str:
     last = losses[-10:]
     return (
         f"{done - start} steps in {seconds:.0f} s: loss {losses[0]:.3f} at step {start}, "
         f"{sum(last) / len(last):.3f} over the last {len(last)} steps\n"
-        f"{folder}: metrics.jsonl, loss.png, tensorboard, config.yaml, checkpoints"
+        f"{path}: metrics.jsonl, loss.png, tensorboard, config.yaml, checkpoints"
     )
 
 

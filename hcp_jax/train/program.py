@@ -1,0 +1,98 @@
+"""What the loop runs: batches and the compiled programs that make a step of them.
+
+The loop knows of a `Program` only this: it compiles, it yields batches, it makes steps, and it can
+say where its data stand. `FixedProgram` has one compiled step for batches that are all alike.
+"""
+
+from typing import Any, Protocol
+
+from hcp_jax.context import ContextParallel
+from hcp_jax.train import data
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.step import TrainState, make_train_step
+
+
+class Program(Protocol):
+    """Batches and compiled programs; steps are made in the order `compile`, then next and step."""
+
+    def compile(self, abstract: TrainState) -> int:
+        """Compiles all that training will run; returns the bytes that it needs per device.
+
+        Args:
+            abstract: shapes, dtypes and shardings of the state.
+        """
+
+    def next_batch(self) -> Any:
+        """The next batch, on the devices or on its way there."""
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """Makes a step: the state after it (the one given is gone), and metrics on the devices."""
+
+    def data_state(self) -> dict[str, Any]:
+        """Where the data stand after the last `next_batch`, in plain values for JSON."""
+
+    def restore_data(self, state: dict[str, Any]) -> None:
+        """Puts the data where `state` was taken; before `compile`."""
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+
+
+class FixedProgram:
+    """One compiled step on one mesh, for batches of equal streams.
+
+    Args:
+        config: the run.
+        cp: its mesh and what the axes do.
+        corpus: the text.
+    """
+
+    def __init__(self, config: TrainConfig, cp: ContextParallel, corpus: data.Corpus):
+        self._cp = cp
+        self._batches = data.make_batches(
+            corpus,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            mask=config.model.mask,
+            prefetch=config.data.prefetch,
+        )
+        self._step: Any = make_train_step(
+            config.model,
+            config.optimizer,
+            config.steps,
+            cp,
+            fsdp=config.parallel.fsdp,
+            accumulation=config.accumulation,
+        )
+        self._first: dict[str, Any] | None = None
+
+    def compile(self, abstract: TrainState) -> int:
+        """Compiles the step, for batches like the first."""
+        self._first = self._cp.shard_batch(next(self._batches))
+        self._step = self._step.lower(abstract, self._first).compile()
+        memory = self._step.memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+    def next_batch(self) -> dict[str, Any]:
+        """The next batch, as `ContextParallel.shard_batch` leaves it."""
+        if self._first is not None:
+            batch, self._first = self._first, None
+            return batch
+        return self._cp.shard_batch(next(self._batches))
+
+    def step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Any]]:
+        """See `make_train_step`."""
+        return self._step(state, batch)
+
+    def data_state(self) -> dict[str, Any]:
+        """The state of the pipeline."""
+        return self._batches.get_state()
+
+    def restore_data(self, state: dict[str, Any]) -> None:
+        """Puts the pipeline there."""
+        data.restore(self._batches, state)
+
+    def close(self) -> None:
+        """Ends the thread that prepares batches."""
+        self._batches.close()
