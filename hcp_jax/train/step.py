@@ -219,14 +219,14 @@ def make_train_step(
         ValueError: if tp cannot cut the model; when called, if A portions cannot be made.
     """
     schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
-    summed_loss = _summed_loss(model, cp)
+    batch_loss = summed_loss(model, cp)
     shardings = _shardings(abstract_state(model, transform, cp, fsdp=fsdp))
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
         tokens = jnp.sum(batch["weights"])
 
         def loss_of(params: Any, portion: dict) -> Float[Array, ""]:
-            return summed_loss(params, portion) / _nonzero(tokens)
+            return batch_loss(params, portion) / _nonzero(tokens)
 
         loss, grads = _accumulate(
             jax.value_and_grad(loss_of),
@@ -258,22 +258,27 @@ def make_eval_loss(
 
     Batches of different weight are averaged right by weighing each loss with its "tokens".
     """
-    summed_loss = _summed_loss(model, cp)
+    batch_loss = summed_loss(model, cp)
 
     def eval_loss(params: Any, batch: dict) -> dict[str, Float[Array, ""]]:
         tokens = jnp.sum(batch["weights"])
-        return {"loss": summed_loss(params, batch) / _nonzero(tokens), "tokens": tokens}
+        return {"loss": batch_loss(params, batch) / _nonzero(tokens), "tokens": tokens}
 
     return jax.jit(eval_loss)
 
 
-def _summed_loss(
+def summed_loss(
     model: ModelConfig, cp: ContextParallel | None
 ) -> Callable[[Any, dict], Float[Array, ""]]:
-    """Σ weight · loss over a batch, as a function of the parameters."""
+    """Σ weight · loss over a batch: `(params, batch) -> loss`, to be differentiated and jitted.
+
+    Args:
+        model: the model.
+        cp: the context parallelism; None for one device.
+    """
     graphdef, _ = abstract_model(model)
 
-    def summed_loss(params: Any, batch: dict) -> Float[Array, ""]:
+    def of_batch(params: Any, batch: dict) -> Float[Array, ""]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
         return summed_cross_entropy(
@@ -286,7 +291,7 @@ def _summed_loss(
             z_loss=model.z_loss,
         )
 
-    return summed_loss
+    return of_batch
 
 
 def _portions(batch: dict, number: int, cp: ContextParallel | None) -> dict:
