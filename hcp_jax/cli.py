@@ -31,6 +31,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "tokenize": Command("hcp_jax.train.tokens", "turn text into tokens, for hcp train to map"),
     "train": Command("hcp_jax.train.loop", "train a model with context parallelism"),
     "verify": Command("hcp_jax.verify", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.plan.bench", "time attention strategies on the devices at hand"),
