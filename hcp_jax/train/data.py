@@ -14,10 +14,10 @@ has its true target, also the last one before a cut. Behind a cut, positions beg
 the batch's mask lets no token see past the beginning of its segment, still less of its document.
 
 Text is held in memory; a tokenised folder is mapped from its files and read where it is used.
-Nothing is random but the seed, so a pipeline's state is a few integers: they are saved with a checkpoint,
-and the batches after it are the same ones. In a run of several processes each makes the whole global
-batch and puts its own part on its devices; the state is then the same everywhere and fits any number
-of processes.
+Nothing is random but the seed, so a pipeline's state is a few integers: they are saved with a
+checkpoint, and the batches after it are the same ones. In a run of several processes each makes the
+whole global batch and puts its own part on its devices; the state is then the same everywhere and
+fits any number of processes.
 """
 
 import dataclasses
