@@ -93,7 +93,7 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
     small, cp = _reduced(config, cp)
     batch = next(
         data.make_batches(
-            data.open_corpus(small.data),
+            data.open_corpus(small.data, small.model.vocab_size),
             batch_size=cp.axis_size(cp.dp),
             seq_len=small.seq_len,
             seed=small.seed,
@@ -133,6 +133,7 @@ def _reduced(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
             head_size=min(model.head_dim, 32),
             vocab_size=512 * tp,
         )
+        config = dataclasses.replace(config, data=data.DataConfig())  # bytes fit 512 ids
     return dataclasses.replace(config, model=model, seq_len=max(length, 2)), cp
 
 

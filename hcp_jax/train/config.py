@@ -24,7 +24,7 @@ import yaml
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.checkpoint import CheckpointConfig
-from hcp_jax.train.data import VOCAB_SIZE, DataConfig
+from hcp_jax.train.data import DataConfig
 from hcp_jax.train.metrics import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 
@@ -85,11 +85,6 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
-        if self.model.vocab_size < VOCAB_SIZE:
-            raise ValueError(
-                f"model.vocab_size={self.model.vocab_size} is too small: bytes and the separator "
-                f"are {VOCAB_SIZE} ids."
-            )
         dp = self.parallel.resolve().dp
         if self.batch_size % (self.accumulation * dp):
             raise ValueError(

@@ -66,7 +66,7 @@ def train(
     """
     console = console or rich.console.Console(highlight=False)
     console.quiet = console.quiet or jax.process_index() != 0
-    corpus = data.open_corpus(config.data)
+    corpus = data.open_corpus(config.data, config.model.vocab_size)
     cp = config.parallel.context_parallel(config.model.num_layers)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)

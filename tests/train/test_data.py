@@ -73,7 +73,7 @@ def test_an_epoch_has_less_padding_than_one_stream(corpus):
     packed = epochs_of(corpus)
     padding = sum(int((x["pairs_segment_ids"] == 0).sum()) for x in packed)
     assert padding < T
-    assert T * len(packed) - padding == corpus.num_bytes + len(corpus)
+    assert T * len(packed) - padding == corpus.num_ids + len(corpus)
 
 
 def test_no_token_attends_across_documents(corpus):
@@ -144,7 +144,7 @@ def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop):
 def test_the_standard_library_is_megabytes_of_documents_of_many_lengths():
     corpus = open_corpus(DataConfig())
     lengths = corpus.sizes
-    assert corpus.num_bytes > 5e6
+    assert corpus.num_ids > 5e6
     assert len(corpus) > 500
     assert lengths.max() > 10 * np.median(lengths)
     text = bytes(corpus[0]).decode()
