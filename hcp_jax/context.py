@@ -415,7 +415,7 @@ def describe_strategy(cp: ContextParallel) -> str:
     """
     exchange, move, by = cp.strategy
     if cp.groups is not None:
-        size = math.gcd(*cp.groups, cp.axis_size(exchange))
+        size = math.gcd(*cp.groups, cp.axis_size(cp.cp_inner))
         does = [f"heads exchanged by up to {size} devices"] if exchange and size > 1 else []
         does += [f"K/V {by} inside each group"] if move and max(cp.groups) > 1 else []
         return f"{cp.comm_type}: " + (", ".join(does) or "one device per group, nothing moves")
