@@ -30,14 +30,18 @@ LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
+# Where a run of padding starts: so far below 0 that no key of it has an index that could be seen.
+PADDING = -(2**30)
+
 
 class KeyRuns(NamedTuple):
     """Where each run of consecutive keys begins, among the keys one call of the core gets.
 
     Run r fills the places `offsets[r] … offsets[r+1]` of the key dim, and the key at place j of it
     has global index `starts[r] + j - offsets[r]`. Runs may be empty; places at or past the last
-    offset are padding that no query sees. Query i therefore sees, of run r, one interval of
-    *places*: `[max(0, start_i - starts[r]), min(length_r, end_i - starts[r])) + offsets[r]`.
+    offset, and runs that start at `PADDING`, are padding that no query sees. Query i therefore
+    sees, of run r, one interval of *places*:
+    `[max(0, start_i - starts[r]), min(length_r, end_i - starts[r])) + offsets[r]`.
 
     Attributes:
         starts: global index of the first key of each run.
@@ -56,10 +60,11 @@ def single_run(length: int, start: int = 0) -> KeyRuns:
 def key_index(runs: KeyRuns, length: int) -> Int32[jax.Array, "S"]:
     """Global index of each of `length` key places; -1 for padding, which no interval holds."""
     place = jnp.arange(length, dtype=jnp.int32)
-    offsets, starts = jnp.asarray(runs.offsets), jnp.asarray(runs.starts)
-    inside = (place[:, None] >= offsets[:-1]) & (place[:, None] < offsets[1:])  # [S, R]
-    index = place[:, None] - offsets[:-1] + starts
-    return jnp.max(jnp.where(inside, index, -1), axis=1).astype(jnp.int32)
+    starts, offsets = jnp.asarray(runs.starts), jnp.asarray(runs.offsets)
+    # Dynamic context parallelism has runs by the thousand: a binary search, and all of it fused.
+    run = jnp.searchsorted(offsets, place, side="right", method="scan_unrolled") - 1
+    to_index = jnp.append(starts - offsets[:-1], 2 * PADDING)  # by how much index and place differ
+    return jnp.maximum(place + to_index[run], -1).astype(jnp.int32)
 
 
 def runs_per_device(layout: str) -> int:
