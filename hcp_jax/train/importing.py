@@ -61,21 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _as_yaml(model: ModelConfig, folder: pathlib.Path) -> str:
     """The config, without what has its default value."""
-    values: dict[str, Any] = {
-        "name": folder.name,
-        "init_from": str(folder),
-        "model": _other_than(SMALL_MODEL, model),
-    }
+    usual = dataclasses.asdict(SMALL_MODEL)
+    told = {n: v for n, v in dataclasses.asdict(model).items() if v != usual[n]}
+    values: dict[str, Any] = {"name": folder.name, "init_from": str(folder), "model": told}
     if (folder / "tokenizer.json").is_file():
         values["data"] = {"tokenizer": str(folder / "tokenizer.json")}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _other_than(default: Any, config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that a config has to name, since they are not the default's."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        for name, value in values.items()
-        if value != getattr(default, name)
-    }
