@@ -292,7 +292,8 @@ def _require_tied(folder: pathlib.Path, found: dict[str, Stored]) -> None:
     ):
         a, b = of_head.get_slice("lm_head.weight"), of_table.get_slice("model.embed_tokens.weight")
         for row in range(0, table.shape[0] if same else 0, 1024):
-            same = same and np.array_equal(a[row : row + 1024], b[row : row + 1024])
+            rows = slice(row, min(row + 1024, table.shape[0]))
+            same = same and np.array_equal(a[rows], b[rows])
     if not same:
         raise ValueError(
             f"{folder}: config.json says that embeddings are tied, but lm_head.weight is not "

@@ -53,7 +53,6 @@ MODELS = {
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}, {"rope_scaling": None}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN | {"truncate": False, "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16.0}}, {"rope_scaling": None}),
     "mistral": ("Mistral", {"sliding_window": 7}, {"sliding_window": None}),
-    "mistral-0.3": ("Mistral", {"sliding_window": None, "head_dim": 16}, {}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}, {}),
     "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}, {"rope_scaling": None}),
     "qwen2-window": ("Qwen2", WINDOW, {"sliding_window": None}),
