@@ -54,6 +54,8 @@ class TrainConfig:
         accumulation: microbatches per optimizer step.
         seed: of the initial parameters and of the order of the documents.
         run_dir: where run folders are made.
+        init_from: a Hugging Face folder whose weights training begins from (`hcp import` writes a
+            config that fits it); None for random ones.
         model: the decoder.
         parallel: the mesh and what its axes do.
         data: the text.
@@ -72,6 +74,7 @@ class TrainConfig:
     accumulation: int = 1
     seed: int = 0
     run_dir: str = "runs"
+    init_from: str | None = None
     model: ModelConfig = SMALL_MODEL
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -19,14 +19,14 @@ import jax
 import rich.console
 
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import data, folder, traffic
+from hcp_jax.train import data, folder, traffic, weights
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
 from hcp_jax.train.signals import Signals
 from hcp_jax.train.skipping import SkippedSteps
-from hcp_jax.train.step import TrainState, abstract_state, init_state, make_optimizer
+from hcp_jax.train.step import TrainState, abstract_state, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,8 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
     _print(console, _introduction(config, cp, corpus, abstract))
+    if resume is None and config.init_from is not None:
+        _print(console, weights.check(config.model, config.init_from))
 
     program: Program = FixedProgram(config, cp, corpus)
     with contextlib.closing(program):
@@ -83,7 +85,7 @@ def train(
 
         path = folder.make_new(config) if resume is None else resume
         if state is None:
-            state = init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
+            state = weights.first_state(config, optimizer, cp, path)
         title = f"{config.name}: {_in_short(cp)}"
         with RunFolder(config, path, int(state.step), title) as run:
             return _make_steps(config, program, run, console, state)
