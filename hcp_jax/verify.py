@@ -28,7 +28,7 @@ import rich.console
 import rich.table
 
 from hcp_jax.attention.api import dot_product_attention
-from hcp_jax.context import ContextParallel
+from hcp_jax.context import ContextParallel, Gathered
 from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model
@@ -208,7 +208,8 @@ def _gradients(
 def _one_step(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[Check]:
     optimizer = make_optimizer(config.optimizer, config.steps)
     metrics = []
-    for one, placed in ((cp, cp.shard_batch(batch)), (None, batch)):
+    whole = {n: x.whole() if isinstance(x, Gathered) else x for n, x in batch.items()}
+    for one, placed in ((cp, cp.shard_batch(batch)), (None, whole)):
         fsdp = config.parallel.fsdp and one is not None
         state = init_state(config.model, optimizer, config.seed, one, fsdp=fsdp)
         step = make_train_step(config.model, config.optimizer, config.steps, one, fsdp=fsdp)

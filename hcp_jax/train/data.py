@@ -15,9 +15,12 @@ the batch's mask lets no token see past the beginning of its segment, still less
 
 Text is held in memory; a tokenised folder is mapped from its files and read where it is used.
 Nothing is random but the seed, so a pipeline's state is a few integers: they are saved with a
-checkpoint, and the batches after it are the same ones. In a run of several processes each makes the
-whole global batch and puts its own part on its devices; the state is then the same everywhere and
-fits any number of processes.
+checkpoint, and the batches after it are the same ones.
+
+Streams are packed from the sizes of documents alone. Every process does so for the whole global
+batch, and so has the same state, which fits any number of processes; a batch knows of each token
+its *place* in the corpus, and `ContextParallel.shard_batch` has tokens read at the places that lie
+on a process's own devices, and no others.
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
+from hcp_jax.context import Gathered
 from hcp_jax.mask import Mask, causal, documents
 from hcp_jax.train import text, tokens
 
@@ -68,6 +72,10 @@ class DataConfig:
 
 class Corpus:
     """Documents one behind the other, as the ids of their tokens.
+
+    A token's *place* says where it and its target are, with nothing else to be looked up:
+    `4 * (1 + n) + 2 * first + last`, where n ids of the whole corpus lie before its target, and
+    `first` and `last` say that it is the separator, and that its target is the end. 0 is no place.
 
     Args:
         texts: documents that stay bytes.
@@ -116,6 +124,38 @@ class Corpus:
             raise IndexError(f"there is no document {at} of {len(self)}")
         return self._ids[self._offsets[at] : self._offsets[at + 1]]
 
+    def places(self, index: SupportsIndex, begin: int, end: int) -> Int64[np.ndarray, "n"]:
+        """The places of tokens `begin` to `end` of a document that begins with its separator."""
+        at = operator.index(index)
+        places = 4 * (1 + np.arange(self._offsets[at] + begin, self._offsets[at] + end))
+        if begin == 0:
+            places[0] += 2
+        if end == self._offsets[at + 1] - self._offsets[at] + 1:
+            places[-1] += 1
+        return places
+
+    def tokens_at(self, places: Int64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
+        """The tokens at these places, and 0 where there is none; no other id is read."""
+        return self._read(places // 4 - 2, places & 2 > 0, self.separator, places)
+
+    def targets_at(self, places: Int64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
+        """The tokens that come next, and 0 where there is no place; no other id is read."""
+        return self._read(places // 4 - 1, places & 1 > 0, self.end, places)
+
+    def documents_at(self, places: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
+        """The numbers of the documents that these places, of which none is 0, are in."""
+        # Behind the last token's target, the end, the next document begins.
+        within = places // 4 - 1 - ((places & 1) > (places & 2) // 2)
+        return np.searchsorted(self._offsets, within, side="right") - 1
+
+    def _read(
+        self, index: np.ndarray, special: np.ndarray, token: int, places: np.ndarray
+    ) -> Int32[np.ndarray, "..."]:
+        result = np.where(special, np.int32(token), np.int32(0))
+        ordinary = (places > 0) & ~special
+        result[ordinary] = self._ids[index[ordinary]]
+        return result
+
     def __repr__(self) -> str:
         unit = "MB" if self._unit == "bytes" else "M tokens"
         return f"{len(self):,} documents, {self.num_ids / 1e6:.1f} {unit}, from {self.source}"
@@ -159,10 +199,10 @@ def _open(config: DataConfig) -> Corpus:
 def streams(
     corpus: Corpus, seq_len: int, seed: int, num_epochs: int | None = None
 ) -> grain.IterDataset:
-    """The corpus in streams of `seq_len` tokens, shuffled each epoch.
+    """The corpus in streams of `seq_len` tokens, shuffled each epoch; of the ids, none is read.
 
-    Each stream is a dict of `pairs` `[T, 2]` (a token and its target), `pairs_segment_ids` `[T]`
-    (from 1; 0 is padding, in the last streams of the last epoch) and `pairs_positions` `[T]`.
+    Each stream is a dict of `places` `[T]` (see `Corpus`), `places_segment_ids` `[T]` (from 1; 0 is
+    padding, in the last streams of the last epoch) and `places_positions` `[T]`.
 
     Args:
         corpus: the documents.
@@ -170,38 +210,45 @@ def streams(
         seed: of the order of the segments.
         num_epochs: how often all documents come; None: for ever.
     """
-    segments = _Segments(corpus, seq_len)
-    shuffled = grain.MapDataset.source(segments).seed(seed).shuffle().repeat(num_epochs)
-    # Documents are views of memory: threads that read ahead would have nothing to wait for.
-    in_order = shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    segments = Segments(corpus, seq_len)
+    order = grain.MapDataset.range(len(segments)).seed(seed).shuffle().repeat(num_epochs)
+    places = order.map(lambda number: {"places": segments.places(number)})
+    # Places are made of a few numbers: threads that read ahead would have nothing to wait for.
+    in_order = places.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     return grain.experimental.ConcatThenSplitIterDataset(
-        in_order, length_struct={"pairs": seq_len}, split_full_length_features=False
+        in_order, length_struct={"places": seq_len}, split_full_length_features=False
     )
 
 
-class _Segments:
-    """Each document in parts of `seq_len` tokens and a rest, as pairs of a token and its target."""
+class Segments:
+    """Each document in parts of `seq_len` tokens and a rest, as pairs of a token and its target.
+
+    Attributes:
+        sizes: tokens of each segment.
+    """
 
     def __init__(self, corpus: Corpus, seq_len: int):
         self._corpus, self._seq_len = corpus, seq_len
         # The number of the first segment of each document, and of all.
-        self._first = np.concatenate([[0], np.cumsum(-(-(corpus.sizes + 1) // seq_len))])
+        parts = -(-(corpus.sizes + 1) // seq_len)
+        self._first = np.concatenate([[0], np.cumsum(parts)])
+        self.sizes = np.full(len(self), seq_len, np.int64)
+        self.sizes[self._first[1:] - 1] = corpus.sizes + 1 - (parts - 1) * seq_len
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Int32[np.ndarray, "t 2"]]:
+        places = self.places(index)
+        pairs = self._corpus.tokens_at(places), self._corpus.targets_at(places)
+        return {"pairs": np.stack(pairs, axis=-1)}
+
+    def places(self, index: SupportsIndex) -> Int64[np.ndarray, "t"]:
+        """The places of a segment's tokens; see `Corpus`."""
         number = operator.index(index)
         which = int(np.searchsorted(self._first, number, side="right")) - 1
-        document = self._corpus[which]
         begin = (number - int(self._first[which])) * self._seq_len
-        end = min(begin + self._seq_len, document.size + 1)
-        pairs = np.empty((end - begin, 2), np.int32)
-        pairs[:] = self._corpus.separator, self._corpus.end
-        before, after = document[max(begin - 1, 0) : end - 1], document[begin:end]
-        pairs[pairs.shape[0] - before.size :, 0] = before
-        pairs[: after.size, 1] = after
-        return {"pairs": pairs}
+        return self._corpus.places(which, begin, begin + int(self.sizes[number]))
 
 
 def _in_documents(segment_ids: Int32[np.ndarray, "B T"]) -> Mask:
@@ -216,11 +263,12 @@ def make_batches(
     seed: int,
     mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
     prefetch: int = 2,
+    place: Callable[[dict[str, Any]], Any] = lambda batch: batch,
 ) -> grain.DatasetIterator:
-    """Batches of packed streams, on the host and in natural order, without end.
+    """Batches of packed streams, in natural order, without end.
 
-    Each is a dict of `tokens`, `targets`, `positions` (int32) and `weights` (float32), all
-    `[B, T]`, and `mask`. Weights are 1 but on padding.
+    Each is a dict of `tokens` and `targets` (`Gathered`: not read yet), `positions` (int32) and
+    `weights` (float32), all `[B, T]`, and `mask`. Weights are 1 but on padding.
 
     Args:
         corpus: the documents.
@@ -230,8 +278,13 @@ def make_batches(
         mask: the model's mask for streams whose documents have these segment ids
             (`ModelConfig.mask`).
         prefetch: batches prepared ahead by a thread.
+        place: what that thread does with each batch, such as `ContextParallel.shard_batch`.
     """
-    batches = streams(corpus, seq_len, seed).batch(batch_size).map(lambda x: _batch(x, mask))
+
+    def prepare(packed: dict[str, np.ndarray]) -> Any:
+        return place(_batch(corpus, packed, mask))
+
+    batches = streams(corpus, seq_len, seed).batch(batch_size).map(prepare)
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
     return iter(ahead)
 
@@ -242,12 +295,12 @@ def restore(batches: grain.DatasetIterator, state: dict[str, Any]) -> None:
     batches.set_state(_tuples(state))
 
 
-def _batch(packed: dict[str, np.ndarray], mask: Callable) -> dict[str, Any]:
-    segment_ids = packed["pairs_segment_ids"]
+def _batch(corpus: Corpus, packed: dict[str, np.ndarray], mask: Callable) -> dict[str, Any]:
+    segment_ids = packed["places_segment_ids"]
     return {
-        "tokens": np.ascontiguousarray(packed["pairs"][..., 0]),
-        "targets": np.ascontiguousarray(packed["pairs"][..., 1]),
-        "positions": packed["pairs_positions"],
+        "tokens": Gathered(packed["places"], corpus.tokens_at),
+        "targets": Gathered(packed["places"], corpus.targets_at),
+        "positions": packed["places_positions"],
         "weights": (segment_ids > 0).astype(np.float32),
         "mask": mask(segment_ids),
     }

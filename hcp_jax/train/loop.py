@@ -13,6 +13,7 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -104,10 +105,10 @@ def _make_steps(
     shown: list[float] = []
     skipped = SkippedSteps(config.optimizer.max_skipped, lambda text: _print(console, text))
 
-    def report(step: int, of_step: dict[str, Any]) -> None:
+    def report(step: int, of_step: dict[str, Any], documents: Sequence[int]) -> None:
         values = {name: float(value) for name, value in jax.device_get(of_step).items()}
         run.record(step, values | progress.show(step, values))
-        skipped.note(step, values, run.latest_checkpoint())
+        skipped.note(step, values, documents, run.latest_checkpoint())
         if not values["skipped"]:
             shown.append(values["loss"])
 
@@ -117,14 +118,14 @@ def _make_steps(
             console, config.steps, start, config.log.every, config.tokens_per_step
         ) as progress,
     ):
-        before: tuple[int, dict] | None = None
+        before: tuple[int, dict, Sequence[int]] | None = None
         batch = program.next_batch()
         while True:
             state, of_step = program.step(state, batch)
             # The devices work on this step while the host sees to the one before.
             if before is not None:
                 report(*before)
-            before, done = (done, of_step), done + 1
+            before, done = (done, of_step, program.documents(batch)), done + 1
             stopped = signals.agreed(done)
             due = every is not None and done % every == 0
             if due or stopped is not None or done == config.steps:

@@ -58,11 +58,12 @@ def test_text_with_a_tokenizer_gives_the_tokens_of_the_folder(folder):
 
 def test_documents_begin_with_bos_and_their_last_target_is_eos(folder):
     tokenize(folder)
-    [stream] = data.streams(read(folder), 14, seed=0, num_epochs=1)
+    corpus = read(folder)
+    [stream] = data.streams(corpus, 14, seed=0, num_epochs=1)
     rows = {}
     for i in range(1, 5):
-        pairs = stream["pairs"][stream["pairs_segment_ids"] == i]
-        rows[tuple(pairs[:, 0].tolist())] = pairs[:, 1].tolist()
+        places = stream["places"][stream["places_segment_ids"] == i]
+        rows[tuple(corpus.tokens_at(places).tolist())] = corpus.targets_at(places).tolist()
     assert rows == {(0, *ids): [*ids, 1] for ids in IDS}
 
 
