@@ -4,7 +4,6 @@ It stands alone so that the loop says when something is kept, and this says what
 """
 
 import dataclasses
-import math
 import pathlib
 
 import jax
@@ -47,20 +46,13 @@ class RunFolder:
             metrics.plot(self.path, self._title)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Writes the metrics of a step, unless they show that it went wrong.
-
-        Raises:
-            FloatingPointError: if the loss is no number.
-        """
-        if not math.isfinite(values["loss"]):
-            last = self._checkpoints.latest()
-            saved = f"The last checkpoint is of step {last}." if last else "There is no checkpoint."
-            raise FloatingPointError(
-                f"the loss of step {step} is {values['loss']}. {saved} A lower "
-                "optimizer.learning_rate, more warmup_steps or a lower clip_norm may help."
-            )
+        """Writes the metrics of a step."""
         if self._recorder is not None:
             self._recorder.write(step, values)
+
+    def latest_checkpoint(self) -> int | None:
+        """The step of the newest whole checkpoint; None if there is none."""
+        return self._checkpoints.latest()
 
     def save(self, done: int, state: TrainState, program: Program) -> None:
         """Begins to write a checkpoint."""

@@ -25,6 +25,7 @@ from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
 from hcp_jax.train.signals import Signals
+from hcp_jax.train.skipping import SkippedSteps
 from hcp_jax.train.step import TrainState, abstract_state, init_state, make_optimizer
 
 
@@ -61,7 +62,7 @@ def train(
 
     Raises:
         ValueError: for anything about config, data, mesh or checkpoint that cannot be.
-        FloatingPointError: if the loss is no number any more.
+        FloatingPointError: if too many steps in a row had a loss or gradient that is not finite.
     """
     console = console or rich.console.Console(highlight=False)
     console.quiet = console.quiet or jax.process_index() != 0
@@ -99,11 +100,14 @@ def _make_steps(
     start = done = int(state.step)
     every = config.checkpoint.every
     shown: list[float] = []
+    skipped = SkippedSteps(config.optimizer.max_skipped, lambda text: _print(console, text))
 
     def report(step: int, of_step: dict[str, Any]) -> None:
         values = {name: float(value) for name, value in jax.device_get(of_step).items()}
         run.record(step, values | progress.show(step, values))
-        shown.append(values["loss"])
+        skipped.note(step, values, run.latest_checkpoint())
+        if not values["skipped"]:
+            shown.append(values["loss"])
 
     with (
         Signals() as signals,
@@ -122,7 +126,7 @@ def _make_steps(
             stopped = signals.agreed(done)
             due = every is not None and done % every == 0
             if due or stopped is not None or done == config.steps:
-                # A step whose loss is no number must not become a checkpoint.
+                # What is told of the steps before stands in the log before the checkpoint.
                 report(*before)
                 before = None
                 run.save(done, state, program)
@@ -183,9 +187,14 @@ def _introduction(
 
 def _ending(path: pathlib.Path, start: int, done: int, losses: list[float], seconds: float) -> str:
     last = losses[-10:]
+    learnt = (
+        f"loss {losses[0]:.3f} at step {start}, {sum(last) / len(last):.3f} over the last "
+        f"{len(last)} steps"
+        if losses
+        else "all of them skipped"
+    )
     return (
-        f"{done - start} steps in {seconds:.0f} s: loss {losses[0]:.3f} at step {start}, "
-        f"{sum(last) / len(last):.3f} over the last {len(last)} steps\n"
+        f"{done - start} steps in {seconds:.0f} s: {learnt}\n"
         f"{path}: metrics.jsonl, loss.png, tensorboard, config.yaml, checkpoints"
     )
 
