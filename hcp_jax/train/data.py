@@ -134,7 +134,7 @@ def streams(
         seed: of the order of the segments.
         num_epochs: how often all documents come; None: for ever.
     """
-    segments = _Segments(corpus, seq_len)
+    segments = Segments(corpus, seq_len)
     shuffled = grain.MapDataset.source(segments).seed(seed).shuffle().repeat(num_epochs)
     # Documents are views of memory: threads that read ahead would have nothing to wait for.
     in_order = shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -143,13 +143,20 @@ def streams(
     )
 
 
-class _Segments:
-    """Each document in parts of `seq_len` tokens and a rest, as pairs of a token and its target."""
+class Segments:
+    """Each document in parts of `seq_len` tokens and a rest, as pairs of a token and its target.
+
+    Attributes:
+        sizes: tokens of each segment.
+    """
 
     def __init__(self, corpus: Corpus, seq_len: int):
         self._corpus, self._seq_len = corpus, seq_len
         # The number of the first segment of each document, and of all.
-        self._first = np.concatenate([[0], np.cumsum(-(-(corpus.sizes + 1) // seq_len))])
+        parts = -(-(corpus.sizes + 1) // seq_len)
+        self._first = np.concatenate([[0], np.cumsum(parts)])
+        self.sizes: Int64[np.ndarray, "S"] = np.full(len(self), seq_len, np.int64)
+        self.sizes[self._first[1:] - 1] = corpus.sizes + 1 - (parts - 1) * seq_len
 
     def __len__(self) -> int:
         return int(self._first[-1])
