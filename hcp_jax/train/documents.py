@@ -60,24 +60,21 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
     Args:
         sizes: tokens of every segment.
         limits: what schedules keep to.
-        menu: the layouts to choose from; chosen for these documents if None.
+
+    Attributes:
+        menu: the layouts that are scheduled with, chosen for these documents unless given.
 
     Raises:
         ValueError: if a document is longer than the widest group holds; names it.
     """
 
-    def __init__(
-        self,
-        sizes: Int64[np.ndarray, "S"],
-        limits: Limits,
-        menu: Sequence[groups.Layout] | None = None,
-    ):
+    def __init__(self, sizes: Int64[np.ndarray, "S"], limits: Limits):
         super().__init__()
         self.sizes, self.limits = sizes, limits
         _check_longest(sizes, limits)
         numbers = grain.MapDataset.range(len(sizes))
         self._order = numbers.seed(limits.seed).shuffle().repeat(None)
-        self.menu = tuple(menu) if menu is not None else self._choose_menu()
+        self.menu = self._choose_menu()
 
     def __iter__(self) -> "_Iterator":
         return _Iterator(self)
