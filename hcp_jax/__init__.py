@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hcp_jax.mask import sliding_window as sliding_window
     from hcp_jax.mesh import make_mesh as make_mesh
     from hcp_jax.mesh import xla_flags as xla_flags
+    from hcp_jax.microbatch import place_microbatch as place_microbatch
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _HOME = {
     "intervals": "mask",
     "lengths": "mask",
     "make_mesh": "mesh",
+    "place_microbatch": "microbatch",
     "plan": "plan",
     "prefix_lm": "mask",
     "sliding_window": "mask",

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import logging
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
+from hcp_jax.dynamic.groups import check_layout
+from hcp_jax.dynamic.groups import describe as describe_layout
 from hcp_jax.kernels import core
 from hcp_jax.layout import (
     LAYOUTS,
@@ -69,10 +72,15 @@ class ContextParallel:
             after the exchange. It pays where the exchange is a large part of the step (plain a2a
             of short sequences); each ring has hops of its own at a group's ends, which may then
             stand exposed. `hcp audit` shows both.
+        groups: dynamic context parallelism: the sizes of the groups that the dp and cp devices are
+            cut into, in mesh order, whatever the mesh's axes; each has documents of its own, which
+            `hcp.place_microbatch` brings. None: one stream over the cp axes for each dp device.
 
     Raises:
-        ValueError: for an axis that the mesh lacks, and for an unknown comm type or layout.
-        NotImplementedError: for a mesh with Explicit axes.
+        ValueError: for an axis that the mesh lacks, for an unknown comm type or layout, and for
+            groups that do not add up to the dp and cp devices.
+        NotImplementedError: for a mesh with Explicit axes, and for groups with a comm type that
+            gathers K and V.
 
     >>> import hcp_jax as hcp
     >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
@@ -88,6 +96,7 @@ class ContextParallel:
     cp_outer: str | None = "cp_outer"
     cp_inner: str | None = "cp_inner"
     head_groups: int = 1
+    groups: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for field in ("dp", "tp", "cp_outer", "cp_inner"):
@@ -109,6 +118,9 @@ class ContextParallel:
         require_known("layout", self.layout, LAYOUTS)
         if self.head_groups < 1:
             raise ValueError(f"head_groups must be at least 1, got {self.head_groups}.")
+        if self.groups is not None:
+            self._check_groups()
+            return
         for note in sorted({_collapse(self, c) for c in _as_tuple(self.comm_type)} - {""}):
             _log.warning(note)
 
@@ -118,9 +130,19 @@ class ContextParallel:
         return tuple(axis for axis in (self.cp_outer, self.cp_inner) if axis is not None)
 
     @property
+    def flat_axes(self) -> tuple[str, ...]:
+        """The mesh axes that groups run over: dp, and those of `cp_axes`."""
+        return (*_as_tuple(self.dp), *self.cp_axes)
+
+    @property
     def size(self) -> int:
         """C, the context-parallel degree."""
         return self.axis_size(self.cp_axes)
+
+    @property
+    def placement(self) -> Placement:
+        """What a mask that is placed for this remembers."""
+        return Placement(self.layout, self.size, self.groups)
 
     def axis_size(self, axes: str | tuple[str, ...] | None) -> int:
         """The number of devices along one or several mesh axes; 1 for none."""
@@ -164,6 +186,14 @@ class ContextParallel:
         axes[dim] = self.cp_axes or None
         return PartitionSpec(*axes)
 
+    @property
+    def spec_of_intervals(self) -> PartitionSpec:
+        """How intervals are cut under groups: each device has those of its whole cp_inner row.
+
+        Among them are the queries that it gets if heads are exchanged, whoever takes part.
+        """
+        return PartitionSpec(self.dp, self.cp_outer)
+
     def sharding(self, ndim: int, dim: int = 1) -> NamedSharding:
         """`spec`, on this mesh."""
         return NamedSharding(self.mesh, self.spec(ndim, dim))
@@ -186,6 +216,7 @@ class ContextParallel:
         Raises:
             ValueError: if dp does not divide the batch.
         """
+        self._require_one_stream("shard")
         dim %= x.ndim
         length = x.shape[dim]
         padding = self.padded_length(length) - length
@@ -208,6 +239,7 @@ class ContextParallel:
             dim: the sequence dim.
             length: the length before padding; all of it if None.
         """
+        self._require_one_stream("unshard")
         y = _restore(x, self, dim % x.ndim)
         return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim % x.ndim)
 
@@ -245,6 +277,7 @@ class ContextParallel:
             mask: written for a stream of `length` tokens, or for any.
             length: T before padding; no query sees past it.
         """
+        self._require_one_stream("place")
         if mask.placement is not None:
             raise ValueError("this mask has been placed already.")
         padded = self.padded_length(length)
@@ -257,10 +290,11 @@ class ContextParallel:
                 self._require_batch(host.shape[0], f"a mask of {host.shape[0]} rows")
             sharding = NamedSharding(self.mesh, PartitionSpec(rows, None))
             placed.append(jax.make_array_from_callback(host.shape, sharding, host.__getitem__))
-        return dataclasses.replace(mask_of(*placed), placement=Placement(self.layout, self.size))
+        return dataclasses.replace(mask_of(*placed), placement=self.placement)
 
     def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
         """The global index of every token of a stream, in the layout; for RoPE."""
+        self._require_one_stream("positions")
         index = global_index(self.padded_length(length), self.size, self.layout)[None]
         sharding = NamedSharding(self.mesh, PartitionSpec(None, self.cp_axes or None))
         return jax.make_array_from_callback(index.shape, sharding, index.__getitem__)
@@ -276,6 +310,7 @@ class ContextParallel:
             shift: places to move by; -1 puts the next token at each place.
             dim: the sequence dim.
         """
+        self._require_one_stream("roll")
         dim %= x.ndim
         if x.shape[dim] != self.padded_length(x.shape[dim]):
             raise ValueError(
@@ -304,6 +339,8 @@ class ContextParallel:
         for field in ("dp", "tp", "cp_outer", "cp_inner"):
             for axis in _as_tuple(getattr(self, field)):
                 lines.append(f"  {axis:<9} {_describe_axis(self.mesh, axis)}")
+        if self.groups is not None:
+            lines.append(f"  groups    {describe_layout(self.groups)}, in the order of the mesh")
         if isinstance(self.comm_type, str):
             lines.append(f"  attention {describe_strategy(self)}")
         else:
@@ -328,6 +365,23 @@ class ContextParallel:
         context = jax.sharding.get_abstract_mesh()
         inside = not context.empty and AxisType.Manual in context.axis_types
         return context if inside and context.axis_names == self.mesh.axis_names else self.mesh
+
+    def _check_groups(self) -> None:
+        layout = check_layout(self.groups or (), self.axis_size(self.flat_axes))
+        object.__setattr__(self, "groups", layout)
+        gathers = [c for c in _as_tuple(self.comm_type) if STRATEGIES[c].by == "gather"]
+        if gathers:
+            raise NotImplementedError(
+                f"comm_type {gathers[0]!r} cannot serve groups of devices: use 'p2p' or 'a2a+p2p'."
+            )
+
+    def _require_one_stream(self, what: str) -> None:
+        if self.groups is not None:
+            raise NotImplementedError(
+                f"{what} reorders streams that are cut over the cp axes, but with groups "
+                f"{self.groups} each group has documents of its own: hcp.place_microbatch puts "
+                "them and whatever belongs to their tokens where they belong."
+            )
 
     def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
         axes = (getattr(self, field) for field in fields)
@@ -360,6 +414,11 @@ def describe_strategy(cp: ContextParallel) -> str:
     'a2a+p2p: heads exchanged over cp_inner (2), K/V ring over cp_outer (4)'
     """
     exchange, move, by = cp.strategy
+    if cp.groups is not None:
+        size = math.gcd(*cp.groups, cp.axis_size(exchange))
+        does = [f"heads exchanged by up to {size} devices"] if exchange and size > 1 else []
+        does += [f"K/V {by} inside each group"] if move and max(cp.groups) > 1 else []
+        return f"{cp.comm_type}: " + (", ".join(does) or "one device per group, nothing moves")
     does = []
     for axes, what in ((exchange, "heads exchanged"), (move, f"K/V {by}")):
         live = [axis for axis in axes if cp.mesh.shape[axis] > 1]

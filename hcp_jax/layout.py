@@ -30,14 +30,18 @@ LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
+# Where a run of padding starts: so far below 0 that no key of it has an index that could be seen.
+PADDING = -(2**30)
+
 
 class KeyRuns(NamedTuple):
     """Where each run of consecutive keys begins, among the keys one call of the core gets.
 
     Run r fills the places `offsets[r] … offsets[r+1]` of the key dim, and the key at place j of it
     has global index `starts[r] + j - offsets[r]`. Runs may be empty; places at or past the last
-    offset are padding that no query sees. Query i therefore sees, of run r, one interval of
-    *places*: `[max(0, start_i - starts[r]), min(length_r, end_i - starts[r])) + offsets[r]`.
+    offset, and runs that start at `PADDING`, are padding that no query sees. Query i therefore
+    sees, of run r, one interval of *places*:
+    `[max(0, start_i - starts[r]), min(length_r, end_i - starts[r])) + offsets[r]`.
 
     Attributes:
         starts: global index of the first key of each run.

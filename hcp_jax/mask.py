@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
+from hcp_jax.layout import KeyRuns
+
 _NO_LIMIT = np.iinfo(np.int32).max
 
 
@@ -39,6 +41,7 @@ class Placement(NamedTuple):
 
     layout: str
     cp_size: int
+    groups: tuple[int, ...] | None = None
 
 
 class _Term:
@@ -154,10 +157,16 @@ class Mask:
 
     >>> (causal() & sliding_window(2)).intervals(4).start.tolist()
     [[0, 0, 1, 2]]
+
+    Attributes:
+        terms: the masks that are joined.
+        placement: the layout that it has been placed in; None if it is in natural order.
+        runs: where its keys lie, if it was placed under a group layout: a row for every device.
     """
 
     terms: tuple[_Term, ...] = ()
     placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
+    runs: KeyRuns | None = None
 
     def __and__(self, other: "Mask") -> "Mask":
         """The keys that both masks show.

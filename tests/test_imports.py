@@ -17,7 +17,7 @@ FLOORS = [
     ["train"],
     ["models"],
     ["attention"],
-    ["parallel"],
+    ["parallel", "microbatch"],
     ["context"],
     ["roll"],
     ["mesh"],

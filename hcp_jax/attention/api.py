@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from hcp_jax.attention import grouped
+from hcp_jax.attention.heads import Exchange
 from hcp_jax.attention.local import LocalSpec, attention
+from hcp_jax.attention.ring import Rings
 from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
 from hcp_jax.layout import to_layout
-from hcp_jax.mask import Intervals, Mask, Placement, bidirectional, causal
+from hcp_jax.mask import Intervals, Mask, bidirectional, causal
 
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
@@ -92,64 +95,56 @@ def dot_product_attention(
 @functools.partial(jax.jit, static_argnums=(0, 1, 7))
 def _jitted(cp: ContextParallel | None, core: CoreSpec, q, k, v, mask: Mask, sinks, residual: bool):
     intervals = _intervals(mask, q.shape, k.shape[1], cp)
-    spec = LocalSpec(core=core, key_length=k.shape[1])
     if cp is None:
-        return attention(spec, q, k, v, intervals, sinks, residual)
-    return _sharded(cp, core, q, k, v, intervals, sinks, residual)
+        spec = LocalSpec(core=core, key_length=k.shape[1])
+        return attention(spec, q, k, v, intervals, sinks, return_residual=residual)
+    attend, of_queries = _on_device(cp, core, q, k, intervals)
+    heads = PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp)
+    return jax.shard_map(
+        functools.partial(attend, return_residual=residual),
+        mesh=cp.mesh_in_context,
+        in_specs=(heads, heads, heads, of_queries, PartitionSpec(cp.tp), PartitionSpec()),
+        out_specs=(heads, heads if residual else None),
+        axis_names={*cp.flat_axes, *_axes(cp.tp)},
+        check_vma=False,
+    )(q, k, v, intervals, sinks, mask.runs)
 
 
-def _sharded(cp: ContextParallel, core: CoreSpec, q, k, v, intervals: Intervals, sinks, residual):
+def _on_device(cp: ContextParallel, core: CoreSpec, q, k, intervals: Intervals) -> tuple:
+    """What each device computes, and how the intervals it is given are cut."""
+    if cp.groups is not None:
+        spec = grouped.spec_of(cp, core, q.shape[2] // cp.axis_size(cp.tp), k.shape[1])
+        return functools.partial(grouped.attention_of_group, spec), cp.spec_of_intervals
     exchange, move, by = cp.strategy
+    size, ring = cp.axis_size(exchange), cp.axis_size(move)
     spec = LocalSpec(
         core=core,
         key_length=k.shape[1],
         cp_size=cp.size,
         layout=cp.layout,
-        exchange=exchange,
-        exchange_size=cp.axis_size(exchange),
-        move=move,
-        move_size=cp.axis_size(move),
+        exchange=Exchange(exchange, size, size),
+        rings=Rings(move, (ring,)),
         by=by,
         head_groups=cp.head_groups,
     )
-    if sinks is not None:
-        sinks = _sinks_by_device(sinks, cp)
-    heads = PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp)
     rows = cp.dp if intervals.start.shape[0] > 1 else None
     # Every cp device has all intervals, so that those of the queries it gets are a local slice.
-    of_queries = PartitionSpec(rows, move or None)
-    of_sinks = PartitionSpec((*_axes(cp.tp), *exchange) or None)
-    body = functools.partial(attention, spec, return_residual=residual)
-    used = {*_axes(cp.dp), *_axes(cp.tp), *cp.cp_axes}
-    return jax.shard_map(
-        body,
-        mesh=cp.mesh_in_context,
-        in_specs=(heads, heads, heads, of_queries, None if sinks is None else of_sinks),
-        out_specs=(heads, heads if residual else None),
-        axis_names=used,
-        check_vma=False,
-    )(q, k, v, intervals, sinks)
-
-
-def _sinks_by_device(sinks, cp: ContextParallel):
-    """In the order that cutting them over tp and the exchange's axes needs.
-
-    Device a of the exchange gets the a-th part of every group of heads, not the a-th part of all.
-    """
-    tp, size = cp.axis_size(cp.tp), cp.axis_size(cp.strategy.exchange)
-    parts = sinks.reshape(tp, cp.head_groups, size, -1)
-    return parts.swapaxes(1, 2).reshape(-1)
+    return functools.partial(attention, spec), PartitionSpec(rows, move or None)
 
 
 def _intervals(mask: Mask, q_shape, key_length: int, cp: ContextParallel | None) -> Intervals:
     """The intervals of the queries, in the layout's order."""
     rows, length = q_shape[:2]
-    here = None if cp is None else Placement(cp.layout, cp.size)
-    if mask.placement is not None and mask.placement != here:
+    here = None if cp is None else cp.placement
+    grouped_here = here is not None and here.groups is not None
+    if mask.placement != here and (mask.placement is not None or grouped_here):
         raise ValueError(
-            f"the mask was placed for {mask.placement}, but attention runs in "
-            f"{here or 'natural order on one device'}; place it with the same cp."
+            f"the mask was placed for {mask.placement or 'no layout'}, but attention runs in "
+            f"{here or 'natural order on one device'}; place it with the same cp (for groups, that "
+            "is what hcp.place_microbatch does)."
         )
+    if grouped_here:
+        key_length *= rows  # a group's stream may go on over the rows of several dp devices
     intervals = mask.intervals(length, key_length, xp=jnp)
     if intervals.start.shape[0] not in (1, rows):
         raise ValueError(
@@ -215,6 +210,11 @@ def _require_divisible(q, k, cp: ContextParallel) -> None:
     dp, tp = cp.axis_size(cp.dp), cp.axis_size(cp.tp)
     if q.shape[0] % dp:
         raise ValueError(f"q has a batch of B={q.shape[0]}, which dp={dp} does not divide.")
+    if cp.groups is not None and (q.shape[0] != dp or q.shape[1] != k.shape[1]):
+        raise ValueError(
+            f"with groups, q and k must have one row for each of dp={dp}, as "
+            f"hcp.place_microbatch leaves them, got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
     for name, x in (("q", q), ("k", k)):
         if x.shape[1] != cp.padded_length(x.shape[1]):
             raise ValueError(
@@ -228,8 +228,8 @@ def _require_divisible(q, k, cp: ContextParallel) -> None:
                 f"{name}={heads} heads; tp={tp} needs a multiple of {tp}. Use a tp that divides "
                 f"{math.gcd(q.shape[2], k.shape[2])}."
             )
-    exchange = cp.strategy.exchange
-    size, heads = cp.axis_size(exchange), q.shape[2] // tp
+    exchange, heads = cp.strategy.exchange, q.shape[2] // tp
+    size = cp.axis_size(exchange) if cp.groups is None else grouped.exchange_size(cp, heads)
     if heads % size:
         after_tp = f" after tp={tp}" if tp > 1 else ""
         sizes = [str(n) for n in range(1, heads + 1) if heads % n == 0]

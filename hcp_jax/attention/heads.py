@@ -12,26 +12,51 @@ The tokens arrive device by device in the order of the axis, that is, as one str
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def to_sequence(x: Float[Array, "B t N *H"], axes: tuple[str, ...]) -> Float[Array, "B At nA *H"]:
+class Exchange(NamedTuple):
+    """The devices that exchange heads for sequence with each other; static.
+
+    Attributes:
+        axes: mesh axes.
+        size: A, how many neighbouring devices along `axes` exchange among themselves.
+        devices: how many devices `axes` have; a multiple of A.
+    """
+
+    axes: tuple[str, ...] = ()
+    size: int = 1
+    devices: int = 1
+
+    @property
+    def index_groups(self) -> list[list[int]] | None:
+        """The devices along `axes` in groups of A; None if they are all one group."""
+        if self.size == self.devices:
+            return None
+        return [[a + i for i in range(self.size)] for a in range(0, self.devices, self.size)]
+
+
+def to_sequence(x: Float[Array, "B t N *H"], exchange: Exchange) -> Float[Array, "B At nA *H"]:
     """From a part of the sequence with all heads to more of the sequence with a part of them."""
-    if not axes:
-        return x
-    with jax.named_scope("exchange_heads"):
-        return jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True)
+    return _all_to_all(x, exchange, split=2, concat=1)
 
 
-def to_heads(x: Float[Array, "B At nA *H"], axes: tuple[str, ...]) -> Float[Array, "B t N *H"]:
+def to_heads(x: Float[Array, "B At nA *H"], exchange: Exchange) -> Float[Array, "B t N *H"]:
     """The inverse of `to_sequence`."""
-    if not axes:
+    return _all_to_all(x, exchange, split=1, concat=2)
+
+
+def own_part(x: Float[Array, "N"], exchange: Exchange) -> Float[Array, "nA"]:
+    """Of numbers that every device has for all heads, those of the heads it has after exchange."""
+    if exchange.size == 1:
         return x
-    with jax.named_scope("exchange_heads"):
-        return jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
+    lane = jax.lax.axis_index(exchange.axes) % exchange.size
+    part = x.shape[0] // exchange.size
+    return jax.lax.dynamic_slice_in_dim(x, lane * part, part)
 
 
 def replicate_kv(x: Float[Array, "B t K H"], size: int) -> Float[Array, "B t rK H"]:
@@ -43,3 +68,17 @@ def replicate_kv(x: Float[Array, "B t K H"], size: int) -> Float[Array, "B t rK 
     """
     times = size // math.gcd(x.shape[2], size)
     return x if times == 1 else jnp.repeat(x, times, axis=2)
+
+
+def _all_to_all(x, exchange: Exchange, split: int, concat: int):
+    if exchange.size == 1:
+        return x
+    with jax.named_scope("exchange_heads"):
+        return jax.lax.all_to_all(
+            x,
+            exchange.axes,
+            split_axis=split,
+            concat_axis=concat,
+            axis_index_groups=exchange.index_groups,
+            tiled=True,
+        )

@@ -17,13 +17,14 @@ from jaxtyping import Array, Float
 from hcp_jax.attention import gather, heads, ring
 from hcp_jax.kernels.core import CoreSpec, attend, attend_grads
 from hcp_jax.kernels.merge import Partial, merge, softmax_weight
-from hcp_jax.layout import ring_runs
+from hcp_jax.layout import KeyRuns, ring_runs
 from hcp_jax.mask import Intervals
 
 # What remat policies may keep, so that backward need not run attention's forward again.
 RESIDUALS = ("hcp_out", "hcp_lse")
 
 _MOVES = {"ring": ring, "gather": gather}
+_ALONE, _STILL = heads.Exchange(), ring.Rings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,9 @@ class LocalSpec:
         key_length: S, keys in the whole stream, padded.
         cp_size: C.
         layout: of queries and keys.
-        exchange: mesh axes to exchange heads over.
-        exchange_size: how many devices they have.
-        move: mesh axes to move K and V over.
-        move_size: how many devices they have.
-        by: how K and V move, "ring" or "gather".
+        exchange: who exchanges heads with whom.
+        rings: whom K and V move to.
+        by: how they move, "ring" or "gather".
         head_groups: how many parts the heads are exchanged and attended to in.
     """
 
@@ -47,17 +46,15 @@ class LocalSpec:
     key_length: int
     cp_size: int = 1
     layout: str = "contiguous"
-    exchange: tuple[str, ...] = ()
-    exchange_size: int = 1
-    move: tuple[str, ...] = ()
-    move_size: int = 1
+    exchange: heads.Exchange = _ALONE
+    rings: ring.Rings = _STILL
     by: Literal["ring", "gather"] = "ring"
     head_groups: int = 1
 
     @property
-    def runs(self):
-        """The key runs of each device that K and V move over; one row where they are gathered."""
-        ring_size = self.move_size if self.by == "ring" else 1
+    def runs(self) -> KeyRuns:
+        """The key runs of each member of the one ring; one row where K and V are gathered."""
+        ring_size = self.rings.hops if self.by == "ring" else 1
         return ring_runs(self.key_length, self.cp_size, self.layout, ring_size)
 
 
@@ -67,7 +64,9 @@ def attention(
     k: Float[Array, "B s K H"],
     v: Float[Array, "B s K Hv"],
     intervals: Intervals,
-    sinks: Float[Array, "NA"] | None,
+    sinks: Float[Array, "N"] | None,
+    runs: KeyRuns | None = None,
+    *,
     return_residual: bool,
 ) -> tuple[Float[Array, "B t N Hv"], Float[Array, "B t N"] | None]:
     """This device's queries against all keys of the stream.
@@ -78,10 +77,11 @@ def attention(
         k: this device's keys.
         v: this device's values.
         intervals: of the queries that this device has *after* the exchange of heads.
-        sinks: logits of the attention sinks of the heads it has then.
+        sinks: logits of the attention sinks of all heads (of its tp part).
+        runs: the key runs of each member of the rings; those of `spec` if None.
         return_residual: whether lse is wanted, too.
     """
-    k, v = (heads.replicate_kv(x, spec.exchange_size) for x in (k, v))
+    k, v = (heads.replicate_kv(x, spec.exchange.size) for x in (k, v))
     groups = list(zip(*(jnp.split(x, spec.head_groups, axis=2) for x in (q, k, v)), strict=True))
     sinks_of = [None] * spec.head_groups if sinks is None else jnp.split(sinks, spec.head_groups)
     arriving = _to_sequence(spec, groups[0])
@@ -96,7 +96,8 @@ def attention(
             )
             partials[-1:] = before
             arriving = _to_sequence(spec, leaving)
-        partials.append(_attend_moving(spec, *here, intervals, of_group))
+        own_sinks = None if of_group is None else heads.own_part(of_group, spec.exchange)
+        partials.append(_attend_moving(spec, *here, intervals, runs, own_sinks))
     out, lse = (
         jnp.concatenate([heads.to_heads(x, spec.exchange) for x in parts], axis=2)
         for parts in zip(*partials, strict=True)
@@ -109,12 +110,13 @@ def _to_sequence(spec: LocalSpec, arrays: tuple) -> tuple:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_moving(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
+def _attend_moving(spec: LocalSpec, q, k, v, intervals: Intervals, runs: KeyRuns | None, sinks):
     def core(kv, runs):
         k, v = kv
         return attend(spec.core, q, k, v, intervals, runs)
 
-    partial = _MOVES[spec.by].forward(core, (k, v), spec.runs, spec.move)
+    runs = spec.runs if runs is None else runs
+    partial = _MOVES[spec.by].forward(core, (k, v), runs, spec.rings)
     if sinks is not None:
         # A sink is one more key whose value is zero: seen once, whatever the number of hops.
         partial = merge(
@@ -123,14 +125,14 @@ def _attend_moving(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
     return partial.out.astype(q.dtype), partial.lse
 
 
-def _forward(spec: LocalSpec, q, k, v, intervals: Intervals, sinks):
-    out, lse = _attend_moving(spec, q, k, v, intervals, sinks)
+def _forward(spec: LocalSpec, q, k, v, intervals: Intervals, runs: KeyRuns | None, sinks):
+    out, lse = _attend_moving(spec, q, k, v, intervals, runs, sinks)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
-    return (out, lse), (q, k, v, intervals, sinks, out, lse)
+    return (out, lse), (q, k, v, intervals, runs, sinks, out, lse)
 
 
 def _backward(spec: LocalSpec, residuals, cotangents):
-    q, k, v, intervals, sinks, out, lse = residuals
+    q, k, v, intervals, runs, sinks, out, lse = residuals
     dout, dlse = cotangents
     # lse is the forward's last result: nothing that backward moves may start before it, for XLA
     # would otherwise send K and V for backward while the forward's ring still runs.
@@ -143,12 +145,13 @@ def _backward(spec: LocalSpec, residuals, cotangents):
         k, v = kv
         return attend_grads(spec.core, q, k, v, intervals, runs, dout, lse, delta)
 
-    dq, dk, dv = _MOVES[spec.by].backward(core, (k, v), spec.runs, spec.move)
+    runs = spec.runs if runs is None else runs
+    dq, dk, dv = _MOVES[spec.by].backward(core, (k, v), runs, spec.rings)
     dsinks = None
     if sinks is not None:
         weight = softmax_weight(_by_query(sinks, lse), lse)
         dsinks = jnp.sum(-weight * delta, axis=(0, 1)).astype(sinks.dtype)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dsinks
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dsinks
 
 
 def _by_query(sinks, lse):
