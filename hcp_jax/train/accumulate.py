@@ -12,7 +12,6 @@ Losses are summed, not averaged, and divided by the weight of the whole step in 
 gradient is that of all its documents however they were dealt to microbatches.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +56,7 @@ def abstract_sums(state: TrainState, cp: ContextParallel) -> Sums:
     return Sums(state.params, scalar, scalar)
 
 
-def make_zeros(like: Sums) -> Callable[[], Sums]:
+def make_zeros(like: Sums) -> jax.stages.Wrapped:
     """The sums of no microbatch, `() -> sums`, jitted; `like` from `abstract_sums`."""
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
@@ -67,9 +66,7 @@ def make_zeros(like: Sums) -> Callable[[], Sums]:
     return jax.jit(zeros, out_shardings=shardings)
 
 
-def make_accumulate(
-    model: ModelConfig, cp: ContextParallel, like: Sums
-) -> Callable[[Any, Sums, dict], Sums]:
+def make_accumulate(model: ModelConfig, cp: ContextParallel, like: Sums) -> jax.stages.Wrapped:
     """One microbatch: `(params, sums, batch) -> sums`, jitted; the sums given are donated.
 
     Args:
@@ -95,7 +92,7 @@ def make_accumulate(
 
 def make_update(
     optimizer: OptimizerConfig, num_steps: int, state: TrainState, like: Sums
-) -> Callable[[TrainState, Sums], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """The end of a step: `(state, sums) -> (state, metrics)`, jitted; the state given is donated.
 
     Args:

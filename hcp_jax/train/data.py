@@ -155,7 +155,7 @@ class Segments:
         # The number of the first segment of each document, and of all.
         parts = -(-(corpus.sizes + 1) // seq_len)
         self._first = np.concatenate([[0], np.cumsum(parts)])
-        self.sizes: Int64[np.ndarray, "S"] = np.full(len(self), seq_len, np.int64)
+        self.sizes: Int64[np.ndarray, S] = np.full(len(self), seq_len, np.int64)
         self.sizes[self._first[1:] - 1] = corpus.sizes + 1 - (parts - 1) * seq_len
 
     def __len__(self) -> int:

@@ -11,9 +11,9 @@ step; `lookahead` batches are a window, whose documents are scheduled together o
 Only lengths are needed for that, so every process makes the same schedule of the whole data, and
 reads no more of them than its own devices hold.
 
-The state is the place in the order behind the window, and the steps of the window that are still to
-come, document by document. So a run goes on to the same steps on the same devices; on other devices,
-the documents of each of those steps are scheduled anew. Either way each is trained on once an epoch.
+The state is the place in the order behind the window, and the steps of the window that are still
+to come, document by document. So a run goes on to the same steps on the same devices; on others, the
+documents of each of those steps are scheduled anew. Either way each is trained on once an epoch.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import choose_menu, schedule_batches
 from hcp_jax.dynamic.plan import Microbatch
-from hcp_jax.dynamic.scheduler import MAX_MENU, schedule
+from hcp_jax.dynamic.scheduler import MAX_MENU
 
 _SAMPLES = 8  # windows that the menu is chosen for
 
@@ -97,24 +97,25 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
 
     def plan(self, batches: Sequence[Sequence[int]], seed: int) -> list[PlannedStep]:
         """As many steps as batches, which together train on the documents of all of them."""
-        lengths = [self.sizes[np.asarray(batch)] for batch in batches]
-        options = {"menu": self.menu, "cost": self.limits.cost, "seed": seed}
-        scheduled = schedule_batches(lengths, *self._bounds, **options)
-        if not all(step.plan.microbatches for step in scheduled):
-            # Too little for all of them to share: then each has its own.
-            scheduled = [schedule_batches([one], *self._bounds, **options)[0] for one in lengths]
-            sources = [[(b, i) for _, i in step.sources] for b, step in enumerate(scheduled)]
-        else:
-            sources = [list(step.sources) for step in scheduled]
-        steps = []
-        for step, of_step in zip(scheduled, sources, strict=True):
-            numbers = [batches[b][i] for b, i in of_step]
-            steps.append(tuple(_renamed(mb, numbers) for mb in step.plan.microbatches))
-        return steps
+        steps = self._schedule(batches, seed)
+        if all(steps):
+            return steps
+        # Too little for all of them to share: then each has its own.
+        return [step for batch in batches for step in self._schedule([batch], seed)]
 
     def replan(self, numbers: Sequence[int]) -> PlannedStep:
         """One step for exactly these documents."""
         return self.plan([numbers], self.limits.seed)[0]
+
+    def _schedule(self, batches: Sequence[Sequence[int]], seed: int) -> list[PlannedStep]:
+        """As `plan`, but a step may be empty."""
+        lengths = [self.sizes[np.asarray(batch)] for batch in batches]
+        cost = self.limits.cost
+        steps = []
+        for step in schedule_batches(lengths, *self._bounds, self.menu, cost, seed):
+            numbers = [batches[b][i] for b, i in step.sources]
+            steps.append(tuple(_renamed(mb, numbers) for mb in step.plan.microbatches))
+        return steps
 
     @property
     def _bounds(self) -> tuple[int, int, int, int | None]:
@@ -125,7 +126,8 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
         config = self.limits.config
         if config.layouts is not None:
             return config.layouts
-        samples, place = [], 0
+        samples: list[np.ndarray] = []
+        place = 0
         while len(samples) < _SAMPLES and (place < len(self.sizes) or not samples):
             batches, place = self.window(place)
             samples.append(self.sizes[np.concatenate(batches)])
@@ -160,9 +162,9 @@ class _Iterator(grain.DatasetIterator[PlannedStep]):
             if state.get(name) != ours:
                 raise ValueError(
                     f"the checkpoint's data are not this run's: {name} was "
-                    f"{state.get(name, 'not told')} and is {ours}. A run with parallel.dynamic goes "
-                    "on with its own data, seq_len and seed, of which its order of documents is "
-                    "made."
+                    f"{state.get(name, 'not told')} and is {ours}. A run with parallel.dynamic "
+                    "goes on with its own data, seq_len and seed, which make its order of "
+                    "documents."
                 )
         self._place = state["place"]
         window = [
@@ -207,6 +209,6 @@ def _check_longest(sizes: np.ndarray, limits: Limits) -> None:
         raise ValueError(
             f"segment {longest} of the data has {length} tokens, but the widest group, of {widest} "
             f"devices, holds {widest} * {config.tokens} = {widest * config.tokens}. Set "
-            f"parallel.dynamic.max_tokens_per_device to {-(-length // widest)} or more, allow wider "
-            "groups, or cut documents shorter with seq_len."
+            f"parallel.dynamic.max_tokens_per_device to {-(-length // widest)} or more, allow "
+            "wider groups, or cut documents shorter with seq_len."
         )

@@ -1,4 +1,4 @@
-"""Training with dynamic context parallelism: every microbatch on the groups that its documents need.
+"""Training with dynamic context parallelism: every microbatch on groups of its own.
 
 A step is a few microbatches, each the program of a group layout, and one update:
 
