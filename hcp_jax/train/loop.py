@@ -20,8 +20,9 @@ import jax
 import rich.console
 
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import data, folder, traffic, weights
+from hcp_jax.train import data, folder, weights
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
@@ -72,12 +73,16 @@ def train(
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
-    _print(console, _introduction(config, cp, corpus, abstract))
     if resume is None and config.init_from is not None:
         _print(console, weights.check(config.model, config.init_from))
 
-    program: Program = FixedProgram(config, cp, corpus)
+    program: Program = (
+        DynamicProgram(config, cp, corpus, console)
+        if config.parallel.dynamic.enabled
+        else FixedProgram(config, cp, corpus)
+    )
     with contextlib.closing(program):
+        _print(console, _introduction(config, cp, corpus, abstract, program))
         state = None if resume is None else _restore(config, resume, abstract, program)
         began = time.perf_counter()
         size = program.compile(abstract)
@@ -114,9 +119,7 @@ def _make_steps(
 
     with (
         Signals() as signals,
-        Progress(
-            console, config.steps, start, config.log.every, config.tokens_per_step
-        ) as progress,
+        Progress(console, config.steps, start, config.log.every) as progress,
     ):
         before: tuple[int, dict, Sequence[int]] | None = None
         batch = program.next_batch()
@@ -137,7 +140,8 @@ def _make_steps(
                 break
             batch = program.next_batch()
     finished = done == config.steps
-    _print(console, _ending(run.path, start, done, shown, progress.seconds))
+    for line in (*program.summary(), _ending(run.path, start, done, shown, progress.seconds)):
+        _print(console, line)
     if not finished:
         _print(
             console,
@@ -168,22 +172,21 @@ def _print(console: rich.console.Console, text: str) -> None:
 
 
 def _introduction(
-    config: TrainConfig, cp: ContextParallel, corpus: data.Corpus, abstract: TrainState
+    config: TrainConfig,
+    cp: ContextParallel,
+    corpus: data.Corpus,
+    abstract: TrainState,
+    program: Program,
 ) -> str:
     model = config.model
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
-    fsdp = config.parallel.fsdp
-    sent = traffic.describe(cp, model, config.batch_size, config.seq_len, num_params, fsdp=fsdp)
     return "\n".join(
         [
             cp.describe(),
             f"model: {model.num_layers} layers, {num_params / 1e6:,.2f} M parameters, "
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
             f"data: {corpus}",
-            f"step: {config.batch_size} streams of {config.seq_len:,} tokens"
-            + (f" in {config.accumulation} microbatches" if config.accumulation > 1 else ""),
-            "each device sends per step:",
-            *(f"  {line}" for line in sent),
+            *program.describe(num_params),
         ]
     )
 
