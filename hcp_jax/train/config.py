@@ -24,7 +24,7 @@ import yaml
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.checkpoint import CheckpointConfig
-from hcp_jax.train.data import VOCAB_SIZE, DataConfig
+from hcp_jax.train.data import DataConfig
 from hcp_jax.train.metrics import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 
@@ -49,11 +49,14 @@ class TrainConfig:
         name: what the run folder is called, with a number behind it; if a file gives none, the
             file's own name.
         steps: optimizer steps.
-        batch_size: streams per optimizer step, over all of dp and all of `accumulation`.
-        seq_len: tokens per stream.
-        accumulation: microbatches per optimizer step.
+        batch_size: streams per optimizer step, over all of dp and all of `accumulation`; times
+            seq_len, the tokens that a step of `parallel.dynamic` aims at.
+        seq_len: tokens per stream; no document, or segment of one, is longer.
+        accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own.
         seed: of the initial parameters and of the order of the documents.
         run_dir: where run folders are made.
+        init_from: a Hugging Face folder whose weights training begins from (`hcp import` writes a
+            config that fits it); None for random ones.
         model: the decoder.
         parallel: the mesh and what its axes do.
         data: the text.
@@ -72,6 +75,7 @@ class TrainConfig:
     accumulation: int = 1
     seed: int = 0
     run_dir: str = "runs"
+    init_from: str | None = None
     model: ModelConfig = SMALL_MODEL
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -85,17 +89,24 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
-        if self.model.vocab_size < VOCAB_SIZE:
-            raise ValueError(
-                f"model.vocab_size={self.model.vocab_size} is too small: bytes and the separator "
-                f"are {VOCAB_SIZE} ids."
-            )
+        if self.parallel.dynamic.enabled:
+            self._check_dynamic()
+            return
         dp = self.parallel.resolve().dp
         if self.batch_size % (self.accumulation * dp):
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulation * dp = "
                 f"{self.accumulation} * {dp}."
             )
+
+    def _check_dynamic(self) -> None:
+        if self.accumulation != 1:
+            raise ValueError(
+                f"accumulation={self.accumulation} does not go with parallel.dynamic, whose "
+                "schedule decides how many microbatches a step has; leave it out."
+            )
+        parallel = self.parallel.resolve()
+        parallel.dynamic.check_sizes(parallel.num_devices // parallel.tp)
 
     @property
     def tokens_per_step(self) -> int:

@@ -15,19 +15,11 @@ class Progress:
         steps: of the whole run.
         start: steps that were done before this part of the run.
         every: steps between two lines where the console is no terminal.
-        tokens_per_step: of all devices together.
     """
 
-    def __init__(
-        self,
-        console: rich.console.Console,
-        steps: int,
-        start: int,
-        every: int,
-        tokens_per_step: int,
-    ):
+    def __init__(self, console: rich.console.Console, steps: int, start: int, every: int):
         self._console, self._steps, self._start, self._every = console, steps, start, every
-        self._tokens = tokens_per_step
+        self._tokens = 0.0
         self._bar = _bar(console) if console.is_terminal else None
         self._began = self._last = 0.0
 
@@ -52,7 +44,7 @@ class Progress:
 
         Args:
             step: its number, from 0.
-            metrics: "loss" and "learning_rate" among them.
+            metrics: "loss", "learning_rate" and "tokens" among them.
 
         Returns:
             What it took: "seconds" and "tokens_per_second".
@@ -62,7 +54,8 @@ class Progress:
         done = step + 1 - self._start
         mean = self.seconds / done
         left = mean * (self._steps - step - 1)
-        speed = f"{self._tokens / mean:,.0f} tokens/s"
+        self._tokens += metrics["tokens"]
+        speed = f"{self._tokens / self.seconds:,.0f} tokens/s"
         if self._bar is not None:
             loss = f"{metrics['loss']:.3f}"
             self._bar.update(self._bar.task_ids[0], completed=step + 1, loss=loss, speed=speed)
@@ -72,7 +65,7 @@ class Progress:
                 f"learning rate {metrics['learning_rate']:.2e}  {speed}  {_clock(left)} left",
                 markup=False,
             )
-        return {"seconds": took, "tokens_per_second": self._tokens / took}
+        return {"seconds": took, "tokens_per_second": metrics["tokens"] / took}
 
 
 def _bar(console: rich.console.Console) -> rich.progress.Progress:

@@ -47,6 +47,8 @@ class OptimizerConfig:
         eps: added to the root of the latter.
         weight_decay: per unit of learning rate.
         clip_norm: greatest norm of all gradients together; None for no limit.
+        max_skipped: steps in a row that may be skipped, because their loss or their gradient is not
+            finite, before training stops.
     """
 
     learning_rate: float = 3e-4
@@ -57,6 +59,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    max_skipped: int = 10
 
     def __post_init__(self):
         if self.learning_rate <= 0:
@@ -68,6 +71,8 @@ class OptimizerConfig:
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped must be at least 1, got {self.max_skipped}.")
 
 
 class TrainState(NamedTuple):
@@ -211,22 +216,21 @@ def make_train_step(
             in portion r mod A.
 
     Returns:
-        `(state, batch) -> (state, metrics)`, jitted; the state given is donated. Metrics are
-        scalars on the device: "loss" (nats per unit of weight, before the step), "grad_norm"
-        (before clipping), "learning_rate", "tokens" (the sum of the weights).
+        `(state, batch) -> (state, metrics)`, jitted; the state given is donated. See
+        `apply_gradients` for the metrics.
 
     Raises:
         ValueError: if tp cannot cut the model; when called, if A portions cannot be made.
     """
     schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
-    summed_loss = _summed_loss(model, cp)
+    loss_sum = summed_loss(model, cp)
     shardings = _shardings(abstract_state(model, transform, cp, fsdp=fsdp))
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
         tokens = jnp.sum(batch["weights"])
 
         def loss_of(params: Any, portion: dict) -> Float[Array, ""]:
-            return summed_loss(params, portion) / _nonzero(tokens)
+            return loss_sum(params, portion) / _nonzero(tokens)
 
         loss, grads = _accumulate(
             jax.value_and_grad(loss_of),
@@ -234,20 +238,65 @@ def make_train_step(
             _portions(batch, accumulation, cp),
             None if cp is None else shardings.params,
         )
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": tokens,
-        }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return apply_gradients(state, grads, loss, tokens, transform, schedule)
 
     if cp is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(
         step, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None)
+    )
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: Any,
+    loss: Float[Array, ""],
+    tokens: Float[Array, ""],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The update that ends a step; to be traced.
+
+    A step whose loss or gradient is not finite is skipped: parameters and optimizer state stay as
+    they are, and so does the learning rate, which goes by the updates made.
+
+    Args:
+        state: before the step.
+        grads: of the loss, like `state.params`.
+        loss: nats per unit of weight.
+        tokens: the sum of the weights, of all devices.
+        optimizer: from `make_optimizer`.
+        schedule: from `make_schedule`.
+
+    Returns:
+        The state after the step, and metrics, scalars on the device: "loss", "grad_norm" (before
+        clipping), "learning_rate", "tokens", and "skipped" (1 if the step was, else 0).
+    """
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": jnp.asarray(schedule(_updates_made(state)), jnp.float32),
+        "tokens": tokens,
+        "skipped": 1 - finite.astype(jnp.int32),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _updates_made(state: TrainState) -> Any:
+    """The steps that were not skipped, as the optimizer's own schedule counts them."""
+    return optax.tree.get(
+        state.opt_state,
+        "count",
+        filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState",
     )
 
 
@@ -258,22 +307,22 @@ def make_eval_loss(
 
     Batches of different weight are averaged right by weighing each loss with its "tokens".
     """
-    summed_loss = _summed_loss(model, cp)
+    loss_sum = summed_loss(model, cp)
 
     def eval_loss(params: Any, batch: dict) -> dict[str, Float[Array, ""]]:
         tokens = jnp.sum(batch["weights"])
-        return {"loss": summed_loss(params, batch) / _nonzero(tokens), "tokens": tokens}
+        return {"loss": loss_sum(params, batch) / _nonzero(tokens), "tokens": tokens}
 
     return jax.jit(eval_loss)
 
 
-def _summed_loss(
-    model: ModelConfig, cp: ContextParallel | None
+def summed_loss(
+    model: ModelConfig, cp: ContextParallel | None = None
 ) -> Callable[[Any, dict], Float[Array, ""]]:
-    """Σ weight · loss over a batch, as a function of the parameters."""
+    """Σ weight · loss over a batch, `(params, batch) -> nats`; to be traced."""
     graphdef, _ = abstract_model(model)
 
-    def summed_loss(params: Any, batch: dict) -> Float[Array, ""]:
+    def loss_sum(params: Any, batch: dict) -> Float[Array, ""]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
         return summed_cross_entropy(
@@ -286,7 +335,7 @@ def _summed_loss(
             z_loss=model.z_loss,
         )
 
-    return summed_loss
+    return loss_sum
 
 
 def _portions(batch: dict, number: int, cp: ContextParallel | None) -> dict:

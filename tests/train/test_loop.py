@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import pathlib
+import re
 import signal
 
 import jax
@@ -198,23 +199,46 @@ def test_a_finished_run_and_another_model_cannot_go_on(config, whole):
         train(dataclasses.replace(config, model=model, steps=20), resume=folder)
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(config, monkeypatch):
+def poisoned(monkeypatch, *steps):
+    """Batches of these steps have a loss that is no number."""
     batch_of, made = data._batch, itertools.count()
 
-    def poisoned(packed, mask):
-        batch = batch_of(packed, mask)
-        return batch | {"weights": batch["weights"] * (np.nan if next(made) == 3 else 1)}
+    def poison(*arguments):
+        batch = batch_of(*arguments)
+        return batch | {"weights": batch["weights"] * (np.nan if next(made) in steps else 1)}
 
-    monkeypatch.setattr(data, "_batch", poisoned)
-    bad = dataclasses.replace(config, name="bad", checkpoint=CheckpointConfig(every=1))
+    monkeypatch.setattr(data, "_batch", poison)
+
+
+@pytest.mark.slow
+def test_steps_whose_loss_is_no_number_are_skipped_counted_and_told(config, monkeypatch):
+    poisoned(monkeypatch, 3, 6, 7)
+    optimizer = dataclasses.replace(config.optimizer, max_skipped=3)
+    outcome, printed = train(dataclasses.replace(config, name="skips", optimizer=optimizer))
+    lines = metrics.read(outcome.folder)
+    assert [line["step"] for line in lines if line["skipped"]] == [3, 6, 7]
+    assert re.search(r"step 3 skipped: loss nan.*; documents \d+, \d+", printed)
+    assert "step 7 skipped: loss nan, gradient norm nan (2 in a row, 3 in all)" in printed
+    assert lines[-1]["loss"] < lines[0]["loss"] - 2
+    assert outcome.steps == STEPS
+
+
+@pytest.mark.slow
+def test_too_many_skipped_steps_in_a_row_stop_the_run_before_they_are_saved(config, monkeypatch):
+    poisoned(monkeypatch, 1, 3, 4)
+    bad = dataclasses.replace(
+        config,
+        name="bad",
+        checkpoint=CheckpointConfig(every=3),
+        optimizer=dataclasses.replace(config.optimizer, max_skipped=2),
+    )
     with pytest.raises(
-        FloatingPointError, match=r"loss of step 3 is nan.* checkpoint is of step 3"
+        FloatingPointError, match=r"steps 3 to 4 were skipped.* checkpoint is of step 3"
     ):
         train(bad)
     folder = pathlib.Path(config.run_dir, "bad-001")
-    assert [line["step"] for line in curve(folder)] == [0, 1, 2]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["2", "3"]
+    assert [line["skipped"] for line in metrics.read(folder)] == [0, 1, 0, 1, 1]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["3"]
 
 
 @pytest.mark.parametrize(

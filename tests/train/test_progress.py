@@ -11,12 +11,11 @@ from hcp_jax.train.progress import Progress
 
 def shown(steps=25, start=0, **console):
     file = io.StringIO()
-    with Progress(
-        rich.console.Console(file=file, width=100, **console), steps, start, 10, 64
-    ) as bar:
+    with Progress(rich.console.Console(file=file, width=100, **console), steps, start, 10) as bar:
         for step in range(start, steps):
-            took = bar.show(step, {"loss": 5.0 - step / 10, "learning_rate": 1e-3})
-            assert took["tokens_per_second"] == pytest.approx(64 / took["seconds"])
+            values = {"loss": 5.0 - step / 10, "learning_rate": 1e-3, "tokens": 64 + step}
+            took = bar.show(step, values)
+            assert took["tokens_per_second"] == pytest.approx((64 + step) / took["seconds"])
     return file.getvalue()
 
 

@@ -145,7 +145,7 @@ def test_parameters_are_the_same_on_every_mesh_and_born_where_they_belong():
     state = fresh(cp, fsdp=True)
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh().params)
     gate = state.params["layers"]["mlp"]["gate_proj"]["kernel"]
-    assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 16, 4)}
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 2, 32)}
 
 
 def test_eval_loss_is_the_loss_before_the_step():
@@ -166,6 +166,34 @@ def test_a_batch_in_which_nothing_counts_changes_no_gradient_and_is_not_nan():
     state, metrics = program()(fresh(), nothing)
     assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_leaves_parameters_and_optimizer_as_they_were(fault):
+    poison = np.full((ROWS, T), 1, np.float32)
+    # An infinite weight makes the loss NaN; a huge one only squares to infinity in the norm.
+    poison[0, 0] = np.inf if fault == "loss" else 1e30
+    poison[0, 1] = 0.0 if fault == "loss" else -1e30
+    before, _ = trained(steps=2)
+    before = jax.tree.map(np.asarray, before)
+    state, metrics = program()(jax.tree.map(jnp.asarray, before), {**batch(), "weights": poison})
+    assert int(metrics["skipped"]) == 1
+    assert np.isfinite(metrics["loss"]) == (fault == "gradient")
+    assert not np.isfinite(metrics["grad_norm"])
+    assert int(state.step) == 3
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before[1:])
+
+
+def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been():
+    state, rates = fresh(), []
+    poisoned = {**batch(), "weights": np.full((ROWS, T), np.nan, np.float32)}
+    for given in (batch(), poisoned, batch(), batch(), batch()):
+        state, metrics = program()(state, given)
+        rates.append((int(metrics["skipped"]), float(metrics["learning_rate"])))
+    expected, history = trained()
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+    assert [rate for skipped, rate in rates if not skipped] == [m["learning_rate"] for m in history]
+    assert [skipped for skipped, _ in rates] == [0, 1, 0, 0, 0]
 
 
 def test_rows_that_cannot_be_portioned_are_refused():
@@ -215,6 +243,7 @@ def test_gradients_are_clipped_to_the_norm_given():
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "must not be negative"),
         (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive or None"),
+        (lambda: OptimizerConfig(max_skipped=0), "max_skipped must be at least 1"),
         (lambda: make_optimizer(OptimizerConfig(warmup_steps=10), 10), "fewer than the 10 steps"),
     ],
 )

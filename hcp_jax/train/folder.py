@@ -1,0 +1,96 @@
+"""The run folder: where a run's config, metrics, plot and checkpoints are, and how it is found.
+
+It stands alone so that the loop says when something is kept, and this says what and where.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hcp_jax.train import config as configuration
+from hcp_jax.train import metrics
+from hcp_jax.train.checkpoint import Checkpoints
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.program import Program
+from hcp_jax.train.step import TrainState
+
+
+class RunFolder:
+    """Keeps what a run leaves in its folder: metrics, plot and checkpoints.
+
+    Args:
+        config: the run; written down, so that the folder can be resumed without the file.
+        path: the folder; it exists.
+        start: the first step of this part of the run.
+        title: of the plot.
+    """
+
+    def __init__(self, config: TrainConfig, path: pathlib.Path, start: int, title: str):
+        self.path, self._title = path, title
+        self._checkpoints = open_checkpoints(config, path)
+        self._recorder = None
+        if jax.process_index() == 0:
+            (path / "config.yaml").write_text(configuration.dump(config))
+            self._recorder = metrics.Recorder(path, start, config.log.tensorboard)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._checkpoints.close()
+        if self._recorder is not None:
+            self._recorder.close()
+            metrics.plot(self.path, self._title)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Writes the metrics of a step."""
+        if self._recorder is not None:
+            self._recorder.write(step, values)
+
+    def latest_checkpoint(self) -> int | None:
+        """The step of the newest whole checkpoint; None if there is none."""
+        return self._checkpoints.latest()
+
+    def save(self, done: int, state: TrainState, program: Program) -> None:
+        """Begins to write a checkpoint."""
+        self._checkpoints.save(done, state, program.data_state())
+
+
+def open_checkpoints(config: TrainConfig, folder: pathlib.Path) -> Checkpoints:
+    """The checkpoints of a run of this config."""
+    return Checkpoints(folder, dataclasses.asdict(config.model), config.checkpoint.keep)
+
+
+def make_new(config: TrainConfig) -> pathlib.Path:
+    """Makes `run_dir/name-001`, or with the first number after it that is free."""
+    number = 0
+    if jax.process_index() == 0:
+        while True:
+            number += 1
+            try:
+                _numbered(config, number).mkdir(parents=True)
+                break
+            except FileExistsError:
+                continue
+    if jax.process_count() > 1:
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return _numbered(config, number)
+
+
+def latest(run_dir: str) -> pathlib.Path:
+    """The run that was begun or resumed last.
+
+    Raises:
+        ValueError: if there are no runs.
+    """
+    configs = list(pathlib.Path(run_dir).glob("*/config.yaml"))
+    if not configs:
+        raise ValueError(f"--resume latest: there are no runs in {run_dir}.")
+    return max(configs, key=lambda path: path.stat().st_mtime).parent
+
+
+def _numbered(config: TrainConfig, number: int) -> pathlib.Path:
+    return pathlib.Path(config.run_dir, f"{config.name}-{number:03}")
