@@ -243,8 +243,8 @@ def test_a_member_s_key_runs_are_its_devices_one_behind_the_other(size):
 def test_what_groups_cannot_do_is_told():
     layout = (4, 2, 2)
     cp = context("2x4", "p2p", layout)
-    empty = dynamic.pack(Microbatch(layout, ((), (), ())), (), M)
-    batch = place_microbatch(cp, empty, {"x": np.zeros((8, M, 8, 8))})
+    empty = dynamic.pack(Microbatch(layout, ((), (), ())), (), 4)
+    batch = place_microbatch(cp, empty, {"x": np.zeros((8, 4, 8, 8))})
     x, mask = batch["x"], batch["mask"]
 
     def attend(x=x, mask=mask, is_causal=False, **changes):
