@@ -134,7 +134,8 @@ def make_train_step(
 
     Returns:
         `(state, batch) -> (state, metrics)`, jitted; the state given is donated. See
-        `apply_gradients` for the metrics.
+        `apply_gradients` for the metrics; "pairs", the visible (query, key) pairs of the batch, is
+        one more.
 
     Raises:
         ValueError: if tp cannot cut the model; when called, if A portions cannot be made.
@@ -155,7 +156,8 @@ def make_train_step(
             _portions(batch, accumulation, cp),
             None if cp is None else shardings.params,
         )
-        return apply_gradients(state, grads, loss, tokens, transform, schedule)
+        state, metrics = apply_gradients(state, grads, loss, tokens, transform, schedule)
+        return state, metrics | {"pairs": _visible_pairs(batch)}
 
     if cp is None:
         return jax.jit(step, donate_argnums=0)
@@ -252,6 +254,13 @@ def summed_loss(
         )
 
     return loss_sum
+
+
+def _visible_pairs(batch: dict) -> Float[Array, ""]:
+    rows, length = batch["tokens"].shape
+    start, end = batch["mask"].intervals(length, xp=jnp)
+    # In float32, as a million tokens have more pairs than int32 counts.
+    return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
 
 
 def _portions(batch: dict, number: int, cp: ContextParallel | None) -> dict:
