@@ -5,6 +5,19 @@ file to shorten.
 """
 
 import warnings
+from typing import Any
+
+import jax
+
+# Before, the interpreter of Mosaic GPU kernels on a CPU lacks most of what kernels use.
+HAS_MOSAIC_INTERPRETER = jax.__version_info__ >= (0, 11)
+
+
+def interpret_mosaic() -> Any:
+    """What `plgpu.kernel` takes as `interpret` to run a kernel on a CPU."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu.InterpretGPUParams()
 
 
 def expect_pallas_triton() -> None:

@@ -25,7 +25,10 @@ from hcp_jax.kernels.merge import Partial
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton")
+IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic")
+
+# What `implementation=None` tries on GPUs, in turn. "mosaic" is to lead once it has passed on a GPU.
+_BEST_ON_GPUS = ("triton", "blockwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,7 @@ def resolve(implementation: str | None, problem: Problem) -> str:
         NotImplementedError: if the one named cannot do this call; says what can.
     """
     if implementation is None:
-        best = ("triton", "blockwise") if problem.platform in ("gpu", "cuda") else ("blockwise",)
+        best = _BEST_ON_GPUS if problem.platform in ("gpu", "cuda") else ("blockwise",)
         return next(name for name in best if _module(name).unsupported(problem) is None)
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(implementation, IMPLEMENTATIONS, 1)
