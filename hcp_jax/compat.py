@@ -32,3 +32,21 @@ def expect_pallas_triton() -> None:
         message="The Pallas Triton backend is deprecated",
         category=DeprecationWarning,
     )
+
+
+def transpose_ref(ref: Any) -> Any:
+    """A reference to the transpose of a matrix in shared memory."""
+    if jax.__version_info__ < (0, 11):
+        from jax.experimental.pallas import mosaic_gpu
+
+        return mosaic_gpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))
+
+
+def mosaic_load(ref: Any, layout: Any, optimized: bool = True) -> Any:
+    """Load in a layout."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    if jax.__version_info__ < (0, 11):
+        return mosaic_gpu.load(ref, (), layout=layout, optimized=optimized)
+    return mosaic_gpu.load(ref, layout=layout, optimized=optimized)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from hcp_jax.kernels.core import CoreSpec
@@ -207,6 +209,54 @@ def work_item(facts: Facts, index, blocks: int, heads: int, longest_ref):
     head, rest = lax.rem(index, jnp.int32(heads)), lax.div(index, jnp.int32(heads))
     rank, row = lax.rem(rest, jnp.int32(blocks)), lax.div(rest, jnp.int32(blocks))
     return longest_ref[facts.mask_row(row), rank], head, row
+
+
+def multiply(c: Facts, *terms, spare=None, meanwhile=None):
+    """Matrix products `begin + left · right`, issued together and awaited together.
+
+    Args:
+        c: of the call.
+        *terms: (begin, left, right): begin is an array in the layout of wgmma, or None for zero;
+            left is an array or a reference to shared memory; right is a reference.
+        spare: a reference that a left array fits in. The interpreter takes no arrays.
+        meanwhile: called when all are under way.
+    """
+    shapes = [(left.shape[0], right.shape[1]) for _, left, right in terms]
+    if not c.spec.interpret:
+
+        def start(accs):
+            for acc, (_, left, right) in zip(accs, terms, strict=True):
+                plgpu.wgmma(acc, left, right)
+            if meanwhile is not None:
+                meanwhile()
+
+        begins = [
+            zeros(*shape) if term[0] is None else term[0]
+            for shape, term in zip(shapes, terms, strict=True)
+        ]
+        return pl.run_state(start)(tuple(map(plgpu.ACC.init, begins)))
+    results = []
+    for shape, (begin, left, right) in zip(shapes, terms, strict=True):
+        if isinstance(left, jax.Array):
+            spare[...] = left
+            plgpu.commit_smem()
+            left = spare
+
+        def product(acc, left=left, right=right):
+            plgpu.wgmma(acc, left, right)
+            return acc[...]
+
+        result = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        results.append(result if begin is None else begin + result)
+    if meanwhile is not None:
+        meanwhile()
+    return tuple(results)
+
+
+def zeros(*shape):
+    """Where sums of products, or of their rows, begin."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
 def shape_like(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
