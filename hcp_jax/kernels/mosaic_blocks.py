@@ -1,14 +1,19 @@
-"""What the Mosaic kernels share: the static facts of a call, its arrays, and masking a block.
+"""What the Mosaic kernels share: the facts of a call, the order of work, rings of blocks, masking.
 
 TMA copies whole blocks, so lengths are padded to whole blocks before the kernels see them (a copy,
 where they are not whole already): padding keys have global index -1, padding queries see nothing.
-The mask's arrays are those of `walks`: intervals, the global index of each key place, and for each
-block the span of the blocks of the other side that it visits.
+
+Work is a list of items, each a block of queries (or of keys) of one head of one batch row, with the
+walk of the blocks that it visits. Each program of a persistent grid works through its share. Within
+a program one warpgroup loads and the others compute; what is loaded goes through rings of blocks in
+shared memory.
 
 It stands apart from the kernels because forward and backward must agree on it.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
+from hcp_jax import compat
 from hcp_jax.kernels.core import CoreSpec
-from hcp_jax.kernels.tiles import Tile, mosaic_tiles_for
+from hcp_jax.kernels.tiles import Tile, mosaic_tiles_for, processors
 from hcp_jax.kernels.walks import (
     Walk,
     key_blocks,
@@ -31,6 +37,12 @@ from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
 ROWS = 64  # of a warpgroup's wgmma
+LOG2_E = math.log2(math.e)
+WGMMA = plgpu.Layout.WGMMA
+PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+
+# Keys and values that are walked over at one time should stay in the L2 cache, half of Hopper's.
+_L2_BYTES = 25 * 2**20
 
 
 class Masks(NamedTuple):
@@ -44,8 +56,7 @@ class Masks(NamedTuple):
     end: Any  # [B1, Tp]
     key_index: Any  # [Sp], global; -1 for padding
     order: Any  # [B1 or 1, blocks walked over], in the order of the walk
-    spans: Any  # [B1, blocks · 4]: first, full_first, full_last, last of each block's walk
-    longest: Any  # [B1, blocks]: the blocks, those with the longest walk first
+    work: Any  # [B1, blocks · 5]: block, first, full_first, full_last, last; longest walk first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +113,11 @@ class Facts:
         """S in whole blocks."""
         return self.blocks_k * self.tile.block_k
 
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups that compute."""
+        return self.tile.warps // 4
+
     def mask_row(self, row):
         """Which row of the masks' arrays is that of batch row `row`."""
         return row if self.masks > 1 else 0
@@ -136,51 +152,97 @@ def _pad(x, more: int, value, dim: int):
 
 
 def _masks(queries, keys, walk: Walk) -> Masks:
-    rows = walk.spans.shape[0]
+    work = longest_first(walk.spans)
     return Masks(
-        queries.start,
-        queries.end,
-        keys.global_index,
-        walk.order,
-        walk.spans.reshape(rows, -1),
-        longest_first(walk.spans),
+        queries.start, queries.end, keys.global_index, walk.order, work.reshape(work.shape[0], -1)
     )
 
 
-def longest_first(spans: Int32[Array, "B1 X 4"]) -> Int32[Array, "B1 X"]:
-    """The blocks in the order of falling work, so that the last ones to start are short.
+def longest_first(spans: Int32[Array, "B1 X 4"]) -> Int32[Array, "B1 X 5"]:
+    """(block, first, full_first, full_last, last) of each block, those that visit most first.
 
-    Equal ones in falling order: under causal masks of one run that is what is there already.
+    So the last ones to be worked on are short, and no program ends long after the others.
     """
     visits = spans[..., 3] - spans[..., 0]
-    return jnp.argsort(visits, axis=1, stable=True)[:, ::-1].astype(jnp.int32)
+    block = jnp.argsort(-visits, axis=1, stable=True).astype(jnp.int32)[..., None]
+    return jnp.concatenate([block, jnp.take_along_axis(spans, block, axis=1)], axis=2)
 
 
-def hide(logits, start, end, index):
-    """-inf where a key's global index lies outside a query's interval; padding has index -1.
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which of the work items each program of the grid does.
 
-    `start`, `end` and `index` broadcast to the logits' shape.
+    Items are sorted by falling length, and dealt out in rounds to and fro, so that whoever got the
+    longest of one round gets the shortest of the next.
+
+    Attributes:
+        blocks: that each head of each batch row has.
+        heads: that each batch row has.
+        rows: of the batch.
+        together: heads whose keys and values the cache holds: items are sorted within such a
+            section, and sections follow each other.
+        programs: of the grid.
     """
-    seen = jnp.logical_and(start <= index, index < end)
-    return jnp.where(seen, logits, -jnp.inf)
+
+    blocks: int
+    heads: int
+    rows: int
+    together: int
+    programs: int
+
+    @classmethod
+    def of(cls, c: Facts, blocks: int, heads: int) -> "Share":
+        """For a kernel with `blocks` and `heads` per batch row; the heads may be q's or k's."""
+        per_kv_head = heads // c.k
+        kv_bytes = 2 * c.padded_s * c.h * c.dtype.itemsize
+        fit = max(1, min(c.k, _L2_BYTES // kv_bytes))
+        fit = next(n for n in range(fit, 0, -1) if c.k % n == 0)
+        items = blocks * heads * c.b
+        programs = min(items, processors(c.spec.device_kind))
+        return cls(blocks, heads, c.b, fit * per_kv_head, programs)
+
+    @property
+    def items(self) -> int:
+        """How many there are."""
+        return self.blocks * self.heads * self.rows
+
+    def rounds(self, program):
+        """How many items a program does."""
+        whole, left = divmod(self.items, self.programs)
+        place = program if whole % 2 == 0 else self.programs - 1 - program
+        return whole + (place < left).astype(jnp.int32)
+
+    def item(self, program, turn):
+        """(rank of the block, head, batch row) of the item that a program does in its `turn`."""
+        forth = lax.rem(turn, jnp.int32(2)) == 0
+        place = jnp.where(forth, program, self.programs - 1 - program)
+        rest, head = _divmod(turn * self.programs + place, self.together)
+        rest, rank = _divmod(rest, self.blocks)
+        row, section = _divmod(rest, self.heads // self.together)
+        return rank, section * self.together + head, row
 
 
-class Span(NamedTuple):
-    """One block's walk: places `first … last` of `order`, of which the full ones need no mask.
+def _divmod(x, by: int):
+    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
-    Steps count the masked places at both ends first, then the full ones (so that a kernel has two
-    loops and not three).
+
+class Walked(NamedTuple):
+    """A block, and the places `first … last` of `order` that it visits.
+
+    Steps count the full ones (which need no mask) first, then the masked ones at both ends, so that
+    a kernel has two loops and not three.
     """
 
+    block: Any
     first: Any
     full_first: Any
     full_last: Any
     last: Any
 
     @classmethod
-    def of(cls, spans_ref, row, block) -> "Span":
-        """Read from `Masks.spans`."""
-        return cls(*(spans_ref[row, block * 4 + i] for i in range(4)))
+    def of(cls, masks: Masks, mask_row, rank) -> "Walked":
+        """The walk of the block that comes `rank`-th."""
+        return cls(*(masks.work[mask_row, rank * 5 + i] for i in range(5)))
 
     @property
     def steps(self):
@@ -188,77 +250,184 @@ class Span(NamedTuple):
         return self.last - self.first
 
     @property
-    def masked(self):
-        """How many of the steps, the first ones, need a mask."""
-        return (self.full_first - self.first) + (self.last - self.full_last)
+    def full(self):
+        """How many of the steps, the first ones, need no mask."""
+        return self.full_last - self.full_first
 
     def place(self, step):
         """The place in `order` of a step."""
-        full = self.full_last - self.full_first
-        masked_place = self.first + step
-        masked_place = jnp.where(masked_place < self.full_first, masked_place, masked_place + full)
-        return jnp.where(step < self.masked, masked_place, self.full_first + step - self.masked)
+        masked = self.first + step - self.full
+        masked = jnp.where(masked < self.full_first, masked, masked + self.full)
+        return jnp.where(step < self.full, self.full_first + step, masked)
 
 
-def work_item(facts: Facts, index, blocks: int, heads: int, longest_ref):
-    """(block, head, batch row) of a work item.
+class Ring(NamedTuple):
+    """Blocks in shared memory that one warpgroup fills and the others read, slot after slot.
 
-    Heads are innermost, so that the programs that run at one time share as few keys and values as
-    their blocks allow, and the longest blocks of all heads come first.
+    Step i, counted over all items of the program, uses slot i mod depth. `here` completes when all
+    copies into a slot have arrived, `free` when all readers have let go of it. The filler waits for
+    every completion of `free`, the readers for every one of `here`, so no barrier is ever more than
+    one completion ahead of a waiter, which is all that its parity can tell apart.
     """
-    head, rest = lax.rem(index, jnp.int32(heads)), lax.div(index, jnp.int32(heads))
-    rank, row = lax.rem(rest, jnp.int32(blocks)), lax.div(rest, jnp.int32(blocks))
-    return longest_ref[facts.mask_row(row), rank], head, row
+
+    slots: tuple  # of references [depth, ...]
+    here: Any
+    free: Any
+
+    @property
+    def depth(self) -> int:
+        """How many slots there are."""
+        return self.slots[0].shape[0]
+
+    def slot(self, step):
+        """The references of a step's slot."""
+        return tuple(ref.at[self._at(step)] for ref in self.slots)
+
+    def _at(self, step):
+        return lax.rem(step, jnp.int32(self.depth)) if self.depth > 1 else 0
+
+    def fill(self, step, copies: Callable) -> None:
+        """Start `copies(*slot)`, pairs of source and target, once the slot is free."""
+
+        @pl.when(step >= self.depth)
+        def _():
+            plgpu.barrier_wait(self.free.at[self._at(step)])
+
+        for source, target in copies(*self.slot(step)):
+            plgpu.copy_gmem_to_smem(source, target, self.here.at[self._at(step)])
+
+    def take(self, step):
+        """Wait for a step's slot; to be called once per step by each reader."""
+        plgpu.barrier_wait(self.here.at[self._at(step)])
+        return self.slot(step)
+
+    def release(self, step) -> None:
+        """Let go of a step's slot."""
+        plgpu.barrier_arrive(self.free.at[self._at(step)])
+
+    def drain(self, steps) -> None:
+        """Wait until all slots are free again, after `steps` steps in all."""
+
+        @pl.loop(jnp.maximum(steps - self.depth, 0), steps)
+        def _(step):
+            plgpu.barrier_wait(self.free.at[self._at(step)])
 
 
-def multiply(c: Facts, *terms, spare=None, meanwhile=None):
+def ring(depth: int, copies: int, readers: int, *slots: Any) -> Ring:
+    """The scratch types of a `Ring`; `copies` is how many fill a slot."""
+    return Ring(
+        slots,
+        plgpu.Barrier(num_arrivals=copies, num_barriers=depth),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=depth),
+    )
+
+
+def matrices(c: Facts, *shape: int) -> Any:
+    """Scratch for matrices that wgmma reads: in tiles of 8 rows of 128 bytes, swizzled."""
+    return plgpu.SMEM(
+        shape,
+        c.dtype,
+        transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+    )
+
+
+def multiply(c: Facts, *terms, spare=None, meanwhile: Callable | None = None) -> tuple:
     """Matrix products `begin + left · right`, issued together and awaited together.
 
     Args:
         c: of the call.
         *terms: (begin, left, right): begin is an array in the layout of wgmma, or None for zero;
             left is an array or a reference to shared memory; right is a reference.
-        spare: a reference that a left array fits in. The interpreter takes no arrays.
+        spare: a reference that a left array fits in. JAX's interpreter multiplies only what lies in
+            memory, and knows no accumulator that begins with a value; this is all that differs.
         meanwhile: called when all are under way.
     """
     shapes = [(left.shape[0], right.shape[1]) for _, left, right in terms]
-    if not c.spec.interpret:
-
-        def start(accs):
-            for acc, (_, left, right) in zip(accs, terms, strict=True):
-                plgpu.wgmma(acc, left, right)
-            if meanwhile is not None:
-                meanwhile()
-
-        begins = [
-            zeros(*shape) if term[0] is None else term[0]
-            for shape, term in zip(shapes, terms, strict=True)
+    if c.spec.interpret:
+        results = [
+            _interpreted(shape, *term, spare) for shape, term in zip(shapes, terms, strict=True)
         ]
-        return pl.run_state(start)(tuple(map(plgpu.ACC.init, begins)))
-    results = []
-    for shape, (begin, left, right) in zip(shapes, terms, strict=True):
-        if isinstance(left, jax.Array):
-            spare[...] = left
-            plgpu.commit_smem()
-            left = spare
+        if meanwhile is not None:
+            meanwhile()
+        return tuple(results)
 
-        def product(acc, left=left, right=right):
-            plgpu.wgmma(acc, left, right)
-            return acc[...]
+    def start(accumulators):
+        for accumulator, (_, left, right) in zip(accumulators, terms, strict=True):
+            plgpu.wgmma(accumulator, left, right)
+        if meanwhile is not None:
+            meanwhile()
 
-        result = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-        results.append(result if begin is None else begin + result)
-    if meanwhile is not None:
-        meanwhile()
-    return tuple(results)
+    begins = [
+        zeros(*shape) if term[0] is None else term[0]
+        for shape, term in zip(shapes, terms, strict=True)
+    ]
+    return pl.run_state(start)(tuple(map(plgpu.ACC.init, begins)))
 
 
-def zeros(*shape):
+def _interpreted(shape, begin, left, right, spare):
+    if isinstance(left, jax.Array):
+        spare[...] = left
+        plgpu.commit_smem()
+        left = spare
+
+    def product(accumulator):
+        plgpu.wgmma(accumulator, left, right)
+        return accumulator[...]
+
+    result = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+    return result if begin is None else begin + result
+
+
+def zeros(*shape: int):
     """Where sums of products, or of their rows, begin."""
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA if len(shape) == 2 else PER_ROW)
 
 
-def shape_like(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """An output of a kernel."""
-    return jax.ShapeDtypeStruct(shape, dtype)
+def per_row(x, columns: int):
+    """A matrix of the numbers of its rows."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), (0,))
+
+
+def per_column(x, rows: int):
+    """A matrix of the numbers of its columns."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), (1,))
+
+
+def hide(logits, start, end, index):
+    """-inf where a key's global index lies outside a query's interval; padding has index -1.
+
+    `start`, `end` and `index` are matrices (`per_row`, `per_column`).
+    """
+    seen = jnp.logical_and(start <= index, index < end)
+    return jnp.where(seen, logits, -jnp.inf)
+
+
+def softmax_factor(c: Facts) -> float:
+    """What the logits of `cap` are multiplied by to be exponents of 2; positive."""
+    plain = c.spec.logits_soft_cap is None and c.spec.scale > 0
+    return c.spec.scale * LOG2_E if plain else LOG2_E
+
+
+def call(c: Facts, kernel: Callable, share: Share, outputs: Any, scratch: Any) -> Callable:
+    """`kernel(*inputs, *outputs, scratch)` as a function of arrays.
+
+    Args:
+        c: of the call.
+        kernel: its name is that of the kernel in profiles.
+        share: the grid.
+        outputs: shapes, all float32.
+        scratch: types.
+    """
+    return plgpu.kernel(
+        kernel,
+        out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs),
+        scratch_types=(scratch,),
+        grid=(share.programs,),
+        grid_names=("program",),
+        num_threads=c.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=compat.interpret_mosaic() if c.spec.interpret else None,
+    )

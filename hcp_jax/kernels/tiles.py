@@ -119,6 +119,13 @@ def has_wgmma(device_kind: str) -> bool:
     return _known(device_kind) in ("H100", "H200")
 
 
+def processors(device_kind: str) -> int:
+    """How many multiprocessors a Hopper GPU has; 2 for the interpreter, to have several rounds."""
+    if device_kind in ("", "cpu"):
+        return 2
+    return 114 if "PCIe" in device_kind else 132
+
+
 @contextlib.contextmanager
 def trial(tiles: Tiles) -> Iterator[None]:
     """Give every call traced within `tiles`, whatever the device: for measuring them."""
