@@ -280,6 +280,10 @@ def attention_gradients(
                 def blocks(logits_acc, dweights_acc):
                     plgpu.barrier_wait(a_here.at[slot_a])
                     plgpu.wgmma(logits_acc, held_a.at[mine], compat.transpose_ref(a.at[slot_a]))
+                    plgpu.wgmma_wait(1)
+                    let_go(a_free, step - 1, stages_a)
+                    if sum_b is not None:
+                        let_go(b_free, step - 1, stages_b)
                     plgpu.barrier_wait(b_here.at[slot_b])
                     if sum_a is not None:
                         if not c.spec.interpret:
@@ -288,10 +292,6 @@ def attention_gradients(
                             dweights_acc, held_b.at[mine], compat.transpose_ref(b.at[slot_b])
                         )
                     logits = _settled(logits_acc, 1 if sum_a is not None else 0)
-
-                    let_go(a_free, step - 1, stages_a)
-                    if sum_b is not None:
-                        let_go(b_free, step - 1, stages_b)
 
                     exponents = logits * to_log2 + less_lse(slot_a)
                     if masked:
