@@ -1,8 +1,23 @@
-"""The gradients on Mosaic GPU."""
+"""The gradients on Mosaic GPU: dq in one kernel, dk and dv in another, from the global lse and delta.
+
+Both are one body. A program *holds* a block of one side, in two warpgroups 64 rows each, while blocks
+of the other side *pass*, brought by a third warpgroup. With A and B what it holds and a and b what
+passes,
+
+              A, B        a, b        S = A aᵀ      dP = B bᵀ     dS = P (dP - delta)
+    dq        Q, dO       K, V        logits        dO Vᵀ         dQ += dS a
+    dk, dv    K, V        Q, dO       transposed    V dOᵀ         dK += dS a,  dV += P b
+
+so logits and weights are never moved: what leaves a product's registers enters the next one's. All
+query heads of a kv head pass the block that its program holds, and each sum is made by one warpgroup
+in a fixed order: dk and dv need no buffer per query head, no atomics, and have the same bits on
+every run.
+"""
 
 import dataclasses
 import functools
-import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,317 +26,341 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hcp_jax import compat
 from hcp_jax.kernels.core import CoreSpec
-from hcp_jax.kernels.mosaic_blocks import ROWS, Facts, Masks, Span, hide, shape_like, work_item
+from hcp_jax.kernels.mosaic_blocks import (
+    LOG2_E,
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    Facts,
+    Masks,
+    Ring,
+    Share,
+    Walked,
+    call,
+    hide,
+    matrices,
+    per_column,
+    per_row,
+    ring,
+)
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
-LOG2_E = math.log2(math.e)
-WGMMA = plgpu.Layout.WGMMA
+# The largest head size for which a warpgroup's registers hold 64 rows of dk and of dv.
+_BOTH_SUMS = 128
 
 
-def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout, lse, delta):
-    """See `hcp_jax.kernels.core.attend_grads`."""
-    arrays = (q, k, v, dout.astype(q.dtype), lse, delta)
-    [dq] = _gradients(spec, intervals, runs, ("dq",), *arrays)
-    if q.shape[-1] > 128:
-        [dk] = _gradients(spec, intervals, runs, ("dk",), *arrays)
-        [dv] = _gradients(spec, intervals, runs, ("dv",), *arrays)
-    else:
-        dk, dv = _gradients(spec, intervals, runs, ("dk", "dv"), *arrays)
-    return dq, dk, dv
+class Arrays(NamedTuple):
+    """What the kernels read.
+
+    Attributes:
+        q: `[B, Tp, N, H]`.
+        k: `[B, Sp, K, H]`.
+        v: as k.
+        dout: as q.
+        less_lse: -lse in log2, `[B, N, Tp]`; -inf where a query sees nothing: its weights are 0.
+        less_delta: `[B, N, Tp]`.
+        masks: of the walk.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    less_lse: Any
+    less_delta: Any
+    masks: Masks
+
+
+class Side(NamedTuple):
+    """The rows of one side of a block: two matrices, and numbers per row."""
+
+    a: Any
+    b: Any
+    numbers: tuple
+
+
+class Shared(NamedTuple):
+    """What the warpgroups of a program share.
+
+    Attributes:
+        held: a ring of one: A, B and their numbers.
+        a: a ring of a and the passing side's numbers.
+        b: a ring of b.
+        spare: for products whose left factor is in registers, which the interpreter has not; or
+            None.
+    """
+
+    held: Ring
+    a: Ring
+    b: Ring
+    spare: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The static facts of one kernel.
-
-    A block is *held* by a program, and the blocks of the other side pass by. Each has two matrices
-    and the sums are those of the products of weights with the passing ones.
-    """
+class Plan:
+    """The static facts of one of the kernels: `sums` are the gradients that it computes."""
 
     c: Facts
     sums: tuple[str, ...]
 
     @property
-    def over_keys(self):
+    def holds_queries(self) -> bool:
+        """Else it holds keys."""
         return self.sums == ("dq",)
 
     @property
-    def groups(self):
-        return self.c.tile.warps // 4
+    def passing_rows(self) -> int:
+        """Rows of a block that passes."""
+        return self.c.tile.block_k if self.holds_queries else self.c.tile.block_q
 
     @property
-    def heads(self):
-        """Query heads that pass by."""
-        return 1 if self.over_keys else self.c.group
+    def passing_heads(self) -> int:
+        """Heads of the other side that pass a block."""
+        return 1 if self.holds_queries else self.c.group
 
     @property
-    def held_heads(self):
-        return self.c.n if self.over_keys else self.c.k
+    def held_rows(self) -> int:
+        """Rows of the block that a program holds."""
+        return self.c.warpgroups * ROWS
 
     @property
-    def held(self):
-        """(rows of a block, number of blocks) of the held side."""
-        return (
-            (self.c.tile.block_q, self.c.blocks_q)
-            if self.over_keys
-            else (self.c.tile.block_k, self.c.blocks_k)
-        )
+    def length(self) -> int:
+        """Rows of the held side, in whole blocks."""
+        return self.c.padded_t if self.holds_queries else self.c.padded_s
 
     @property
-    def passing(self):
-        return self.c.tile.block_k if self.over_keys else self.c.tile.block_q
+    def held_heads(self) -> int:
+        """Heads of the held side."""
+        return self.c.n if self.holds_queries else self.c.k
 
-    @property
-    def query_axis(self):
-        return 0 if self.over_keys else 1
 
-    @property
-    def stages(self):
-        a = self.c.tile.stages
-        return a, a if "dv" in self.sums else max(1, a - 1)
+def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout, lse, delta):
+    """See `hcp_jax.kernels.core.attend_grads`."""
+    arrays = (q, k, v, dout.astype(q.dtype), lse, delta)
+    apart = q.shape[-1] > _BOTH_SUMS
+    kernels = (("dq",), ("dk",), ("dv",)) if apart else (("dq",), ("dk", "dv"))
+    return tuple(x for sums in kernels for x in _gradients(spec, intervals, runs, sums, *arrays))
 
 
 def _gradients(spec, intervals, runs, sums, q, k, v, dout, lse, delta):
     c = Facts.of(spec, q, k, intervals, runs, "dq" if sums == ("dq",) else "dkv")
-    p = _Plan(c, sums)
-    masks = (c.masks_over_keys if p.over_keys else c.masks_over_queries)(intervals, runs)
-    less_lse, less_delta = _stats(c, intervals, lse, delta)
-    of_q = [c.pad_queries(q), c.pad_queries(dout)]
-    of_k = [c.pad_keys(k), c.pad_keys(v)]
-    inputs = [*of_q, *of_k] if p.over_keys else [*of_k, *of_q]
-    length = c.padded_t if p.over_keys else c.padded_s
-    kernel = plgpu.kernel(
-        functools.partial(attention_gradients, p=p),
-        out_type=[shape_like((c.b, length, p.held_heads, c.h), jnp.float32) for _ in sums],
-        scratch_types=_scratch(p),
-        grid=(p.held[1] * p.held_heads * c.b,),
-        grid_names=("item",),
-        num_threads=p.groups + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=compat.interpret_mosaic() if spec.interpret else None,
-    )
-    out = kernel(*inputs, less_lse, less_delta, *masks)
-    return [x[:, : c.t if p.over_keys else c.s] for x in out]
-
-
-def _stats(c, intervals, lse, delta):
-    """(-lse in log2, -delta), `[B, N, Tp]`; -inf where a query sees nothing: its weights are 0."""
+    p = Plan(c, sums)
+    masks = (c.masks_over_keys if p.holds_queries else c.masks_over_queries)(intervals, runs)
+    share = Share.of(c, p.length // p.held_rows, p.held_heads)
     empty = (intervals.end <= intervals.start)[..., None] | (lse == -jnp.inf)
     less_lse = jnp.where(empty, -jnp.inf, lse * -LOG2_E).swapaxes(1, 2)
-    return (
-        c.pad_queries(less_lse.astype(jnp.float32), -jnp.inf, dim=2),
-        c.pad_queries(-delta.astype(jnp.float32).swapaxes(1, 2), dim=2),
+    arrays = Arrays(
+        c.pad_queries(q),
+        c.pad_keys(k),
+        c.pad_keys(v),
+        c.pad_queries(dout),
+        c.pad_queries(less_lse, -jnp.inf, dim=2),
+        c.pad_queries(-delta.swapaxes(1, 2), dim=2),
+        masks,
+    )
+
+    def attention_gradients(arrays, *refs):
+        _program(p, share, arrays, refs[:-1], refs[-1])
+
+    attention_gradients.__name__ = "attention_" + "_".join(sums)
+    outputs = [(c.b, p.length, p.held_heads, c.h)] * len(sums)
+    results = call(c, attention_gradients, share, outputs, _shared(p))(arrays)
+    return [x[:, : c.t if p.holds_queries else c.s] for x in results]
+
+
+def _shared(p: Plan) -> Shared:
+    c, groups, stages = p.c, p.c.warpgroups, p.c.tile.stages
+    # b is let go of in mid-step where only S and dP need it: one slot less will do.
+    stages_b = stages if "dv" in p.sums else max(1, stages - 1)
+    of_queries, of_keys = [jnp.float32] * 2 + [jnp.int32] * 2, [jnp.int32]
+    held, passing = (of_queries, of_keys) if p.holds_queries else (of_keys, of_queries)
+    return Shared(
+        held=ring(
+            *(1, 2 + len(held), groups),
+            *[matrices(c, 1, p.held_rows, c.h)] * 2,
+            *(plgpu.SMEM((1, p.held_rows), dtype) for dtype in held),
+        ),
+        a=ring(
+            *(stages, 1 + len(passing), groups, matrices(c, stages, p.passing_rows, c.h)),
+            *(plgpu.SMEM((stages, p.passing_rows), dtype) for dtype in passing),
+        ),
+        b=ring(stages_b, 1, groups, matrices(c, stages_b, p.passing_rows, c.h)),
+        spare=matrices(c, groups, ROWS, p.passing_rows) if c.spec.interpret else None,
     )
 
 
-def _scratch(p: _Plan):
+def _program(p: Plan, share: Share, arrays: Arrays, outs, shared: Shared) -> None:
     c = p.c
+    group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
+    rounds = share.rounds(program)
 
-    def matrix(*shape):
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM(shape, c.dtype, transforms=transforms)
-
-    stages_a, stages_b = p.stages
-    vectors = [jnp.int32] if p.over_keys else [jnp.float32, jnp.float32, jnp.int32, jnp.int32]
-    spare = {}
-    if c.spec.interpret:
-        spare = {"spare": matrix(p.groups, ROWS, p.passing)}
-    return dict(
-        held_a=matrix(p.held[0], c.h),
-        held_b=matrix(p.held[0], c.h),
-        a=matrix(stages_a, p.passing, c.h),
-        b=matrix(stages_b, p.passing, c.h),
-        vectors=[plgpu.SMEM((stages_a, p.passing), dtype) for dtype in vectors],
-        held_here=plgpu.Barrier(num_arrivals=2),
-        a_here=plgpu.Barrier(num_arrivals=1 + len(vectors), num_barriers=stages_a),
-        b_here=plgpu.Barrier(num_barriers=stages_b),
-        a_free=plgpu.Barrier(num_arrivals=p.groups, num_barriers=stages_a),
-        b_free=plgpu.Barrier(num_arrivals=p.groups, num_barriers=stages_b),
-        **spare,
-    )
-
-
-def attention_gradients(
-    held_a_ref,
-    held_b_ref,
-    a_ref,
-    b_ref,
-    less_lse_ref,
-    less_delta_ref,
-    start_ref,
-    end_ref,
-    index_ref,
-    order_ref,
-    spans_ref,
-    longest_ref,
-    *outs_and_scratch,
-    p: _Plan,
-    held_a,
-    held_b,
-    a,
-    b,
-    vectors,
-    held_here,
-    a_here,
-    b_here,
-    a_free,
-    b_free,
-    spare=None,
-):
-    c, outs = p.c, outs_and_scratch
-    group = lax.axis_index("group")
-    held_rows, held_blocks = p.held
-    block, head, row = work_item(
-        c, lax.axis_index("item"), held_blocks, p.held_heads, longest_ref
-    )
-    mask_row = c.mask_row(row)
-    span = Span.of(spans_ref, mask_row, block)
-    heads = jnp.int32(p.heads)
-    steps = span.steps * heads
-    stages_a, stages_b = (jnp.int32(x) for x in p.stages)
-    held = pl.ds(block * held_rows, held_rows)
-
-    @pl.when(group == p.groups)
-    def _load():
+    @pl.when(group == c.warpgroups)
+    def _():
         plgpu.set_max_registers(24, action="decrease")
-        plgpu.copy_gmem_to_smem(held_a_ref.at[row, held, head], held_a, held_here)
-        plgpu.copy_gmem_to_smem(held_b_ref.at[row, held, head], held_b, held_here)
+        _load(p, share, arrays, shared)
 
-        def load(step, _):
-            place = span.place(lax.div(step, heads))
-            if p.over_keys:
-                at = place if c.one_run else order_ref[0, place]
-                its_head = lax.div(head, jnp.int32(c.group))
+    @pl.when(group < c.warpgroups)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+
+        def one(turn, step):
+            rank, head, row = share.item(program, turn)
+            walked = Walked.of(arrays.masks, c.mask_row(row), rank)
+            rows = pl.ds(walked.block * p.held_rows + group * ROWS, ROWS)
+            _sum(p, group, turn, step, walked, shared, [out.at[row, rows, head] for out in outs])
+            return step + walked.steps * p.passing_heads
+
+        lax.fori_loop(jnp.int32(0), rounds, one, jnp.int32(0))
+
+
+def _load(p: Plan, share: Share, arrays: Arrays, shared: Shared) -> None:
+    """Fill the rings, item after item."""
+    c, program, masks = p.c, lax.axis_index("program"), arrays.masks
+
+    def queries(row, head, rows) -> Side:
+        numbers = [x.at[row, head, rows] for x in (arrays.less_lse, arrays.less_delta)]
+        numbers += [x.at[c.mask_row(row), rows] for x in (masks.start, masks.end)]
+        return Side(arrays.q.at[row, rows, head], arrays.dout.at[row, rows, head], tuple(numbers))
+
+    def keys(row, head, rows) -> Side:
+        k, v = arrays.k.at[row, rows, head], arrays.v.at[row, rows, head]
+        return Side(k, v, (masks.key_index.at[rows],))
+
+    held_side, passing_side = (queries, keys) if p.holds_queries else (keys, queries)
+
+    def one(turn, step):
+        rank, head, row = share.item(program, turn)
+        walked = Walked.of(masks, c.mask_row(row), rank)
+        held = held_side(row, head, pl.ds(walked.block * p.held_rows, p.held_rows))
+        shared.held.fill(turn, lambda *to: zip((held.a, held.b, *held.numbers), to, strict=True))
+        steps = walked.steps * p.passing_heads
+
+        @pl.loop(jnp.int32(0), steps)
+        def _(i):
+            place = walked.place(lax.div(i, jnp.int32(p.passing_heads)))
+            if p.holds_queries:
+                block = place if c.one_run else masks.order[0, place]
+                passing_head = lax.div(head, jnp.int32(c.group))
             else:
-                at = order_ref[0 if c.masks == 1 else row, place]
-                its_head = head * heads + lax.rem(step, heads)
-            rows = pl.ds(at * p.passing, p.passing)
-            slot_a, slot_b = lax.rem(step, stages_a), lax.rem(step, stages_b)
+                block = masks.order[c.mask_row(row), place]
+                passing_head = head * c.group + lax.rem(i, jnp.int32(c.group))
+            rows = pl.ds(block * p.passing_rows, p.passing_rows)
+            passing = passing_side(row, passing_head, rows)
+            shared.a.fill(step + i, lambda *to: zip((passing.a, *passing.numbers), to, strict=True))
+            shared.b.fill(step + i, lambda to: [(passing.b, to)])
 
-            @pl.when(step >= stages_a)
-            def _():
-                plgpu.barrier_wait(a_free.at[slot_a])
+        return step + steps
 
-            plgpu.copy_gmem_to_smem(a_ref.at[row, rows, its_head], a.at[slot_a], a_here.at[slot_a])
-            sources = (
-                [index_ref.at[rows]]
-                if p.over_keys
-                else [
-                    less_lse_ref.at[row, its_head, rows],
-                    less_delta_ref.at[row, its_head, rows],
-                    start_ref.at[mask_row, rows],
-                    end_ref.at[mask_row, rows],
-                ]
-            )
-            for source, target in zip(sources, vectors, strict=True):
-                plgpu.copy_gmem_to_smem(source, target.at[slot_a], a_here.at[slot_a])
+    rounds = share.rounds(program)
+    steps = lax.fori_loop(jnp.int32(0), rounds, one, jnp.int32(0))
+    shared.held.drain(rounds)
+    shared.a.drain(steps)
+    shared.b.drain(steps)
 
-            @pl.when(step >= stages_b)
-            def _():
-                plgpu.barrier_wait(b_free.at[slot_b])
 
-            plgpu.copy_gmem_to_smem(b_ref.at[row, rows, its_head], b.at[slot_b], b_here.at[slot_b])
+def _sum(p: Plan, group, turn, base, walked: Walked, shared: Shared, outs) -> None:
+    """The gradients of a warpgroup's rows of an item, whose first step is `base`."""
+    c, shape = p.c, (ROWS, p.passing_rows)
+    own = pl.ds(group * ROWS, ROWS)
+    held_a, held_b, *held_numbers = shared.held.take(turn)
+    steps = walked.steps * p.passing_heads
+
+    def of_held(ref):
+        numbers = compat.mosaic_load(ref.at[own], PER_ROW)
+        return lambda _: per_row(numbers, p.passing_rows)
+
+    def of_passing(i: int):
+        return lambda numbers: per_column(compat.mosaic_load(numbers[i], PER_COLUMN), ROWS)
+
+    held = [of_held(ref) for ref in held_numbers]
+    if p.holds_queries:
+        (less_lse, less_delta, start, end), index = held, of_passing(0)
+    else:
+        less_lse, less_delta, start, end = map(of_passing, range(4))
+        [index] = held
+
+    def left(matrix):
+        """A matrix as the left factor of a product."""
+        matrix = matrix.astype(c.dtype)
+        if shared.spare is None:
+            return matrix
+        shared.spare[group] = matrix
+        plgpu.commit_smem()
+        return shared.spare.at[group]
+
+    def release(step):
+        shared.a.release(step)
+        if "dv" in p.sums:
+            shared.b.release(step)
+
+    def accumulate(*sums):
+        by_name = dict(zip(p.sums, sums, strict=True))
+        sum_a, sum_b = by_name.get("dq", by_name.get("dk")), by_name.get("dv")
+
+        def visit(i, _, masked: bool):
+            step = base + i
+
+            def products(logits_acc, dweights_acc):
+                # Not a constant to the compiler, or it would keep the addresses of what lies still
+                # in registers: 64 of them with a head size of 256.
+                zero = lax.optimization_barrier(jnp.int32(0))
+                mine, whole = pl.ds(zero + group * ROWS, ROWS), pl.ds(zero, p.passing_rows)
+                a, *numbers = shared.a.take(step)
+                plgpu.wgmma(logits_acc, held_a.at[mine], compat.transpose_ref(a))
+                # The last step's products end while this one runs. Here they give back their
+                # registers, without which the next product would not fit, and their blocks.
+                plgpu.wgmma_wait(1)
+                pl.when(i > 0)(lambda: release(step - 1))
+                b = shared.b.take(step)[0].at[whole]
+                if sum_a is not None:
+                    if not c.spec.interpret:
+                        dweights_acc[...] = less_delta(numbers)
+                    plgpu.wgmma(dweights_acc, held_b.at[mine], compat.transpose_ref(b))
+                logits = _value(logits_acc, 0 if sum_a is None else 1)
+                exponents, slope = _exponents(c, logits, less_lse(numbers))
+                if masked:
+                    exponents = hide(exponents, start(numbers), end(numbers), index(numbers))
+                weights = jnp.exp2(exponents)
+                if sum_b is not None:
+                    plgpu.wgmma(sum_b, left(weights), b)
+                if sum_a is not None:
+                    dweights = _value(dweights_acc, 0 if sum_b is None else 1)
+                    if sum_b is None:
+                        shared.b.release(step)
+                    if c.spec.interpret:
+                        dweights = dweights + less_delta(numbers)
+                    dlogits = weights * dweights
+                    plgpu.wgmma(sum_a, left(dlogits if slope is None else dlogits * slope), a)
+
+            pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
             return ()
 
-        lax.fori_loop(jnp.int32(0), steps, load, ())
+        full = walked.full * p.passing_heads
+        lax.fori_loop(jnp.int32(0), full, functools.partial(visit, masked=False), ())
+        lax.fori_loop(full, steps, functools.partial(visit, masked=True), ())
+        values = [acc[...] for acc in sums]
+        pl.when(steps > 0)(lambda: release(base + steps - 1))
+        shared.held.release(turn)
+        for out, name, value in zip(outs, p.sums, values, strict=True):
+            out[...] = value if name == "dv" else value * c.spec.scale
 
-    @pl.when(group < p.groups)
-    def _compute():
-        plgpu.set_max_registers(240, action="increase")
-        mine = pl.ds(group * ROWS, ROWS)
-        own = pl.ds(block * held_rows + group * ROWS, ROWS)
-        shape = (ROWS, p.passing)
-        to_log2 = c.spec.scale * LOG2_E
-
-        def of_held(ref, *index):
-            x = compat.mosaic_load(ref.at[(*index, own)], WGMMA.reduce(1), optimized=False)
-            return lambda slot: lax.broadcast_in_dim(x, shape, (0,))
-
-        def of_passing(i):
-            def read(slot):
-                x = compat.mosaic_load(vectors[i].at[slot], WGMMA.reduce(0))
-                return lax.broadcast_in_dim(x, shape, (1,))
-
-            return read
-
-        if p.over_keys:
-            less_lse, less_delta = of_held(less_lse_ref, row, head), of_held(less_delta_ref, row, head)
-            start, end = of_held(start_ref, mask_row), of_held(end_ref, mask_row)
-            index = of_passing(0)
-        else:
-            less_lse, less_delta, start, end = map(of_passing, range(4))
-            index = of_held(index_ref)
-
-        plgpu.barrier_wait(held_here)
-
-        def let_go(free, step, stages):
-            @pl.when(jnp.logical_and(step >= 0, step + stages < steps))
-            def _():
-                plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
-
-        def left(x):
-            x = x.astype(c.dtype)
-            if not c.spec.interpret:
-                return x
-            spare[group] = x
-            plgpu.commit_smem()
-            return spare.at[group]
-
-        def accumulate(*sums):
-            sums = dict(zip(p.sums, sums, strict=True))
-            sum_a = sums.get("dq", sums.get("dk"))
-            sum_b = sums.get("dv")
-
-            def visit(step, _, masked):
-                slot_a, slot_b = lax.rem(step, stages_a), lax.rem(step, stages_b)
-
-                def blocks(logits_acc, dweights_acc):
-                    plgpu.barrier_wait(a_here.at[slot_a])
-                    plgpu.wgmma(logits_acc, held_a.at[mine], compat.transpose_ref(a.at[slot_a]))
-                    plgpu.wgmma_wait(1)
-                    let_go(a_free, step - 1, stages_a)
-                    if sum_b is not None:
-                        let_go(b_free, step - 1, stages_b)
-                    plgpu.barrier_wait(b_here.at[slot_b])
-                    if sum_a is not None:
-                        if not c.spec.interpret:
-                            dweights_acc[...] = less_delta(slot_a)
-                        plgpu.wgmma(
-                            dweights_acc, held_b.at[mine], compat.transpose_ref(b.at[slot_b])
-                        )
-                    logits = _settled(logits_acc, 1 if sum_a is not None else 0)
-
-                    exponents = logits * to_log2 + less_lse(slot_a)
-                    if masked:
-                        exponents = hide(exponents, start(slot_a), end(slot_a), index(slot_a))
-                    weights = jnp.exp2(exponents)
-                    if sum_b is not None:
-                        plgpu.wgmma(sum_b, left(weights), b.at[slot_b])
-                    if sum_a is not None:
-                        dweights = _settled(dweights_acc, 1 if sum_b is not None else 0)
-                        if sum_b is None:
-                            let_go(b_free, step, stages_b)
-                        if c.spec.interpret:
-                            dweights = dweights + less_delta(slot_a)
-                        dlogits = weights * dweights
-                        plgpu.wgmma(sum_a, left(dlogits), a.at[slot_a])
-
-                acc = plgpu.ACC(shape, jnp.float32)
-                pl.run_scoped(blocks, acc, acc)
-                return ()
-
-            masked = span.masked * heads
-            lax.fori_loop(jnp.int32(0), masked, functools.partial(visit, masked=True), ())
-            lax.fori_loop(masked, steps, functools.partial(visit, masked=False), ())
-            for out, (name, acc) in zip(outs, sums.items(), strict=True):
-                weight = 1.0 if name == "dv" else c.spec.scale
-                out[row, own, head] = acc[...] * weight
-
-        pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, c.h), jnp.float32) for _ in p.sums])
+    pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, c.h), jnp.float32) for _ in p.sums])
 
 
-def _settled(acc, wait: int):
-    """The value of an accumulator once all products but the latest `wait` are done."""
-    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=wait))
+def _exponents(c: Facts, logits, less_lse):
+    """(exponents of 2 of the weights, the slope of the soft cap or None)."""
+    cap = c.spec.logits_soft_cap
+    if cap is None:
+        return logits * (c.spec.scale * LOG2_E) + less_lse, None
+    # tanh by its definition: the GPU's own is good to three digits, and the cap multiplies it.
+    tanh = 1.0 - 2.0 / (jnp.exp2(logits * (2 * LOG2_E * c.spec.scale / cap)) + 1.0)
+    return tanh * (cap * LOG2_E) + less_lse, 1.0 - tanh * tanh
+
+
+def _value(acc, under_way: int):
+    """The value of an accumulator, when no more than the latest `under_way` products are not done.
+
+    The barrier keeps the compiler from using the value before.
+    """
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=under_way))
