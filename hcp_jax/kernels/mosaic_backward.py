@@ -49,6 +49,9 @@ from hcp_jax.mask import Intervals
 # The largest head size for which a warpgroup's registers hold 64 rows of dk and of dv.
 _BOTH_SUMS = 128
 
+# How many numbers, of 32 bits, the masks and weights need of each row.
+_OF_QUERIES, _OF_KEYS = 4, 1
+
 
 class Arrays(NamedTuple):
     """What the kernels read.
@@ -58,8 +61,9 @@ class Arrays(NamedTuple):
         k: `[B, Sp, K, H]`.
         v: as k.
         dout: as q.
-        less_lse: -lse in log2, `[B, N, Tp]`; -inf where a query sees nothing: its weights are 0.
-        less_delta: `[B, N, Tp]`.
+        less_lse: the bits of -lse in log2, `[B, N, Tp]`; -inf where a query sees nothing: its
+            weights are 0.
+        less_delta: the bits of -delta, `[B, N, Tp]`.
         masks: of the walk.
     """
 
@@ -73,18 +77,31 @@ class Arrays(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The rows of one side of a block: two matrices, and numbers per row."""
+    """Some rows of one side: Q and dO or K and V, and numbers that masks and weights need of them."""
 
     a: Any
     b: Any
-    numbers: tuple
+    numbers: list
+
+    @classmethod
+    def queries(cls, c: Facts, arrays: Arrays, row, head, rows) -> "Side":
+        """With less_lse, less_delta, start and end, in 32 bits each."""
+        numbers = [x.at[row, head, rows] for x in (arrays.less_lse, arrays.less_delta)]
+        numbers += [x.at[c.mask_row(row), rows] for x in (arrays.masks.start, arrays.masks.end)]
+        return cls(arrays.q.at[row, rows, head], arrays.dout.at[row, rows, head], numbers)
+
+    @classmethod
+    def keys(cls, c: Facts, arrays: Arrays, row, head, rows) -> "Side":
+        """With the global index."""
+        k, v = arrays.k.at[row, rows, head], arrays.v.at[row, rows, head]
+        return cls(k, v, [arrays.masks.key_index.at[rows]])
 
 
 class Shared(NamedTuple):
     """What the warpgroups of a program share.
 
     Attributes:
-        held: a ring of one: A, B and their numbers.
+        held: a ring of one: A and, unless only dv is summed, B.
         a: a ring of a and the passing side's numbers.
         b: a ring of b.
         spare: for products whose left factor is in registers, which the interpreter has not; or
@@ -109,6 +126,14 @@ class Plan:
         """Else it holds keys."""
         return self.sums == ("dq",)
 
+    def held(self, *args) -> Side:
+        """The held side's, of `Side.queries` and `Side.keys`."""
+        return (Side.queries if self.holds_queries else Side.keys)(self.c, *args)
+
+    def passing(self, *args) -> Side:
+        """The passing side's, of `Side.queries` and `Side.keys`."""
+        return (Side.keys if self.holds_queries else Side.queries)(self.c, *args)
+
     @property
     def passing_rows(self) -> int:
         """Rows of a block that passes."""
@@ -123,6 +148,11 @@ class Plan:
     def held_rows(self) -> int:
         """Rows of the block that a program holds."""
         return self.c.warpgroups * ROWS
+
+    @property
+    def held_matrices(self) -> int:
+        """A alone, or A and B: dv needs no dP."""
+        return 1 if self.sums == ("dv",) else 2
 
     @property
     def length(self) -> int:
@@ -155,8 +185,8 @@ def _gradients(spec, intervals, runs, sums, q, k, v, dout, lse, delta):
         c.pad_keys(k),
         c.pad_keys(v),
         c.pad_queries(dout),
-        c.pad_queries(less_lse, -jnp.inf, dim=2),
-        c.pad_queries(-delta.swapaxes(1, 2), dim=2),
+        _bits(c.pad_queries(less_lse, -jnp.inf, dim=2)),
+        _bits(c.pad_queries(-delta.swapaxes(1, 2), dim=2)),
         masks,
     )
 
@@ -169,21 +199,27 @@ def _gradients(spec, intervals, runs, sums, q, k, v, dout, lse, delta):
     return [x[:, : c.t if p.holds_queries else c.s] for x in results]
 
 
+def _bits(x):
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+
+
+def _number(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def _shared(p: Plan) -> Shared:
     c, groups, stages = p.c, p.c.warpgroups, p.c.tile.stages
     # b is let go of in mid-step where only S and dP need it: one slot less will do.
     stages_b = stages if "dv" in p.sums else max(1, stages - 1)
-    of_queries, of_keys = [jnp.float32] * 2 + [jnp.int32] * 2, [jnp.int32]
-    held, passing = (of_queries, of_keys) if p.holds_queries else (of_keys, of_queries)
+    numbers = _OF_KEYS if p.holds_queries else _OF_QUERIES
     return Shared(
         held=ring(
-            *(1, 2 + len(held), groups),
-            *[matrices(c, 1, p.held_rows, c.h)] * 2,
-            *(plgpu.SMEM((1, p.held_rows), dtype) for dtype in held),
+            *(1, p.held_matrices, groups),
+            *[matrices(c, 1, p.held_rows, c.h)] * p.held_matrices,
         ),
         a=ring(
-            *(stages, 1 + len(passing), groups, matrices(c, stages, p.passing_rows, c.h)),
-            *(plgpu.SMEM((stages, p.passing_rows), dtype) for dtype in passing),
+            *(stages, 1 + numbers, groups, matrices(c, stages, p.passing_rows, c.h)),
+            plgpu.SMEM((stages, numbers, p.passing_rows), jnp.int32),
         ),
         b=ring(stages_b, 1, groups, matrices(c, stages_b, p.passing_rows, c.h)),
         spare=matrices(c, groups, ROWS, p.passing_rows) if c.spec.interpret else None,
@@ -208,7 +244,9 @@ def _program(p: Plan, share: Share, arrays: Arrays, outs, shared: Shared) -> Non
             rank, head, row = share.item(program, turn)
             walked = Walked.of(arrays.masks, c.mask_row(row), rank)
             rows = pl.ds(walked.block * p.held_rows + group * ROWS, ROWS)
-            _sum(p, group, turn, step, walked, shared, [out.at[row, rows, head] for out in outs])
+            numbers = p.held(arrays, row, head, rows).numbers
+            sums = [out.at[row, rows, head] for out in outs]
+            _sum(p, group, turn, step, walked, shared, numbers, sums)
             return step + walked.steps * p.passing_heads
 
         lax.fori_loop(jnp.int32(0), rounds, one, jnp.int32(0))
@@ -218,22 +256,11 @@ def _load(p: Plan, share: Share, arrays: Arrays, shared: Shared) -> None:
     """Fill the rings, item after item."""
     c, program, masks = p.c, lax.axis_index("program"), arrays.masks
 
-    def queries(row, head, rows) -> Side:
-        numbers = [x.at[row, head, rows] for x in (arrays.less_lse, arrays.less_delta)]
-        numbers += [x.at[c.mask_row(row), rows] for x in (masks.start, masks.end)]
-        return Side(arrays.q.at[row, rows, head], arrays.dout.at[row, rows, head], tuple(numbers))
-
-    def keys(row, head, rows) -> Side:
-        k, v = arrays.k.at[row, rows, head], arrays.v.at[row, rows, head]
-        return Side(k, v, (masks.key_index.at[rows],))
-
-    held_side, passing_side = (queries, keys) if p.holds_queries else (keys, queries)
-
     def one(turn, step):
         rank, head, row = share.item(program, turn)
         walked = Walked.of(masks, c.mask_row(row), rank)
-        held = held_side(row, head, pl.ds(walked.block * p.held_rows, p.held_rows))
-        shared.held.fill(turn, lambda *to: zip((held.a, held.b, *held.numbers), to, strict=True))
+        held = p.held(arrays, row, head, pl.ds(walked.block * p.held_rows, p.held_rows))
+        shared.held.fill(turn, lambda *to: zip((held.a, held.b), to, strict=False))
         steps = walked.steps * p.passing_heads
 
         @pl.loop(jnp.int32(0), steps)
@@ -246,8 +273,14 @@ def _load(p: Plan, share: Share, arrays: Arrays, shared: Shared) -> None:
                 block = masks.order[c.mask_row(row), place]
                 passing_head = head * c.group + lax.rem(i, jnp.int32(c.group))
             rows = pl.ds(block * p.passing_rows, p.passing_rows)
-            passing = passing_side(row, passing_head, rows)
-            shared.a.fill(step + i, lambda *to: zip((passing.a, *passing.numbers), to, strict=True))
+            passing = p.passing(arrays, row, passing_head, rows)
+            shared.a.fill(
+                step + i,
+                lambda a, numbers: [
+                    (passing.a, a),
+                    *((x, numbers.at[i]) for i, x in enumerate(passing.numbers)),
+                ],
+            )
             shared.b.fill(step + i, lambda to: [(passing.b, to)])
 
         return step + steps
@@ -259,26 +292,22 @@ def _load(p: Plan, share: Share, arrays: Arrays, shared: Shared) -> None:
     shared.b.drain(steps)
 
 
-def _sum(p: Plan, group, turn, base, walked: Walked, shared: Shared, outs) -> None:
+def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None:
     """The gradients of a warpgroup's rows of an item, whose first step is `base`."""
     c, shape = p.c, (ROWS, p.passing_rows)
-    own = pl.ds(group * ROWS, ROWS)
-    held_a, held_b, *held_numbers = shared.held.take(turn)
     steps = walked.steps * p.passing_heads
 
-    def of_held(ref):
-        numbers = compat.mosaic_load(ref.at[own], PER_ROW)
+    def of_held(i: int):
+        numbers = compat.mosaic_load(held_numbers[i], PER_ROW, optimized=False)
         return lambda _: per_row(numbers, p.passing_rows)
 
     def of_passing(i: int):
-        return lambda numbers: per_column(compat.mosaic_load(numbers[i], PER_COLUMN), ROWS)
+        return lambda numbers: per_column(compat.mosaic_load(numbers.at[i], PER_COLUMN), ROWS)
 
-    held = [of_held(ref) for ref in held_numbers]
-    if p.holds_queries:
-        (less_lse, less_delta, start, end), index = held, of_passing(0)
-    else:
-        less_lse, less_delta, start, end = map(of_passing, range(4))
-        [index] = held
+    of_query, of_key = (of_held, of_passing) if p.holds_queries else (of_passing, of_held)
+    less_lse, less_delta, start, end = map(of_query, range(_OF_QUERIES))
+    [index] = map(of_key, range(_OF_KEYS))
+    held_a, *held_b = shared.held.take(turn)
 
     def left(matrix):
         """A matrix as the left factor of a product."""
@@ -306,7 +335,7 @@ def _sum(p: Plan, group, turn, base, walked: Walked, shared: Shared, outs) -> No
                 # in registers: 64 of them with a head size of 256.
                 zero = lax.optimization_barrier(jnp.int32(0))
                 mine, whole = pl.ds(zero + group * ROWS, ROWS), pl.ds(zero, p.passing_rows)
-                a, *numbers = shared.a.take(step)
+                a, numbers = shared.a.take(step)
                 plgpu.wgmma(logits_acc, held_a.at[mine], compat.transpose_ref(a))
                 # The last step's products end while this one runs. Here they give back their
                 # registers, without which the next product would not fit, and their blocks.
@@ -315,10 +344,10 @@ def _sum(p: Plan, group, turn, base, walked: Walked, shared: Shared, outs) -> No
                 b = shared.b.take(step)[0].at[whole]
                 if sum_a is not None:
                     if not c.spec.interpret:
-                        dweights_acc[...] = less_delta(numbers)
-                    plgpu.wgmma(dweights_acc, held_b.at[mine], compat.transpose_ref(b))
+                        dweights_acc[...] = _number(less_delta(numbers))
+                    plgpu.wgmma(dweights_acc, held_b[0].at[mine], compat.transpose_ref(b))
                 logits = _value(logits_acc, 0 if sum_a is None else 1)
-                exponents, slope = _exponents(c, logits, less_lse(numbers))
+                exponents, slope = _exponents(c, logits, _number(less_lse(numbers)))
                 if masked:
                     exponents = hide(exponents, start(numbers), end(numbers), index(numbers))
                 weights = jnp.exp2(exponents)
@@ -329,7 +358,7 @@ def _sum(p: Plan, group, turn, base, walked: Walked, shared: Shared, outs) -> No
                     if sum_b is None:
                         shared.b.release(step)
                     if c.spec.interpret:
-                        dweights = dweights + less_delta(numbers)
+                        dweights = dweights + _number(less_delta(numbers))
                     dlogits = weights * dweights
                     plgpu.wgmma(sum_a, left(dlogits if slope is None else dlogits * slope), a)
 

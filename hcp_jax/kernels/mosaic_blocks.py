@@ -427,7 +427,9 @@ def call(c: Facts, kernel: Callable, share: Share, outputs: Any, scratch: Any) -
         num_threads=c.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            reduction_scratch_bytes=0,  # rows are reduced within a warp
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=compat.interpret_mosaic() if c.spec.interpret else None,
     )
