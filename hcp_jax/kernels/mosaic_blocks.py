@@ -41,9 +41,6 @@ LOG2_E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 
-# Keys and values that are walked over at one time should stay in the L2 cache, half of Hopper's.
-_L2_BYTES = 25 * 2**20
-
 
 class Masks(NamedTuple):
     """What a kernel needs to find its blocks and to mask them (arrays, or references to them).
@@ -172,43 +169,33 @@ def longest_first(spans: Int32[Array, "B1 X 4"]) -> Int32[Array, "B1 X 5"]:
 class Share:
     """Which of the work items each program of the grid does.
 
-    Items are sorted by falling length, and dealt out in rounds to and fro, so that whoever got the
-    longest of one round gets the shortest of the next.
+    The longest blocks of all heads and rows come first, then the next ones. Items are dealt out in
+    rounds to and fro, so that whoever got the longest of one round gets the shortest of the next.
+    At any time the programs are at work on all heads: finishing some heads before others would use
+    the cache better where there are many kv heads, but then each section of heads ends with short
+    items dealt to the same programs (up to 1.7 times the mean work, at 16k tokens causal).
 
     Attributes:
         blocks: that each head of each batch row has.
         heads: that each batch row has.
         rows: of the batch.
-        together: heads whose keys and values the cache holds: items are sorted within such a
-            section, and sections follow each other.
         programs: of the grid.
     """
 
     blocks: int
     heads: int
     rows: int
-    together: int
     programs: int
 
     @classmethod
     def of(cls, c: Facts, blocks: int, heads: int) -> "Share":
         """For a kernel with `blocks` and `heads` per batch row; the heads may be q's or k's."""
-        per_kv_head = heads // c.k
-        kv_bytes = 2 * c.padded_s * c.h * c.dtype.itemsize
-        fit = max(1, min(c.k, _L2_BYTES // kv_bytes))
-        fit = next(n for n in range(fit, 0, -1) if c.k % n == 0)
         items = blocks * heads * c.b
-        programs = min(items, processors(c.spec.device_kind))
-        return cls(blocks, heads, c.b, fit * per_kv_head, programs)
-
-    @property
-    def items(self) -> int:
-        """How many there are."""
-        return self.blocks * self.heads * self.rows
+        return cls(blocks, heads, c.b, min(items, processors(c.spec.device_kind)))
 
     def rounds(self, program):
         """How many items a program does."""
-        whole, left = divmod(self.items, self.programs)
+        whole, left = divmod(self.blocks * self.heads * self.rows, self.programs)
         place = program if whole % 2 == 0 else self.programs - 1 - program
         return whole + (place < left).astype(jnp.int32)
 
@@ -216,10 +203,9 @@ class Share:
         """(rank of the block, head, batch row) of the item that a program does in its `turn`."""
         forth = lax.rem(turn, jnp.int32(2)) == 0
         place = jnp.where(forth, program, self.programs - 1 - program)
-        rest, head = _divmod(turn * self.programs + place, self.together)
-        rest, rank = _divmod(rest, self.blocks)
-        row, section = _divmod(rest, self.heads // self.together)
-        return rank, section * self.together + head, row
+        rest, head = _divmod(turn * self.programs + place, self.heads)
+        rank, row = _divmod(rest, self.rows)
+        return rank, head, row
 
 
 def _divmod(x, by: int):
@@ -402,10 +388,17 @@ def hide(logits, start, end, index):
     return jnp.where(seen, logits, -jnp.inf)
 
 
-def softmax_factor(c: Facts) -> float:
-    """What the logits of `cap` are multiplied by to be exponents of 2; positive."""
-    plain = c.spec.logits_soft_cap is None and c.spec.scale > 0
-    return c.spec.scale * LOG2_E if plain else LOG2_E
+def capped(c: Facts, products):
+    """(logits but for a factor, that factor, which is positive, the cap's slope or None).
+
+    Times the factor they are exponents of 2: it enters where they meet `exp2`, in one multiply-add.
+    """
+    scale, cap = c.spec.scale, c.spec.logits_soft_cap
+    if cap is None:
+        return (products, scale * LOG2_E, None) if scale > 0 else (products * scale, LOG2_E, None)
+    # tanh by its definition: the GPU's own is good to three digits, and the cap multiplies it.
+    tanh = 1.0 - 2.0 / (jnp.exp2(products * (2 * LOG2_E * scale / cap)) + 1.0)
+    return tanh, cap * LOG2_E, 1.0 - tanh * tanh
 
 
 def call(c: Facts, kernel: Callable, share: Share, outputs: Any, scratch: Any) -> Callable:

@@ -1,10 +1,10 @@
-"""The forward kernel on Mosaic GPU: FlashAttention-3 (Shah et al., 2024) for intervals and key runs.
+"""The forward kernel on Mosaic GPU: FlashAttention-3 (Shah et al., 2024) for interval masks.
 
 A program works on 128 queries of a head at a time, 64 in each of two warpgroups; a third one loads.
 With S_j = Q K_jᵀ the logits of the j-th block of keys and P_j their weights, a warpgroup's life is
 
-    matrix products   |  S_0  |                 | O += P_0 V_0, S_1 |                 | O += P_1 V_1 …
-    softmax           |       | P_0, rescale O  |                   | P_1, rescale O  |
+    matrix products   | S_0 |                | O += P_0 V_0, S_1 |                | O += P_1 V_1, …
+    softmax           |     | P_0, rescale O |                   | P_1, rescale O |
 
 and the two take turns, so that one's softmax hides behind the other's products. A product and the
 next block's logits are issued together: tensor cores wait for a warpgroup once per block.
@@ -32,13 +32,13 @@ from hcp_jax.kernels.mosaic_blocks import (
     Share,
     Walked,
     call,
+    capped,
     hide,
     matrices,
     multiply,
     per_column,
     per_row,
     ring,
-    softmax_factor,
     zeros,
 )
 from hcp_jax.layout import KeyRuns
@@ -85,9 +85,12 @@ def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Par
 
 def _shared(c: Facts) -> Shared:
     groups, stages, block_k = c.warpgroups, c.tile.stages, c.tile.block_k
-    bounds = plgpu.SMEM((1, groups, ROWS), jnp.int32)
+    items = 2 if c.h <= 128 else 1  # the next item's queries, where there is room for them
+    bounds = plgpu.SMEM((items, groups, ROWS), jnp.int32)
     return Shared(
-        queries=ring(1, 3 * groups, groups, matrices(c, 1, groups, ROWS, c.h), bounds, bounds),
+        queries=ring(
+            *(items, 3 * groups, groups, matrices(c, items, groups, ROWS, c.h), bounds, bounds)
+        ),
         keys=ring(stages, 1, groups, matrices(c, stages, block_k, c.h)),
         values=ring(
             *(stages, 2, groups, matrices(c, stages, block_k, c.h)),
@@ -171,7 +174,6 @@ def _attend(c: Facts, group, turn, base, walked: Walked, shared: Shared, out_ref
     q, start, end = (ref.at[group] for ref in shared.queries.take(turn))
     start, end = (compat.mosaic_load(x, PER_ROW) for x in (start, end))
     spare = None if shared.spare is None else shared.spare.at[group]
-    factor = softmax_factor(c)
 
     def issue(*terms):
         # In turns: the other group may issue its products as soon as these are under way.
@@ -185,6 +187,7 @@ def _attend(c: Facts, group, turn, base, walked: Walked, shared: Shared, out_ref
 
     def weigh(step, logits, top, total, masked: bool):
         """(V, weights, fade of what came before, top, total) of a step."""
+        logits, factor, _ = capped(c, logits)
         if masked:
             v, index = shared.values.take(step)
             index = per_column(compat.mosaic_load(index, PER_COLUMN), ROWS)

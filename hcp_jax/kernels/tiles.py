@@ -69,9 +69,9 @@ _FLOAT32: _Table = {
 # Small, so that the short sequences of tests have several blocks.
 _INTERPRETER = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 
-# The Mosaic kernels on Hopper. `warps` are those that compute: each four are a warpgroup, with as many
-# of the block's rows as the others; one more warpgroup loads. `stages` is the depth of the ring of
-# blocks in shared memory.
+# The Mosaic kernels on Hopper. `warps` are those that compute: two warpgroups of four, with 64 rows
+# of the block each; one more warpgroup loads. `stages` is the depth of the ring of blocks in shared
+# memory.
 _MOSAIC: _Table = {
     64: Tiles(Tile(128, 128, 8, 4), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
     128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
