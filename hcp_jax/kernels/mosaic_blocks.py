@@ -410,7 +410,16 @@ def call(c: Facts, kernel: Callable, share: Share, outputs: Any, scratch: Any) -
         share: the grid.
         outputs: shapes, all float32.
         scratch: types.
+
+    Raises:
+        NotImplementedError: if it is to be interpreted on several devices.
     """
+    devices = jax.sharding.get_abstract_mesh().size
+    if c.spec.interpret and devices > 1:
+        raise NotImplementedError(
+            f"JAX's interpreter runs a Mosaic kernel on one CPU device at a time, and this mesh has "
+            f"{devices}. Use implementation='blockwise' or 'triton' on CPUs."
+        )
     return plgpu.kernel(
         kernel,
         out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs),
