@@ -353,14 +353,15 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
                 weights = jnp.exp2(exponents)
                 if sum_b is not None:
                     plgpu.wgmma(sum_b, left(weights), b)
+                if slope is not None:
+                    weights = weights * slope
                 if sum_a is not None:
                     dweights = _value(dweights_acc, 0 if sum_b is None else 1)
                     if sum_b is None:
                         shared.b.release(step)
                     if c.spec.interpret:
                         dweights = dweights + _number(less_delta(numbers))
-                    dlogits = weights * dweights
-                    plgpu.wgmma(sum_a, left(dlogits if slope is None else dlogits * slope), a)
+                    plgpu.wgmma(sum_a, left(weights * dweights), a)
 
             pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
             return ()

@@ -73,9 +73,9 @@ _INTERPRETER = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 # of the block each; one more warpgroup loads. `stages` is the depth of the ring of blocks in shared
 # memory.
 _MOSAIC: _Table = {
-    64: Tiles(Tile(128, 128, 8, 4), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
-    128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    64: Tiles(Tile(128, 128, 8, 4), Tile(128, 128, 8, 4), Tile(64, 128, 8, 4)),
+    128: Tiles(Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(64, 128, 8, 4)),
+    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
 }
 MOSAIC_HEAD_SIZES = tuple(_MOSAIC)
 
