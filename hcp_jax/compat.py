@@ -14,10 +14,13 @@ HAS_MOSAIC_INTERPRETER = jax.__version_info__ >= (0, 11)
 
 
 def interpret_mosaic() -> Any:
-    """What `plgpu.kernel` takes as `interpret` to run a kernel on a CPU."""
+    """What `plgpu.kernel` takes as `interpret` to run a kernel on a CPU.
+
+    Two accesses to memory that no barrier orders are an error, whatever came of them.
+    """
     from jax.experimental.pallas import mosaic_gpu
 
-    return mosaic_gpu.InterpretGPUParams()
+    return mosaic_gpu.InterpretGPUParams(detect_races=True)
 
 
 def expect_pallas_triton() -> None:
@@ -44,7 +47,7 @@ def transpose_ref(ref: Any) -> Any:
 
 
 def mosaic_load(ref: Any, layout: Any, optimized: bool = True) -> Any:
-    """Load in a layout."""
+    """The array at a reference, in a layout; `optimized` asks for vectors, of shared memory only."""
     from jax.experimental.pallas import mosaic_gpu
 
     if jax.__version_info__ < (0, 11):

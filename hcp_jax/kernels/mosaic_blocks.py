@@ -417,8 +417,8 @@ def call(c: Facts, kernel: Callable, share: Share, outputs: Any, scratch: Any) -
     devices = jax.sharding.get_abstract_mesh().size
     if c.spec.interpret and devices > 1:
         raise NotImplementedError(
-            f"JAX's interpreter runs a Mosaic kernel on one CPU device at a time, and this mesh has "
-            f"{devices}. Use implementation='blockwise' or 'triton' on CPUs."
+            f"JAX's interpreter runs a Mosaic kernel on one CPU device at a time, and this mesh "
+            f"has {devices}. Use implementation='blockwise' or 'triton' on CPUs."
         )
     return plgpu.kernel(
         kernel,
