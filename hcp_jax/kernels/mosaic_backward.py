@@ -1,17 +1,17 @@
-"""The gradients on Mosaic GPU: dq in one kernel, dk and dv in another, from the global lse and delta.
+"""The gradients on Mosaic GPU: dq in one kernel, dk and dv in another, from global lse and delta.
 
-Both are one body. A program *holds* a block of one side, in two warpgroups 64 rows each, while blocks
-of the other side *pass*, brought by a third warpgroup. With A and B what it holds and a and b what
-passes,
+Both are one body. A program *holds* a block of one side, 64 rows in each of two warpgroups, while
+blocks of the other side *pass*, brought by a third warpgroup. With A and B what it holds and a and b
+what passes,
 
               A, B        a, b        S = A aᵀ      dP = B bᵀ     dS = P (dP - delta)
     dq        Q, dO       K, V        logits        dO Vᵀ         dQ += dS a
     dk, dv    K, V        Q, dO       transposed    V dOᵀ         dK += dS a,  dV += P b
 
-so logits and weights are never moved: what leaves a product's registers enters the next one's. All
-query heads of a kv head pass the block that its program holds, and each sum is made by one warpgroup
-in a fixed order: dk and dv need no buffer per query head, no atomics, and have the same bits on
-every run.
+so neither logits nor weights ever move: what leaves one product's registers enters the next one's.
+All query heads of a kv head pass the block that its program holds, and one warpgroup makes each sum
+in a fixed order: dk and dv need no buffer per query head and no atomics, and every run gives the
+same bits.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class Arrays(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Some rows of one side: Q and dO or K and V, and numbers that masks and weights need of them."""
+    """Some rows of one side: Q and dO or K and V, and their numbers for masks and weights."""
 
     a: Any
     b: Any
@@ -335,6 +335,7 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
                 zero = lax.optimization_barrier(jnp.int32(0))
                 mine, whole = pl.ds(zero + group * ROWS, ROWS), pl.ds(zero, p.passing_rows)
                 a, numbers = shared.a.take(step)
+                a = a.at[whole]
                 plgpu.wgmma(logits_acc, held_a.at[mine], compat.transpose_ref(a))
                 # The last step's products end while this one runs. Here they give back their
                 # registers, without which the next product would not fit, and their blocks.
