@@ -16,7 +16,8 @@ HAS_MOSAIC_INTERPRETER = jax.__version_info__ >= (0, 11)
 def interpret_mosaic() -> Any:
     """What `plgpu.kernel` takes as `interpret` to run a kernel on a CPU.
 
-    Two accesses to memory that no barrier orders are an error, whatever came of them.
+    Two accesses to memory that no barrier orders are an error (from jax 0.12 on), whatever came of
+    them.
     """
     from jax.experimental.pallas import mosaic_gpu
 
@@ -47,7 +48,7 @@ def transpose_ref(ref: Any) -> Any:
 
 
 def mosaic_load(ref: Any, layout: Any, optimized: bool = True) -> Any:
-    """The array at a reference, in a layout; `optimized` asks for vectors, of shared memory only."""
+    """The array at a reference, in a layout; `optimized` must not be asked of device memory."""
     from jax.experimental.pallas import mosaic_gpu
 
     if jax.__version_info__ < (0, 11):

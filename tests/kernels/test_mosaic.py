@@ -4,6 +4,7 @@ JAX's interpreter of Mosaic GPU kernels is slow: a case of it is to have as many
 in it as it can. On a Hopper GPU the kernels are held to what the Triton kernels are held to.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -88,9 +89,9 @@ def test_queries_that_see_nothing():
 
 
 @needs_interpreter
-def test_a_race_is_an_error(monkeypatch):
-    """So there is none in the tests above. Here values are let go of before they are used."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+def test_a_race_is_noticed(monkeypatch):
+    """So there is none in the tests above: here values are let go of before they are used."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 
     take, release = mosaic_blocks.Ring.take, mosaic_blocks.Ring.release
 
@@ -101,10 +102,11 @@ def test_a_race_is_an_error(monkeypatch):
 
     monkeypatch.setattr(mosaic_blocks.Ring, "take", take_and_release)
     monkeypatch.setattr(mosaic_blocks.Ring, "release", lambda *_: None)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # jax 0.11 makes a note of it
         jax.block_until_ready(
             attend(Case(t=200, s=300), masks.causal().intervals(200, 300), single_run(300))
         )
+    assert gpu_callbacks.get_races().races_found
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 

@@ -51,6 +51,14 @@ def _compile(h: int, dtype: str, cap: float | None, n: int = 8, k: int = 2) -> N
     aot.compile_for(sharded, masks, *arrays)
 
 
+def _dump(monkeypatch, capfd, *args) -> str:
+    """What is told of compiling."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    _compile(*args)
+    return "".join(capfd.readouterr())
+
+
 def _kernels(dumped: str) -> dict[str, int]:
     """Bytes of registers spilled, by kernel."""
     found = re.findall(
@@ -77,18 +85,26 @@ def _slow(*values):
     ],
 )
 def test_no_kernel_spills_and_all_use_wgmma_and_tma(h, dtype, cap, monkeypatch, capfd):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    _compile(h, dtype, cap)
-    dumped = "".join(capfd.readouterr())
+    dumped = _dump(monkeypatch, capfd, h, dtype, cap)
     split = {"attention_dq", "attention_dk", "attention_dv"}
     gradients = split if h == 256 else {"attention_dq", "attention_dk_dv"}
     spilled = _kernels(dumped)
     assert set(spilled) == {"attention_forward"} | gradients
     assert not any(spilled.values()), spilled
+    assert "serialized" not in dumped  # products that wait for each other for want of registers
     for assembly in dumped.split(".visible .entry")[1:]:
         assert "wgmma.mma_async" in assembly
         assert "cp.async.bulk.tensor" in assembly
+
+
+@pytest.mark.slow
+def test_a_tile_that_spills_is_noticed(monkeypatch, capfd):
+    """Or the test above could not fail."""
+    tile = tiles.Tile(128, 128, 8, 1)
+    with tiles.trial(tiles.Tiles(tile, tile, tile)):
+        dumped = _dump(monkeypatch, capfd, 128, "bfloat16", None)
+    assert any(_kernels(dumped).values())
+    assert "serialized" in dumped
 
 
 def test_a_tile_that_does_not_fit_is_noticed():
