@@ -161,7 +161,8 @@ def describe(platform: str, device_kind: str) -> str:
     """
     usual = Problem("bfloat16", 8, 8, 128, 128, platform, device_kind)
     name = resolve(None, usual)
-    return f"{name} ({tiles.describe(device_kind)})" if name == "triton" else name
+    own_tiles = name in ("triton", "mosaic")
+    return f"{name} ({tiles.describe(device_kind)})" if own_tiles else name
 
 
 def _module(implementation: str) -> ModuleType:

@@ -1,8 +1,8 @@
 """The blockwise core as Pallas kernels on Mosaic GPU: Hopper's wgmma and TMA (H100, H200).
 
-This is the door: what the kernels can do. `mosaic_forward` and `mosaic_backward` are the kernels,
-`mosaic_blocks` is what both need to know of a call, `walks` says which blocks are visited, `tiles`
-how large they are.
+This is the door: what the kernels can do. `mosaic_forward` and `mosaic_backward` are the kernels;
+`mosaic_call` deals out their work, `mosaic_blocks` is what both do with a block, `walks` says which
+blocks are visited, `tiles` how large they are.
 """
 
 from hcp_jax import compat

@@ -1,8 +1,8 @@
 """The gradients on Mosaic GPU: dq in one kernel, dk and dv in another, from global lse and delta.
 
 Both are one body. A program *holds* a block of one side, 64 rows in each of two warpgroups, while
-blocks of the other side *pass*, brought by a third warpgroup. With A and B what it holds and a and b
-what passes,
+blocks of the other side *pass*, brought by a third warpgroup. With A and B what it holds and a and
+b what passes,
 
               A, B        a, b        S = A aᵀ      dP = B bᵀ     dS = P (dP - delta)
     dq        Q, dO       K, V        logits        dO Vᵀ         dQ += dS a
@@ -30,18 +30,14 @@ from hcp_jax.kernels.mosaic_blocks import (
     PER_COLUMN,
     PER_ROW,
     ROWS,
-    Facts,
-    Masks,
     Ring,
-    Share,
-    Walked,
-    call,
     hide,
     matrices,
     per_column,
     per_row,
     ring,
 )
+from hcp_jax.kernels.mosaic_call import Facts, Masks, Share, Walked, call
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
@@ -347,7 +343,8 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
                         dweights_acc[...] = _number(less_delta(numbers))
                     plgpu.wgmma(dweights_acc, held_b[0].at[mine], compat.transpose_ref(b))
                 logits = _value(logits_acc, 0 if sum_a is None else 1)
-                exponents, slope = _exponents(c, logits, _number(less_lse(numbers)))
+                logits, factor, slope = capped(c, logits)
+                exponents = logits * factor + _number(less_lse(numbers))
                 if masked:
                     exponents = hide(exponents, start(numbers), end(numbers), index(numbers))
                 weights = jnp.exp2(exponents)
@@ -376,16 +373,6 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
             out[...] = value if name == "dv" else value * c.spec.scale
 
     pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, c.h), jnp.float32) for _ in p.sums])
-
-
-def _exponents(c: Facts, logits, less_lse):
-    """(exponents of 2 of the weights, the slope of the soft cap or None)."""
-    cap = c.spec.logits_soft_cap
-    if cap is None:
-        return logits * (c.spec.scale * LOG2_E) + less_lse, None
-    # tanh by its definition: the GPU's own is good to three digits, and the cap multiplies it.
-    tanh = 1.0 - 2.0 / (jnp.exp2(logits * (2 * LOG2_E * c.spec.scale / cap)) + 1.0)
-    return tanh * (cap * LOG2_E) + less_lse, 1.0 - tanh * tanh
 
 
 def _value(acc, under_way: int):

@@ -26,12 +26,7 @@ from hcp_jax.kernels.mosaic_blocks import (
     PER_COLUMN,
     PER_ROW,
     ROWS,
-    Facts,
-    Masks,
     Ring,
-    Share,
-    Walked,
-    call,
     capped,
     hide,
     matrices,
@@ -41,6 +36,7 @@ from hcp_jax.kernels.mosaic_blocks import (
     ring,
     zeros,
 )
+from hcp_jax.kernels.mosaic_call import Facts, Masks, Share, Walked, call
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 

@@ -16,7 +16,7 @@ import pytest
 import hcp_jax.mask as masks
 from hcp_jax import compat
 from hcp_jax.kernels import core, mosaic, mosaic_blocks, reference, tiles
-from hcp_jax.kernels.mosaic_blocks import Masks, Share, Walked, longest_first
+from hcp_jax.kernels.mosaic_call import Masks, Share, Walked, longest_first
 from hcp_jax.kernels.walks import key_blocks, query_blocks, walk_over_keys
 from hcp_jax.layout import KeyRuns, single_run
 from hcp_jax.mask import Intervals
