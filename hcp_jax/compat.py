@@ -4,6 +4,7 @@ It stands alone so that nothing else asks for a version: when the oldest one is 
 file to shorten.
 """
 
+import importlib
 import warnings
 from typing import Any
 
@@ -19,9 +20,7 @@ def interpret_mosaic() -> Any:
     Two accesses to memory that no barrier orders are an error (from jax 0.12 on), whatever came of
     them.
     """
-    from jax.experimental.pallas import mosaic_gpu
-
-    return mosaic_gpu.InterpretGPUParams(detect_races=True)
+    return _mosaic_gpu().InterpretGPUParams(detect_races=True)
 
 
 def expect_pallas_triton() -> None:
@@ -41,16 +40,16 @@ def expect_pallas_triton() -> None:
 def transpose_ref(ref: Any) -> Any:
     """A reference to the transpose of a matrix in shared memory."""
     if jax.__version_info__ < (0, 11):
-        from jax.experimental.pallas import mosaic_gpu
-
-        return mosaic_gpu.transpose_ref(ref, (1, 0))
+        return _mosaic_gpu().transpose_ref(ref, (1, 0))
     return ref.transpose((1, 0))
 
 
 def mosaic_load(ref: Any, layout: Any, optimized: bool = True) -> Any:
     """The array at a reference, in a layout; `optimized` must not be asked of device memory."""
-    from jax.experimental.pallas import mosaic_gpu
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return _mosaic_gpu().load(ref, *index, layout=layout, optimized=optimized)
 
-    if jax.__version_info__ < (0, 11):
-        return mosaic_gpu.load(ref, (), layout=layout, optimized=optimized)
-    return mosaic_gpu.load(ref, layout=layout, optimized=optimized)
+
+def _mosaic_gpu() -> Any:
+    """Loaded when needed, and of any version to a type checker."""
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")

@@ -31,6 +31,7 @@ from hcp_jax.kernels.mosaic_blocks import (
     PER_ROW,
     ROWS,
     Ring,
+    capped,
     hide,
     matrices,
     per_column,

@@ -107,7 +107,8 @@ def multiply(c: Facts, *terms, spare=None, meanwhile: Callable | None = None) ->
     shapes = [(left.shape[0], right.shape[1]) for _, left, right in terms]
     if c.spec.interpret:
         results = [
-            _interpreted(shape, *term, spare) for shape, term in zip(shapes, terms, strict=True)
+            _interpreted(shape, begin, left, right, spare)
+            for shape, (begin, left, right) in zip(shapes, terms, strict=True)
         ]
         if meanwhile is not None:
             meanwhile()
