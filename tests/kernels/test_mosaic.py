@@ -89,7 +89,7 @@ def test_queries_that_see_nothing():
 
 
 @needs_interpreter
-def test_a_race_is_noticed(monkeypatch):
+def test_a_race_is_noticed(monkeypatch, caplog):
     """So there is none in the tests above: here values are let go of before they are used."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 
@@ -102,11 +102,11 @@ def test_a_race_is_noticed(monkeypatch):
 
     monkeypatch.setattr(mosaic_blocks.Ring, "take", take_and_release)
     monkeypatch.setattr(mosaic_blocks.Ring, "release", lambda *_: None)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # jax 0.11 makes a note of it
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # jax 0.12 raises, 0.11 takes a note
         jax.block_until_ready(
             attend(Case(t=200, s=300), masks.causal().intervals(200, 300), single_run(300))
         )
-    assert gpu_callbacks.get_races().races_found
+    assert gpu_callbacks.get_races().races_found or "RACE DETECTED" in caplog.text
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
