@@ -294,8 +294,11 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
     steps = walked.steps * p.passing_heads
 
     def of_held(i: int):
-        numbers = compat.mosaic_load(held_numbers[i], PER_ROW, optimized=False)
-        return lambda _: per_row(numbers, p.passing_rows)
+        def read(_):
+            numbers = compat.mosaic_load(held_numbers[i], PER_ROW, optimized=False)
+            return per_row(numbers, p.passing_rows)
+
+        return read
 
     def of_passing(i: int):
         return lambda numbers: per_column(compat.mosaic_load(numbers.at[i], PER_COLUMN), ROWS)
@@ -303,6 +306,10 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
     of_query, of_key = (of_held, of_passing) if p.holds_queries else (of_passing, of_held)
     less_lse, less_delta, start, end = map(of_query, range(_OF_QUERIES))
     [index] = map(of_key, range(_OF_KEYS))
+    if p.holds_queries:
+        # Read once; what the mask needs is read again at each edge, for want of registers.
+        kept = less_lse(None), less_delta(None)
+        less_lse, less_delta = (lambda _, x=x: x for x in kept)
     held_a, *held_b = shared.held.take(turn)
 
     def left(matrix):
