@@ -27,9 +27,9 @@ from hcp_jax.mask import intervals
 from hcp_jax.mesh import xla_flags
 from hcp_jax.microbatch import abstract_microbatch
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.flops import ModelShape
 from hcp_jax.plan import hardware
 from hcp_jax.plan.aot import compile_for, devices
-from hcp_jax.plan.cost_model import ModelShape
 from hcp_jax.plan.hardware import Cluster
 from hcp_jax.plan.program import Audit, busiest_density, read
 from hcp_jax.plan.timeline import draw
