@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -19,9 +18,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
+from hcp_jax.describe import collapse, describe
 from hcp_jax.dynamic.groups import check_layout
-from hcp_jax.dynamic.groups import describe as describe_layout
-from hcp_jax.kernels import core
 from hcp_jax.layout import (
     LAYOUTS,
     from_layout,
@@ -32,7 +30,7 @@ from hcp_jax.layout import (
 )
 from hcp_jax.mask import Mask, Placement
 from hcp_jax.mask import intervals as mask_of
-from hcp_jax.mesh import axis_groups, axis_link
+from hcp_jax.mesh import as_tuple
 from hcp_jax.roll import roll_local
 
 _log = logging.getLogger("hcp_jax")
@@ -117,7 +115,7 @@ class ContextParallel:
 
     def __post_init__(self):
         for field in ("dp", "tp", "cp_outer", "cp_inner"):
-            for axis in _as_tuple(getattr(self, field)):
+            for axis in as_tuple(getattr(self, field)):
                 if axis not in self.mesh.axis_names:
                     raise ValueError(
                         f"{field}={axis!r} is not an axis of the mesh, which has "
@@ -130,7 +128,7 @@ class ContextParallel:
             )
         if isinstance(self.comm_type, list):
             object.__setattr__(self, "comm_type", tuple(self.comm_type))
-        for comm_type in _as_tuple(self.comm_type):
+        for comm_type in as_tuple(self.comm_type):
             require_known("comm_type", comm_type, tuple(STRATEGIES))
         require_known("layout", self.layout, LAYOUTS)
         if self.head_groups < 1:
@@ -138,7 +136,7 @@ class ContextParallel:
         if self.groups is not None:
             self._check_groups()
             return
-        for note in sorted({_collapse(self, c) for c in _as_tuple(self.comm_type)} - {""}):
+        for note in sorted({collapse(self, c) for c in as_tuple(self.comm_type)} - {""}):
             _log.warning(note)
 
     @property
@@ -149,7 +147,7 @@ class ContextParallel:
     @property
     def flat_axes(self) -> tuple[str, ...]:
         """The mesh axes that groups run over: dp, and those of `cp_axes`."""
-        return (*_as_tuple(self.dp), *self.cp_axes)
+        return (*as_tuple(self.dp), *self.cp_axes)
 
     @property
     def size(self) -> int:
@@ -163,7 +161,7 @@ class ContextParallel:
 
     def axis_size(self, axes: str | tuple[str, ...] | None) -> int:
         """The number of devices along one or several mesh axes; 1 for none."""
-        return int(np.prod([self.mesh.shape[axis] for axis in _as_tuple(axes)], dtype=int))
+        return int(np.prod([self.mesh.shape[axis] for axis in as_tuple(axes)], dtype=int))
 
     def for_layer(self, layer: int) -> "ContextParallel":
         """This, with the comm type of one layer.
@@ -356,22 +354,7 @@ class ContextParallel:
 
     def describe(self) -> str:
         """The mesh, the groups of every axis with their link, the comm types, and the core."""
-        lines = [
-            f"{self.mesh.devices.size} devices ({self.device_kind}), context parallel size "
-            f"{self.size}, {self.layout} layout"
-        ]
-        for field in ("dp", "tp", "cp_outer", "cp_inner"):
-            for axis in _as_tuple(getattr(self, field)):
-                lines.append(f"  {axis:<9} {_describe_axis(self.mesh, axis)}")
-        if self.groups is not None:
-            lines.append(f"  groups    {describe_layout(self.groups)}, in the order of the mesh")
-        if isinstance(self.comm_type, str):
-            lines.append(f"  attention {describe_strategy(self)}")
-        else:
-            for layer in range(len(self.comm_type)):
-                lines.append(f"  layer {layer:<3} {describe_strategy(self.for_layer(layer))}")
-        lines.append(f"  core      {core.describe(self.platform, self.device_kind)}")
-        return "\n".join(lines)
+        return describe(self)
 
     @property
     def platform(self) -> str:
@@ -393,7 +376,7 @@ class ContextParallel:
     def _check_groups(self) -> None:
         layout = check_layout(self.groups or (), self.axis_size(self.flat_axes))
         object.__setattr__(self, "groups", layout)
-        gathers = [c for c in _as_tuple(self.comm_type) if STRATEGIES[c].by == "gather"]
+        gathers = [c for c in as_tuple(self.comm_type) if STRATEGIES[c].by == "gather"]
         if gathers:
             raise NotImplementedError(
                 f"comm_type {gathers[0]!r} cannot serve groups of devices: use 'p2p' or 'a2a+p2p'."
@@ -432,62 +415,12 @@ class ContextParallel:
             )
 
 
-def describe_strategy(cp: ContextParallel) -> str:
-    """One line: what attention with `cp`'s comm type does on `cp`'s mesh.
-
-    >>> import hcp_jax as hcp
-    >>> describe_strategy(hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2)))
-    'a2a+p2p: heads exchanged over cp_inner (2), K/V ring over cp_outer (4)'
-    """
-    exchange, move, by = cp.strategy
-    if cp.groups is not None:
-        size = math.gcd(*cp.groups, cp.axis_size(cp.cp_inner))
-        does = [f"heads exchanged by up to {size} devices"] if exchange and size > 1 else []
-        does += [f"K/V {by} inside each group"] if move and max(cp.groups) > 1 else []
-        return f"{cp.comm_type}: " + (", ".join(does) or "one device per group, nothing moves")
-    does = []
-    for axes, what in ((exchange, "heads exchanged"), (move, f"K/V {by}")):
-        live = [axis for axis in axes if cp.mesh.shape[axis] > 1]
-        if live:
-            over = " x ".join(f"{axis} ({cp.mesh.shape[axis]})" for axis in live)
-            does.append(f"{what} over {over}")
-    return f"{cp.comm_type}: " + (", ".join(does) or "one device per sequence, nothing moves")
-
-
-def _describe_axis(mesh: Mesh, axis: str) -> str:
-    groups = [[d.id for d in group] for group in axis_groups(mesh, axis)]
-    size = len(groups[0])
-    if size == 1:
-        return "size 1"
-    shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:8])
-    more = f" ... {len(groups)} groups" if len(groups) > 8 else ""
-    return f"size {size}, {axis_link(mesh, axis)}: {shown}{more}"
-
-
-def _collapse(cp: ContextParallel, comm_type: str) -> str:
-    """What a comm type of two levels comes to where one of its axes has size 1."""
-    if "+" not in comm_type or cp.size == 1:
-        return ""
-    outer = comm_type.split("+")[1]
-    if cp.axis_size(cp.cp_inner) == 1:
-        return f"comm_type {comm_type!r} with cp_inner of size 1 is {outer!r} over cp_outer."
-    if cp.axis_size(cp.cp_outer) == 1:
-        return f"comm_type {comm_type!r} with cp_outer of size 1 is 'a2a' over cp_inner."
-    return ""
-
-
 def require_known(what: str, name: str, known: tuple[str, ...]) -> None:
     """Raise a ValueError that names what there is, and the nearest, unless `name` is known."""
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown {what} {name!r}: there are {', '.join(known)}{hint}")
-
-
-def _as_tuple(axes: Any) -> tuple[str, ...]:
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 @functools.lru_cache(maxsize=256)

@@ -132,3 +132,14 @@ def host_of(device: jax.Device) -> tuple[str, int]:
     ):
         return ("process", device.process_index)
     return ("domain", domain)
+
+
+def as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of one mesh axis, of several or of none.
+
+    >>> as_tuple("dp"), as_tuple(None)
+    (('dp',), ())
+    """
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import hcp_jax as hcp
-from hcp_jax.context import STRATEGIES, describe_strategy
+from hcp_jax.context import STRATEGIES
+from hcp_jax.describe import describe_strategy
 from hcp_jax.plan.hlo import collectives
 
 LAYOUTS = ["zigzag", "contiguous"]
@@ -134,3 +135,31 @@ def test_contexts_that_cannot_be_are_refused():
     explicit = jax.make_mesh((8,), ("cp",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(NotImplementedError, match="Explicit axes"):
         hcp.ContextParallel(explicit, dp=None, tp=None, cp_outer="cp", cp_inner=None)
+
+
+def grouped(groups, comm_type="a2a+p2p") -> hcp.ContextParallel:
+    mesh = hcp.make_mesh(dp=2, cp_outer=2, cp_inner=2)
+    return hcp.ContextParallel(mesh, comm_type, groups=groups)
+
+
+def test_groups_are_told_beside_the_mesh():
+    text = grouped((4, 2, 2)).describe()
+    assert "groups    4 + 2×2, in the order of the mesh" in text
+    assert "heads exchanged by up to 2 devices, K/V ring inside each group" in text
+    assert "K/V ring inside each group" in grouped((4, 2, 1, 1), "p2p").describe()
+    assert "one device per group, nothing moves" in grouped((1,) * 8).describe()
+
+
+def test_groups_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"layout \(4, 2\) must be .* add up to num_devices=8"):
+        grouped((4, 2))
+    with pytest.raises(NotImplementedError, match="'a2a\\+all_gather' cannot serve groups"):
+        grouped((4, 4), ("p2p", "a2a+all_gather"))
+
+
+@pytest.mark.parametrize("what", ["shard", "unshard", "positions", "roll", "place"])
+def test_groups_have_no_stream_to_reorder(what):
+    x = {"place": hcp.causal(), "positions": 16}.get(what, np.zeros((2, 16)))
+    more = {"place": (16,), "roll": (-1,)}.get(what, ())
+    with pytest.raises(NotImplementedError, match=f"{what} reorders .*hcp.place_microbatch"):
+        getattr(grouped((4, 4)), what)(x, *more)

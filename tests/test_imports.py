@@ -18,7 +18,7 @@ FLOORS = [
     ["models"],
     ["attention"],
     ["parallel", "microbatch"],
-    ["context"],
+    ["context", "describe"],
     ["roll"],
     ["mesh"],
     ["kernels"],

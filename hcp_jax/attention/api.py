@@ -17,6 +17,7 @@ from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
 from hcp_jax.layout import to_layout
 from hcp_jax.mask import Intervals, Mask, bidirectional, causal
+from hcp_jax.mesh import as_tuple
 
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
@@ -105,7 +106,7 @@ def _jitted(cp: ContextParallel | None, core: CoreSpec, q, k, v, mask: Mask, sin
         mesh=cp.mesh_in_context,
         in_specs=(heads, heads, heads, of_queries, PartitionSpec(cp.tp), PartitionSpec()),
         out_specs=(heads, heads if residual else None),
-        axis_names={*cp.flat_axes, *_axes(cp.tp)},
+        axis_names={*cp.flat_axes, *as_tuple(cp.tp)},
         check_vma=False,
     )(q, k, v, intervals, sinks, mask.runs)
 
@@ -252,9 +253,3 @@ def _require_buffers(q, k, cp: ContextParallel) -> None:
             f"with groups, q and k must be [dp={dp}, a multiple of {size}, ...] as "
             f"hcp.place_microbatch leaves them, got {tuple(q.shape)} and {tuple(k.shape)}."
         )
-
-
-def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
