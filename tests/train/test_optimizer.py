@@ -52,7 +52,10 @@ def test_gradients_are_clipped_to_the_norm_given():
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "must not be negative"),
         (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive or None"),
-        (lambda: OptimizerConfig(moments_dtype="float16"), "one of float32, bfloat16, got 'float16'"),
+        (
+            lambda: OptimizerConfig(moments_dtype="float16"),
+            "one of float32, bfloat16, got 'float16'",
+        ),
         (lambda: OptimizerConfig(max_skipped=0), "max_skipped must be at least 1"),
         (lambda: make_optimizer(OptimizerConfig(warmup_steps=10), 10), "fewer than the 10 steps"),
     ],
