@@ -282,6 +282,8 @@ def tell(found: Audit, flags: dict, attention: bool) -> None:
         f"{gib['argument_bytes']:.2f}, outputs {gib['output_bytes']:.2f} ({gib['alias_bytes']:.2f}"
         f" of them in place), temporaries {gib['temp_bytes']:.2f}"
     )
+    if found.memory.host_bytes:
+        console.print(f"offloaded        {gib['host_bytes']:.2f} GiB to the host's memory, per GPU")
     console.print(f"ring hops        {found.ring_hops_hidden} of {found.ring_hops} hidden")
     table = rich.table.Table(
         "collective", "over", "link", "MiB", "count", "seconds", "hidden behind"
