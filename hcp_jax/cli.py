@@ -32,6 +32,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("hcp_jax.train.command", "train a model with context parallelism"),
+    "tokenize": Command("hcp_jax.train.tokens", "turn text into tokens, for hcp train to map"),
+    "import": Command("hcp_jax.train.importing", "begin from the weights of a Hugging Face folder"),
+    "export": Command("hcp_jax.train.exporting", "write a run's weights as a Hugging Face folder"),
     "verify": Command("hcp_jax.verify", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.plan.bench", "time attention strategies on the devices at hand"),
     "audit": Command("hcp_jax.plan.audit", "show what a compiled step moves, hides and holds"),

@@ -10,6 +10,7 @@ import difflib
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,6 +53,22 @@ STRATEGIES: dict[str, Strategy] = {
     "a2a+p2p": Strategy(("cp_inner",), ("cp_outer",), "ring"),
     "a2a+all_gather": Strategy(("cp_inner",), ("cp_outer",), "gather"),
 }
+
+
+class Gathered(NamedTuple):
+    """A host array that is read where it is needed: a device has `read` of its part of `places`.
+
+    Attributes:
+        places: integers, 0 where there is nothing (padding).
+        read: makes values of places, elementwise.
+    """
+
+    places: np.ndarray
+    read: Callable[[np.ndarray], np.ndarray]
+
+    def whole(self) -> np.ndarray:
+        """All of it."""
+        return self.read(self.places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +219,7 @@ class ContextParallel:
         """The length that a stream of `length` tokens has in this layout."""
         return padded_length(length, self.size, self.layout)
 
-    def shard(self, x: Array | np.ndarray, dim: int = 1) -> jax.Array:
+    def shard(self, x: Array | np.ndarray | Gathered, dim: int = 1) -> jax.Array:
         """Put an array in natural order into the layout, `dim` cut over the cp devices.
 
         Works on host arrays, device arrays and inside `jit`. `dim` is padded with zeros at its end
@@ -210,13 +227,15 @@ class ContextParallel:
         (`mask & hcp.lengths(T)`; `shard_batch` sees to that itself).
 
         Args:
-            x: dim 0 is the batch, cut over dp (unless `dim` is 0).
+            x: dim 0 is the batch, cut over dp (unless `dim` is 0). Of one that is `Gathered`, only
+                what this process's own devices hold is read.
             dim: the sequence dim.
 
         Raises:
             ValueError: if dp does not divide the batch.
         """
         self._require_one_stream("shard")
+        x, read = x if isinstance(x, Gathered) else (x, None)
         dim %= x.ndim
         length = x.shape[dim]
         padding = self.padded_length(length) - length
@@ -229,7 +248,11 @@ class ContextParallel:
             return _reorder(x, self, dim, self.padded_length(length), sharding)
         widths = [(0, padding if d == dim else 0) for d in range(x.ndim)]
         host = to_layout(np.pad(x, widths), self.size, self.layout, dim)
-        return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+        def part(index: Any) -> np.ndarray:
+            return host[index] if read is None else read(host[index])
+
+        return jax.make_array_from_callback(host.shape, sharding, part)
 
     def unshard(self, x: jax.Array, dim: int = 1, length: int | None = None) -> jax.Array:
         """Back to natural order.
@@ -247,9 +270,9 @@ class ContextParallel:
         """A batch of host arrays in natural order, as device arrays in the layout.
 
         Args:
-            batch: arrays `[B, T, …]` (cut over dp and cp), `[B]` (cut over dp), scalars
-                (replicated), and `Mask`s, which are placed: their intervals are computed here,
-                once, and every cp device has all of them (8 bytes per token).
+            batch: arrays `[B, T, …]` (cut over dp and cp; also `Gathered`), `[B]` (cut over dp),
+                scalars (replicated), and `Mask`s, which are placed: their intervals are computed
+                here, once, and every cp device has all of them (8 bytes per token).
 
         Returns:
             The same keys. T is padded to `padded_length`: with zeros, and with queries that see
@@ -258,9 +281,10 @@ class ContextParallel:
         Raises:
             ValueError: if the arrays are of different lengths, or dp does not divide the batch.
         """
+        arrays = {n: x.places if isinstance(x, Gathered) else x for n, x in batch.items()}
         lengths = {
             name: x.shape[1]
-            for name, x in batch.items()
+            for name, x in arrays.items()
             if not isinstance(x, Mask) and np.ndim(x) >= 2
         }
         if len(set(lengths.values())) != 1:
@@ -390,6 +414,8 @@ class ContextParallel:
     def _shard_entry(self, name: str, x: Any, length: int) -> Any:
         if isinstance(x, Mask):
             return self.place(x, length)
+        if isinstance(x, Gathered):
+            return self.shard(x)
         x = np.asarray(x)
         if x.ndim >= 2:
             return self.shard(x, dim=1)
@@ -415,7 +441,7 @@ def describe_strategy(cp: ContextParallel) -> str:
     """
     exchange, move, by = cp.strategy
     if cp.groups is not None:
-        size = math.gcd(*cp.groups, cp.axis_size(exchange))
+        size = math.gcd(*cp.groups, cp.axis_size(cp.cp_inner))
         does = [f"heads exchanged by up to {size} devices"] if exchange and size > 1 else []
         does += [f"K/V {by} inside each group"] if move and max(cp.groups) > 1 else []
         return f"{cp.comm_type}: " + (", ".join(does) or "one device per group, nothing moves")

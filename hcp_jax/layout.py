@@ -60,10 +60,11 @@ def single_run(length: int, start: int = 0) -> KeyRuns:
 def key_index(runs: KeyRuns, length: int) -> Int32[jax.Array, "S"]:
     """Global index of each of `length` key places; -1 for padding, which no interval holds."""
     place = jnp.arange(length, dtype=jnp.int32)
-    offsets, starts = jnp.asarray(runs.offsets), jnp.asarray(runs.starts)
-    inside = (place[:, None] >= offsets[:-1]) & (place[:, None] < offsets[1:])  # [S, R]
-    index = place[:, None] - offsets[:-1] + starts
-    return jnp.max(jnp.where(inside, index, -1), axis=1).astype(jnp.int32)
+    starts, offsets = jnp.asarray(runs.starts), jnp.asarray(runs.offsets)
+    # Dynamic context parallelism has runs by the thousand: a binary search, and all of it fused.
+    run = jnp.searchsorted(offsets, place, side="right", method="scan_unrolled") - 1
+    to_index = jnp.append(starts - offsets[:-1], 2 * PADDING)  # by how much index and place differ
+    return jnp.maximum(place + to_index[run], -1).astype(jnp.int32)
 
 
 def runs_per_device(layout: str) -> int:

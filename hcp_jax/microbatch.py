@@ -41,6 +41,8 @@ def own_devices(cp: ContextParallel) -> range:
     grid = cp.mesh.devices.transpose(*order, *others).reshape(cp.size * cp.axis_size(cp.dp), -1)
     here = jax.process_index()
     own = [d for d, lanes in enumerate(grid) if any(x.process_index == here for x in lanes)]
+    if not own:
+        return range(0)
     inner = cp.axis_size(cp.cp_inner)
     return range(own[0] // inner * inner, (own[-1] // inner + 1) * inner)
 

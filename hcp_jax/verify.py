@@ -28,7 +28,7 @@ import rich.console
 import rich.table
 
 from hcp_jax.attention.api import dot_product_attention
-from hcp_jax.context import ContextParallel
+from hcp_jax.context import ContextParallel, Gathered
 from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model
@@ -93,7 +93,7 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
     small, cp = _reduced(config, cp)
     batch = next(
         data.make_batches(
-            data.open_corpus(small.data),
+            data.open_corpus(small.data, small.model.vocab_size),
             batch_size=cp.axis_size(cp.dp),
             seq_len=small.seq_len,
             seed=small.seed,
@@ -133,6 +133,7 @@ def _reduced(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
             head_size=min(model.head_dim, 32),
             vocab_size=512 * tp,
         )
+        config = dataclasses.replace(config, data=data.DataConfig())  # bytes fit 512 ids
     return dataclasses.replace(config, model=model, seq_len=max(length, 2)), cp
 
 
@@ -207,7 +208,8 @@ def _gradients(
 def _one_step(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[Check]:
     optimizer = make_optimizer(config.optimizer, config.steps)
     metrics = []
-    for one, placed in ((cp, cp.shard_batch(batch)), (None, batch)):
+    whole = {n: x.whole() if isinstance(x, Gathered) else x for n, x in batch.items()}
+    for one, placed in ((cp, cp.shard_batch(batch)), (None, whole)):
         fsdp = config.parallel.fsdp and one is not None
         state = init_state(config.model, optimizer, config.seed, one, fsdp=fsdp)
         step = make_train_step(config.model, config.optimizer, config.steps, one, fsdp=fsdp)

@@ -29,22 +29,22 @@ from hcp_jax.mask import Intervals
 def exchange_size(cp: ContextParallel, heads: int) -> int:
     """A, the devices that exchange heads with each other, given the heads that they share out.
 
-    The most that are in one group wherever they stand, inside one host, and divide the heads.
+    The most that are inside one group wherever they stand, and inside one row of cp_inner (a host),
+    and divide the heads.
 
     Raises:
         NotImplementedError: if the comm type is a2a and that is not every whole group.
     """
     assert cp.groups is not None
-    exchange, move, _ = cp.strategy
-    if not exchange:
+    if not cp.strategy.exchange:
         return 1
-    inside = cp.axis_size(exchange)
+    inside = cp.axis_size(cp.cp_inner)
     size = math.gcd(*cp.groups, inside, heads)
-    if not move and set(cp.groups) != {size}:
+    if not cp.strategy.move and set(cp.groups) != {size}:
         raise NotImplementedError(
             f"comm_type='a2a' with groups {cp.groups} needs groups of one size that divides the "
-            f"{heads} heads of a device and the {inside} devices of the cp axes. Use 'a2a+p2p' or "
-            "'p2p', which take any."
+            f"{heads} heads of a device and cp_inner={inside}. Use 'a2a+p2p' or 'p2p', which take "
+            "any."
         )
     return size
 

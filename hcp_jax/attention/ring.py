@@ -121,6 +121,8 @@ def forward(attend: Attend, kv: KV, runs: KeyRuns, rings: Rings) -> Partial:
 
     arriving = rings.send_on(kv, 1)
     partial = attend(kv, visiting(0))
+    # The next move waits for this kernel, or XLA would send twice on end with nothing to hide it.
+    carry = jax.lax.optimization_barrier((arriving, partial))
 
     def middle(like: int, carry, hop):
         kv, partial = carry
@@ -128,7 +130,6 @@ def forward(attend: Attend, kv: KV, runs: KeyRuns, rings: Rings) -> Partial:
         partial = merge(partial, attend(kv, visiting(hop)))
         return jax.lax.optimization_barrier((arriving, partial)), None
 
-    carry = arriving, partial
     for stretch in _stretches(range(1, last), {size - 1 for size in rings.sizes}):
         carry = _scan_by_twos(middle, carry, stretch)
     kv, partial = carry
@@ -152,7 +153,6 @@ def backward(
 
     arriving = rings.send_on(kv, 1)
     dq, *home = attend_grads(kv, visiting(0))
-    # The next move waits for these kernels, or XLA would send twice on end with nothing to hide it.
     kv, dq, home = jax.lax.optimization_barrier((arriving, dq, home))
     if last > 1:
         arriving = rings.send_on(kv, 2)
@@ -169,7 +169,7 @@ def backward(
         return carry if like == last else jax.lax.optimization_barrier(carry), None
 
     if last > 1:
-        carry = (arriving, dkv, dq)
+        carry = jax.lax.optimization_barrier((arriving, dkv, dq))
         # Where a ring of `size` is done, keys stop at one hop and gradients are home at the next.
         borders = {size + i for size in rings.sizes for i in (-1, 0, 1)}
         for stretch in _stretches(range(2, last), borders):

@@ -4,6 +4,8 @@
     uniform:min=128,max=8192
     mix:0.90@2048,0.09@32768,0.01@262144
     a path to a CSV file: its column `length`, or its only column
+    a path to a folder that `hcp tokenize` made: tokens of each document, of which only offsets.npy
+    is read
 
 It stands alone because simulations, benches and the choice of a menu all start from one.
 """
@@ -19,7 +21,8 @@ import numpy as np
 def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
     """`count` lengths of the distribution `spec`, the same for the same seed.
 
-    Of a file, `count` of its lengths drawn without repeating (all of them if it has fewer).
+    Of a file or a folder, `count` of its lengths drawn without repeating (all of them if it has
+    fewer).
 
     A lognormal's lengths are clipped to [min, max], and `mean` is the mean *after* clipping: that
     is the one a reader can check on the data. sigma is of the logarithm before clipping.
@@ -46,7 +49,7 @@ def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
 
 
 def mean_length(spec: str) -> float:
-    """The mean of the distribution `spec`; of a file, of all it holds."""
+    """The mean of the distribution `spec`, by 200,000 lengths of it (of a file, all if fewer)."""
     return float(np.mean(draw_lengths(spec, 200_000, 0)))
 
 
@@ -81,10 +84,28 @@ def _mix(words: str, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _from_file(path: Path, count: int, rng: np.random.Generator) -> np.ndarray:
-    if not path.is_file():
+    if path.is_dir():
+        lengths = _from_offsets(path / "offsets.npy")
+    elif path.is_file():
+        lengths = _from_csv(path)
+    else:
         raise ValueError(
-            f"{str(path)!r} is neither a file nor one of lognormal:…, uniform:… and mix:…."
+            f"{str(path)!r} is neither a file, nor a folder, nor one of lognormal:…, uniform:… and "
+            "mix:…."
         )
+    if not lengths.size:
+        raise ValueError(f"{path} holds no lengths.")
+    return rng.permutation(lengths)[:count]
+
+
+def _from_offsets(path: Path) -> np.ndarray:
+    """Tokens that training makes of each document: one more than the document has of its own."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no offsets.npy; hcp tokenize makes folders that have.")
+    return np.diff(np.load(path, mmap_mode="r")) + 1
+
+
+def _from_csv(path: Path) -> np.ndarray:
     with path.open(newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     column = 0
@@ -94,12 +115,9 @@ def _from_file(path: Path, count: int, rng: np.random.Generator) -> np.ndarray:
             raise ValueError(f"{path} has columns {head}; call the one with lengths 'length'.")
         column = head.index("length") if "length" in head else 0
     try:
-        lengths = np.array([int(row[column]) for row in rows], np.int64)
+        return np.array([int(row[column]) for row in rows], np.int64)
     except (ValueError, IndexError):
         raise ValueError(f"{path} must hold one integer length per row.") from None
-    if not lengths.size:
-        raise ValueError(f"{path} holds no lengths.")
-    return rng.permutation(lengths)[:count]
 
 
 def _location(mean: float, sigma: float, low: float, high: float) -> float:

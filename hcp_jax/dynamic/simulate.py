@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths",
         required=True,
         help="lognormal:mean=…,sigma=…,min=…,max=… (mean of the clipped lengths), "
-        "uniform:min=…,max=…, mix:share@length,… or a CSV file",
+        "uniform:min=…,max=…, mix:share@length,…, a CSV file, or a folder that hcp tokenize made",
     )
     parser.add_argument("--devices", type=int, nargs="+", default=[64], help="dp · cp; several")
     parser.add_argument("--max-tokens-per-device", type=int, default=2048, metavar="M")

@@ -34,7 +34,11 @@ class ModelConfig:
         attention_sinks: one learnt logit per head that takes weight and gives none.
         remat: what a layer's backward pass recomputes: "none" of it; all but "attention", whose
             outputs are kept; or the "full" layer.
+        offload_activations: whether what a layer keeps for its backward pass (its input, and what
+            `remat` names) waits for it in the host's memory.
         compute_dtype: of activations and of weights in use.
+        mlp_chunk: tokens per device that the MLP computes at one time, and again in backward; None
+            for all of them, once.
         loss_chunk: tokens per device whose logits exist at one time.
         z_loss: weight of the squared log-partition of the output head (PaLM uses 1e-4).
         implementation: of the attention core; None for the best on the devices at hand.
@@ -60,7 +64,9 @@ class ModelConfig:
     logits_soft_cap: float | None = None
     attention_sinks: bool = False
     remat: Remat = "attention"
+    offload_activations: bool = False
     compute_dtype: ComputeDtype = "bfloat16"
+    mlp_chunk: int | None = None
     loss_chunk: int = 1024
     z_loss: float = 0.0
     implementation: str | None = None
@@ -70,7 +76,7 @@ class ModelConfig:
             _require_positive(name, getattr(self, name))
         for name in ("num_heads", "num_kv_heads", "loss_chunk"):
             _require_positive(name, getattr(self, name))
-        for name in ("head_size", "sliding_window", "logits_soft_cap"):
+        for name in ("head_size", "sliding_window", "logits_soft_cap", "mlp_chunk"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
@@ -91,6 +97,12 @@ class ModelConfig:
                     f"{name} must be one of {', '.join(get_args(choices))}, "
                     f"got {getattr(self, name)!r}."
                 )
+
+        if self.offload_activations and self.remat == "none":
+            raise ValueError(
+                "offload_activations needs remat 'attention' or 'full', which say by name what is "
+                "kept; it is 'none'."
+            )
 
     @property
     def head_dim(self) -> int:

@@ -2,8 +2,12 @@
 
 Each device looks up the tokens whose rows it has and the devices of tp add up. It is written per
 device (`shard_map`) because left to the partitioner, a table that FSDP has cut makes it move the
-activations instead, and whole.
+activations instead, and whole. The gradient is ours: it adds up in the table's dtype, on the device
+and then over devices, while the table itself travels in the dtype that it is used in.
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +31,30 @@ def lookup(
         dtype: of the result.
         cp: None for one device.
     """
+    return _lookup(_Table(table.shape, table.dtype, dtype, cp), table, tokens)
+
+
+class _Table(NamedTuple):
+    """What is static about a lookup."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    in_dtype: str
+    cp: ContextParallel | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(spec: _Table, table, tokens):
+    # Cast where it lies: a table that is cut travels in the dtype of the result.
+    table, cp = table.astype(spec.in_dtype), spec.cp
     if cp is None:
-        return jnp.take(table, tokens, axis=0).astype(dtype)
+        return jnp.take(table, tokens, axis=0)
     tp = live_axes(cp, cp.tp)
 
     def on_device(table, tokens):
-        if not tp:
-            return jnp.take(table, tokens, axis=0).astype(dtype)
-        row = tokens - jax.lax.axis_index(tp) * table.shape[0]
-        here = (row >= 0) & (row < table.shape[0])
-        rows = jnp.take(table, jnp.where(here, row, 0), axis=0).astype(dtype)
-        return jax.lax.psum(jnp.where(here[..., None], rows, 0), tp)
+        row, here = _own_rows(table.shape[0], tokens, tp)
+        rows = jnp.where(here[..., None], jnp.take(table, row, axis=0), 0)
+        return jax.lax.psum(rows, tp) if tp else rows
 
     return jax.shard_map(
         on_device,
@@ -46,6 +63,49 @@ def lookup(
         out_specs=cp.spec(3),
         check_vma=False,
     )(table, tokens)
+
+
+def _forward(spec: _Table, table, tokens):
+    return _lookup(spec, table, tokens), tokens
+
+
+def _backward(spec: _Table, tokens, cotangent):
+    cp = spec.cp
+    tp = () if cp is None else live_axes(cp, cp.tp)
+    sum_over = () if cp is None else live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes)
+
+    def on_device(tokens, cotangent):
+        size = spec.shape[0] // (1 if cp is None else cp.axis_size(tp))
+        # The zeros wait for the cotangent: XLA would write them before the layers' backward pass,
+        # and hold a table's worth of memory through it.
+        zero, cotangent = jax.lax.optimization_barrier((jnp.zeros((), spec.dtype), cotangent))
+        row, here = _own_rows(size, tokens, tp)
+        rows = jnp.where(here[..., None], cotangent, 0).astype(spec.dtype)
+        grads = jnp.broadcast_to(zero, (size, spec.shape[1])).at[row].add(rows)
+        return jax.lax.psum(grads, sum_over) if sum_over else grads
+
+    if cp is None:
+        return on_device(tokens, cotangent), None
+    grads = jax.shard_map(
+        on_device,
+        mesh=cp.mesh,
+        in_specs=(cp.spec(2), cp.spec(3)),
+        out_specs=PartitionSpec(tp or None, None),
+        check_vma=False,
+    )(tokens, cotangent)
+    return grads, None
+
+
+_lookup.defvjp(_forward, _backward)
+
+
+def _own_rows(size: int, tokens, tp: tuple[str, ...]):
+    """(row of each token in this device's part of the table, whether it is there)."""
+    if not tp:
+        return tokens, jnp.ones_like(tokens, bool)
+    row = tokens - jax.lax.axis_index(tp) * size
+    here = (row >= 0) & (row < size)
+    return jnp.where(here, row, 0), here
 
 
 def live_axes(cp: ContextParallel, axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

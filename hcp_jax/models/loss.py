@@ -9,7 +9,6 @@ The vocabulary may be cut over tp. Then the log-partition is merged over tp (two
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.context import ContextParallel
+from hcp_jax.models import chunks
 from hcp_jax.models.embedding import live_axes
 
 
@@ -77,23 +77,11 @@ def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, sum_over
         log_z, of_target = _log_partition(logits, tp), _logit_of(targets, logits, tp)
         return jnp.sum(weights * (log_z - of_target + z_loss * jnp.square(log_z)))
 
-    blocks = [_chunks(x, chunk) for x in (hidden, targets, weights)]
+    # Where the last chunk is filled up, the weights are 0.
+    blocks = [chunks.split(x, chunk) for x in (hidden, targets, weights)]
     sums = jax.lax.map(lambda block: of_chunk(*block), blocks)
     total = jnp.sum(sums)
     return jax.lax.psum(total, sum_over) if sum_over else total
-
-
-def _chunks(x: Float[Array, "B T ..."], chunk: int) -> Float[Array, "n B t ..."]:
-    """`[B, T]` as n equal stretches of the sequence, of at most `chunk` tokens each in all rows.
-
-    The last one is filled up with zeros, whose weight is 0.
-    """
-    rows, length = x.shape[:2]
-    number = math.ceil(length / max(1, chunk // rows))
-    step = math.ceil(length / number)
-    tail = [(0, 0), (0, number * step - length)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, tail).reshape(rows, number, step, *x.shape[2:])
-    return x.swapaxes(0, 1)
 
 
 def _log_partition(logits: Float[Array, "B t V"], tp: tuple[str, ...]) -> Float[Array, "B t"]:

@@ -38,6 +38,7 @@ class RopeScaling:
         beta_fast: yarn: those that make more turns than this in the original context are kept.
         beta_slow: yarn: those that make fewer are stretched.
         attention_factor: yarn: what q and k are multiplied by; 0.1 ln(factor) + 1 if None.
+        truncate: yarn: the borders of what is kept and what is stretched are whole pairs.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -48,6 +49,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self):
         if self.kind not in ("linear", "llama3", "yarn"):
@@ -136,7 +138,7 @@ def _llama3_share(frequency, theta: float, scaling: RopeScaling):
 
 
 def _yarn_share(frequency, theta: float, scaling: RopeScaling):
-    """As `_llama3_share`, but linear in the pair's number, between whole pairs."""
+    """As `_llama3_share`, but linear in the pair's number."""
     context = scaling.original_max_position_embeddings
     assert context is not None
     pairs = frequency.size
@@ -144,9 +146,11 @@ def _yarn_share(frequency, theta: float, scaling: RopeScaling):
     def pair_that_turns(times: float) -> float:
         return pairs * math.log(context / (2 * math.pi * times)) / math.log(theta)
 
-    first = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    last = min(math.ceil(pair_that_turns(scaling.beta_slow)), 2 * pairs - 1)
-    return 1 - np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    return 1 - np.clip((np.arange(pairs) - first) / ((last - first) or 1e-3), 0, 1)
 
 
 def _attention_factor(scaling: RopeScaling | None) -> float:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.attention.api import dot_product_attention
@@ -25,9 +26,11 @@ from hcp_jax.context import ContextParallel
 from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.embedding import lookup
+from hcp_jax.models.mlp import MLP
 from hcp_jax.models.rope import Rotation, rotate, rotation
 
 _INIT_STD = 0.02
+_INPUT = "hcp_layer_input"
 _fan_in = nnx.initializers.variance_scaling
 
 
@@ -83,20 +86,6 @@ class Attention(nnx.Module):
         )
 
 
-class MLP(nnx.Module):
-    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        inner, outer = config.intermediate_size, config.hidden_size
-        self.gate_proj = _linear(config, outer, inner, 1.0, rngs)
-        self.up_proj = _linear(config, outer, inner, 1.0, rngs)
-        self.down_proj = _linear(config, inner, outer, 0.5 / config.num_layers, rngs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Each token on its own."""
-        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and added to its input."""
 
@@ -111,7 +100,7 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """One layer; arguments as `Attention`'s."""
         x = x + self.self_attn(self.input_layernorm(x), turn, mask=mask, cp=cp)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), cp)
 
 
 class Transformer(nnx.Module):
@@ -163,10 +152,11 @@ class Transformer(nnx.Module):
         graphdef, state = nnx.split(self.layers)
 
         def layer(cp: ContextParallel | None, x: Any, params: dict) -> Any:
+            x = checkpoint_name(x, _INPUT)
             return _cut(nnx.merge(graphdef, params)(x, turn, mask=mask, cp=cp), cp)
 
         for stretch in _stretches(cp, config.num_layers):
-            x = _scan(layer, stretch, x, nnx.to_pure_dict(state), config.remat)
+            x = _scan(layer, stretch, x, nnx.to_pure_dict(state), config)
         return self.norm(x)
 
     @property
@@ -231,11 +221,11 @@ def _stretches(cp: ContextParallel | None, num_layers: int) -> list[_Stretch]:
     return [_Stretch(first, last, (of_layer[first],)) for first, last in borders]
 
 
-def _scan(layer: Callable, stretch: _Stretch, x: Any, params: dict, remat: str) -> Any:
+def _scan(layer: Callable, stretch: _Stretch, x: Any, params: dict, config: ModelConfig) -> Any:
     """The layers of a stretch one after the other, a period of them at each turn."""
     first, last, period = stretch
     turns = (last - first) // len(period)
-    layers = [_remat(functools.partial(layer, cp), remat, turns) for cp in period]
+    layers = [_remat(functools.partial(layer, cp), config, turns) for cp in period]
 
     if len(period) == 1:
         # Without the reshape below, of which XLA makes one more copy of all layers' gradients.
@@ -253,16 +243,25 @@ def _scan(layer: Callable, stretch: _Stretch, x: Any, params: dict, remat: str) 
     return jax.lax.scan(turn, x, jax.tree.map(cut, params))[0]
 
 
-def _remat(layer: Callable, policy: str, turns: int) -> Callable:
-    if policy == "none":
+def _remat(layer: Callable, config: ModelConfig, turns: int) -> Callable:
+    """The layer with a backward pass that recomputes all but what the config's policy keeps."""
+    if config.remat == "none":
         return layer
-    keep = {
-        "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUALS),
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }
+    kept = {"attention": RESIDUALS, "full": ()}[config.remat]
+    if config.offload_activations:
+        # A checkpoint's inputs stay on the device, whatever the policy; but this one's is read only
+        # under its name, and what the name stands for is what backward then needs.
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_INPUT, *kept],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
     # A loop's body is never merged with its recomputation in another loop, and barriers would cost;
     # but a loop of one turn is no loop to XLA.
-    return jax.checkpoint(layer, policy=keep[policy], prevent_cse=turns == 1)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=turns == 1)
 
 
 def _cut(x: Float[Array, "B T D"], cp: ContextParallel | None) -> Float[Array, "B T D"]:
@@ -280,16 +279,5 @@ def _embedding(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Embed:
         config.vocab_size,
         config.hidden_size,
         embedding_init=nnx.initializers.normal(_INIT_STD),
-        rngs=rngs,
-    )
-
-
-def _linear(config: ModelConfig, inputs: int, outputs: int, gain: float, rngs) -> nnx.Linear:
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=False,
-        kernel_init=_fan_in(gain, "fan_in", "normal"),
-        dtype=config.compute_dtype,
         rngs=rngs,
     )

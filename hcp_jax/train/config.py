@@ -24,7 +24,7 @@ import yaml
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.checkpoint import CheckpointConfig
-from hcp_jax.train.data import VOCAB_SIZE, DataConfig
+from hcp_jax.train.data import DataConfig
 from hcp_jax.train.metrics import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 
@@ -55,6 +55,8 @@ class TrainConfig:
         accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own.
         seed: of the initial parameters and of the order of the documents.
         run_dir: where run folders are made.
+        init_from: a Hugging Face folder whose weights training begins from (`hcp import` writes a
+            config that fits it); None for random ones.
         model: the decoder.
         parallel: the mesh and what its axes do.
         data: the text.
@@ -73,6 +75,7 @@ class TrainConfig:
     accumulation: int = 1
     seed: int = 0
     run_dir: str = "runs"
+    init_from: str | None = None
     model: ModelConfig = SMALL_MODEL
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -86,11 +89,6 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
-        if self.model.vocab_size < VOCAB_SIZE:
-            raise ValueError(
-                f"model.vocab_size={self.model.vocab_size} is too small: bytes and the separator "
-                f"are {VOCAB_SIZE} ids."
-            )
         if self.parallel.dynamic.enabled:
             self._check_dynamic()
             return

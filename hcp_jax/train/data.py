@@ -1,9 +1,11 @@
-"""Text to batches: documents as bytes, packed one behind the other into streams.
+"""Documents to batches: bytes or tokens, packed one behind the other into streams.
 
-A document of n bytes becomes n + 1 tokens with n + 1 targets, each the token that comes next:
+A document of n ids becomes n + 1 tokens with n + 1 targets, each the token that comes next:
 
     tokens   SEP  b0  b1  …  b(n-1)
-    targets  b0   b1  b2  …  SEP
+    targets  b0   b1  b2  …  END
+
+For bytes, SEP and END are both id 256; for a tokenizer they are its beginning and end of a text.
 
 Documents longer than a stream are cut into segments of `seq_len` tokens and a rest. Segments are
 shuffled anew each epoch; whole ones are streams, and the others are laid end to end and cut every
@@ -11,27 +13,30 @@ shuffled anew each epoch; whole ones are streams, and the others are laid end to
 has its true target, also the last one before a cut. Behind a cut, positions begin at 0 again, and
 the batch's mask lets no token see past the beginning of its segment, still less of its document.
 
-Everything is held in memory as bytes and nothing is random but the seed, so a pipeline's state is a
-few integers: they are saved with a checkpoint, and the batches after it are the same ones. In a run
-of several processes each makes the whole global batch and puts its own part on its devices; the
-state is then the same everywhere and fits any number of processes.
+Text is held in memory; a tokenised folder is mapped from its files and read where it is used.
+Nothing is random but the seed, so a pipeline's state is a few integers: they are saved with a
+checkpoint, and the batches after it are the same ones.
+
+Streams are packed from the sizes of documents alone. Every process does so for the whole global
+batch, and so has the same state, which fits any number of processes; a batch knows of each token
+its *place* in the corpus, and `ContextParallel.shard_batch` has tokens read at the places that lie
+on a process's own devices, and no others.
 """
 
 import dataclasses
-import json
 import operator
-import os
 import pathlib
 import sys
-import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, Integer
 
+from hcp_jax.context import Gathered
 from hcp_jax.mask import Mask, causal, documents
+from hcp_jax.train import text, tokens
 
 SEPARATOR = 256
 """The token before the first and after the last byte of a document."""
@@ -39,23 +44,25 @@ SEPARATOR = 256
 VOCAB_SIZE = 257
 """Bytes and the separator. A model may have more ids (a multiple of 8, for the GPU and for tp)."""
 
-_STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from.
 
     Attributes:
-        path: a .jsonl file (one document a line), any other text file (one document), or a folder
-            of them, searched to its depth without hidden files. None: the source files of the
-            running Python's standard library, which every machine has.
+        path: a .jsonl file (one document a line), any other text file (one document), a folder of
+            them, searched to its depth without hidden files, or a folder that `hcp tokenize` made.
+            None: the source files of the running Python's standard library, which every machine
+            has.
         field: the field of a JSONL line that holds its text.
+        tokenizer: a tokenizer.json, which makes tokens of text before training begins; of a
+            tokenised folder, the one it must have been made with. None: text stays bytes.
         prefetch: batches that a thread prepares ahead of the step.
     """
 
     path: str | None = None
     field: str = "text"
+    tokenizer: str | None = None
     prefetch: int = 2
 
     def __post_init__(self):
@@ -64,69 +71,138 @@ class DataConfig:
 
 
 class Corpus:
-    """Documents as bytes, in memory, one behind the other.
+    """Documents one behind the other, as the ids of their tokens.
+
+    A token's *place* says where it and its target are, with nothing else to be looked up:
+    `4 * (1 + n) + 2 * first + last`, where n ids of the whole corpus lie before its target, and
+    `first` and `last` say that it is the separator, and that its target is the end. 0 is no place.
+
+    Args:
+        texts: documents that stay bytes.
+        source: where they come from, in words.
 
     Attributes:
-        source: where they come from, in words.
+        source: as given.
+        separator: the id before the first one of every document.
+        end: the id that the last one of every document is followed by.
+        vocab_size: no id is as great as this.
     """
 
     def __init__(self, texts: Sequence[bytes], source: str):
         self.source = source
-        self._bytes = np.frombuffer(b"".join(texts), np.uint8)
+        self.separator = self.end = SEPARATOR
+        self.vocab_size = VOCAB_SIZE
+        self._unit = "bytes"
+        self._ids: np.ndarray = np.frombuffer(b"".join(texts), np.uint8)
         self._offsets = np.concatenate([[0], np.cumsum([len(t) for t in texts], dtype=np.int64)])
 
+    @classmethod
+    def of_tokens(cls, tokenised: "tokens.Tokenised", source: str) -> "Corpus":
+        """Documents that a tokenizer made tokens of."""
+        corpus = cls([], source)
+        corpus._ids, corpus._offsets = tokenised.ids, tokenised.offsets
+        corpus.separator, corpus.end = tokenised.meta.bos_id, tokenised.meta.eos_id
+        corpus.vocab_size, corpus._unit = tokenised.meta.vocab_size, "tokens"
+        return corpus
+
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all documents together."""
-        return self._bytes.size
+    def num_ids(self) -> int:
+        """Bytes, or tokens, of all documents together."""
+        return self._ids.size
 
     @property
     def sizes(self) -> Int64[np.ndarray, "D"]:
-        """Bytes of each document."""
+        """Ids of each document, separators not counted."""
         return np.diff(self._offsets)
 
     def __len__(self) -> int:
         return self._offsets.size - 1
 
-    def __getitem__(self, index: SupportsIndex) -> UInt8[np.ndarray, "n"]:
+    def __getitem__(self, index: SupportsIndex) -> Integer[np.ndarray, "n"]:
         at = operator.index(index)
-        return self._bytes[self._offsets[at] : self._offsets[at + 1]]
+        if not 0 <= at < len(self):
+            raise IndexError(f"there is no document {at} of {len(self)}")
+        return self._ids[self._offsets[at] : self._offsets[at + 1]]
+
+    def places(self, index: SupportsIndex, begin: int, end: int) -> Int64[np.ndarray, "n"]:
+        """The places of tokens `begin` to `end` of a document that begins with its separator."""
+        at = operator.index(index)
+        places = 4 * (1 + np.arange(self._offsets[at] + begin, self._offsets[at] + end))
+        if begin == 0:
+            places[0] += 2
+        if end == self._offsets[at + 1] - self._offsets[at] + 1:
+            places[-1] += 1
+        return places
+
+    def tokens_at(self, places: Int64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
+        """The tokens at these places, and 0 where there is none; no other id is read."""
+        return self._read(places // 4 - 2, places & 2 > 0, self.separator, places)
+
+    def targets_at(self, places: Int64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
+        """The tokens that come next, and 0 where there is no place; no other id is read."""
+        return self._read(places // 4 - 1, places & 1 > 0, self.end, places)
+
+    def documents_at(self, places: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
+        """The numbers of the documents that these places, of which none is 0, are in."""
+        # Behind the last token's target, the end, the next document begins.
+        within = places // 4 - 1 - ((places & 1) > (places & 2) // 2)
+        return np.searchsorted(self._offsets, within, side="right") - 1
+
+    def _read(
+        self, index: np.ndarray, special: np.ndarray, token: int, places: np.ndarray
+    ) -> Int32[np.ndarray, "..."]:
+        result = np.where(special, np.int32(token), np.int32(0))
+        ordinary = (places > 0) & ~special
+        result[ordinary] = self._ids[index[ordinary]]
+        return result
 
     def __repr__(self) -> str:
-        return f"{len(self):,} documents, {self.num_bytes / 1e6:.1f} MB, from {self.source}"
+        unit = "MB" if self._unit == "bytes" else "M tokens"
+        return f"{len(self):,} documents, {self.num_ids / 1e6:.1f} {unit}, from {self.source}"
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """Reads, and checks, all the text that the config names.
+def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
+    """Opens, and checks, all that the config names: text is read, a tokenised folder is mapped.
+
+    Args:
+        config: where it is.
+        vocab_size: how many ids the model knows; None if there is no model yet.
 
     Raises:
         ValueError: if the path does not exist, holds no text, or holds something that is not UTF-8
-            text or not JSONL with the field; names the file and the line.
+            text or not JSONL with the field (names the file and the line); if a tokenised folder is
+            damaged or of another tokenizer; if the model knows fewer ids than there are.
     """
-    if config.path is None:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return Corpus(list(_standard_library()), f"Python {version}'s standard library")
-    root = pathlib.Path(config.path)
-    if not root.exists():
+    corpus = _open(config)
+    if vocab_size is not None and corpus.vocab_size > vocab_size:
+        ids = "bytes and the separator are" if corpus._unit == "bytes" else "the tokenizer has"
         raise ValueError(
-            f"data.path: {config.path} does not exist; give a .txt or .jsonl file, or a folder of "
-            "text files."
+            f"model.vocab_size={vocab_size} is too small: {ids} {corpus.vocab_size} ids."
         )
-    files = list(_walk(root)) if root.is_dir() else [root]
-    texts = [text for file in files for text in _read(file, config.field) if text]
-    if not texts:
-        what = "holds no text files" if root.is_dir() and not files else "is empty"
-        raise ValueError(f"data.path: {config.path} {what}; training needs at least one document.")
-    return Corpus(texts, config.path)
+    return corpus
+
+
+def _open(config: DataConfig) -> Corpus:
+    path = None if config.path is None else pathlib.Path(config.path)
+    if path is not None and tokens.is_tokenised(path):
+        return Corpus.of_tokens(tokens.read(path, config.tokenizer), str(path))
+    if path is None:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        texts, source = text.standard_library(), f"Python {version}'s standard library"
+    else:
+        texts, source = text.documents(path, config.field), str(path)
+    if config.tokenizer is None:
+        return Corpus(list(texts), source)
+    return Corpus.of_tokens(tokens.tokenise(texts, pathlib.Path(config.tokenizer)), source)
 
 
 def streams(
     corpus: Corpus, seq_len: int, seed: int, num_epochs: int | None = None
 ) -> grain.IterDataset:
-    """The corpus in streams of `seq_len` tokens, shuffled each epoch.
+    """The corpus in streams of `seq_len` tokens, shuffled each epoch; of the ids, none is read.
 
-    Each stream is a dict of `pairs` `[T, 2]` (a token and its target), `pairs_segment_ids` `[T]`
-    (from 1; 0 is padding, in the last streams of the last epoch) and `pairs_positions` `[T]`.
+    Each stream is a dict of `places` `[T]` (see `Corpus`), `places_segment_ids` `[T]` (from 1; 0 is
+    padding, in the last streams of the last epoch) and `places_positions` `[T]`.
 
     Args:
         corpus: the documents.
@@ -135,11 +211,12 @@ def streams(
         num_epochs: how often all documents come; None: for ever.
     """
     segments = Segments(corpus, seq_len)
-    shuffled = grain.MapDataset.source(segments).seed(seed).shuffle().repeat(num_epochs)
-    # Documents are views of memory: threads that read ahead would have nothing to wait for.
-    in_order = shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    order = grain.MapDataset.range(len(segments)).seed(seed).shuffle().repeat(num_epochs)
+    places = order.map(lambda number: {"places": segments.places(number)})
+    # Places are made of a few numbers: threads that read ahead would have nothing to wait for.
+    in_order = places.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     return grain.experimental.ConcatThenSplitIterDataset(
-        in_order, length_struct={"pairs": seq_len}, split_full_length_features=False
+        in_order, length_struct={"places": seq_len}, split_full_length_features=False
     )
 
 
@@ -155,23 +232,23 @@ class Segments:
         # The number of the first segment of each document, and of all.
         parts = -(-(corpus.sizes + 1) // seq_len)
         self._first = np.concatenate([[0], np.cumsum(parts)])
-        self.sizes: Int64[np.ndarray, S] = np.full(len(self), seq_len, np.int64)
+        self.sizes = np.full(len(self), seq_len, np.int64)
         self.sizes[self._first[1:] - 1] = corpus.sizes + 1 - (parts - 1) * seq_len
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Int32[np.ndarray, "t 2"]]:
+        places = self.places(index)
+        pairs = self._corpus.tokens_at(places), self._corpus.targets_at(places)
+        return {"pairs": np.stack(pairs, axis=-1)}
+
+    def places(self, index: SupportsIndex) -> Int64[np.ndarray, "t"]:
+        """The places of a segment's tokens; see `Corpus`."""
         number = operator.index(index)
         which = int(np.searchsorted(self._first, number, side="right")) - 1
-        document = self._corpus[which]
         begin = (number - int(self._first[which])) * self._seq_len
-        end = min(begin + self._seq_len, document.size + 1)
-        pairs = np.full((end - begin, 2), SEPARATOR, np.int32)
-        before, after = document[max(begin - 1, 0) : end - 1], document[begin:end]
-        pairs[pairs.shape[0] - before.size :, 0] = before
-        pairs[: after.size, 1] = after
-        return {"pairs": pairs}
+        return self._corpus.places(which, begin, begin + int(self.sizes[number]))
 
 
 def _in_documents(segment_ids: Int32[np.ndarray, "B T"]) -> Mask:
@@ -186,11 +263,12 @@ def make_batches(
     seed: int,
     mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
     prefetch: int = 2,
+    place: Callable[[dict[str, Any]], Any] = lambda batch: batch,
 ) -> grain.DatasetIterator:
-    """Batches of packed streams, on the host and in natural order, without end.
+    """Batches of packed streams, in natural order, without end.
 
-    Each is a dict of `tokens`, `targets`, `positions` (int32) and `weights` (float32), all
-    `[B, T]`, and `mask`. Weights are 1 but on padding.
+    Each is a dict of `tokens` and `targets` (`Gathered`: not read yet), `positions` (int32) and
+    `weights` (float32), all `[B, T]`, and `mask`. Weights are 1 but on padding.
 
     Args:
         corpus: the documents.
@@ -200,8 +278,13 @@ def make_batches(
         mask: the model's mask for streams whose documents have these segment ids
             (`ModelConfig.mask`).
         prefetch: batches prepared ahead by a thread.
+        place: what that thread does with each batch, such as `ContextParallel.shard_batch`.
     """
-    batches = streams(corpus, seq_len, seed).batch(batch_size).map(lambda x: _batch(x, mask))
+
+    def prepare(packed: dict[str, np.ndarray]) -> Any:
+        return place(_batch(corpus, packed, mask))
+
+    batches = streams(corpus, seq_len, seed).batch(batch_size).map(prepare)
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
     return iter(ahead)
 
@@ -212,12 +295,12 @@ def restore(batches: grain.DatasetIterator, state: dict[str, Any]) -> None:
     batches.set_state(_tuples(state))
 
 
-def _batch(packed: dict[str, np.ndarray], mask: Callable) -> dict[str, Any]:
-    segment_ids = packed["pairs_segment_ids"]
+def _batch(corpus: Corpus, packed: dict[str, np.ndarray], mask: Callable) -> dict[str, Any]:
+    segment_ids = packed["places_segment_ids"]
     return {
-        "tokens": np.ascontiguousarray(packed["pairs"][..., 0]),
-        "targets": np.ascontiguousarray(packed["pairs"][..., 1]),
-        "positions": packed["pairs_positions"],
+        "tokens": Gathered(packed["places"], corpus.tokens_at),
+        "targets": Gathered(packed["places"], corpus.targets_at),
+        "positions": packed["places_positions"],
         "weights": (segment_ids > 0).astype(np.float32),
         "mask": mask(segment_ids),
     }
@@ -227,68 +310,3 @@ def _tuples(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _tuples(value) for key, value in state.items()}
     return tuple(map(_tuples, state)) if isinstance(state, list | tuple) else state
-
-
-def _standard_library() -> Iterator[bytes]:
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    for file in _walk(root, _STDLIB_LEFT_OUT):
-        if file.suffix == ".py":
-            text = file.read_bytes()
-            # Python also runs sources in older encodings; those few are left out.
-            if text and _fault(text) is None:
-                yield text
-
-
-def _walk(root: pathlib.Path, left_out: set[str] | None = None) -> Iterator[pathlib.Path]:
-    """All files below a folder in an order that is the same on every machine; no hidden ones."""
-    for folder, subfolders, files in os.walk(root):
-        seen = (name for name in subfolders if not name.startswith("."))
-        subfolders[:] = sorted(name for name in seen if name not in (left_out or ()))
-        yield from (
-            pathlib.Path(folder, name) for name in sorted(files) if not name.startswith(".")
-        )
-
-
-def _read(file: pathlib.Path, field: str) -> Iterator[bytes]:
-    text = file.read_bytes()
-    fault = _fault(text)
-    if fault is not None:
-        raise ValueError(f"data.path: {file} is not text: {fault}. Training reads UTF-8 text.")
-    if file.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.split(b"\n"), 1):
-        if line.strip():
-            yield _field(line, field, f"data.path: {file}, line {number}")
-
-
-def _field(line: bytes, field: str, place: str) -> bytes:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error}).") from None
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
-            f"{place}: no text in field {field!r} (it has: {has or 'nothing'}); "
-            "name the field with data.field."
-        )
-    # A lone surrogate is valid JSON, but no text.
-    try:
-        return record[field].encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: field {field!r} is not text ({error}).") from None
-
-
-def _fault(text: bytes) -> str | None:
-    """Why these bytes are no text; None if they are."""
-    at = text.find(b"\0")
-    if at < 0:
-        try:
-            text.decode()
-        except UnicodeDecodeError as error:
-            at = error.start
-        else:
-            return None
-    line = text.count(b"\n", 0, at) + 1
-    return f"byte 0x{text[at]:02x} at offset {at} (line {line})"

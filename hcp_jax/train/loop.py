@@ -13,13 +13,14 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import rich.console
 
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import data, folder
+from hcp_jax.train import data, folder, weights
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.folder import RunFolder
@@ -27,7 +28,7 @@ from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
 from hcp_jax.train.signals import Signals
 from hcp_jax.train.skipping import SkippedSteps
-from hcp_jax.train.step import TrainState, abstract_state, init_state, make_optimizer
+from hcp_jax.train.step import TrainState, abstract_state, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def train(
     """
     console = console or rich.console.Console(highlight=False)
     console.quiet = console.quiet or jax.process_index() != 0
-    corpus = data.open_corpus(config.data)
+    corpus = data.open_corpus(config.data, config.model.vocab_size)
     cp = config.parallel.context_parallel(config.model.num_layers)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -79,6 +80,8 @@ def train(
     )
     with contextlib.closing(program):
         _print(console, _introduction(config, cp, corpus, abstract, program))
+        if resume is None and config.init_from is not None:
+            _print(console, weights.check(config.model, config.init_from))
         state = None if resume is None else _restore(config, resume, abstract, program)
         began = time.perf_counter()
         size = program.compile(abstract)
@@ -87,7 +90,7 @@ def train(
 
         path = folder.make_new(config) if resume is None else resume
         if state is None:
-            state = init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
+            state = weights.first_state(config, optimizer, cp, path)
         title = f"{config.name}: {_in_short(cp)}"
         with RunFolder(config, path, int(state.step), title) as run:
             return _make_steps(config, program, run, console, state)
@@ -106,10 +109,10 @@ def _make_steps(
     shown: list[float] = []
     skipped = SkippedSteps(config.optimizer.max_skipped, lambda text: _print(console, text))
 
-    def report(step: int, of_step: dict[str, Any]) -> None:
+    def report(step: int, of_step: dict[str, Any], documents: Sequence[int]) -> None:
         values = {name: float(value) for name, value in jax.device_get(of_step).items()}
         run.record(step, values | progress.show(step, values))
-        skipped.note(step, values, run.latest_checkpoint())
+        skipped.note(step, values, documents, run.latest_checkpoint())
         if not values["skipped"]:
             shown.append(values["loss"])
 
@@ -117,14 +120,14 @@ def _make_steps(
         Signals() as signals,
         Progress(console, config.steps, start, config.log.every) as progress,
     ):
-        before: tuple[int, dict] | None = None
+        before: tuple[int, dict, Sequence[int]] | None = None
         batch = program.next_batch()
         while True:
             state, of_step = program.step(state, batch)
             # The devices work on this step while the host sees to the one before.
             if before is not None:
                 report(*before)
-            before, done = (done, of_step), done + 1
+            before, done = (done, of_step, program.documents(batch)), done + 1
             stopped = signals.agreed(done)
             due = every is not None and done % every == 0
             if due or stopped is not None or done == config.steps:

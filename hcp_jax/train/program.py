@@ -4,7 +4,10 @@ The loop knows of a `Program` only this: it compiles, it yields batches, it make
 say where its data stand. `FixedProgram` has one compiled step for batches that are all alike.
 """
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from hcp_jax.context import ContextParallel
 from hcp_jax.train import data, traffic
@@ -35,6 +38,9 @@ class Program(Protocol):
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Makes a step: the state after it (the one given is gone), and metrics on the devices."""
 
+    def documents(self, batch: Any) -> Sequence[int]:
+        """The numbers, from 0, of the documents that a batch has tokens of."""
+
     def data_state(self) -> dict[str, Any]:
         """Where the data stand after the last `next_batch`, in plain values for JSON."""
 
@@ -48,6 +54,13 @@ class Program(Protocol):
         """Ends what runs in the background."""
 
 
+class PlacedBatch(NamedTuple):
+    """A batch as `ContextParallel.shard_batch` leaves it, and the documents that are in it."""
+
+    arrays: dict[str, Any]
+    documents: np.ndarray
+
+
 class FixedProgram:
     """One compiled step on one mesh, for batches of equal streams.
 
@@ -58,7 +71,7 @@ class FixedProgram:
     """
 
     def __init__(self, config: TrainConfig, cp: ContextParallel, corpus: data.Corpus):
-        self._config, self._cp = config, cp
+        self._config, self._cp, self._corpus = config, cp, corpus
         self._batches = data.make_batches(
             corpus,
             batch_size=config.batch_size,
@@ -66,6 +79,7 @@ class FixedProgram:
             seed=config.seed,
             mask=config.model.mask,
             prefetch=config.data.prefetch,
+            place=self._place,
         )
         self._step: Any = make_train_step(
             config.model,
@@ -75,7 +89,7 @@ class FixedProgram:
             fsdp=config.parallel.fsdp,
             accumulation=config.accumulation,
         )
-        self._first: dict[str, Any] | None = None
+        self._first: PlacedBatch | None = None
 
     def describe(self, num_params: int) -> list[str]:
         """The streams of a step, and what each kind of layer sends."""
@@ -97,21 +111,25 @@ class FixedProgram:
 
     def compile(self, abstract: TrainState) -> int:
         """Compiles the step, for batches like the first."""
-        self._first = self._cp.shard_batch(next(self._batches))
-        self._step = self._step.lower(abstract, self._first).compile()
+        self._first = next(self._batches)
+        self._step = self._step.lower(abstract, self._first.arrays).compile()
         memory = self._step.memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
-    def next_batch(self) -> dict[str, Any]:
-        """The next batch, as `ContextParallel.shard_batch` leaves it."""
+    def next_batch(self) -> PlacedBatch:
+        """The next batch; a thread has read it and put it on the devices."""
         if self._first is not None:
             batch, self._first = self._first, None
             return batch
-        return self._cp.shard_batch(next(self._batches))
+        return next(self._batches)
 
-    def step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Any]]:
+    def step(self, state: TrainState, batch: PlacedBatch) -> tuple[TrainState, dict[str, Any]]:
         """See `make_train_step`."""
-        return self._step(state, batch)
+        return self._step(state, batch.arrays)
+
+    def documents(self, batch: PlacedBatch) -> Sequence[int]:
+        """The numbers of the documents in a batch."""
+        return batch.documents.tolist()
 
     def data_state(self) -> dict[str, Any]:
         """The state of the pipeline."""
@@ -137,3 +155,8 @@ class FixedProgram:
     def close(self) -> None:
         """Ends the thread that prepares batches."""
         self._batches.close()
+
+    def _place(self, batch: dict[str, Any]) -> PlacedBatch:
+        begins = (batch["positions"] == 0) & (batch["weights"] > 0)
+        documents = self._corpus.documents_at(batch["tokens"].places[begins])
+        return PlacedBatch(self._cp.shard_batch(batch), np.unique(documents))

@@ -2,9 +2,10 @@
 
 tp cuts as Megatron does: what makes heads, MLP columns and vocabulary rows is cut along them, what
 reads them likewise, so that a layer needs two sums over tp and no more. Over the cp axes parameters
-are replicated, unless FSDP also cuts each matrix along its largest dim that is still whole and
-divisible, over dp and cp together (ZeRO-3: Rajbhandari et al., 2020). Optimizer state follows the
-parameter it belongs to.
+are replicated, unless FSDP also cuts each matrix along its first dim that is still whole and
+divisible, over dp and cp together (ZeRO-3: Rajbhandari et al., 2020); the first, because gathering
+a later one makes XLA turn the array, and keep a turned copy of all layers. Optimizer state follows
+the parameter it belongs to.
 """
 
 from typing import Any
@@ -87,7 +88,7 @@ def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
             whole = [d for d in range(stacked, len(cut)) if cut[d] is None]
             fits = [d for d in whole if shape.shape[d] % cp.axis_size(axes) == 0]
             if fits:
-                cut[max(fits, key=lambda d: shape.shape[d])] = axes
+                cut[fits[0]] = axes
         return PartitionSpec(*cut)
 
     return jax.tree_util.tree_map_with_path(spec, params)

@@ -5,7 +5,7 @@ late, without having waited for the devices.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
 class SkippedSteps:
@@ -20,12 +20,19 @@ class SkippedSteps:
         self._limit, self._tell = limit, tell
         self._in_row = self.total = 0
 
-    def note(self, step: int, values: Mapping[str, float], checkpoint: int | None) -> None:
+    def note(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        documents: Sequence[int],
+        checkpoint: int | None,
+    ) -> None:
         """Takes in the metrics of a step.
 
         Args:
             step: its number.
             values: as `apply_gradients` gives them.
+            documents: those that the step had tokens of.
             checkpoint: the step of the last checkpoint, for the message.
 
         Raises:
@@ -37,24 +44,30 @@ class SkippedSteps:
         self._in_row += 1
         self.total += 1
         what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-        self._tell(f"step {step} skipped: {what} ({self._in_row} in a row, {self.total} in all)")
+        self._tell(
+            f"step {step} skipped: {what} ({self._in_row} in a row, {self.total} in all); "
+            f"{_of_documents(documents)}"
+        )
         if self._in_row < self._limit:
             return
         first = step - self._in_row + 1
-        since = f"steps {first} to {step} were" if first < step else f"step {step} was"
+        steps = f"steps {first} to {step} were" if first < step else f"step {step} was"
         saved = (
             "There is no checkpoint"
             if checkpoint is None
             else f"The last checkpoint is of step {checkpoint}"
         )
-        cause = (
-            "The loss itself is not finite: look at the documents of these steps and at the "
-            "parameters that training began with"
-            if not math.isfinite(values["loss"])
-            else "The loss is finite, its gradient is not: look at the documents of these steps"
+        at_fault = (
+            "loss is" if not math.isfinite(values["loss"]) else "loss is finite but its gradient is"
         )
         raise FloatingPointError(
-            f"{since} skipped, as many in a row as optimizer.max_skipped allows ({what} in the "
-            f"last). {cause}; a lower optimizer.learning_rate, more warmup_steps or a lower "
-            f"clip_norm may help. {saved}; the parameters have not changed since step {first}."
+            f"{steps} skipped, as many in a row as optimizer.max_skipped allows. In the last, the "
+            f"{at_fault} not finite ({what}; {_of_documents(documents)}). Look at the documents of "
+            "these steps; a lower optimizer.learning_rate, more warmup_steps or a lower clip_norm "
+            f"may help. {saved}; the parameters have not changed since step {first}."
         )
+
+
+def _of_documents(documents: Sequence[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, documents[:most]))
+    return f"documents {shown}" + (f" and {len(documents) - most} more" * (len(documents) > most))

@@ -36,10 +36,19 @@ def test_a_csv_file_is_read_with_or_without_a_head(tmp_path, text):
     assert mean_length(str(path)) == 9
 
 
+def test_of_a_tokenised_folder_only_the_offsets_are_read(tmp_path):
+    np.save(tmp_path / "offsets.npy", np.array([0, 7, 7, 16]))
+    # A document of n tokens becomes n + 1 in training, with the separator.
+    assert sorted(draw_lengths(str(tmp_path), 10, 0)) == [1, 8, 10]
+    (tmp_path / "offsets.npy").unlink()
+    with pytest.raises(ValueError, match="has no offsets.npy; hcp tokenize"):
+        draw_lengths(str(tmp_path), 10, 0)
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("gamma:min=1", "neither a file nor one of"),
+        ("gamma:min=1", "neither a file, nor a folder, nor one of"),
         ("uniform:min=1", "must be written uniform:min=…,max=…"),
         ("uniform:min=1,max=x", "'max=x' is not name=number"),
         ("uniform:min=5,max=2", "1 <= min <= max"),

@@ -24,6 +24,8 @@ SMALL = {
         ({"compute_dtype": "float16"}, "float32, bfloat16"),
         ({"sliding_window": 0}, "sliding_window must be positive"),
         ({"loss_chunk": 0}, "loss_chunk must be positive"),
+        ({"mlp_chunk": 0}, "mlp_chunk must be positive"),
+        ({"remat": "none", "offload_activations": True}, "needs remat 'attention' or 'full'"),
     ],
 )
 def test_impossible_models_are_refused(change, says):

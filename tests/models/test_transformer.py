@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import hcp_jax as hcp
+from hcp_jax.attention.local import RESIDUALS
 from hcp_jax.models.config import ModelConfig, Remat
 from hcp_jax.models.transformer import abstract_model, init_params
 
@@ -63,7 +64,7 @@ def value_and_grads(config, cp=None):
 
 @functools.cache
 def loss_and_grads(config, cp=None):
-    params = params_of(dataclasses.replace(config, remat="none"))
+    params = params_of(dataclasses.replace(config, remat="none", offload_activations=False))
     return jax.jit(value_and_grads(config, cp))(params)
 
 
@@ -169,10 +170,37 @@ def test_documents_packed_in_one_stream_give_what_they_give_alone():
     np.testing.assert_allclose(packed[:, 7:11], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["attention", "full"])
-def test_remat_changes_neither_loss_nor_gradients(remat):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"remat": "attention"},
+        {"remat": "full"},
+        {"remat": "attention", "offload_activations": True},
+        {"remat": "full", "offload_activations": True, "mlp_chunk": 5},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_changes_neither_loss_nor_gradients(change):
     expected = loss_and_grads(CONFIG)
-    assert_same(loss_and_grads(dataclasses.replace(CONFIG, remat=remat)), expected, 1e-6)
+    assert_same(loss_and_grads(dataclasses.replace(CONFIG, **change)), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("remat", "kept"),
+    [("full", {"hcp_layer_input"}), ("attention", {"hcp_layer_input", *RESIDUALS})],
+)
+def test_what_a_layer_keeps_goes_to_the_host_and_nothing_else_stays(remat, kept):
+    config = dataclasses.replace(CONFIG, remat=remat, offload_activations=True)
+    grad = jax.grad(functools.partial(squares, config))
+    scans = [
+        [v.aval for v in eqn.outvars[eqn.params["num_carry"] :]]
+        for eqn in jax.make_jaxpr(grad)(abstract_model(config)[1]).jaxpr.eqns
+        if eqn.primitive.name == "scan" and not eqn.params["reverse"]
+    ]
+    # What the scan over the layers forward gives, but for the hidden states, is what it keeps.
+    of_tokens = [x for x in scans[0] if T in x.shape and x.size >= config.num_layers * T * 4]
+    assert len(of_tokens) == len(kept)
+    assert all("host" in str(x) for x in of_tokens), of_tokens
 
 
 def test_remat_policies_keep_and_recompute_what_they_say():

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+import hcp_jax as hcp
 from hcp_jax.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
@@ -22,12 +23,26 @@ def corpus():
     return Corpus([rng.bytes(n) for n in lengths], "a test")
 
 
+def host(batch):
+    """A batch as arrays."""
+    return batch | {name: batch[name].whole() for name in ("tokens", "targets")}
+
+
 def batches_of(corpus, seed=0, **options):
-    return data.make_batches(corpus, batch_size=2, seq_len=T, seed=seed, **options)
+    return data.make_batches(corpus, batch_size=2, seq_len=T, seed=seed, place=host, **options)
 
 
 def epochs_of(corpus, number=1, seed=0):
-    return list(data.streams(corpus, T, seed=seed, num_epochs=number))
+    """Streams, with the pairs of token and target at their places."""
+    made = data.streams(corpus, T, seed=seed, num_epochs=number)
+    return [
+        {
+            "pairs": np.stack([at(x["places"]) for at in (corpus.tokens_at, corpus.targets_at)], 1),
+            "pairs_segment_ids": x["places_segment_ids"],
+            "pairs_positions": x["places_positions"],
+        }
+        for x in made
+    ]
 
 
 def segments(stream):
@@ -73,7 +88,7 @@ def test_an_epoch_has_less_padding_than_one_stream(corpus):
     packed = epochs_of(corpus)
     padding = sum(int((x["pairs_segment_ids"] == 0).sum()) for x in packed)
     assert padding < T
-    assert T * len(packed) - padding == corpus.num_bytes + len(corpus)
+    assert T * len(packed) - padding == corpus.num_ids + len(corpus)
 
 
 def test_no_token_attends_across_documents(corpus):
@@ -98,7 +113,12 @@ def test_the_model_decides_the_mask_within_documents(corpus):
 
 def test_padding_sees_nothing_and_weighs_nothing():
     packed = list(data.streams(Corpus([b"abc"], "a test"), 8, seed=0, num_epochs=1))
-    batch = data._batch({k: v[None] for k, v in packed[0].items()}, data._in_documents)
+    corpus = Corpus([b"abc"], "a test")
+    batch = host(
+        data._batch(corpus, {k: v[None] for k, v in packed[0].items()}, data._in_documents)
+    )
+    assert batch["tokens"].tolist() == [[SEPARATOR, *b"abc", 0, 0, 0, 0]]
+    assert batch["targets"].tolist() == [[*b"abc", SEPARATOR, 0, 0, 0, 0]]
     assert batch["weights"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
     start, end = batch["mask"].intervals(8)
     assert (end - start).tolist() == [[1, 2, 3, 4, 0, 0, 0, 0]]
@@ -121,7 +141,7 @@ def test_each_epoch_has_its_own_order():
 
 def test_a_batch_is_not_all_of_one_document():
     corpus = Corpus([bytes([i]) * 20 * T for i in range(50)], "a test")
-    batches = data.make_batches(corpus, batch_size=8, seq_len=T, seed=0)
+    batches = data.make_batches(corpus, batch_size=8, seq_len=T, seed=0, place=host)
     for batch in itertools.islice(batches, 10):
         assert len(set(batch["tokens"][:, 1].tolist())) >= 4
 
@@ -141,10 +161,41 @@ def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop):
         np.testing.assert_array_equal(a["mask"].intervals(T), b["mask"].intervals(T))
 
 
+def test_segments_are_the_pairs_of_documents_and_have_their_sizes(corpus):
+    made = data.Segments(corpus, T)
+    assert [len(made[i]["pairs"]) for i in range(len(made))] == made.sizes.tolist()
+    whole = np.concatenate([made[i]["pairs"] for i in range(len(made))])
+    documents = [[SEPARATOR, *corpus[i].tolist(), SEPARATOR] for i in range(len(corpus))]
+    expected = [pair for document in documents for pair in itertools.pairwise(document)]
+    np.testing.assert_array_equal(whole, expected)
+
+
+def test_places_know_their_documents(corpus):
+    for i in range(len(corpus)):
+        places = corpus.places(i, 0, int(corpus.sizes[i]) + 1)
+        assert set(corpus.documents_at(places).tolist()) == {i}
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 2, "cp_outer": 4}, {"dp": 8}])
+def test_devices_read_their_own_tokens_once_and_no_others(corpus, sizes):
+    cp = hcp.ContextParallel(hcp.make_mesh(**sizes), comm_type="p2p")
+    asked = []
+
+    def tokens_at(places):
+        asked.append(places.shape)
+        return corpus.tokens_at(places)
+
+    batch = next(data.make_batches(corpus, batch_size=8, seq_len=T, seed=0))
+    tokens = batch["tokens"]._replace(read=tokens_at)
+    placed = cp.shard_batch({"tokens": tokens, "mask": batch["mask"]})["tokens"]
+    assert asked == [(8 // cp.axis_size("dp"), T // cp.size)] * 8
+    np.testing.assert_array_equal(cp.unshard(placed), batch["tokens"].whole())
+
+
 def test_the_standard_library_is_megabytes_of_documents_of_many_lengths():
     corpus = open_corpus(DataConfig())
     lengths = corpus.sizes
-    assert corpus.num_bytes > 5e6
+    assert corpus.num_ids > 5e6
     assert len(corpus) > 500
     assert lengths.max() > 10 * np.median(lengths)
     text = bytes(corpus[0]).decode()

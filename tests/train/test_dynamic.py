@@ -17,7 +17,7 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train import data, dynamic, loop, metrics
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.dynamic import DynamicProgram, PlacedStep
+from hcp_jax.train.dynamic import DynamicProgram, PlacedMicrobatch
 from hcp_jax.train.metrics import LogConfig
 from hcp_jax.train.step import (
     OptimizerConfig,
@@ -91,8 +91,8 @@ class Run:
     def sums(self, params, step):
         """Loss, weight and gradients of a step, without its update."""
         sums = self.program._zeros()
-        for layout, batch in step.microbatches:
-            sums = self.program._add(layout, params, sums, batch)
+        for microbatch in step.microbatches:
+            sums = self.program._add(params, sums, microbatch)
         return sums
 
 
@@ -172,7 +172,7 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
     whole = jax.device_get(params)
     for _ in range(8):
         step, held = of.program.next_batch(), next(documents)
-        layouts = {layout for layout, _ in step.microbatches}
+        layouts = {microbatch.layout for microbatch in step.microbatches}
         if layouts <= used:
             continue
         used |= layouts
@@ -229,47 +229,63 @@ def test_nothing_is_compiled_once_training_runs():
 
 def test_what_would_have_to_be_compiled_is_an_error_that_says_why():
     of = run("cp8")
-    state, (step, fill) = of.fresh(), of.program.next_batch()
-    layout, batch = step[0]
+    state, step = of.fresh(), of.program.next_batch()
+    layout, arrays = step.microbatches[0]
     for wrong, message in (
-        ((layout, batch | {"weights": batch["weights"].astype(jnp.int32)}), "weights.*int32"),
-        ((layout, batch | {"tokens": batch["tokens"][:, :-8]}), r"tokens.*1,120"),
-        (((4, 4), batch), "4×2 has no compiled program.*not on the menu"),
+        ((layout, arrays | {"weights": arrays["weights"].astype(jnp.int32)}), "weights.*int32"),
+        ((layout, arrays | {"tokens": arrays["tokens"][:, :-8]}), r"tokens.*1,120"),
+        (((4, 4), arrays), "4×2 has no compiled program.*not on the menu"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            of.program.step(state, PlacedStep((wrong,), fill))
+            of.program.step(state, step._replace(microbatches=(PlacedMicrobatch(*wrong),)))
 
 
 def test_a_step_of_one_microbatch_is_a_step():
     of = run("cp8")
-    state, (step, fill) = of.fresh(), of.program.next_batch()
-    _, metrics = of.program.step(state, PlacedStep(step[:1], fill))
-    _, batch = step[0]
-    assert metrics["tokens"] == np.sum(batch["weights"])
-    assert np.isfinite(metrics["loss"])
-    assert (metrics["microbatches"], metrics["layouts"]) == (1, 1)
+    state, step = of.fresh(), of.program.next_batch()
+    one = step._replace(microbatches=step.microbatches[:1])
+    _, values = of.program.step(state, one)
+    assert values["tokens"] == np.sum(one.microbatches[0].arrays["weights"])
+    assert np.isfinite(values["loss"])
+    assert (values["microbatches"], values["layouts"]) == (1, 1)
 
 
-def test_a_process_reads_and_packs_the_documents_of_its_own_devices_alone(monkeypatch):
-    of = run("cp8")
-    narrow = next(mb for step in of.program._planned for mb in step if mb.layout == (4, 2, 1, 1))
-    whole = of.program._pack(narrow)
-    read = []
-    segments = of.program._segments
+def test_a_process_packs_and_reads_the_tokens_of_its_own_devices_alone(monkeypatch):
+    program = run("cp8").program
+    planned = (mb for step in program._planned for mb in step if mb.layout == (4, 2, 1, 1))
+    narrow = next(mb for mb in planned if all(mb.documents))
+    arrays, read = [], []
+
+    def keep(cp, packed, rows, *, sliding_window):
+        arrays.append(rows)
 
     class Watched:
-        sizes = segments.sizes
+        def tokens_at(self, places):
+            read.extend(corpus().documents_at(places[places > 0]))
+            return corpus().tokens_at(places)
 
-        def __getitem__(self, index):
-            read.append(index)
-            return segments[index]
+        targets_at = corpus().targets_at
 
-    monkeypatch.setattr(dynamic, "own_devices", lambda _: range(4, 6))
-    monkeypatch.setattr(of.program, "_segments", Watched())
-    part = of.program._pack(narrow)
-    for ours, theirs in zip(part[1:], whole[1:], strict=True):
-        np.testing.assert_array_equal(ours, theirs[4:6])
-    assert sorted(read) == sorted(narrow.documents[1])
+    monkeypatch.setattr(dynamic, "place_microbatch", keep)
+    program._place(narrow)
+    monkeypatch.setattr(dynamic, "own_devices", lambda _: range(3, 6))
+    monkeypatch.setattr(program, "_corpus", Watched())
+    program._place(narrow)
+    whole, own = arrays
+    for name, rows in whole.items():
+        np.testing.assert_array_equal(own[name], rows[3:6], err_msg=name)
+    firsts = [program._segments.places(d)[0] for group in narrow.documents[:2] for d in group]
+    assert set(read) == set(corpus().documents_at(np.array(firsts)))
+
+
+def test_a_step_tells_the_documents_that_it_has_tokens_of():
+    program = run("cp8").program
+    run("cp8").fresh()
+    step, planned = program.next_batch(), next(iter(program._planned))
+    first = program._segments._first
+    numbers = [d for mb in planned for group in mb.documents for d in group]
+    which = {int(np.searchsorted(first, d, side="right")) - 1 for d in numbers}
+    assert program.documents(step) == tuple(sorted(which))
 
 
 @pytest.fixture(scope="module")

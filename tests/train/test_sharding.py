@@ -59,7 +59,7 @@ def test_every_rule_for_tp_has_a_parameter():
     assert set(TP_DIMS) <= named
 
 
-def test_fsdp_cuts_the_largest_whole_dim_of_every_matrix_and_never_the_layers():
+def test_fsdp_cuts_the_first_dim_that_divides_of_every_matrix_and_never_the_layers():
     both = ("dp", "cp_outer")
     cut = specs(context(dp=2, tp=2, cp_outer=2), fsdp=True)
     assert cut["layers.mlp.gate_proj.kernel"] == P(None, both, ("tp",))
@@ -68,7 +68,9 @@ def test_fsdp_cuts_the_largest_whole_dim_of_every_matrix_and_never_the_layers():
     assert cut["layers.self_attn.q_norm.scale"] == P(None, None)
     assert cut["norm.scale"] == P(None)
     without_tp = specs(context(cp_outer=4, cp_inner=2), fsdp=True)
-    assert without_tp["layers.mlp.gate_proj.kernel"] == P(None, None, ("cp_outer", "cp_inner"))
+    assert without_tp["layers.mlp.gate_proj.kernel"] == P(None, ("cp_outer", "cp_inner"), None)
+    # Its 4 kv heads are no multiple of 8.
+    assert without_tp["layers.self_attn.o_proj.kernel"][1] == ("cp_outer", "cp_inner")
     assert all(spec[0] is None for name, spec in without_tp.items() if name.startswith("layers"))
 
 

@@ -145,7 +145,7 @@ def test_parameters_are_the_same_on_every_mesh_and_born_where_they_belong():
     state = fresh(cp, fsdp=True)
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh().params)
     gate = state.params["layers"]["mlp"]["gate_proj"]["kernel"]
-    assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 16, 4)}
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 2, 32)}
 
 
 def test_eval_loss_is_the_loss_before_the_step():

@@ -1,0 +1,40 @@
+"""A device's tokens in pieces: what is computed a chunk at a time needs memory for one chunk.
+
+The chunks lie inside the device's own share of the stream, so that no token moves; the loss and the
+MLP, which take each token on its own, are computed like this (`jax.lax.map` over the chunks, each
+recomputed in backward).
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+
+def split(x: Shaped[Array, "B T ..."], chunk: int) -> Shaped[Array, "n B t ..."]:
+    """`[B, T]` as n equal stretches of the sequence, of at most `chunk` tokens each in all rows.
+
+    The last one is filled up with zeros.
+
+    >>> split(jnp.arange(10).reshape(2, 5), chunk=4).shape
+    (3, 2, 2)
+    """
+    rows, length = x.shape[:2]
+    number = math.ceil(length / max(1, chunk // rows))
+    step = math.ceil(length / number)
+    tail = [(0, 0), (0, number * step - length)] + [(0, 0)] * (x.ndim - 2)
+    blocks: Any = jnp.pad(x, tail).reshape(rows, number, step, *x.shape[2:])
+    return blocks.swapaxes(0, 1)
+
+
+def join(blocks: Shaped[Array, "n B t ..."], length: int) -> Shaped[Array, "B T ..."]:
+    """The inverse of `split`, for a sequence of `length` tokens.
+
+    >>> x = jnp.arange(10).reshape(2, 5)
+    >>> bool((join(split(x, chunk=4), 5) == x).all())
+    True
+    """
+    number, rows, step = blocks.shape[:3]
+    whole = blocks.swapaxes(0, 1).reshape(rows, number * step, *blocks.shape[3:])
+    return whole[:, :length]

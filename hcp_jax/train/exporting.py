@@ -1,0 +1,150 @@
+"""`hcp export`: a run's weights to a Hugging Face folder that other programs read.
+
+They come from the run's newest checkpoint, one parameter (of all layers) at a time, or, if it has
+not been trained yet, from the folder that it begins from.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from hcp_jax.models import hf, hf_config, hf_write
+from hcp_jax.models.hf import Slot
+from hcp_jax.train import config as configuration
+from hcp_jax.train import weights
+from hcp_jax.train.checkpoint import Checkpoints
+from hcp_jax.train.config import TrainConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hcp export`."""
+    parser.add_argument("run", type=pathlib.Path, help="a run folder")
+    parser.add_argument("out", type=pathlib.Path, help="a new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=list(hf_write.NUMPY_DTYPES),
+        help="of the tensors (as in the folder that the run began from; else float32)",
+    )
+    parser.add_argument(
+        "--shard-gb", type=float, default=5.0, help="gigabytes that one file may hold (5)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `hcp export`."""
+    if not (args.run / "config.yaml").is_file():
+        raise ValueError(f"{args.run} is no run folder: it has no config.yaml.")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"{args.out} exists and is not empty; give another folder.")
+    if args.shard_gb <= 0:
+        raise ValueError(f"--shard-gb must be positive, got {args.shard_gb}.")
+    config = configuration.load(args.run / "config.yaml")
+    origin = _origin(args.run, config)
+    like = None if origin is None else hf_config.read_raw(origin)
+    step = _latest(args.run, config)
+    values_of, source = _source(args.run, config, step)
+    dtype = args.dtype or _dtype(like)
+    trained = config.seq_len if step else 0
+    raw = hf_config.raw_config(config.model, trained, dtype, like)
+    args.out.mkdir(parents=True, exist_ok=True)
+    files = hf_write.write_folder(
+        args.out, config.model, raw, values_of, round(args.shard_gb * 1e9)
+    )
+    copied = _copy_tokenizer(origin, config, args.out)
+    rounded = ", rounded from float32" if step and dtype != "float32" else ""
+    print(
+        f"{args.out}: {source} as {raw['model_type']}, {files} file{'s' if files > 1 else ''} of "
+        f"{dtype}{rounded}; {', '.join(['config.json', *copied])}"
+    )
+    return 0
+
+
+def _origin(run_folder: pathlib.Path, config: TrainConfig) -> pathlib.Path | None:
+    """The folder with the config.json that the weights came with; None if they began here."""
+    kept = run_folder / weights.KEPT
+    if kept.is_dir():
+        return kept
+    return None if config.init_from is None else pathlib.Path(config.init_from)
+
+
+def _dtype(like: dict[str, Any] | None) -> str:
+    """What the tensors were when they came; float32, as they are in training, if they did not."""
+    named = (like or {}).get("torch_dtype") or (like or {}).get("dtype")
+    return named if named in hf_write.NUMPY_DTYPES else "float32"
+
+
+def _latest(run_folder: pathlib.Path, config: TrainConfig) -> int | None:
+    if not (run_folder / "checkpoints").is_dir():
+        return None
+    checkpoints = Checkpoints(run_folder, dataclasses.asdict(config.model))
+    try:
+        return checkpoints.latest()
+    finally:
+        checkpoints.close()
+
+
+def _source(
+    run_folder: pathlib.Path, config: TrainConfig, step: int | None
+) -> tuple[Callable[[Slot], np.ndarray], str]:
+    """What has the values of a slot, and where they are from, in words."""
+    if step is not None:
+        state = (run_folder / "checkpoints" / str(step) / "state").absolute()
+        return _OfCheckpoint(state), f"the weights of step {step}"
+    if config.init_from is None:
+        raise ValueError(f"{run_folder} has no checkpoint and no init_from: nothing to export.")
+    folder = pathlib.Path(config.init_from)
+    stored = hf.check(config.model, folder)
+    return lambda slot: hf.read_slot(slot, stored[slot.name]), f"the weights of {folder}"
+
+
+class _OfCheckpoint:
+    """The values of a slot in a checkpoint.
+
+    The parameter that was read last is kept, since slots come parameter by parameter.
+    """
+
+    def __init__(self, state: pathlib.Path):
+        self._state = state
+        self._path: tuple[str, ...] = ()
+        self._values = np.zeros(())
+
+    def __call__(self, slot: Slot) -> np.ndarray:
+        if slot.path != self._path:
+            self._values = np.zeros(())  # Let go of the one before, first.
+            self._values, self._path = _restore(self._state, slot.path), slot.path
+        return self._values if slot.layer is None else self._values[slot.layer]
+
+
+def _restore(state: pathlib.Path, path: tuple[str, ...]) -> np.ndarray:
+    """One array of a saved state, on the host."""
+    keys = ("params", *path)
+
+    def nested(leaf: Any) -> Any:
+        return functools.reduce(lambda tree, key: {key: tree}, reversed(keys), leaf)
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            state,
+            args=ocp.args.PyTreeRestore(
+                item=nested(0),
+                restore_args=nested(ocp.RestoreArgs(restore_type=np.ndarray)),
+                partial_restore=True,
+            ),
+        )
+    return functools.reduce(lambda tree, key: tree[key], keys, restored)
+
+
+def _copy_tokenizer(
+    origin: pathlib.Path | None, config: TrainConfig, out: pathlib.Path
+) -> list[str]:
+    """The files of the tokenizer; of the one that training used, if the origin has none."""
+    copied = [] if origin is None else weights.copy_tokenizer(origin, out)
+    if not copied and config.data.tokenizer is not None:
+        copied = weights.copy_tokenizer(pathlib.Path(config.data.tokenizer).parent, out)
+    return copied

@@ -1,0 +1,69 @@
+"""`hcp import`: a Hugging Face folder to a config that `hcp train` begins from.
+
+Every tensor's name, shape and dtype is checked; the weights are not copied. Training reads them
+from where they are, each process its own part of one tensor at a time, so that a model needs no
+more memory on any host than the state of training does.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import yaml
+
+from hcp_jax.models import hf, hf_config
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.train import config as configuration
+from hcp_jax.train import weights
+from hcp_jax.train.config import SMALL_MODEL
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hcp import`."""
+    parser.add_argument(
+        "folder",
+        type=pathlib.Path,
+        help="a Hugging Face folder: config.json, safetensors, tokenizer.json",
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="RUNFOLDER",
+        help="write config.yaml there, for hcp train; without, show it",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `hcp import`."""
+    folder = args.folder.absolute()
+    model = hf_config.model_config(hf_config.read_raw(folder), f"{folder}/config.json")
+    told = weights.check(model, str(folder))
+    stored = hf.check(model, folder)
+    parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
+    files = len({tensor.file for tensor in stored.values()})
+    print(f"{told}: {parameters / 1e6:,.2f} M parameters, {len(stored)} tensors, {files} files")
+    text = _as_yaml(model, folder)
+    if args.out is None:
+        print(text, end="")
+        return 0
+    file = args.out / "config.yaml"
+    if file.exists():
+        raise ValueError(f"{file} exists; give another folder with --out.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    head = f"# hcp train {file} --data.path TEXT --seq_len TOKENS\n\n"
+    file.write_text(head + text)
+    assert configuration.load(file).model == model
+    print(f"{file}: train with\n  hcp train {file} --data.path TEXT --seq_len TOKENS")
+    return 0
+
+
+def _as_yaml(model: ModelConfig, folder: pathlib.Path) -> str:
+    """The config, without what has its default value."""
+    usual = dataclasses.asdict(SMALL_MODEL)
+    told = {n: v for n, v in dataclasses.asdict(model).items() if v != usual[n]}
+    values: dict[str, Any] = {"name": folder.name, "init_from": str(folder), "model": told}
+    if (folder / "tokenizer.json").is_file():
+        values["data"] = {"tokenizer": str(folder / "tokenizer.json")}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,117 @@
+"""A run that begins from the weights of a Hugging Face folder.
+
+The weights stay where they are: when training begins, every process reads what its own devices
+hold, straight into the sharded state. The run folder keeps the small files that came with them
+(config.json, the tokenizer's), so that `hcp export` can write such a folder again when the first
+one is long gone.
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hcp_jax.context import ContextParallel
+from hcp_jax.models import hf, hf_config
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.step import TrainState, abstract_state, init_state
+
+KEPT = "huggingface"
+"""The folder in a run folder that has the small files."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What comes with weights, and is copied as it is."""
+
+
+def check(model: ModelConfig, folder: str) -> str:
+    """What a run begins from, in words.
+
+    Raises:
+        NotImplementedError: if the folder is of a family that is not supported.
+        ValueError: if the model's parameters are not those of the folder, or something in it is
+            missing; says what.
+    """
+    place = pathlib.Path(folder)
+    raw = hf_config.read_raw(place)
+    theirs = hf_config.model_config(raw, f"{place}/config.json")
+    wrong = hf_config.differences(hf_config.SHAPES, theirs, model)
+    if wrong:
+        raise ValueError(
+            f"init_from: {folder} has the weights of another model: {'; '.join(wrong)}. "
+            "hcp import writes a config that fits."
+        )
+    stored = hf.check(model, place)
+    lines = [f"weights: {folder} ({raw['model_type']}, {_dtype(stored)})"]
+    changed = hf_config.differences(hf_config.READINGS, theirs, model)
+    if changed:
+        lines.append(f"  read otherwise than there: {'; '.join(changed)}")
+    return "\n".join(lines)
+
+
+def first_state(
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    cp: ContextParallel,
+    run: pathlib.Path,
+) -> TrainState:
+    """The state before the first step: with the weights that the config begins from, or fresh ones.
+
+    Args:
+        config: the run; its weights have been checked.
+        optimizer: from `make_optimizer`.
+        cp: the context parallelism.
+        run: the run folder, which exists.
+    """
+    fsdp = config.parallel.fsdp
+    if config.init_from is None:
+        return init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
+    if jax.process_index() == 0:
+        keep_small_files(pathlib.Path(config.init_from), run / KEPT)
+    abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    params = hf.load_params(config.model, pathlib.Path(config.init_from), shardings.params)
+
+    def begin(params: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(begin, donate_argnums=0, out_shardings=shardings)(params)
+
+
+def keep_small_files(origin: pathlib.Path, kept: pathlib.Path) -> None:
+    """Copies what `hcp export` needs besides the weights."""
+    kept.mkdir(exist_ok=True)
+    copy_tokenizer(origin, kept)
+    raw = hf_config.read_raw(origin)
+    # What the tensors are is what counts, whatever the file says of them.
+    raw["torch_dtype"] = _dtype(hf.stored_tensors(origin))
+    raw.pop("dtype", None)
+    (kept / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def copy_tokenizer(origin: pathlib.Path, out: pathlib.Path) -> list[str]:
+    """Copies the files of a tokenizer; their names."""
+    there = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
+    for name in there:
+        shutil.copyfile(origin / name, out / name)
+    return there
+
+
+def _dtype(stored: dict[str, hf.Stored]) -> str:
+    """The dtype that holds every tensor exactly."""
+    found = {hf.DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in hf.DTYPES}
+    return found.pop() if len(found) == 1 else "float32"

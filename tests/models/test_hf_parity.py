@@ -1,0 +1,143 @@
+"""Logits are those of the transformers package, from the folders that it writes itself."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+import hcp_jax as hcp
+from hcp_jax.models import hf, hf_config, hf_write
+from hcp_jax.models.transformer import abstract_model
+from hcp_jax.train.sharding import param_specs
+
+NEEDED = "compares with transformers on torch; pip install 'hcp_jax[parity]'"
+torch = pytest.importorskip("torch", reason=NEEDED)
+transformers = pytest.importorskip("transformers", reason=NEEDED)
+
+T, VOCAB = 48, 96
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
+
+# name -> (config class, its arguments, what of the imported model counts: without it, logits differ)
+MODELS = {
+    "llama2": ("Llama", {"num_key_value_heads": 8}, {}),
+    "llama3": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {}),
+    "llama3.1": ("Llama", {"rope_parameters": LLAMA3}, {"rope_scaling": None}),
+    "llama3.2": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 16}, {"rope_scaling": None}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}, {"rope_scaling": None}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN | {"truncate": False, "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16.0}}, {"rope_scaling": None}),
+    "mistral": ("Mistral", {"sliding_window": 7}, {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}, {}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}, {"rope_scaling": None}),
+    "qwen2-window": ("Qwen2", WINDOW, {"sliding_window": None}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {}),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}, {"rope_scaling": None}),
+}  # fmt: skip
+
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, T)).astype(np.int32)
+POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), TOKENS.shape)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """Folders as save_pretrained writes them, and the logits of what is in them."""
+
+    @functools.cache
+    def folder_of(name):
+        torch.manual_seed(0)
+        family, options, _ = MODELS[name]
+        config = getattr(transformers, f"{family}Config")(**SMALL | options)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # biases that are 0 and norms of 1 show nothing
+                around = 1.0 if parameter.std() == 0 and parameter.mean() == 1 else 0.0
+                parameter.normal_(around, 0.1)
+            logits = model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        return folder, logits
+
+    return folder_of
+
+
+def imported(folder):
+    raw = hf_config.read_raw(folder)
+    return dataclasses.replace(hf_config.model_config(raw), compute_dtype="float32", remat="none")
+
+
+def logits_of(config, params, cp=None):
+    args = {"tokens": TOKENS, "positions": POSITIONS}
+    if cp is not None:
+        args = cp.shard_batch(args | {"mask": config.mask()})
+    model = nnx.merge(abstract_model(config)[0], params)
+    out = jax.jit(lambda params, args: model.logits(model(**args, cp=cp)))(params, args)
+    return np.asarray(out if cp is None else cp.unshard(out, length=T))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(folder_of, name):
+    folder, expected = folder_of(name)
+    config = imported(folder)
+    params = hf.load_params(config, folder)
+    error = np.max(np.abs(logits_of(config, params) - expected))
+    print(f"parity {name}: {error:.1e} of {np.max(np.abs(expected)):.2f}")
+    assert error < 1e-5
+    assert 0.5 < np.max(np.abs(expected)) < 20
+    if without := MODELS[name][2]:
+        other = dataclasses.replace(config, **without)
+        assert np.max(np.abs(logits_of(other, params) - expected)) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3.1", "qwen3-yarn"])
+def test_logits_over_eight_devices_are_those_of_transformers(folder_of, name):
+    folder, expected = folder_of(name)
+    config = imported(folder)
+    mesh = hcp.make_mesh(tp=2, cp_outer=2, cp_inner=2)
+    cp = hcp.ContextParallel(mesh, comm_type="a2a+p2p")
+    specs = param_specs(abstract_model(config)[1], cp, fsdp=True)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    params = hf.load_params(config, folder, shardings)
+    assert np.max(np.abs(logits_of(config, params, cp) - expected)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2-window", "qwen3-yarn"])
+def test_transformers_reads_what_is_written(folder_of, tmp_path, name):
+    folder, expected = folder_of(name)
+    config = imported(folder)
+    stored = hf.check(config, folder)
+    # Without the config.json that it came with, so that every word of it is ours.
+    raw = hf_config.raw_config(config, 256, "float32")
+    hf_write.write_folder(
+        tmp_path, config, raw, lambda slot: hf.read_slot(slot, stored[slot.name]), 50_000
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+    np.testing.assert_array_equal(logits, expected)
