@@ -243,10 +243,13 @@ class Segments:
         pairs = self._corpus.tokens_at(places), self._corpus.targets_at(places)
         return {"pairs": np.stack(pairs, axis=-1)}
 
+    def document(self, index: SupportsIndex) -> int:
+        """The number of the document that a segment is of."""
+        return int(np.searchsorted(self._first, operator.index(index), side="right")) - 1
+
     def places(self, index: SupportsIndex) -> Int64[np.ndarray, "t"]:
         """The places of a segment's tokens; see `Corpus`."""
-        number = operator.index(index)
-        which = int(np.searchsorted(self._first, number, side="right")) - 1
+        number, which = operator.index(index), self.document(index)
         begin = (number - int(self._first[which])) * self._seq_len
         return self._corpus.places(which, begin, begin + int(self.sizes[number]))
 

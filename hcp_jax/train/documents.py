@@ -13,7 +13,8 @@ reads no more of them than its own devices hold.
 
 The state is the place in the order behind the window, and the steps of the window that are still
 to come, document by document. So a run goes on to the same steps on the same devices; on others,
-the documents of each of those steps are scheduled anew. Each is trained on once an epoch, always.
+the documents of each of those steps are scheduled anew. Either way each is trained on once an
+epoch.
 """
 
 from collections.abc import Sequence

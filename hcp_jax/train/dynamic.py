@@ -194,10 +194,9 @@ class DynamicProgram:
     def _place_step(self, planned: PlannedStep) -> PlacedStep:
         numbers = [d for mb in planned for held in mb.documents for d in held]
         places = len(planned) * self._planned.limits.num_devices * self._tokens
-        firsts = np.array([self._segments.places(number)[0] for number in numbers])
         return PlacedStep(
             tuple(map(self._place, planned)),
-            tuple(np.unique(self._corpus.documents_at(firsts)).tolist()),
+            tuple(sorted({self._segments.document(number) for number in numbers})),
             int(self._segments.sizes[numbers].sum()) / places,
         )
 
@@ -207,9 +206,8 @@ class DynamicProgram:
         places = np.zeros(packed.document.shape, np.int64)
         first = 0
         for size, held in zip(microbatch.layout, microbatch.documents, strict=True):
-            begin, end = (
-                min(max(d - devices.start, 0), len(devices)) for d in (first, first + size)
-            )
+            borders = np.array([first, first + size]) - devices.start
+            begin, end = np.clip(borders, 0, len(devices))
             first += size
             if begin < end and held:
                 stream = np.concatenate([self._segments.places(number) for number in held])

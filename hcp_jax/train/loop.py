@@ -73,6 +73,9 @@ def train(
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
+    if resume is None and config.init_from is not None:
+        _print(console, weights.check(config.model, config.init_from))
+
     program: Program = (
         DynamicProgram(config, cp, corpus, console)
         if config.parallel.dynamic.enabled
@@ -80,8 +83,6 @@ def train(
     )
     with contextlib.closing(program):
         _print(console, _introduction(config, cp, corpus, abstract, program))
-        if resume is None and config.init_from is not None:
-            _print(console, weights.check(config.model, config.init_from))
         state = None if resume is None else _restore(config, resume, abstract, program)
         began = time.perf_counter()
         size = program.compile(abstract)
