@@ -11,6 +11,7 @@ from hcp_jax.train import config as configuration
 from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.loop import train
+from hcp_jax.train.profile import ProfileSteps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="go on from the last checkpoint of this run folder, or of the 'latest'; with its own "
         "config unless one is given",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="N",
+        type=int,
+        help="trace N steps into the folder 'profile' of the run (docs/watching.md)",
+    )
+    parser.add_argument(
+        "--profile-from",
+        metavar="STEP",
+        type=int,
+        help="the first step that is traced; else the first few are skipped",
     )
     parser.add_argument(
         "--distributed",
@@ -44,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
             _require_free_port(cluster["coordinator_address"])
         jax.distributed.initialize(**cluster)
     folder = _resumed_folder(args)
-    outcome = train(_config_of(args, folder), resume=folder)
+    profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
+    outcome = train(_config_of(args, folder), resume=folder, profile=profile)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
 

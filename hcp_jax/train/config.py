@@ -25,6 +25,7 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.checkpoint import CheckpointConfig
 from hcp_jax.train.data import DataConfig
+from hcp_jax.train.evaluation import EvalConfig
 from hcp_jax.train.metrics import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 
@@ -62,6 +63,7 @@ class TrainConfig:
         data: the text.
         optimizer: the optimizer and its schedule.
         checkpoint: when to save.
+        eval: held-out loss.
         log: how to report.
 
     Raises:
@@ -81,6 +83,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     def __post_init__(self):

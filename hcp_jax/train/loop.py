@@ -20,10 +20,13 @@ import jax
 import rich.console
 
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import data, folder, weights
+from hcp_jax.train import data, evaluation, folder, weights
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.dynamic import DynamicProgram
+from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
+from hcp_jax.train.meter import Meter
+from hcp_jax.train.profile import Profiler, ProfileSteps, check_profile
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
 from hcp_jax.train.signals import Signals
@@ -51,16 +54,19 @@ def train(
     *,
     resume: pathlib.Path | None = None,
     console: rich.console.Console | None = None,
+    profile: ProfileSteps | None = None,
 ) -> Outcome:
     """Trains, or goes on training, and leaves a run folder behind.
 
     The folder has config.yaml (which can be run again), metrics.jsonl, TensorBoard events, loss.png
-    and the checkpoints. Nothing is written before the step has compiled.
+    and the checkpoints; with `eval.every`, also eval.jsonl and eval_by_position.png. Nothing is
+    written before the step has compiled.
 
     Args:
         config: the run.
         resume: the folder of a run to go on with; None for a new one.
         console: where to print, standard output if None; only the first of several processes does.
+        profile: steps to trace into the folder `profile` of the run folder.
 
     Raises:
         ValueError: for anything about config, data, mesh or checkpoint that cannot be.
@@ -68,7 +74,8 @@ def train(
     """
     console = console or rich.console.Console(highlight=False)
     console.quiet = console.quiet or jax.process_index() != 0
-    corpus = data.open_corpus(config.data, config.model.vocab_size)
+    vocab_size = config.model.vocab_size
+    corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)
     cp = config.parallel.context_parallel(config.model.num_layers)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -84,25 +91,39 @@ def train(
     with contextlib.closing(program):
         _print(console, _introduction(config, cp, corpus, abstract, program))
         state = None if resume is None else _restore(config, resume, abstract, program)
+        check_profile(profile, 0 if state is None else int(state.step), config.steps)
+        evaluator = None if held_out is None else _evaluator(config, cp, held_out)
         began = time.perf_counter()
         size = program.compile(abstract)
+        beside = 0 if evaluator is None else evaluator.compile(abstract.params)
         took = time.perf_counter() - began
         _print(console, f"compiled in {took:.0f} s: {size / 2**20:,.0f} MiB per device")
+        if evaluator is not None:
+            every, more = config.eval.every, f"{beside / 2**20:,.0f} MiB beside the state"
+            _print(console, f"evaluation every {every} steps: {evaluator}; {more}")
 
         path = folder.make_new(config) if resume is None else resume
         if state is None:
             state = weights.first_state(config, optimizer, cp, path)
         title = f"{config.name}: {_in_short(cp)}"
-        with RunFolder(config, path, int(state.step), title) as run:
-            return _make_steps(config, program, run, console, state)
+        start = int(state.step)
+        with (
+            RunFolder(config, path, start, title) as run,
+            Profiler(profile, start, config.steps, path) as profiler,
+        ):
+            meter = Meter(config.model, cp.mesh)
+            return _make_steps(config, program, evaluator, run, console, state, profiler, meter)
 
 
 def _make_steps(
     config: TrainConfig,
     program: Program,
+    evaluator: Evaluator | None,
     run: RunFolder,
     console: rich.console.Console,
     state: TrainState,
+    profiler: Profiler,
+    meter: Meter,
 ) -> Outcome:
     """All steps that are left, or those until a signal comes."""
     start = done = int(state.step)
@@ -112,33 +133,52 @@ def _make_steps(
 
     def report(step: int, of_step: dict[str, Any], documents: Sequence[int]) -> None:
         values = {name: float(value) for name, value in jax.device_get(of_step).items()}
-        run.record(step, values | progress.show(step, values))
+        values |= meter.lap(values)
+        progress.show(step, values)
+        run.record(step, values)
         skipped.note(step, values, documents, run.latest_checkpoint())
         if not values["skipped"]:
             shown.append(values["loss"])
+
+    def evaluate(done: int) -> None:
+        assert evaluator is not None
+        with meter.paused():
+            found = evaluator.evaluate(done, state.params)
+            run.record_evaluation(found)
+            _print(console, str(found))
 
     with (
         Signals() as signals,
         Progress(console, config.steps, start, config.log.every) as progress,
     ):
         before: tuple[int, dict, Sequence[int]] | None = None
-        batch = program.next_batch()
+        if config.eval.is_due(start, config.steps):
+            evaluate(start)
+        meter.start()
+        with meter.waiting():
+            batch = program.next_batch()
         while True:
-            state, of_step = program.step(state, batch)
+            state, of_step = profiler.make(done, program.step, state, batch)
             # The devices work on this step while the host sees to the one before.
             if before is not None:
                 report(*before)
             before, done = (done, of_step, program.documents(batch)), done + 1
             stopped = signals.agreed(done)
-            due = every is not None and done % every == 0
-            if due or stopped is not None or done == config.steps:
+            ends = stopped is not None or done == config.steps
+            saves = ends or (every is not None and done % every == 0)
+            evaluates = config.eval.is_due(done, config.steps) and stopped is None
+            if saves or evaluates:
                 # What is told of the steps before stands in the log before the checkpoint.
                 report(*before)
                 before = None
+            if saves:
                 run.save(done, state, program)
-            if stopped is not None or done == config.steps:
+            if evaluates:
+                evaluate(done)
+            if ends:
                 break
-            batch = program.next_batch()
+            with meter.waiting():
+                batch = program.next_batch()
     finished = done == config.steps
     for line in (*program.summary(), _ending(run.path, start, done, shown, progress.seconds)):
         _print(console, line)
@@ -165,6 +205,19 @@ def _restore(
         )
     program.restore_data(restored.data)
     return restored.state
+
+
+def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: data.Corpus) -> Evaluator:
+    """Evaluates as many streams at a time as are trained on at a time."""
+    dp = cp.axis_size(cp.dp)
+    return Evaluator(
+        config.model,
+        cp,
+        held_out,
+        seq_len=config.seq_len,
+        batch_size=max(1, config.batch_size // config.accumulation // dp) * dp,
+        tokens=config.eval.tokens,
+    )
 
 
 def _print(console: rich.console.Console, text: str) -> None:
