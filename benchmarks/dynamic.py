@@ -2,10 +2,10 @@
 
     python benchmarks/dynamic.py configs/dynamic-cp.yaml --count 8 --rows timed.jsonl
 
-Dynamic is what `hcp train` runs with the config. Fixed has the least context-parallel size that
-holds the longest document in the same buffers, the rest of the devices as dp, and each step's
-documents packed into rows by best fit, longest first, rows of like work side by side. Both sum
-gradients over microbatches in the same way, so that only what is between differs.
+Dynamic is what `hcp train` runs with the config. Fixed is the config's own dp, cp and comm type:
+each step's documents are packed into rows of `seq_len` by best fit, rows of like work side by side,
+and as many rows make a microbatch as have no more tokens a device. Both sum gradients over
+microbatches in the same way, so that only what is between differs.
 
 On simulated devices look at the CPU seconds: the devices share a machine's cores, so that one that
 waits gives its core to another, and a slow link is a copy in memory. They show what is computed and
@@ -14,7 +14,6 @@ microbatch that `hcp dynamic calibrate` fits the cost model to; on GPUs, that is
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -25,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from hcp_jax.cli import set_up_platform
-from hcp_jax.dynamic import baselines
 from hcp_jax.train import config as configuration
 
 
@@ -40,7 +38,10 @@ def main() -> None:
     set_up_platform(config.parallel.num_devices)
     dynamic, fixed = Dynamic(config), Fixed(config)
     print(f"dynamic: {'; '.join(dynamic.program.describe(0))}")
-    print(f"fixed: dp {fixed.rows} × cp {fixed.cp.size}, rows of {fixed.length} tokens")
+    print(
+        f"fixed: dp {fixed.cp.axis_size('dp')} × cp {fixed.cp.size}, {fixed.cp.comm_type}, "
+        f"{fixed.rows} rows of {fixed.length} tokens"
+    )
     took: dict[str, list[tuple[float, float]]] = {"dynamic": [], "fixed": []}
     number = {"dynamic": 0, "fixed": 0}
     tokens = 0
@@ -127,19 +128,16 @@ class Fixed:
     def __init__(self, config: configuration.TrainConfig):
         import jax
 
-        from hcp_jax.train import accumulate, data
+        from hcp_jax.train import accumulate
 
-        parallel, self.model = config.parallel.resolve(), config.model
-        corpus = data.open_corpus(config.data, config.model.vocab_size)
-        sizes = data.Segments(corpus, config.seq_len).sizes
-        devices, tokens = parallel.num_devices // parallel.tp, parallel.dynamic.tokens
-        size = baselines.fixed_size([int(sizes.max())], devices, tokens)
-        inner = int(np.gcd(size, parallel.cp_inner))
-        self.rows, self.length = devices // size, size * tokens
-        parallel = dataclasses.replace(
-            parallel, dp=self.rows, cp_outer=size // inner, cp_inner=inner
-        )
-        self.cp = parallel.context_parallel(config.model.num_layers)
+        self.model = config.model
+        self.cp = config.parallel.context_parallel(config.model.num_layers)
+        tokens = config.parallel.dynamic.tokens * self.cp.size
+        self.length, self.rows = config.seq_len, tokens // config.seq_len * self.cp.axis_size("dp")
+        if not self.rows:
+            raise ValueError(
+                f"a row of {self.length} tokens does not fit cp={self.cp.size} buffers."
+            )
         self.state = _state(config, self.cp)
         abstract = jax.tree.map(_abstract, self.state)
         like = accumulate.abstract_sums(abstract, self.cp)

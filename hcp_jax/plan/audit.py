@@ -72,6 +72,11 @@ def run(args: argparse.Namespace) -> int:
     cluster = Cluster(hardware.gpu(args.gpu), args.hosts, args.gpus_per_host)
     flags = chosen_flags(cluster, args.xla_flag, library=not args.no_flags)
     cp = place(config, cluster)
+    if config.parallel.dynamic.enabled and not args.groups:
+        raise NotImplementedError(
+            "hcp audit compiles one program, and parallel.dynamic has one for each layout: name "
+            "one with --groups, or give --parallel.dynamic.enabled false."
+        )
     if args.groups:
         cp = dataclasses.replace(cp, groups=tuple(args.groups))
     if args.attention:

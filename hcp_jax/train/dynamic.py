@@ -54,12 +54,14 @@ class PlacedStep(NamedTuple):
     Attributes:
         microbatches: in the order in which they run.
         documents: the numbers of the documents that it has tokens of.
-        fill: share of the places of all buffers, on all devices, that hold a token.
+        facts: what is known of it beforehand, for its metrics: "microbatches"; "layouts",
+            different ones; "fill", the share of the places of all buffers, on all devices, that
+            hold a token; "pairs", the (query, key) pairs that attention looks at.
     """
 
     microbatches: tuple[PlacedMicrobatch, ...]
     documents: tuple[int, ...]
-    fill: float
+    facts: dict[str, float]
 
 
 class DynamicProgram:
@@ -107,8 +109,8 @@ class DynamicProgram:
         widest = max(max(layout) for layout in self.menu)
         narrowest = min(min(layout) for layout in self.menu)
         return [
-            f"step: documents of {self._config.tokens_per_step:,} tokens, each on {narrowest} to "
-            f"{widest} devices, {self._tokens:,} tokens a device in each microbatch",
+            f"step: {self._config.tokens_per_step:,} tokens of whole documents, each document on "
+            f"{narrowest} to {widest} devices; microbatches of {self._tokens:,} tokens a device",
             f"menu of {len(self.menu)} layouts: {'; '.join(map(groups.describe, self.menu))}",
         ]
 
@@ -136,7 +138,7 @@ class DynamicProgram:
         return next(self._steps)
 
     def step(self, state: TrainState, batch: PlacedStep) -> tuple[TrainState, dict[str, Any]]:
-        """Makes a step; besides `apply_gradients`' metrics, "microbatches", "layouts" and "fill".
+        """Makes a step; its metrics are `apply_gradients`' and `PlacedStep.facts`.
 
         Raises:
             RuntimeError: if something would have to be compiled for it; says what.
@@ -145,10 +147,8 @@ class DynamicProgram:
         for microbatch in batch.microbatches:
             sums = self._add(state.params, sums, microbatch)
         state, metrics = self._update(state, sums)
-        layouts = [microbatch.layout for microbatch in batch.microbatches]
-        self._used.update(layouts)
-        facts = {"microbatches": len(layouts), "layouts": len(set(layouts)), "fill": batch.fill}
-        return state, metrics | facts
+        self._used.update(microbatch.layout for microbatch in batch.microbatches)
+        return state, metrics | batch.facts
 
     def documents(self, batch: PlacedStep) -> Sequence[int]:
         """The numbers of the documents of a step."""
@@ -193,12 +193,17 @@ class DynamicProgram:
 
     def _place_step(self, planned: PlannedStep) -> PlacedStep:
         numbers = [d for mb in planned for held in mb.documents for d in held]
-        places = len(planned) * self._planned.limits.num_devices * self._tokens
-        return PlacedStep(
-            tuple(map(self._place, planned)),
-            tuple(sorted({self._segments.document(number) for number in numbers})),
-            int(self._segments.sizes[numbers].sum()) / places,
-        )
+        sizes = self._segments.sizes[numbers]
+        # A query sees the tokens of its document up to itself, or the last of them.
+        seen = np.minimum(sizes, self._config.model.sliding_window or self._config.seq_len)
+        facts = {
+            "microbatches": len(planned),
+            "layouts": len({mb.layout for mb in planned}),
+            "fill": float(sizes.sum() / (len(planned) * sum(planned[0].layout) * self._tokens)),
+            "pairs": float((seen * (seen + 1) // 2 + (sizes - seen) * seen).sum()),
+        }
+        documents = sorted({self._segments.document(number) for number in numbers})
+        return PlacedStep(tuple(map(self._place, planned)), tuple(documents), facts)
 
     def _place(self, microbatch: Microbatch) -> PlacedMicrobatch:
         devices = own_devices(self._cp)

@@ -247,7 +247,6 @@ def test_a_step_of_one_microbatch_is_a_step():
     _, values = of.program.step(state, one)
     assert values["tokens"] == np.sum(one.microbatches[0].arrays["weights"])
     assert np.isfinite(values["loss"])
-    assert (values["microbatches"], values["layouts"]) == (1, 1)
 
 
 def test_a_process_packs_and_reads_the_tokens_of_its_own_devices_alone(monkeypatch):
@@ -285,6 +284,17 @@ def test_a_step_tells_the_documents_that_it_has_tokens_of():
     segments = program._segments
     held = {segments.document(d) for mb in planned for group in mb.documents for d in group}
     assert program.documents(step) == tuple(sorted(held))
+
+
+def test_the_pairs_of_a_step_are_those_that_its_masks_show():
+    run("cp8").fresh()
+    step = run("cp8").program.next_batch()
+    masks = [jax.device_get(mb.arrays["mask"]) for mb in step.microbatches]
+    shown = [mask.intervals(8 * M) for mask in masks]
+    assert step.facts["pairs"] == sum((end - start).sum() for start, end in shown)
+    assert step.facts["microbatches"] == len(masks)
+    weights = sum(mb.arrays["weights"].sum() for mb in step.microbatches)
+    assert step.facts["fill"] == pytest.approx(float(weights) / (len(masks) * 8 * M))
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +343,7 @@ def test_a_run_tells_its_menu_its_tokens_and_the_layouts_it_used(whole):
     outcome, printed = whole
     assert outcome.steps == 12
     for part in (
-        "step: documents of 384 tokens, each on 1 to 8 devices, 16 tokens a device",
+        "step: 384 tokens of whole documents, each document on 1 to 8 devices",
         "menu of 2 layouts: 8; 4 + 2 + 1×2",
         " microbatches: 8 in ",
         "; 4 + 2 + 1×2 in ",
