@@ -169,7 +169,7 @@ def _kept_small(
         leaves, tree = jax.tree.flatten((exact.mu, exact.nu))
         # By the count alone, so that a run that goes on rounds as one that was never stopped.
         keys = jax.random.split(jax.random.key(exact.count), len(leaves))
-        mu, nu = tree.unflatten(map(rounded_by_chance, keys, leaves))
+        mu, nu = jax.tree.unflatten(tree, map(rounded_by_chance, keys, leaves))
         return updates, exact._replace(mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)

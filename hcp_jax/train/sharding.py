@@ -123,4 +123,4 @@ def state_shardings(
         on_host(sharding) if aval.memory_space == jax.memory.Space.Host else sharding
         for sharding, aval in zip(shardings, closed.out_avals, strict=True)
     ]
-    return of_params, tree.unflatten(placed)
+    return of_params, jax.tree.unflatten(tree, placed)
