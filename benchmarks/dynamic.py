@@ -55,6 +55,8 @@ def main() -> None:
                 took[name].append((after[0] - before[0], after[1] - before[1]))
                 number[name] += microbatches
         tokens += sum(map(len, documents)) if step else 0
+        if not step:
+            dynamic.timed.clear()
     if args.rows is not None:
         args.rows.write_text("".join(json.dumps(row) + "\n" for row in dynamic.timed))
     wall, cpu = ({n: sum(t[i] for t in took[n]) for n in took} for i in (0, 1))

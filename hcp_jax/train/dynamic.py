@@ -261,7 +261,7 @@ def _require_same_everywhere(sizes: np.ndarray, menu: tuple[groups.Layout, ...])
     """Processes that schedule differently would wait for each other for ever."""
     if jax.process_count() == 1:
         return
-    mark = np.array([zlib.crc32(sizes.tobytes()), zlib.crc32(repr(menu).encode())], np.int64)
+    mark = np.array([zlib.crc32(sizes.tobytes()), zlib.crc32(repr(menu).encode())], np.uint32)
     of_all = multihost_utils.process_allgather(mark)
     if (of_all != of_all[0]).any():
         what = "data" if (of_all[:, 0] != of_all[0, 0]).any() else "menus of layouts"
