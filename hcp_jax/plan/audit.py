@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp audit`; returns the exit code."""
     config = configuration.from_arguments(args)
+    if config.parallel.dynamic.enabled and not args.groups:
+        raise NotImplementedError(
+            "hcp audit compiles one program, and parallel.dynamic has one for each layout: name "
+            "one with --groups, or give --parallel.dynamic.enabled false."
+        )
     cluster = Cluster(hardware.gpu(args.gpu), args.hosts, args.gpus_per_host)
     flags = chosen_flags(cluster, args.xla_flag, library=not args.no_flags)
     cp = place(config, cluster)
