@@ -7,11 +7,10 @@ A document of n ids becomes n + 1 tokens with n + 1 targets, each the token that
 
 For bytes, SEP and END are both id 256; for a tokenizer they are its beginning and end of a text.
 
-Documents longer than a stream are cut into segments of `seq_len` tokens and a rest. Segments are
-shuffled anew each epoch; whole ones are streams, and the others are laid end to end and cut every
-`seq_len` tokens. So streams have no padding, a batch is not all of one document, and every token
-has its true target, also the last one before a cut. Behind a cut, positions begin at 0 again, and
-the batch's mask lets no token see past the beginning of its segment, still less of its document.
+Documents longer than a stream are cut into segments (`streams.py` packs them), so that a batch is
+not all of one document. Every token has its true target, also the last one before a cut. Behind a
+cut, positions begin at 0 again, and the batch's mask lets no token see past the beginning of its
+segment, still less of its document.
 
 Text is held in memory; a tokenised folder is mapped from its files and read where it is used.
 Nothing is random but the seed, so a pipeline's state is a few integers: they are saved with a
@@ -39,6 +38,7 @@ from jaxtyping import Int32, Int64, Integer
 from hcp_jax.context import Gathered
 from hcp_jax.mask import Mask, causal, documents
 from hcp_jax.train import text, tokens
+from hcp_jax.train.streams import Segments, Stream, Streams
 
 SEPARATOR = 256
 """The token before the first and after the last byte of a document."""
@@ -212,25 +212,6 @@ def _open(config: DataConfig) -> Corpus:
     return Corpus.of_tokens(tokens.tokenise(texts, pathlib.Path(config.tokenizer)), source)
 
 
-def streams(
-    corpus: Corpus, seq_len: int, seed: int, num_epochs: int | None = None
-) -> grain.IterDataset:
-    """The corpus in streams of `seq_len` tokens, shuffled each epoch; of the ids, none is read.
-
-    Each stream is a dict of `places` `[T]` (see `Corpus`), `places_segment_ids` `[T]` (from 1; 0 is
-    padding, in the last streams of the last epoch) and `places_positions` `[T]`.
-
-    Args:
-        corpus: the documents.
-        seq_len: T, tokens per stream.
-        seed: of the order of the segments.
-        num_epochs: how often all documents come; None: for ever.
-    """
-    segments = Segments(corpus, seq_len)
-    order = grain.MapDataset.range(len(segments)).seed(seed).shuffle().repeat(num_epochs)
-    return _packed(order, segments, seq_len)
-
-
 def held_out_batches(
     corpus: Corpus,
     *,
@@ -252,7 +233,7 @@ def held_out_batches(
     order = evenly(len(segments))
     if tokens is not None:
         order = order[: 1 + np.searchsorted(np.cumsum(segments.sizes[order]), tokens)]
-    rows = list(_packed(grain.MapDataset.source(np.sort(order)), segments, seq_len))
+    rows = list(Streams(segments, None, 1, only=np.sort(order)))
     rows += [jax.tree.map(np.zeros_like, rows[0])] * (-len(rows) % batch_size)
     batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
     return [_batch(corpus, jax.tree.map(lambda *x: np.stack(x), *batch), mask) for batch in batches]
@@ -268,50 +249,6 @@ def evenly(number: int) -> Int64[np.ndarray, "n"]:
     """
     golden = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ divided by the golden ratio
     return np.argsort(np.arange(number, dtype=np.uint64) * golden, kind="stable")
-
-
-def _packed(order: grain.MapDataset, segments: "Segments", seq_len: int) -> grain.IterDataset:
-    """The segments of these numbers, whole ones as streams of their own, others end to end."""
-    places = order.map(lambda number: {"places": segments.places(number)})
-    # Places are made of a few numbers: threads that read ahead would have nothing to wait for.
-    in_order = places.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return grain.experimental.ConcatThenSplitIterDataset(
-        in_order, length_struct={"places": seq_len}, split_full_length_features=False
-    )
-
-
-class Segments:
-    """Each document in parts of `seq_len` tokens and a rest, as pairs of a token and its target.
-
-    Attributes:
-        sizes: tokens of each segment.
-    """
-
-    def __init__(self, corpus: Corpus, seq_len: int):
-        self._corpus, self._seq_len = corpus, seq_len
-        # The number of the first segment of each document, and of all.
-        parts = -(-(corpus.sizes + 1) // seq_len)
-        self._first = np.concatenate([[0], np.cumsum(parts)])
-        self.sizes = np.full(len(self), seq_len, np.int64)
-        self.sizes[self._first[1:] - 1] = corpus.sizes + 1 - (parts - 1) * seq_len
-
-    def __len__(self) -> int:
-        return int(self._first[-1])
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Int32[np.ndarray, "t 2"]]:
-        places = self.places(index)
-        pairs = self._corpus.tokens_at(places), self._corpus.targets_at(places)
-        return {"pairs": np.stack(pairs, axis=-1)}
-
-    def document(self, index: SupportsIndex) -> int:
-        """The number of the document that a segment is of."""
-        return int(np.searchsorted(self._first, operator.index(index), side="right")) - 1
-
-    def places(self, index: SupportsIndex) -> Int64[np.ndarray, "t"]:
-        """The places of a segment's tokens; see `Corpus`."""
-        number, which = operator.index(index), self.document(index)
-        begin = (number - int(self._first[which])) * self._seq_len
-        return self._corpus.places(which, begin, begin + int(self.sizes[number]))
 
 
 def _in_documents(segment_ids: Int32[np.ndarray, "B T"]) -> Mask:
@@ -344,32 +281,19 @@ def make_batches(
         place: what that thread does with each batch, such as `ContextParallel.shard_batch`.
     """
 
-    def prepare(packed: dict[str, np.ndarray]) -> Any:
-        return place(_batch(corpus, packed, mask))
+    def prepare(rows: Stream) -> Any:
+        return place(_batch(corpus, rows, mask))
 
-    batches = streams(corpus, seq_len, seed).batch(batch_size).map(prepare)
+    batches = Streams(Segments(corpus, seq_len), seed).batch(batch_size).map(prepare)
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
     return iter(ahead)
 
 
-def restore(batches: grain.DatasetIterator, state: dict[str, Any]) -> None:
-    """Puts an iterator where `state = batches.get_state()` was taken; state may come from JSON."""
-    # JSON has no tuples, and grain compares with them: a list would pass for another state.
-    batches.set_state(_tuples(state))
-
-
-def _batch(corpus: Corpus, packed: dict[str, np.ndarray], mask: Callable) -> dict[str, Any]:
-    segment_ids = packed["places_segment_ids"]
+def _batch(corpus: Corpus, rows: Stream, mask: Callable) -> dict[str, Any]:
     return {
-        "tokens": Gathered(packed["places"], corpus.tokens_at),
-        "targets": Gathered(packed["places"], corpus.targets_at),
-        "positions": packed["places_positions"],
-        "weights": (segment_ids > 0).astype(np.float32),
-        "mask": mask(segment_ids),
+        "tokens": Gathered(rows.places, corpus.tokens_at),
+        "targets": Gathered(rows.places, corpus.targets_at),
+        "positions": rows.positions,
+        "weights": (rows.segment_ids > 0).astype(np.float32),
+        "mask": mask(rows.segment_ids),
     }
-
-
-def _tuples(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _tuples(value) for key, value in state.items()}
-    return tuple(map(_tuples, state)) if isinstance(state, list | tuple) else state

@@ -39,6 +39,7 @@ from hcp_jax.train import accumulate, data
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.documents import Limits, PlannedStep, PlannedSteps
 from hcp_jax.train.step import TrainState
+from hcp_jax.train.streams import Segments
 
 
 class PlacedMicrobatch(NamedTuple):
@@ -88,7 +89,7 @@ class DynamicProgram:
         self._config, self._cp, self._console = config, cp, console
         self._tokens = config.parallel.dynamic.tokens
         self._corpus = corpus
-        self._segments = data.Segments(corpus, config.seq_len)
+        self._segments = Segments(corpus, config.seq_len)
         self._planned = PlannedSteps(self._segments.sizes, limits_of(config, cp))
         self.menu = self._planned.menu
         _require_same_everywhere(self._segments.sizes, self.menu)

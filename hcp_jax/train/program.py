@@ -146,7 +146,7 @@ class FixedProgram:
                 "the checkpoint is of a run with parallel.dynamic, which knows no streams to go on "
                 "in; go on with parallel.dynamic.enabled, or begin a new run."
             )
-        data.restore(self._batches, state)
+        self._batches.set_state(state)
 
     def summary(self) -> list[str]:
         """Nothing: all steps are alike."""

@@ -11,6 +11,7 @@ import hcp_jax as hcp
 from hcp_jax.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
+from hcp_jax.train.streams import Segments, Stream, Streams
 
 T = 64
 
@@ -34,14 +35,13 @@ def batches_of(corpus, seed=0, **options):
 
 def epochs_of(corpus, number=1, seed=0):
     """Streams, with the pairs of token and target at their places."""
-    made = data.streams(corpus, T, seed=seed, num_epochs=number)
     return [
         {
-            "pairs": np.stack([at(x["places"]) for at in (corpus.tokens_at, corpus.targets_at)], 1),
-            "pairs_segment_ids": x["places_segment_ids"],
-            "pairs_positions": x["places_positions"],
+            "pairs": np.stack([at(x.places) for at in (corpus.tokens_at, corpus.targets_at)], 1),
+            "pairs_segment_ids": x.segment_ids,
+            "pairs_positions": x.positions,
         }
-        for x in made
+        for x in Streams(Segments(corpus, T), seed, number)
     ]
 
 
@@ -112,11 +112,9 @@ def test_the_model_decides_the_mask_within_documents(corpus):
 
 
 def test_padding_sees_nothing_and_weighs_nothing():
-    packed = list(data.streams(Corpus([b"abc"], "a test"), 8, seed=0, num_epochs=1))
     corpus = Corpus([b"abc"], "a test")
-    batch = host(
-        data._batch(corpus, {k: v[None] for k, v in packed[0].items()}, data._in_documents)
-    )
+    [stream] = Streams(Segments(corpus, 8), 0, 1)
+    batch = host(data._batch(corpus, Stream(*(x[None] for x in stream)), data._in_documents))
     assert batch["tokens"].tolist() == [[SEPARATOR, *b"abc", 0, 0, 0, 0]]
     assert batch["targets"].tolist() == [[*b"abc", SEPARATOR, 0, 0, 0, 0]]
     assert batch["weights"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
@@ -146,6 +144,30 @@ def test_a_batch_is_not_all_of_one_document():
         assert len(set(batch["tokens"][:, 1].tolist())) >= 4
 
 
+def test_documents_of_whole_streams_alone_come_for_ever_at_no_cost():
+    corpus = Corpus([bytes([i]) * (T - 1) for i in range(3)], "a test")
+    made = itertools.islice(Streams(Segments(corpus, T), 0), 30)
+    assert collections.Counter(int(x.places[1]) for x in made) == {
+        int(corpus.places(i, 1, 2)[0]): 10 for i in range(3)
+    }
+
+
+def test_rests_go_on_over_epochs_without_padding():
+    corpus = Corpus([b"abc", b"defg"], "a test")  # 9 tokens an epoch, T of 64
+    made = [*itertools.islice(Streams(Segments(corpus, T), 0), 9)]
+    assert all(np.all(x.segment_ids > 0) for x in made)
+    places = np.concatenate([x.places for x in made])  # 64 epochs
+    assert set(np.unique(places, return_counts=True)[1].tolist()) == {64}
+
+
+def test_the_place_in_other_data_is_refused(corpus):
+    state = iter(Streams(Segments(corpus, T), 0)).get_state()
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        iter(Streams(Segments(corpus, T), 1)).set_state(state)
+    with pytest.raises(ValueError, match="seq_len was 64 and is 32|segments was"):
+        iter(Streams(Segments(corpus, T // 2), 0)).set_state(state)
+
+
 @pytest.mark.parametrize("stop", [0, 1, 7, 23])
 def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop):
     whole = batches_of(corpus)
@@ -153,7 +175,7 @@ def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop):
         next(whole)
     state = json.loads(json.dumps(whole.get_state()))
     resumed = batches_of(corpus)
-    data.restore(resumed, state)
+    resumed.set_state(state)
     for _ in range(12):
         a, b = next(whole), next(resumed)
         for key in ("tokens", "targets", "positions", "weights"):
@@ -162,9 +184,10 @@ def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop):
 
 
 def test_segments_are_the_pairs_of_documents_and_have_their_sizes(corpus):
-    made = data.Segments(corpus, T)
-    assert [len(made[i]["pairs"]) for i in range(len(made))] == made.sizes.tolist()
-    whole = np.concatenate([made[i]["pairs"] for i in range(len(made))])
+    made = Segments(corpus, T)
+    assert [len(made.places(i)) for i in range(len(made))] == made.sizes.tolist()
+    places = np.concatenate([made.places(i) for i in range(len(made))])
+    whole = np.stack([corpus.tokens_at(places), corpus.targets_at(places)], axis=1)
     documents = [[SEPARATOR, *corpus[i].tolist(), SEPARATOR] for i in range(len(corpus))]
     expected = [pair for document in documents for pair in itertools.pairwise(document)]
     np.testing.assert_array_equal(whole, expected)

@@ -113,10 +113,10 @@ def run(name):
 
 def documents_of(program):
     """The steps that the program makes, as documents: each its pairs of token and target."""
+    corpus, segments = program._corpus, program._segments
     for step in program._planned:
-        yield [
-            program._segments[d]["pairs"] for mb in step for group in mb.documents for d in group
-        ]
+        places = [segments.places(d) for mb in step for group in mb.documents for d in group]
+        yield [np.stack([corpus.tokens_at(x), corpus.targets_at(x)], axis=1) for x in places]
 
 
 def rows_of(documents, rows=ROWS, length=LONGEST):

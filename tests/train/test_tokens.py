@@ -7,8 +7,9 @@ import pytest
 import tokenizers
 
 from hcp_jax import cli
-from hcp_jax.train import data, tokens
+from hcp_jax.train import tokens
 from hcp_jax.train.data import DataConfig, open_corpus
+from hcp_jax.train.streams import Segments, Streams
 
 TEXTS = ["a b c", "c b", "a <s> zebra b", "c" * 5]
 WORDS = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "c": 5, "ccccc": 9}
@@ -59,10 +60,10 @@ def test_text_with_a_tokenizer_gives_the_tokens_of_the_folder(folder):
 def test_documents_begin_with_bos_and_their_last_target_is_eos(folder):
     tokenize(folder)
     corpus = read(folder)
-    [stream] = data.streams(corpus, 14, seed=0, num_epochs=1)
+    [stream] = Streams(Segments(corpus, 14), 0, 1)
     rows = {}
     for i in range(1, 5):
-        places = stream["places"][stream["places_segment_ids"] == i]
+        places = stream.places[stream.segment_ids == i]
         rows[tuple(corpus.tokens_at(places).tolist())] = corpus.targets_at(places).tolist()
     assert rows == {(0, *ids): [*ids, 1] for ids in IDS}
 
