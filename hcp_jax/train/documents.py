@@ -30,6 +30,7 @@ from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import choose_menu, schedule_batches
 from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.dynamic.scheduler import MAX_MENU
+from hcp_jax.train.data import Segments
 
 _SAMPLES = 8  # windows that the menu is chosen for
 
@@ -64,15 +65,11 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
 
     Attributes:
         menu: the layouts that are scheduled with, chosen for these documents unless given.
-
-    Raises:
-        ValueError: if a document is longer than the widest group holds; names it.
     """
 
     def __init__(self, sizes: Int64[np.ndarray, "S"], limits: Limits):
         super().__init__()
         self.sizes, self.limits = sizes, limits
-        _check_longest(sizes, limits)
         numbers = grain.MapDataset.range(len(sizes))
         self._order = numbers.seed(limits.seed).shuffle().repeat(None)
         self.menu = self._choose_menu()
@@ -201,15 +198,20 @@ def _renamed(microbatch: Microbatch, numbers: Sequence[int]) -> Microbatch:
     return Microbatch(microbatch.layout, documents)
 
 
-def _check_longest(sizes: np.ndarray, limits: Limits) -> None:
+def check_longest(segments: Segments, limits: Limits) -> None:
+    """Refuse documents that cannot be trained on.
+
+    Raises:
+        ValueError: if one is longer than the widest group holds; names it.
+    """
     config = limits.config
     widest = config.check_sizes(limits.num_devices)
-    longest = int(sizes.argmax())
-    length = int(sizes[longest])
+    longest = int(segments.sizes.argmax())
+    length = int(segments.sizes[longest])
     if length > widest * config.tokens:
         raise ValueError(
-            f"segment {longest} of the data has {length} tokens, but the widest group, of {widest} "
-            f"devices, holds {widest} * {config.tokens} = {widest * config.tokens}. Set "
-            f"parallel.dynamic.max_tokens_per_device to {-(-length // widest)} or more, allow "
-            "wider groups, or cut documents shorter with seq_len."
+            f"document {segments.document(longest)} has {length} tokens (no more than seq_len "
+            f"count), but the widest group, of {widest} devices, holds {widest} * {config.tokens} "
+            f"= {widest * config.tokens}. Set parallel.dynamic.max_tokens_per_device to "
+            f"{-(-length // widest)} or more, allow wider groups, or lower seq_len."
         )

@@ -37,7 +37,7 @@ from hcp_jax.microbatch import own_devices, place_microbatch
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train import accumulate, data
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.documents import Limits, PlannedStep, PlannedSteps
+from hcp_jax.train.documents import Limits, PlannedStep, PlannedSteps, check_longest
 from hcp_jax.train.step import TrainState
 from hcp_jax.train.streams import Segments
 
@@ -90,7 +90,9 @@ class DynamicProgram:
         self._tokens = config.parallel.dynamic.tokens
         self._corpus = corpus
         self._segments = Segments(corpus, config.seq_len)
-        self._planned = PlannedSteps(self._segments.sizes, limits_of(config, cp))
+        limits = limits_of(config, cp)
+        check_longest(self._segments, limits)
+        self._planned = PlannedSteps(self._segments.sizes, limits)
         self.menu = self._planned.menu
         _require_same_everywhere(self._segments.sizes, self.menu)
         self._of_layout = {layout: dataclasses.replace(cp, groups=layout) for layout in self.menu}

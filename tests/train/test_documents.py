@@ -9,7 +9,8 @@ import pytest
 
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.dynamic.cost import Cost
-from hcp_jax.train.documents import Limits, PlannedSteps
+from hcp_jax.train import data
+from hcp_jax.train.documents import Limits, PlannedSteps, check_longest
 
 RNG = np.random.default_rng(0)
 SIZES = np.minimum(RNG.lognormal(4, 1, 300).astype(np.int64) + 1, 512)
@@ -138,13 +139,18 @@ def test_the_state_of_a_run_without_dynamic_is_refused():
 
 
 def test_a_document_that_no_group_holds_is_named_with_what_would_hold_it():
-    sizes = SIZES.copy()
-    sizes[17] = 1000
-    message = r"segment 17 .*1000 tokens.*4 devices, holds 4 \* 128 = 512.*device to 250 or more"
+    corpus = data.Corpus([b"x" * 60, b"y" * 999, b"z" * 9], "a test")
+    segments = data.Segments(corpus, 900)
+
+    def check(**words):
+        check_longest(segments, planned(max_tokens_per_device=128, **words).limits)
+
+    message = r"document 1 has 900 tokens .* 4 devices, holds 4 \* 128 = 512.*device to 225 or more"
     with pytest.raises(ValueError, match=message):
-        planned(sizes=sizes, max_tokens_per_device=128, max_cp_size=4)
-    with pytest.raises(ValueError, match=r"widest group, of 2 devices"):
-        planned(sizes=sizes, max_tokens_per_device=128, menu=[[2, 2, 2, 2], [2, 2, 2, 1, 1]])
+        check(max_cp_size=4)
+    with pytest.raises(ValueError, match=r"widest group, of 6 devices"):
+        check(menu=[[6, 2], [6, 1, 1]])
+    check()
 
 
 def test_the_menu_is_chosen_bounded_or_given():

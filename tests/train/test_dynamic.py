@@ -140,29 +140,6 @@ def rows_of(documents, rows=ROWS, length=LONGEST):
     return batch | {"weights": (ids > 0).astype(np.float32), "mask": MODEL.mask(ids)}
 
 
-def static_gradients(documents, params, cp=None):
-    """(loss, gradients) of the same documents in padded rows, on static CP or on one device."""
-    batch = rows_of(documents, ROWS)
-    return _static(cp)(params, batch if cp is None else cp.shard_batch(batch))
-
-
-@functools.cache
-def _static(cp):
-    def of_step(params, batch):
-        return summed_loss(MODEL, cp)(params, batch) / jnp.sum(batch["weights"])
-
-    return jax.jit(jax.value_and_grad(of_step))
-
-
-def assert_same_gradients(got, expected, tolerance):
-    for (path, ours), theirs in zip(
-        jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True
-    ):
-        largest = np.max(np.abs(theirs))
-        error = np.max(np.abs(np.asarray(ours) - np.asarray(theirs))) / largest
-        assert error < tolerance, (jax.tree_util.keystr(path), error)
-
-
 @pytest.mark.parametrize(
     "name", ["cp8", pytest.param("dp2-tp2-cp2-fsdp-remat", marks=pytest.mark.slow)]
 )
@@ -397,7 +374,12 @@ def test_a_run_with_groups_and_one_without_cannot_go_on_as_the_other(small, whol
 @pytest.mark.parametrize(
     ("dynamic", "parallel", "error", "message"),
     [
-        ({"max_tokens_per_device": 8}, {}, ValueError, "to 16 or more, allow wider groups"),
+        (
+            {"max_tokens_per_device": 8},
+            {},
+            ValueError,
+            r"document 12 has 123 tokens.*to 16 or more",
+        ),
         ({}, {"comm_type": "all_gather"}, NotImplementedError, "'all_gather' cannot serve groups"),
         ({"cost": "/does/not/exist"}, {}, OSError, "exist"),
     ],
