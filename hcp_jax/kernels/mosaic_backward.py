@@ -122,6 +122,16 @@ class Plan:
         """Else it holds keys."""
         return self.sums == ("dq",)
 
+    def __post_init__(self) -> None:
+        tile = self.c.tile
+        block = tile.block_q if self.holds_queries else tile.block_k
+        if block != self.held_rows:
+            raise ValueError(
+                f"{tile.warps} warps hold {self.held_rows} rows, the tile's block {block}: for "
+                f"{' and '.join(self.sums)} give the block of "
+                f"{'queries' if self.holds_queries else 'keys'} 16 rows per warp."
+            )
+
     def held(self, *args) -> Side:
         """The held side's, of `Side.queries` and `Side.keys`."""
         return (Side.queries if self.holds_queries else Side.keys)(self.c, *args)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import hcp_jax.mask as masks
-from hcp_jax import compat
-from hcp_jax.kernels import core, mosaic_blocks, reference
+from hcp_jax.kernels import core, reference, tiles
 from hcp_jax.layout import KeyRuns, single_run
 from hcp_jax.mask import Intervals
 from tests.kernels import test_triton
@@ -27,6 +26,8 @@ def _grads(case: test_triton.Case):
 
 def check(case: test_triton.Case, intervals: Intervals, runs: KeyRuns):
     """dq, dk and dv are the reference's; those are returned."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
     arrays = case.arrays()
     with jax.enable_x64(True):
         *exact, dout = (np.asarray(x, np.float64) for x in arrays)
@@ -36,6 +37,8 @@ def check(case: test_triton.Case, intervals: Intervals, runs: KeyRuns):
         expected = [np.asarray(x) for x in grads]
         lse, delta = (np.asarray(x, np.float32) for x in (lse, delta))
     got = _grads(case)(*arrays[:3], intervals, runs, arrays[3], lse, delta)
+    jax.block_until_ready(got)
+    assert not gpu_callbacks.get_races().races_found  # accesses that no barrier orders
     for name, a, b in zip(("dq", "dk", "dv"), got, expected, strict=True):
         assert a.dtype == jnp.float32, name
         assert a.shape == b.shape, name
@@ -78,39 +81,13 @@ def test_nothing_is_seen():
     assert not any(x.any() for x in grads)
 
 
-def _races(monkeypatch):
-    """Whether the interpreter, told to look, saw two accesses that no barrier orders."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-    from jax.experimental.pallas import mosaic_gpu
-
-    look = mosaic_gpu.InterpretGPUParams(detect_races=True)
-    monkeypatch.setattr(compat, "interpret_mosaic", lambda: look)
-    case = Case(t=200, s=300)
+def test_a_tile_whose_warpgroups_do_not_hold_64_rows_each_is_told():
+    case = Case(t=128, s=128)
     q, k, v, dout = case.arrays()
-    intervals = masks.causal().intervals(200, 300)
-    stats = [jnp.zeros((1, 200, case.n))] * 2
-    args = (q, k, v, intervals, single_run(300), dout, *stats)
-    jax.block_until_ready(core.attend_grads(case.spec(True), *args))
-    return gpu_callbacks.get_races().races_found
-
-
-@needs_interpreter
-@pytest.mark.slow
-def test_the_rings_have_no_races(monkeypatch):
-    assert not _races(monkeypatch)
-
-
-@needs_interpreter
-@pytest.mark.slow
-def test_a_race_is_noticed(monkeypatch):
-    """Or the test above could not fail: here blocks are let go of before they are used."""
-    release, take = mosaic_blocks.Ring.release, mosaic_blocks.Ring.take
-
-    def take_and_release(ring, step):
-        slot = take(ring, step)
-        release(ring, step)
-        return slot
-
-    monkeypatch.setattr(mosaic_blocks.Ring, "take", take_and_release)
-    monkeypatch.setattr(mosaic_blocks.Ring, "release", lambda *_: None)
-    assert _races(monkeypatch)
+    mask, stats = masks.causal().intervals(128), [jnp.zeros((1, 128, case.n))] * 2
+    tile = tiles.Tile(64, 64, 8, 2)
+    with (
+        tiles.trial(tiles.Tiles(tile, tile, tile)),
+        pytest.raises(ValueError, match="8 warps hold 128 rows, the tile's block 64"),
+    ):
+        core.attend_grads(case.spec(True), q, k, v, mask, single_run(128), dout, *stats)
