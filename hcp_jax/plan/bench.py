@@ -166,6 +166,8 @@ def _attention(args: argparse.Namespace, setting: Setting, contestant: str):
 
     import hcp_jax as hcp
 
+    if contestant == "mosaic" and jax.devices()[0].platform == "cpu":
+        raise NotImplementedError("it needs a GPU: JAX's interpreter would take hours")
     if contestant in ("mosaic", "triton", "blockwise"):
         mask = hcp.bidirectional() if setting.mask == "full" else hcp.causal()
         if setting.mask == "packed":

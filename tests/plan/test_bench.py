@@ -20,12 +20,10 @@ def _run(tmp_path, *options):
 
 
 def test_a_contestant_that_cannot_is_told_and_the_others_are_timed(tmp_path, capsys):
-    rows = _run(tmp_path, "--contestants", "xla", "cudnn", "--masks", "causal", "packed")
+    names = ("xla", "cudnn", "mosaic")
+    rows = _run(tmp_path, "--contestants", *names, "--masks", "causal", "packed")
     assert [(row["contestant"], row["mask"]) for row in rows] == [
-        ("xla", "causal"),
-        ("cudnn", "causal"),
-        ("xla", "packed"),
-        ("cudnn", "packed"),
+        (name, mask) for mask in ("causal", "packed") for name in names
     ]
     assert rows[0]["forward_tflops"] > 0
     assert all(row["forward_tflops"] is None and row["note"] for row in rows[1:])
