@@ -4,7 +4,23 @@ It stands alone so that nothing else asks for a version: when the oldest one is 
 file to shorten.
 """
 
+import importlib
 import warnings
+from typing import Any
+
+import jax
+
+# Before, the interpreter of Mosaic GPU kernels on a CPU lacks most of what kernels use.
+HAS_MOSAIC_INTERPRETER = jax.__version_info__ >= (0, 11)
+
+
+def interpret_mosaic() -> Any:
+    """What `plgpu.kernel` takes as `interpret` to run a kernel on a CPU.
+
+    Two accesses to memory that no barrier orders are an error (from jax 0.12 on), whatever came of
+    them.
+    """
+    return _mosaic_gpu().InterpretGPUParams(detect_races=True)
 
 
 def expect_pallas_triton() -> None:
@@ -19,3 +35,21 @@ def expect_pallas_triton() -> None:
         message="The Pallas Triton backend is deprecated",
         category=DeprecationWarning,
     )
+
+
+def transpose_ref(ref: Any) -> Any:
+    """A reference to the transpose of a matrix in shared memory."""
+    if jax.__version_info__ < (0, 11):
+        return _mosaic_gpu().transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))
+
+
+def mosaic_load(ref: Any, layout: Any, optimized: bool = True) -> Any:
+    """The array at a reference, in a layout; `optimized` must not be asked of device memory."""
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return _mosaic_gpu().load(ref, *index, layout=layout, optimized=optimized)
+
+
+def _mosaic_gpu() -> Any:
+    """Loaded when needed, and of any version to a type checker."""
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")

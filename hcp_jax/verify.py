@@ -62,8 +62,17 @@ def num_devices(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp verify`; returns 0, or 1 if a check failed."""
+    """Runs `hcp verify`; returns 0, or 1 if a check failed.
+
+    Raises:
+        NotImplementedError: for a config with dynamic context parallelism.
+    """
     config = configuration.from_arguments(args)
+    if config.parallel.dynamic.enabled:
+        raise NotImplementedError(
+            "hcp verify knows no groups of devices: give --parallel.dynamic.enabled false to check "
+            "the config's mesh and comm types without them."
+        )
     width = None if sys.stdout.isatty() else 100  # a file has room
     console = rich.console.Console(highlight=False, width=width)
     cp = config.parallel.context_parallel(config.model.num_layers)

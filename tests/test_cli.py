@@ -13,6 +13,7 @@ import pytest
 
 from hcp_jax import cli
 
+DYNAMIC = str(pathlib.Path(__file__).parents[1] / "configs" / "dynamic-cp.yaml")
 QUICKSTART = str(pathlib.Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 
 
@@ -98,6 +99,8 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
         (["train", QUICKSTART, "--distributed", "me"], "--distributed must be 'auto' or"),
         (["train", QUICKSTART, "--distributed", "me,0,2"], "--distributed must be 'auto' or"),
         (["train", QUICKSTART, "--distributed", "me:1,2,2"], "2 is none of them"),
+        (["verify", DYNAMIC], "hcp verify knows no groups of devices"),
+        (["audit", DYNAMIC, "--gpu", "h200", "--hosts", "1"], "name one with --groups"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(error, argv, message):

@@ -53,8 +53,8 @@ def dot_product_attention(
         logits_soft_cap: c, for logits c · tanh(logits / c).
         sinks: one logit per query head that takes part in the softmax and has no value
             (gpt-oss; Xiao et al., Attention Sinks, 2023).
-        implementation: of the blockwise core: "reference", "blockwise" or "triton"; if None, the
-            best for the mesh's devices that can do this call.
+        implementation: of the blockwise core: "reference", "blockwise", "triton" or "mosaic"; if
+            None, the best for the mesh's devices that can do this call.
         return_residual: return lse, too.
 
     Returns:

@@ -25,7 +25,11 @@ from hcp_jax.kernels.merge import Partial
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton")
+IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic")
+
+# What `implementation=None` tries on GPUs, in turn. "mosaic" has never run on one: it is to come
+# first on Hopper as soon as `pytest -m gpu` has passed there.
+_BEST_ON_GPUS = ("triton", "blockwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ def resolve(implementation: str | None, problem: Problem) -> str:
         NotImplementedError: if the one named cannot do this call; says what can.
     """
     if implementation is None:
-        best = ("triton", "blockwise") if problem.platform in ("gpu", "cuda") else ("blockwise",)
+        best = _BEST_ON_GPUS if problem.platform in ("gpu", "cuda") else ("blockwise",)
         return next(name for name in best if _module(name).unsupported(problem) is None)
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(implementation, IMPLEMENTATIONS, 1)
@@ -157,7 +161,8 @@ def describe(platform: str, device_kind: str) -> str:
     """
     usual = Problem("bfloat16", 8, 8, 128, 128, platform, device_kind)
     name = resolve(None, usual)
-    return f"{name} ({tiles.describe(device_kind)})" if name == "triton" else name
+    own_tiles = name in ("triton", "mosaic")
+    return f"{name} ({tiles.describe(device_kind)})" if own_tiles else name
 
 
 def _module(implementation: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels, per kind of device, dtype and head size.
+"""Tile sizes of the Pallas kernels, per kind of device, dtype and head size.
 
 It stands alone because it is data, not code: it changes when somebody measures, and the kernels do
 not. Chosen without a GPU at hand, by what ptxas reports (docs/kernels.md has the figures): no
@@ -69,6 +69,19 @@ _FLOAT32: _Table = {
 # Small, so that the short sequences of tests have several blocks.
 _INTERPRETER = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 
+# The Mosaic kernels on Hopper. `warps` are those that compute: two warpgroups of four, with 64 rows
+# of the block each; one more warpgroup loads. `stages` is the depth of the ring of blocks in shared
+# memory.
+_MOSAIC: _Table = {
+    64: Tiles(Tile(128, 128, 8, 4), Tile(128, 128, 8, 4), Tile(64, 128, 8, 4)),
+    128: Tiles(Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(64, 128, 8, 4)),
+    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+}
+MOSAIC_HEAD_SIZES = tuple(_MOSAIC)
+
+# The least that wgmma takes.
+_MOSAIC_INTERPRETER = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
+
 _trial: contextvars.ContextVar[Tiles | None] = contextvars.ContextVar("trial", default=None)
 
 _TABLES = {"A100": _AMPERE, "H100": _HOPPER, "H200": _HOPPER, "B200": _HOPPER}
@@ -91,6 +104,26 @@ def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) ->
     known = _known(device_kind)
     table = _FLOAT32 if dtype == "float32" else _TABLES[known] if known else _AMPERE
     return table[min(size for size in table if size >= max(head_size, v_head_size))]
+
+
+def mosaic_tiles_for(device_kind: str, head_size: int) -> Tiles:
+    """The tiles for a call of the Mosaic kernels; arguments as in `tiles_for`."""
+    on_trial = _trial.get()
+    if on_trial is not None:
+        return on_trial
+    return _MOSAIC_INTERPRETER if device_kind in ("", "cpu") else _MOSAIC[head_size]
+
+
+def has_wgmma(device_kind: str) -> bool:
+    """Whether the device is a Hopper GPU that has tiles here."""
+    return _known(device_kind) in ("H100", "H200")
+
+
+def processors(device_kind: str) -> int:
+    """How many multiprocessors a Hopper GPU has; 2 for the interpreter, to have several rounds."""
+    if device_kind in ("", "cpu"):
+        return 2
+    return 114 if "PCIe" in device_kind else 132
 
 
 @contextlib.contextmanager

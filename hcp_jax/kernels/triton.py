@@ -6,7 +6,7 @@ over query blocks and over all the query heads of their kv head, so that GQA's s
 and nothing is added atomically: the same call gives the same bits.
 
 This is the door: what the kernels can do, and which arrays they get. `triton_kernels` is the
-arithmetic, `triton_blocks` says which blocks are visited, `tiles` how large they are.
+arithmetic, `walks` says which blocks are visited, `tiles` how large they are.
 """
 
 import jax.numpy as jnp
@@ -14,18 +14,18 @@ from jaxtyping import Array, Float
 
 from hcp_jax.kernels.core import CoreSpec, Problem
 from hcp_jax.kernels.merge import Partial
-from hcp_jax.kernels.triton_blocks import (
-    key_blocks,
-    query_blocks,
-    walk_over_keys,
-    walk_over_queries,
-)
 from hcp_jax.kernels.triton_call import GREATEST_HEAD, LEAST_PART, Call
 from hcp_jax.kernels.triton_kernels import (
     LOG2_E,
     attention_dkv,
     attention_dq,
     attention_forward,
+)
+from hcp_jax.kernels.walks import (
+    key_blocks,
+    query_blocks,
+    walk_over_keys,
+    walk_over_queries,
 )
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from hcp_jax import compat
 from hcp_jax.kernels.core import CoreSpec
 from hcp_jax.kernels.tiles import Tile, tiles_for
-from hcp_jax.kernels.triton_blocks import KeyBlocks, QueryBlocks, Walk
+from hcp_jax.kernels.walks import KeyBlocks, QueryBlocks, Walk
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 

@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp audit`; returns the exit code."""
     config = configuration.from_arguments(args)
+    if config.parallel.dynamic.enabled and not args.groups:
+        raise NotImplementedError(
+            "hcp audit compiles one program, and parallel.dynamic has one for each layout: name "
+            "one with --groups, or give --parallel.dynamic.enabled false."
+        )
     cluster = Cluster(hardware.gpu(args.gpu), args.hosts, args.gpus_per_host)
     flags = chosen_flags(cluster, args.xla_flag, library=not args.no_flags)
     cp = place(config, cluster)
@@ -282,6 +287,8 @@ def tell(found: Audit, flags: dict, attention: bool) -> None:
         f"{gib['argument_bytes']:.2f}, outputs {gib['output_bytes']:.2f} ({gib['alias_bytes']:.2f}"
         f" of them in place), temporaries {gib['temp_bytes']:.2f}"
     )
+    if found.memory.host_bytes:
+        console.print(f"offloaded        {gib['host_bytes']:.2f} GiB to the host's memory, per GPU")
     console.print(f"ring hops        {found.ring_hops_hidden} of {found.ring_hops} hidden")
     table = rich.table.Table(
         "collective", "over", "link", "MiB", "count", "seconds", "hidden behind"

@@ -16,7 +16,7 @@ import subprocess
 import time
 from typing import Any, NamedTuple
 
-CONTESTANTS = ("triton", "blockwise", "cudnn", "xla")
+CONTESTANTS = ("mosaic", "triton", "blockwise", "cudnn", "xla")
 MASKS = ("causal", "full", "packed")
 _LONGEST_ON_CPU = 2048
 
@@ -166,7 +166,7 @@ def _attention(args: argparse.Namespace, setting: Setting, contestant: str):
 
     import hcp_jax as hcp
 
-    if contestant in ("triton", "blockwise"):
+    if contestant in ("mosaic", "triton", "blockwise"):
         mask = hcp.bidirectional() if setting.mask == "full" else hcp.causal()
         if setting.mask == "packed":
             ids = np.repeat(np.arange(setting.length // args.document), args.document)

@@ -34,6 +34,7 @@ class Memory:
         alias_bytes: of outputs that take the place of donated arguments.
         temp_bytes: of everything in between, at the worst moment.
         device_bytes: what the GPU has.
+        host_bytes: in the host's memory, of what is offloaded.
     """
 
     argument_bytes: int
@@ -41,6 +42,7 @@ class Memory:
     alias_bytes: int
     temp_bytes: int
     device_bytes: int
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -184,6 +186,7 @@ def read(
             memory.alias_size_in_bytes,
             memory.temp_size_in_bytes,
             cluster.gpu.memory_bytes,
+            memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         ),
         tuple(_together(moved)),
         found,

@@ -109,6 +109,11 @@ class TrainConfig:
                 "schedule decides how many microbatches a step has; leave it out."
             )
         parallel = self.parallel.resolve()
+        if parallel.layout != "zigzag":
+            raise ValueError(
+                f"layout={parallel.layout!r} does not go with parallel.dynamic, which cuts every "
+                "document zigzag over its group."
+            )
         parallel.dynamic.check_sizes(parallel.num_devices // parallel.tp)
 
     @property

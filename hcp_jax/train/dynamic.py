@@ -2,9 +2,9 @@
 
 A step is a few microbatches, each the program of a group layout, and one update:
 
-    documents   PlannedSteps     which documents, in which microbatches, on which groups    (NumPy)
-    pack        a thread         the tokens of this process's own devices, and no others    (NumPy)
-    place       next_batch       onto the devices
+    plan        PlannedSteps     which documents, in which microbatches, on which groups
+    pack        in a thread      each onto its group's devices; this process reads its own devices'
+    place       in that thread   onto the devices
     accumulate  one of the menu  loss and gradients, added to the sums
     update      at the end       clipping and AdamW, for the sums over the weight of the step
 
@@ -16,6 +16,7 @@ import dataclasses
 import pathlib
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -24,13 +25,12 @@ import numpy as np
 import rich.console
 import rich.progress
 from jax.experimental import multihost_utils
-from jaxtyping import Float32, Int32
 
 from hcp_jax.context import ContextParallel
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.calibrate import read_cost
 from hcp_jax.dynamic.cost import Cost, ModelShape, model_cost
-from hcp_jax.dynamic.packing import PackedMicrobatch, pack
+from hcp_jax.dynamic.packing import pack
 from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.mesh import host_of
 from hcp_jax.microbatch import own_devices, place_microbatch
@@ -41,42 +41,27 @@ from hcp_jax.train.documents import Limits, PlannedStep, PlannedSteps
 from hcp_jax.train.step import TrainState
 
 
-class HostMicrobatch(NamedTuple):
-    """A microbatch on the host: the rows of the devices that this process packs for.
+class PlacedMicrobatch(NamedTuple):
+    """A microbatch on the devices, as `place_microbatch` leaves it."""
 
-    Attributes:
-        packed: positions, intervals and runs.
-        tokens: of each place; 0 for padding.
-        targets: the token to be predicted at each place.
-        weights: 1, and 0 for padding.
-    """
-
-    packed: PackedMicrobatch
-    tokens: Int32[np.ndarray, "D M"]
-    targets: Int32[np.ndarray, "D M"]
-    weights: Float32[np.ndarray, "D M"]
-
-
-class HostStep(NamedTuple):
-    """A step on the host.
-
-    Attributes:
-        microbatches: in the order in which they run.
-        fill: share of the places of all buffers, on all devices, that hold a token.
-        documents: the numbers of the documents that it has tokens of.
-    """
-
-    microbatches: tuple[HostMicrobatch, ...]
-    fill: float
-    documents: tuple[int, ...]
+    layout: groups.Layout
+    arrays: dict[str, Any]
 
 
 class PlacedStep(NamedTuple):
-    """A step on the devices: (layout, batch) of each microbatch; the rest as in `HostStep`."""
+    """A step on the devices.
 
-    microbatches: tuple[tuple[groups.Layout, dict[str, Any]], ...]
-    fill: float
+    Attributes:
+        microbatches: in the order in which they run.
+        documents: the numbers of the documents that it has tokens of.
+        facts: what is known of it beforehand, for its metrics: "microbatches"; "layouts",
+            different ones; "fill", the share of the places of all buffers, on all devices, that
+            hold a token; "pairs", the (query, key) pairs that attention looks at.
+    """
+
+    microbatches: tuple[PlacedMicrobatch, ...]
     documents: tuple[int, ...]
+    facts: dict[str, float]
 
 
 class DynamicProgram:
@@ -102,15 +87,16 @@ class DynamicProgram:
     ):
         self._config, self._cp, self._console = config, cp, console
         self._tokens = config.parallel.dynamic.tokens
-        self._corpus, self._segments = corpus, data.Segments(corpus, config.seq_len)
+        self._corpus = corpus
+        self._segments = data.Segments(corpus, config.seq_len)
         self._planned = PlannedSteps(self._segments.sizes, limits_of(config, cp))
         self.menu = self._planned.menu
         _require_same_everywhere(self._segments.sizes, self.menu)
         self._of_layout = {layout: dataclasses.replace(cp, groups=layout) for layout in self.menu}
-        packed = self._planned.map(self._pack_step)
+        placed = self._planned.map(self._place_step)
         self._steps = iter(
             grain.experimental.ThreadPrefetchIterDataset(
-                packed, prefetch_buffer_size=config.data.prefetch
+                placed, prefetch_buffer_size=config.data.prefetch
             )
         )
         self._zeros: Any = None
@@ -123,8 +109,8 @@ class DynamicProgram:
         widest = max(max(layout) for layout in self.menu)
         narrowest = min(min(layout) for layout in self.menu)
         return [
-            f"step: documents of {self._config.tokens_per_step:,} tokens, each on {narrowest} to "
-            f"{widest} devices, {self._tokens:,} tokens a device in each microbatch",
+            f"step: {self._config.tokens_per_step:,} tokens of whole documents, each document on "
+            f"{narrowest} to {widest} devices; microbatches of {self._tokens:,} tokens a device",
             f"menu of {len(self.menu)} layouts: {'; '.join(map(groups.describe, self.menu))}",
         ]
 
@@ -139,8 +125,8 @@ class DynamicProgram:
             self.menu, "compiling the menu", console=self._console, transient=True
         ):
             of_layout = accumulate.make_accumulate(config.model, self._of_layout[layout], like)
-            nothing = self._place(self._pack(Microbatch(layout, ((),) * len(layout))))
-            lowered = of_layout.lower(abstract.params, like, nothing)
+            empty = self._place(Microbatch(layout, ((),) * len(layout)))
+            lowered = of_layout.lower(abstract.params, like, empty.arrays)
             self._accumulate[layout] = lowered.compile()
         # The optimizer's state is no argument of theirs, but it is there.
         besides = sum(map(_bytes_per_device, jax.tree.leaves(abstract.opt_state)))
@@ -148,28 +134,24 @@ class DynamicProgram:
         return max(_bytes(self._update), besides + widest)
 
     def next_batch(self) -> PlacedStep:
-        """The next step's microbatches, on their way to the devices."""
-        step = next(self._steps)
-        placed = tuple((mb.packed.layout, self._place(mb)) for mb in step.microbatches)
-        return PlacedStep(placed, step.fill, step.documents)
+        """The next step; a thread has packed its microbatches and put them on the devices."""
+        return next(self._steps)
 
     def step(self, state: TrainState, batch: PlacedStep) -> tuple[TrainState, dict[str, Any]]:
-        """Makes a step; besides `apply_gradients`' metrics, "microbatches", "layouts" and "fill".
+        """Makes a step; its metrics are `apply_gradients`' and `PlacedStep.facts`.
 
         Raises:
             RuntimeError: if something would have to be compiled for it; says what.
         """
         sums = self._zeros()
-        for layout, of_groups in batch.microbatches:
-            sums = self._add(layout, state.params, sums, of_groups)
+        for microbatch in batch.microbatches:
+            sums = self._add(state.params, sums, microbatch)
         state, metrics = self._update(state, sums)
-        layouts = [layout for layout, _ in batch.microbatches]
-        self._used.update(layouts)
-        facts = {"microbatches": len(layouts), "layouts": len(set(layouts)), "fill": batch.fill}
-        return state, metrics | facts
+        self._used.update(microbatch.layout for microbatch in batch.microbatches)
+        return state, metrics | batch.facts
 
-    def documents(self, batch: PlacedStep) -> tuple[int, ...]:
-        """The numbers of the documents in a step."""
+    def documents(self, batch: PlacedStep) -> Sequence[int]:
+        """The numbers of the documents of a step."""
         return batch.documents
 
     def summary(self) -> list[str]:
@@ -197,9 +179,10 @@ class DynamicProgram:
         """Ends the thread that packs."""
         self._steps.close()
 
-    def _add(self, layout: groups.Layout, params: Any, sums: Any, batch: dict[str, Any]) -> Any:
+    def _add(self, params: Any, sums: Any, microbatch: PlacedMicrobatch) -> Any:
+        layout, arrays = microbatch
         try:
-            return self._accumulate[layout](params, sums, batch)
+            return self._accumulate[layout](params, sums, arrays)
         except (KeyError, TypeError, ValueError) as error:
             known = layout in self._accumulate
             cause = str(error) if known else "this layout is not on the menu."
@@ -208,45 +191,43 @@ class DynamicProgram:
                 f"nothing is compiled once training runs: {cause}"
             ) from error
 
-    def _pack_step(self, planned: PlannedStep) -> HostStep:
-        held = [d for mb in planned for of_group in mb.documents for d in of_group]
-        places = len(planned) * self._planned.limits.num_devices * self._tokens
-        return HostStep(
-            tuple(self._pack(mb) for mb in planned),
-            fill=float(self._segments.sizes[held].sum()) / places,
-            documents=tuple(sorted({self._segments.document(d) for d in held})),
-        )
+    def _place_step(self, planned: PlannedStep) -> PlacedStep:
+        numbers = [d for mb in planned for held in mb.documents for d in held]
+        sizes = self._segments.sizes[numbers]
+        # A query sees the tokens of its document up to itself, or the last of them.
+        seen = np.minimum(sizes, self._config.model.sliding_window or self._config.seq_len)
+        facts = {
+            "microbatches": len(planned),
+            "layouts": len({mb.layout for mb in planned}),
+            "fill": float(sizes.sum() / (len(planned) * sum(planned[0].layout) * self._tokens)),
+            "pairs": float((seen * (seen + 1) // 2 + (sizes - seen) * seen).sum()),
+        }
+        documents = sorted({self._segments.document(number) for number in numbers})
+        return PlacedStep(tuple(map(self._place, planned)), tuple(documents), facts)
 
-    def _pack(self, microbatch: Microbatch) -> HostMicrobatch:
+    def _place(self, microbatch: Microbatch) -> PlacedMicrobatch:
         devices = own_devices(self._cp)
         packed = pack(microbatch, self._segments.sizes, self._tokens, devices=devices)
         places = np.zeros(packed.document.shape, np.int64)
         first = 0
         for size, held in zip(microbatch.layout, microbatch.documents, strict=True):
-            own = slice(max(first, devices.start), min(first + size, devices.stop))
+            borders = np.array([first, first + size]) - devices.start
+            begin, end = np.clip(borders, 0, len(devices))
             first += size
-            if own.start >= own.stop or not held:
-                continue
-            rows = slice(own.start - devices.start, own.stop - devices.start)
-            stream = np.concatenate([self._segments.places(d) for d in held])
-            real = packed.document[rows] >= 0
-            # A query sees the keys up to itself: its own index in the group's stream is end - 1.
-            places[rows][real] = stream[packed.end[rows][real] - 1]
-        return HostMicrobatch(
-            packed,
-            tokens=self._corpus.tokens_at(places),
-            targets=self._corpus.targets_at(places),
-            weights=(places > 0).astype(np.float32),
-        )
-
-    def _place(self, microbatch: HostMicrobatch) -> dict[str, Any]:
-        packed, *arrays = microbatch
-        return place_microbatch(
-            self._of_layout[packed.layout],
-            packed,
-            dict(zip(("tokens", "targets", "weights"), arrays, strict=True)),
-            sliding_window=self._config.model.sliding_window,
-        )
+            if begin < end and held:
+                stream = np.concatenate([self._segments.places(number) for number in held])
+                # A query sees the keys of its group up to itself, so that it is number end - 1.
+                index = packed.end[begin:end]
+                places[begin:end] = np.where(index > 0, stream[index - 1], 0)
+        arrays = {
+            "tokens": self._corpus.tokens_at(places),
+            "targets": self._corpus.targets_at(places),
+            "weights": (places > 0).astype(np.float32),
+        }
+        window = self._config.model.sliding_window
+        of_groups = self._of_layout[microbatch.layout]
+        placed = place_microbatch(of_groups, packed, arrays, sliding_window=window)
+        return PlacedMicrobatch(microbatch.layout, placed)
 
 
 def limits_of(config: TrainConfig, cp: ContextParallel) -> Limits:
@@ -280,7 +261,7 @@ def _require_same_everywhere(sizes: np.ndarray, menu: tuple[groups.Layout, ...])
     """Processes that schedule differently would wait for each other for ever."""
     if jax.process_count() == 1:
         return
-    mark = np.array([zlib.crc32(sizes.tobytes()), zlib.crc32(repr(menu).encode())], np.int64)
+    mark = np.array([zlib.crc32(sizes.tobytes()), zlib.crc32(repr(menu).encode())], np.uint32)
     of_all = multihost_utils.process_allgather(mark)
     if (of_all != of_all[0]).any():
         what = "data" if (of_all[:, 0] != of_all[0, 0]).any() else "menus of layouts"

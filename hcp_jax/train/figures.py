@@ -15,6 +15,7 @@ import yaml
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from hcp_jax.train import metrics
@@ -270,7 +271,7 @@ def _held_out(
 def _panels(columns: int, title: str, legend_lines: int = 0) -> tuple[Figure, list[Axes]]:
     # A figure of its own, not pyplot's: nothing global changes.
     size = (8, 4.5) if columns == 1 else (4.6 * columns, 3.6 + 0.22 * legend_lines)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12))
     panels = list(figure.subplots(1, columns, squeeze=False)[0])
     if title:
         panels[0].set_title(title, loc="left", fontsize=12, fontweight="bold")

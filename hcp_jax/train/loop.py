@@ -208,14 +208,15 @@ def _restore(
 
 
 def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: data.Corpus) -> Evaluator:
-    """Evaluates as many streams at a time as are trained on at a time."""
+    """Evaluates as many streams at a time as are trained on at a time; one a dp with groups."""
     dp = cp.axis_size(cp.dp)
+    at_a_time = 1 if config.parallel.dynamic.enabled else config.batch_size // config.accumulation
     return Evaluator(
         config.model,
         cp,
         held_out,
         seq_len=config.seq_len,
-        batch_size=max(1, config.batch_size // config.accumulation // dp) * dp,
+        batch_size=max(1, at_a_time // dp) * dp,
         tokens=config.eval.tokens,
     )
 

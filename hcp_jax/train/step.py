@@ -23,6 +23,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from hcp_jax import host_memory
 from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.loss import summed_cross_entropy
@@ -237,7 +238,13 @@ def make_eval_loss(
 def summed_loss(
     model: ModelConfig, cp: ContextParallel | None = None
 ) -> Callable[[Any, dict], Float[Array, ""]]:
-    """Σ weight · loss over a batch, `(params, batch) -> nats`; to be traced."""
+    """Σ weight · loss over a batch, `(params, batch) -> nats`; to be traced.
+
+    Raises:
+        NotImplementedError: if activations are to be offloaded and the devices cannot.
+    """
+    if model.offload_activations and cp is not None:
+        host_memory.require(cp.mesh)
     graphdef, _ = abstract_model(model)
 
     def loss_sum(params: Any, batch: dict) -> Float[Array, ""]:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hcp_jax import host_memory
 from hcp_jax.plan import aot, hardware, hlo
 from hcp_jax.plan.hardware import Cluster
 
@@ -46,6 +47,22 @@ def test_flags_reach_the_compiler():
     x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, P("x")))
     with pytest.raises(Exception, match="xla_no_such_flag"):
         aot.compile_for(jnp.sin, x, flags={"xla_no_such_flag": True})
+
+
+@needs_cuda_compiler
+def test_arguments_in_the_host_s_memory_take_none_of_the_gpu_s():
+    mesh = Mesh(np.array(aot.devices(Cluster(hardware.gpu("h200"), 1, 2))), ("x",))
+    there = host_memory.on_host(NamedSharding(mesh, P("x")))
+    x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=there)
+
+    def f(x):
+        doubled = 2 * jax.device_put(x, jax.memory.Space.Device)
+        return jax.device_put(doubled, jax.memory.Space.Host)
+
+    jitted = jax.jit(f, in_shardings=there, out_shardings=there, donate_argnums=0)
+    memory = aot.compile_for(jitted, x).memory_analysis()
+    size = 64 * 128 * 4 // 2
+    assert (memory.argument_size_in_bytes, memory.host_argument_size_in_bytes) == (0, size)
 
 
 def test_shapes_that_lie_nowhere_are_an_error():

@@ -104,6 +104,18 @@ def test_a_wrong_key_or_value_is_one_line_that_names_file_and_key(load, text, me
         ("model: {num_heads: 3}", "num_heads=3 must be a multiple"),
         ("model: {rope_scaling: {kind: yarn, factor: 4}}", "^rope_scaling.kind='yarn' needs ori"),
         (
+            "accumulation: 2\nparallel: {dynamic: {enabled: true, max_tokens_per_device: 8}}",
+            "accumulation=2 does not go with parallel.dynamic",
+        ),
+        (
+            "parallel: {dynamic: {enabled: true, max_tokens_per_device: 8}, layout: contiguous}",
+            "layout='contiguous' does not go with parallel.dynamic",
+        ),
+        (
+            "parallel: {cp_outer: 4, dynamic: {enabled: true, max_tokens_per_device: 8, menu: [[8]]}}",
+            "must be group sizes >= 1 that add up to num_devices=4",
+        ),
+        (
             "parallel: {context_parallel_size: 8, hierarchical_context_parallel_sizes: [2, 2]}",
             "multiply to 4, but context_parallel_size is 8",
         ),

@@ -17,7 +17,7 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train import data, dynamic, loop, metrics
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.dynamic import DynamicProgram
+from hcp_jax.train.dynamic import DynamicProgram, PlacedMicrobatch
 from hcp_jax.train.metrics import LogConfig
 from hcp_jax.train.step import (
     OptimizerConfig,
@@ -91,8 +91,8 @@ class Run:
     def sums(self, params, step):
         """Loss, weight and gradients of a step, without its update."""
         sums = self.program._zeros()
-        for layout, batch in step.microbatches:
-            sums = self.program._add(layout, params, sums, batch)
+        for microbatch in step.microbatches:
+            sums = self.program._add(params, sums, microbatch)
         return sums
 
 
@@ -172,7 +172,7 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
     whole = jax.device_get(params)
     for _ in range(8):
         step, held = of.program.next_batch(), next(documents)
-        layouts = {layout for layout, _ in step.microbatches}
+        layouts = {microbatch.layout for microbatch in step.microbatches}
         if layouts <= used:
             continue
         used |= layouts
@@ -229,46 +229,72 @@ def test_nothing_is_compiled_once_training_runs():
 
 def test_what_would_have_to_be_compiled_is_an_error_that_says_why():
     of = run("cp8")
-    state, batch = of.fresh(), of.program.next_batch()
-    layout, arrays = batch.microbatches[0]
+    state, step = of.fresh(), of.program.next_batch()
+    layout, arrays = step.microbatches[0]
     for wrong, message in (
         ((layout, arrays | {"weights": arrays["weights"].astype(jnp.int32)}), "weights.*int32"),
         ((layout, arrays | {"tokens": arrays["tokens"][:, :-8]}), r"tokens.*1,120"),
         (((4, 4), arrays), "4×2 has no compiled program.*not on the menu"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            of.program.step(state, batch._replace(microbatches=(wrong,)))
+            of.program.step(state, step._replace(microbatches=(PlacedMicrobatch(*wrong),)))
 
 
 def test_a_step_of_one_microbatch_is_a_step():
     of = run("cp8")
-    state, batch = of.fresh(), of.program.next_batch()
-    _, metrics = of.program.step(state, batch._replace(microbatches=batch.microbatches[:1]))
-    _, arrays = batch.microbatches[0]
-    assert metrics["tokens"] == np.sum(arrays["weights"])
-    assert np.isfinite(metrics["loss"])
-    assert (metrics["microbatches"], metrics["layouts"]) == (1, 1)
+    state, step = of.fresh(), of.program.next_batch()
+    one = step._replace(microbatches=step.microbatches[:1])
+    _, values = of.program.step(state, one)
+    assert values["tokens"] == np.sum(one.microbatches[0].arrays["weights"])
+    assert np.isfinite(values["loss"])
 
 
-def test_a_process_reads_and_packs_the_documents_of_its_own_devices_alone(monkeypatch):
-    of = run("cp8")
-    narrow = next(mb for step in of.program._planned for mb in step if mb.layout == (4, 2, 1, 1))
-    whole = of.program._pack(narrow)
-    read = []
-    tokens_at = of.program._corpus.tokens_at
+def test_a_process_packs_and_reads_the_tokens_of_its_own_devices_alone(monkeypatch):
+    program = run("cp8").program
+    planned = (mb for step in program._planned for mb in step if mb.layout == (4, 2, 1, 1))
+    narrow = next(mb for mb in planned if all(mb.documents))
+    arrays, read = [], []
 
-    def watched(places):
-        read.append(places)
-        return tokens_at(places)
+    def keep(cp, packed, rows, *, sliding_window):
+        arrays.append(rows)
 
-    monkeypatch.setattr(of.program._corpus, "tokens_at", watched)
-    monkeypatch.setattr(dynamic, "own_devices", lambda _: range(4, 6))
-    part = of.program._pack(narrow)
-    for ours, theirs in zip(part[1:], whole[1:], strict=True):
-        np.testing.assert_array_equal(ours, theirs[4:6])
-    (places,) = read
-    of_group = [of.program._segments.places(d) for d in narrow.documents[1]]
-    np.testing.assert_array_equal(np.sort(places[places > 0]), np.sort(np.concatenate(of_group)))
+    class Watched:
+        def tokens_at(self, places):
+            read.extend(corpus().documents_at(places[places > 0]))
+            return corpus().tokens_at(places)
+
+        targets_at = corpus().targets_at
+
+    monkeypatch.setattr(dynamic, "place_microbatch", keep)
+    program._place(narrow)
+    monkeypatch.setattr(dynamic, "own_devices", lambda _: range(3, 6))
+    monkeypatch.setattr(program, "_corpus", Watched())
+    program._place(narrow)
+    whole, own = arrays
+    for name, rows in whole.items():
+        np.testing.assert_array_equal(own[name], rows[3:6], err_msg=name)
+    own = {program._segments.document(d) for group in narrow.documents[:2] for d in group}
+    assert set(read) == own
+
+
+def test_a_step_tells_the_documents_that_it_has_tokens_of():
+    program = run("cp8").program
+    run("cp8").fresh()
+    step, planned = program.next_batch(), next(iter(program._planned))
+    segments = program._segments
+    held = {segments.document(d) for mb in planned for group in mb.documents for d in group}
+    assert program.documents(step) == tuple(sorted(held))
+
+
+def test_the_pairs_of_a_step_are_those_that_its_masks_show():
+    run("cp8").fresh()
+    step = run("cp8").program.next_batch()
+    masks = [jax.device_get(mb.arrays["mask"]) for mb in step.microbatches]
+    shown = [mask.intervals(8 * M) for mask in masks]
+    assert step.facts["pairs"] == sum((end - start).sum() for start, end in shown)
+    assert step.facts["microbatches"] == len(masks)
+    weights = sum(mb.arrays["weights"].sum() for mb in step.microbatches)
+    assert step.facts["fill"] == pytest.approx(float(weights) / (len(masks) * 8 * M))
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +343,7 @@ def test_a_run_tells_its_menu_its_tokens_and_the_layouts_it_used(whole):
     outcome, printed = whole
     assert outcome.steps == 12
     for part in (
-        "step: documents of 384 tokens, each on 1 to 8 devices, 16 tokens a device",
+        "step: 384 tokens of whole documents, each document on 1 to 8 devices",
         "menu of 2 layouts: 8; 4 + 2 + 1×2",
         " microbatches: 8 in ",
         "; 4 + 2 + 1×2 in ",

@@ -31,6 +31,8 @@ CHANGES = {
     "batch_size": "2",
     "optimizer.warmup_steps": "2",
     "log.every": "1",
+    "eval.every": "10",
+    "eval.tokens": "1024",
 }
 SECONDS = 300
 """After which two processes have hung: they compile for as long as one does, on shared cores."""
@@ -128,9 +130,15 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(cache, tmp_path_factory):
-    """The losses of one process of eight devices."""
-    return losses(train(tmp_path_factory.mktemp("alone")).folder)
+def alone_folder(cache, tmp_path_factory):
+    """The run of one process of eight devices."""
+    return train(tmp_path_factory.mktemp("alone")).folder
+
+
+@pytest.fixture(scope="module")
+def alone(alone_folder):
+    """Its losses."""
+    return losses(alone_folder)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +167,14 @@ def test_two_processes_train_to_the_losses_of_one(alone, resumed):
     assert ended.codes == [0, 0], ended
     assert list(losses(folder)) == list(range(STEPS))
     assert losses(folder) == pytest.approx(alone, abs=2e-5)
+
+
+def test_two_processes_evaluate_to_what_one_does(alone_folder, resumed):
+    one, two = map(metrics.read_evaluations, (alone_folder, resumed[0]))
+    assert [line["step"] for line in two] == [0, 10, 20, 30]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss_by_position"] == pytest.approx(b["loss_by_position"], abs=2e-5)
+        assert a["tokens_by_position"] == b["tokens_by_position"]
 
 
 def test_ctrl_c_in_one_process_stops_both_after_the_same_step_with_a_checkpoint(stopped):

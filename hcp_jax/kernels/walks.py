@@ -1,4 +1,4 @@
-"""Which pairs of query block and key block the Triton kernels visit, found by XLA beforehand.
+"""Which pairs of query block and key block the kernels visit, found by XLA beforehand.
 
 Two small facts decide a pair: the least and greatest start and end of the intervals of the query
 block, and the least and greatest global index of the key block. A pair is

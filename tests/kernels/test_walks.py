@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hcp_jax.mask as masks
-from hcp_jax.kernels.triton_blocks import (
+from hcp_jax.kernels.walks import (
     key_blocks,
     query_blocks,
     walk_over_keys,
