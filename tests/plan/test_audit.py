@@ -69,6 +69,16 @@ def test_table_json_and_picture_tell_of_one_program(capsys, small, tmp_path):
 
 
 @needs_cuda_compiler
+@pytest.mark.slow
+def test_the_step_of_a_group_layout_is_audited_too(capsys, small):
+    where = ["--gpu", "h100", "--hosts", "2", "--gpus-per-host", "2", "--groups", "2", "1", "1"]
+    told = json.loads(audited(capsys, small, *where, "--json", "-"))
+    # One ring, of the first host's two devices; where a group has one device no heads are exchanged.
+    moved = {(c["what"], *c["axes"]) for c in told["collectives"] if c["what"]}
+    assert moved == {("ring", "cp_inner")}
+
+
+@needs_cuda_compiler
 def test_a_cluster_of_another_size_than_the_mesh_is_an_error(capsys, small):
     with pytest.raises(ValueError, match="mesh has 4 devices, but 2 x 8 H100 are 16"):
         audited(capsys, small, "--gpu", "h100", "--hosts", "2")
