@@ -3,7 +3,9 @@
 It stands alone so that the loop says when something is kept, and this says what and where.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import pathlib
 
 import jax
@@ -61,22 +63,35 @@ class RunFolder:
 
 def open_checkpoints(config: TrainConfig, folder: pathlib.Path) -> Checkpoints:
     """The checkpoints of a run of this config."""
-    return Checkpoints(folder, dataclasses.asdict(config.model), config.checkpoint.keep)
+    return Checkpoints(
+        folder, dataclasses.asdict(config.model), config.checkpoint, dataclasses.asdict(config)
+    )
+
+
+def has_checkpoint(config: TrainConfig, folder: pathlib.Path) -> bool:
+    """Whether a run can go on from something."""
+    checkpoints = open_checkpoints(config, folder)
+    latest = checkpoints.latest()
+    checkpoints.close()
+    return latest is not None
 
 
 def make_new(config: TrainConfig) -> pathlib.Path:
-    """Makes `run_dir/name-001`, or with the first number after it that is free."""
+    """`make_numbered` by the first process; all of them know it."""
     number = 0
     if jax.process_index() == 0:
-        while True:
-            number += 1
-            try:
-                _numbered(config, number).mkdir(parents=True)
-                break
-            except FileExistsError:
-                continue
+        number = int(make_numbered(config).name.rpartition("-")[2])
     if jax.process_count() > 1:
         number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return _numbered(config, number)
+
+
+def make_numbered(config: TrainConfig) -> pathlib.Path:
+    """Makes `run_dir/name-001`, or with the first number after it that is free."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            _numbered(config, number).mkdir(parents=True)
+            break
     return _numbered(config, number)
 
 

@@ -23,6 +23,7 @@ from hcp_jax.context import ContextParallel
 from hcp_jax.train import data, folder, traffic, weights
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.folder import RunFolder
+from hcp_jax.train.peers import Peers
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
 from hcp_jax.train.signals import Signals
@@ -49,7 +50,9 @@ def train(
     config: TrainConfig,
     *,
     resume: pathlib.Path | None = None,
+    begin: bool = False,
     console: rich.console.Console | None = None,
+    peers: Peers | None = None,
 ) -> Outcome:
     """Trains, or goes on training, and leaves a run folder behind.
 
@@ -59,7 +62,9 @@ def train(
     Args:
         config: the run.
         resume: the folder of a run to go on with; None for a new one.
+        begin: in that folder, begin a run if there is no checkpoint to go on from.
         console: where to print, standard output if None; only the first of several processes does.
+        peers: the connections to the other processes, which must have the same data.
 
     Raises:
         ValueError: for anything about config, data, mesh or checkpoint that cannot be.
@@ -68,6 +73,8 @@ def train(
     console = console or rich.console.Console(highlight=False)
     console.quiet = console.quiet or jax.process_index() != 0
     corpus = data.open_corpus(config.data, config.model.vocab_size)
+    if peers is not None:
+        peers.agree(corpus.fingerprint())
     cp = config.parallel.context_parallel(config.model.num_layers)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -78,7 +85,11 @@ def train(
 
     program: Program = FixedProgram(config, cp, corpus)
     with contextlib.closing(program):
-        state = None if resume is None else _restore(config, resume, abstract, program)
+        state = None
+        if resume is not None:
+            resume.mkdir(parents=True, exist_ok=begin)
+            if not begin or folder.has_checkpoint(config, resume):
+                state = _restore(config, resume, abstract, program)
         began = time.perf_counter()
         size = program.compile(abstract)
         took = time.perf_counter() - began

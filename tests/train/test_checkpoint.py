@@ -64,7 +64,7 @@ def test_every_bit_comes_back_where_it_is_asked_for(tmp_path, sharding):
 
 
 def test_only_the_newest_are_kept_and_the_newest_is_restored(tmp_path, sharding):
-    checkpoints = Checkpoints(tmp_path, MODEL, keep=2)
+    checkpoints = Checkpoints(tmp_path, MODEL, CheckpointConfig(keep=2))
     for step in range(1, 5):
         checkpoints.save(step, make_state(sharding, seed=step), {"next": step})
     checkpoints.save(4, make_state(sharding, seed=9), {"next": 9})  # that step has one
