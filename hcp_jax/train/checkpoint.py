@@ -12,6 +12,7 @@ found damaged all the same is told, put aside, and the one before it is used. It
 onto another mesh, with another comm type, or by another number of processes.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -93,16 +94,11 @@ class Checkpoints:
         self._model, self._run = _plain(model), _plain(run)
         self._goes_on = config.on_error == "continue"
         self._folder = folder.absolute() / "checkpoints"
-        self._saving: int | None = None
-        if jax.process_index() == 0:
-            _remove_unfinished(self._folder)
-        self._orbax = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep, keep_period=config.keep_every
-            ),
-            item_handlers=_handlers(),
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep, keep_period=config.keep_every
         )
+        self._saving: int | None = None
+        self._orbax = self._open()
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint; None if there is none."""
@@ -119,7 +115,8 @@ class Checkpoints:
         Raises:
             OSError: if this one or the one before cannot be written and training is to stop then.
         """
-        if self._ended() and self.latest() == step:
+        self.wait()
+        if self.latest() == step:
             return
         about = {"model": self._model, "config": self._run, "checksums": _checksums(state)}
         items = ocp.args.Composite(
@@ -156,7 +153,7 @@ class Checkpoints:
                 self._put_aside(damaged)
                 return restored
             damaged.append(step)
-            why = " ".join(str(error or "another process cannot read it").split())[:300]
+            why = " ".join(str(error or "another process cannot read it").split())[:600]
             _log.warning(
                 f"the checkpoint of step {step} in {self._folder} is damaged ({why}); looking at "
                 "the one before it."
@@ -168,37 +165,51 @@ class Checkpoints:
             )
         raise ValueError(f"{self._folder} has no checkpoint to go on from.")
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until what is being written is on disk.
 
         Raises:
             OSError: as `save`.
         """
-        self._ended()
-        self._orbax.close()
+        self._try(self._orbax.wait_until_finished)
 
-    def _ended(self) -> bool:
-        """Waits for the save in hand; whether it, if there was one, came to be."""
-        return self._try(self._orbax.wait_until_finished)
+    def close(self) -> None:
+        """Waits, and ends what runs in the background.
 
-    def _try(self, write: Callable[[], Any]) -> bool:
-        """Whether something could be written; if not, it is told, and removed."""
+        Raises:
+            OSError: as `save`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        """Writes; if that cannot be, it is told, and what has been written of it is removed."""
+        error = None
         try:
             write()
-        except Exception as error:  # tensorstore's errors of the disk are ValueErrors.
-            if jax.process_index() == 0:
-                _remove_unfinished(self._folder)
-            what = (
-                f"the checkpoint of step {self._saving} could not be written to {self._folder}: "
-                f"{' '.join(str(error).split())[:300]}"
-            )
-            self._orbax.reload()
-            last = f"the last whole one is of step {self.latest()}"
-            if not self._goes_on:
-                raise OSError(f"{what}; {last} (checkpoint.on_error: stop).") from error
-            _log.warning(f"{what}; {last}. Training goes on (checkpoint.on_error: continue).")
-            return False
-        return True
+        except Exception as caught:  # tensorstore's errors of the disk are ValueErrors.
+            error = caught
+        if _everywhere(error is None):
+            return
+        why = " ".join(str(error or "another process could not").split())[:600]
+        # Orbax would raise the error again at the next save.
+        with contextlib.suppress(Exception):
+            self._orbax.close()
+        self._orbax = self._open()
+        what = (
+            f"the checkpoint of step {self._saving} could not be written to {self._folder}: {why}; "
+            f"the last whole one is of step {self.latest()}"
+        )
+        if not self._goes_on:
+            raise OSError(f"{what} (checkpoint.on_error: stop).") from error
+        _log.warning(f"{what}. Training goes on (checkpoint.on_error: continue).")
+
+    def _open(self) -> ocp.CheckpointManager:
+        if jax.process_index() == 0:
+            _remove_unfinished(self._folder)
+        return ocp.CheckpointManager(self._folder, options=self._options, item_handlers=_handlers())
 
     def _read(self, step: int, abstract: Any) -> Restored:
         """One checkpoint, by this process alone: no other one waits for it, should this fail."""
@@ -315,14 +326,16 @@ def _checksums(state: Any) -> dict[str, int]:
     """
     leaves = jax.tree.leaves_with_path(state)
     names = [".".join(_name(key) for key in path) for path, _ in leaves]
-    # Arrays on other devices, or in the host's memory, need a program of their own.
+    # One program can only have the arrays of the same devices.
     together: dict[Any, list[int]] = {}
     for i, (_, x) in enumerate(leaves):
-        key = (x.sharding.device_set, x.sharding.memory_kind)
-        together.setdefault((frozenset(key[0]), key[1]), []).append(i)
+        on_host = x.sharding.memory_kind == "pinned_host"
+        key = "host" if on_host else frozenset(x.sharding.device_set)
+        together.setdefault(key, []).append(i)
     sums: dict[str, int] = {}
-    for indices in together.values():
-        found = jax.device_get(_sums_of_bits([leaves[i][1] for i in indices]))
+    for key, indices in together.items():
+        arrays = [leaves[i][1] for i in indices]
+        found = _sums_on_host(arrays) if key == "host" else jax.device_get(_sums_of_bits(arrays))
         sums |= {names[i]: int(total) for i, total in zip(indices, found, strict=True)}
     return sums
 
@@ -336,6 +349,19 @@ def _sum_of_bits(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _sums_on_host(arrays: list[jax.Array]) -> list[int]:
+    """The same of arrays in the host's memory, of which the devices may not have room for all."""
+    sums = np.zeros(len(arrays), np.uint32)
+    for i, x in enumerate(arrays):
+        for shard in x.addressable_shards:
+            if shard.replica_id == 0:
+                bits = np.asarray(shard.data).view(f"uint{8 * x.dtype.itemsize}")
+                sums[i] += np.sum(bits, dtype=np.uint32)
+    if jax.process_count() > 1:
+        sums = np.sum(multihost_utils.process_allgather(sums), axis=0, dtype=np.uint32)
+    return sums.tolist()
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -41,8 +41,10 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._checkpoints.close()
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        # The other processes know nothing yet of an error here, and would not come to a save's end.
+        if error is None or jax.process_count() == 1:
+            self._checkpoints.close()
         if self._recorder is not None:
             self._recorder.close()
             metrics.plot(self.path, self._title)
