@@ -35,7 +35,9 @@ class RunFolder:
         self._checkpoints = open_checkpoints(config, path)
         self._recorder = None
         if jax.process_index() == 0:
-            (path / "config.yaml").write_text(configuration.dump(config))
+            written = path / "config.yaml.tmp"
+            written.write_text(configuration.dump(config))
+            written.replace(path / "config.yaml")
             self._recorder = metrics.Recorder(path, start, config.log.tensorboard)
 
     def __enter__(self) -> "RunFolder":
@@ -71,11 +73,13 @@ def open_checkpoints(config: TrainConfig, folder: pathlib.Path) -> Checkpoints:
 
 
 def has_checkpoint(config: TrainConfig, folder: pathlib.Path) -> bool:
-    """Whether a run can go on from something."""
+    """Whether a run can go on from something, as the first process sees it."""
     checkpoints = open_checkpoints(config, folder)
     latest = checkpoints.latest()
     checkpoints.close()
-    return latest is not None
+    if jax.process_count() == 1:
+        return latest is not None
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(latest is not None)))
 
 
 def make_new(config: TrainConfig) -> pathlib.Path:

@@ -87,7 +87,8 @@ def train(
     with contextlib.closing(program):
         state = None
         if resume is not None:
-            resume.mkdir(parents=True, exist_ok=begin)
+            if begin:
+                resume.mkdir(parents=True, exist_ok=True)
             if not begin or folder.has_checkpoint(config, resume):
                 state = _restore(config, resume, abstract, program)
         began = time.perf_counter()

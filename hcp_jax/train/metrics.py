@@ -45,7 +45,10 @@ class Recorder:
     def __init__(self, folder: pathlib.Path, start: int, tensorboard: bool):
         self._path = folder / "metrics.jsonl"
         kept = [line for line in read(folder) if line["step"] < start]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # At no moment may a process that is killed leave less than there was.
+        rewritten = self._path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        rewritten.replace(self._path)
         self._lines = self._path.open("a", buffering=1)
         self._board = (
             tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=start)

@@ -356,7 +356,8 @@ def _listening(place: Place) -> socket.socket:
         )
     except OSError as error:
         raise ValueError(
-            f"--coordinator: port {place.port} cannot be used here ({error.strerror}); choose "
+            f"--coordinator: port {place.port} cannot be used here "
+            f"({os.strerror(error.errno or 0)}); choose "
             "another one, the same for every process."
         ) from None
 
