@@ -94,7 +94,7 @@ def axis_link(mesh: Mesh, axis: str) -> str:
     groups = axis_groups(mesh, axis)
     if groups.shape[1] == 1:
         return "no link"
-    crosses = any(len({_host(device) for device in group}) > 1 for group in groups)
+    crosses = any(len({host_of(device) for device in group}) > 1 for group in groups)
     return "between hosts" if crosses else "inside a host"
 
 
@@ -120,7 +120,8 @@ def xla_flags(device_kind: str) -> dict[str, bool | int | str]:
     }
 
 
-def _host(device: jax.Device) -> tuple[str, int]:
+def host_of(device: jax.Device) -> tuple[str, int]:
+    """What tells the host of a device from others; see `axis_link` for what a host is."""
     # On GPUs a slice is a host, or the hosts of one NVLink domain, however many processes run
     # there. Devices of a cluster that is only compiled for are all of one slice.
     domain = getattr(device, "slice_index", None)

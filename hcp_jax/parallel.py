@@ -9,6 +9,7 @@ import dataclasses
 import jax
 
 from hcp_jax.context import STRATEGIES, ContextParallel, require_known
+from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.mesh import make_mesh
 
 
@@ -25,6 +26,7 @@ class ParallelConfig:
         layout: "zigzag" or "contiguous".
         fsdp: cut parameters and optimizer state over dp and cp.
         head_groups: as in `ContextParallel`.
+        dynamic: each document on as many of the dp * cp devices as it needs.
         context_parallel_size: Megatron's word for cp_outer * cp_inner.
         cp_comm_type: Megatron's word for comm_type.
         hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
@@ -38,6 +40,7 @@ class ParallelConfig:
     layout: str = "zigzag"
     fsdp: bool = False
     head_groups: int = 1
+    dynamic: DynamicConfig = dataclasses.field(default_factory=DynamicConfig)
     context_parallel_size: int | None = None
     cp_comm_type: str | list[str] | None = None
     hierarchical_context_parallel_sizes: list[int] | None = None

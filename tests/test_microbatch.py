@@ -19,7 +19,7 @@ from hcp_jax.models.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 from tests import oracle
 
-M = 12
+M = 13
 LAYOUT = (4, 2, 1, 1)
 DOCUMENTS = Microbatch(LAYOUT, ((0, 3), (1, 2), (), (4, 5, 6)))
 LENGTHS = (30, 17, 6, 16, 7, 1, 4)
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_told(monkeypatch):
     with pytest.raises(ValueError, match=r"tokens has shape \(8, 11\), but the buffers are"):
         place_microbatch(cp, packed, {"tokens": np.zeros((8, 11))})
     monkeypatch.setattr(microbatch, "max_runs", lambda tokens: 3)
-    with pytest.raises(ValueError, match="up to 4 runs of keys, but 3 are compiled for with 12"):
+    with pytest.raises(ValueError, match="up to 4 runs of keys, but 3 are compiled for with 13"):
         place_microbatch(cp, packed, {})
     with pytest.raises(ValueError, match="cp has no groups"):
         abstract_microbatch(dataclasses.replace(cp, groups=None), M, {})

@@ -210,13 +210,10 @@ def _require_divisible(q, k, cp: ContextParallel) -> None:
     dp, tp = cp.axis_size(cp.dp), cp.axis_size(cp.tp)
     if q.shape[0] % dp:
         raise ValueError(f"q has a batch of B={q.shape[0]}, which dp={dp} does not divide.")
-    if cp.groups is not None and (q.shape[0] != dp or q.shape[1] != k.shape[1]):
-        raise ValueError(
-            f"with groups, q and k must have one row for each of dp={dp}, as "
-            f"hcp.place_microbatch leaves them, got {tuple(q.shape)} and {tuple(k.shape)}."
-        )
+    if cp.groups is not None:
+        _require_buffers(q, k, cp)
     for name, x in (("q", q), ("k", k)):
-        if x.shape[1] != cp.padded_length(x.shape[1]):
+        if cp.groups is None and x.shape[1] != cp.padded_length(x.shape[1]):
             raise ValueError(
                 f"{name} has {x.shape[1]} tokens, which do not fit a {cp.layout} layout over "
                 f"{cp.size} devices; put it there with cp.shard({name}, dim=1), which pads it to "
@@ -244,6 +241,16 @@ def _require_divisible(q, k, cp: ContextParallel) -> None:
         raise ValueError(
             f"head_groups={cp.head_groups} must divide the {kv_heads} kv heads that a device has "
             f"after the exchange; use one of {', '.join(sizes)}."
+        )
+
+
+def _require_buffers(q, k, cp: ContextParallel) -> None:
+    """That each device of the groups has one buffer of queries and one of keys, equally large."""
+    dp, size = cp.axis_size(cp.dp), cp.size
+    if q.shape[0] != dp or q.shape[1] % size or q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"with groups, q and k must be [dp={dp}, a multiple of {size}, ...] as "
+            f"hcp.place_microbatch leaves them, got {tuple(q.shape)} and {tuple(k.shape)}."
         )
 
 

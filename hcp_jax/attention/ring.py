@@ -93,9 +93,7 @@ class Rings(NamedTuple):
         return self._permute(dkv, groups.homeward_permutation(self.sizes, hop))
 
     def come_home(self, home, dkv, hop: int):
-        """Add to `home` what has come back: in the rings that were done with `hop` - 1."""
-        if hop not in self.sizes:
-            return home
+        """Add to `home` what has come back at `hop`: in the rings of so many members."""
         here = jnp.asarray(groups.group_of_device(self.sizes)[1] == hop)[self.member()]
         return _add(home, [jnp.where(here, x, 0) for x in dkv])
 
@@ -174,9 +172,12 @@ def backward(
         borders = {size + i for size in rings.sizes for i in (-1, 0, 1)}
         for stretch in _stretches(range(2, last), borders):
             carry = _scan_by_twos(middle, carry, stretch)
-            home = rings.come_home(home, carry[1], stretch[-1])
+            if stretch[-1] in rings.sizes:
+                # What has come home is added before the rest moves on, or XLA would keep a copy.
+                home = rings.come_home(home, carry[1], stretch[-1])
+                home, carry = jax.lax.optimization_barrier((home, carry))
         (_, dkv, dq), _ = middle(last, carry, last)
-        home = rings.come_home(home, dkv, last)
+        home = rings.come_home(home, dkv, last) if last in rings.sizes else home
     # dq waits for the way home of dk and dv, so that its kernel is what they hide behind.
     dq, dkv = jax.lax.optimization_barrier((dq, rings.send_home(dkv, last + 1)))
     return dq, *_add(home, dkv)

@@ -88,7 +88,7 @@ def max_runs(max_tokens_per_device: int) -> int:
 
 def pack(
     microbatch: Microbatch,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
     max_tokens_per_device: int,
     *,
     devices: range | None = None,

@@ -243,7 +243,8 @@ def _zeros(shape: tuple[int, ...], sharding: Any) -> jax.Array:
 def _of_one_layer(sharding: Any) -> Any:
     if not isinstance(sharding, NamedSharding):
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    spec = PartitionSpec(*sharding.spec[1:])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 @functools.cache

@@ -62,19 +62,66 @@ def summed_cross_entropy(
     )(hidden, unembedding, targets, weights)
 
 
+def cross_entropy_by_bin(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    targets: Int32[Array, "B T"],
+    weights: Float[Array, "B T"],
+    bins: Int32[Array, "B T"],
+    num_bins: int,
+    *,
+    cp: ContextParallel | None = None,
+    chunk: int = 1024,
+) -> tuple[Float[Array, "B n"], Float[Array, "B n"]]:
+    """Σ weight · cross entropy in nats, and Σ weight, over the tokens of each bin of each row.
+
+    For looking at a model, not for training it: the tokens are reduced where they are, and no
+    more than a number per row and bin leaves a device.
+
+    Args:
+        hidden: as in `summed_cross_entropy`, like all that is not named here.
+        unembedding: the output matrix.
+        targets: the token to be predicted at each place.
+        weights: how much each place counts.
+        bins: the bin that each place belongs to, from 0 to `num_bins - 1`.
+        num_bins: n.
+        cp: the context parallelism.
+        chunk: tokens per device whose logits exist at one time.
+    """
+
+    def on_device(hidden, unembedding, targets, weights, bins, *, sum_over, tp):
+        def of_chunk(block):
+            hidden, targets, weights, bins = block
+            log_z, of_target = _log_z_and_target(hidden, unembedding, targets, tp)
+            # Compared, not scattered: the order of the sums is then always the same.
+            in_bin = weights[..., None] * (bins[..., None] == jnp.arange(num_bins))
+            loss = (log_z - of_target)[..., None]
+            return jnp.sum(in_bin * loss, axis=1), jnp.sum(in_bin, axis=1)
+
+        blocks = [chunks.split(x, chunk) for x in (hidden, targets, weights, bins)]
+        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_chunk, blocks))
+        return jax.lax.psum(sums, sum_over) if sum_over else sums
+
+    if cp is None:
+        return on_device(hidden, unembedding, targets, weights, bins, sum_over=(), tp=())
+    tokens, tp = cp.spec(2), live_axes(cp, cp.tp)
+    of_device = functools.partial(on_device, sum_over=live_axes(cp, cp.cp_axes), tp=tp)
+    rows = PartitionSpec(cp.dp, None)
+    return jax.shard_map(
+        of_device,
+        mesh=cp.mesh,
+        in_specs=(cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens, tokens),
+        out_specs=(rows, rows),
+        check_vma=False,
+    )(hidden, unembedding, targets, weights, bins)
+
+
 def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, sum_over, tp):
     """The weighted sum over the tokens of one device, and then over the devices of `sum_over`."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_chunk(hidden, targets, weights):
-        # The cast is in here so that the cotangents of the chunks add up in the matrix's own dtype.
-        logits = jnp.einsum(
-            "btd,vd->btv",
-            hidden,
-            unembedding.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        log_z, of_target = _log_partition(logits, tp), _logit_of(targets, logits, tp)
+        log_z, of_target = _log_z_and_target(hidden, unembedding, targets, tp)
         return jnp.sum(weights * (log_z - of_target + z_loss * jnp.square(log_z)))
 
     # Where the last chunk is filled up, the weights are 0.
@@ -82,6 +129,20 @@ def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, sum_over
     sums = jax.lax.map(lambda block: of_chunk(*block), blocks)
     total = jnp.sum(sums)
     return jax.lax.psum(total, sum_over) if sum_over else total
+
+
+def _log_z_and_target(
+    hidden: Float[Array, "B t D"], unembedding, targets, tp: tuple[str, ...]
+) -> tuple[Float[Array, "B t"], Float[Array, "B t"]]:
+    """Of each token, the log-partition and the target's logit; their difference is the loss."""
+    # The cast is in here so that the cotangents of the chunks add up in the matrix's own dtype.
+    logits = jnp.einsum(
+        "btd,vd->btv",
+        hidden,
+        unembedding.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return _log_partition(logits, tp), _logit_of(targets, logits, tp)
 
 
 def _log_partition(logits: Float[Array, "B t V"], tp: tuple[str, ...]) -> Float[Array, "B t"]:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from hcp_jax import host_memory
 from hcp_jax.plan.hardware import Cluster, target_config
 
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
@@ -85,7 +86,8 @@ def compile_for(
     jitted = f if hasattr(f, "trace") else jax.jit(f, donate_argnums=donate)
     lowering = tuple("cuda" if platform == "gpu" else platform for platform in platforms)
     lowered = jitted.trace(*shapes).lower(lowering_platforms=lowering)
-    return lowered.compile(compiler_options=dict(flags or {}))
+    with host_memory.compiling():
+        return lowered.compile(compiler_options=dict(flags or {}))
 
 
 def _installed(module: str) -> bool:

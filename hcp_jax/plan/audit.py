@@ -20,14 +20,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.attention.grouped import exchange_size
 from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import Problem, resolve
-from hcp_jax.mask import Placement, intervals
+from hcp_jax.mask import intervals
 from hcp_jax.mesh import xla_flags
+from hcp_jax.microbatch import abstract_microbatch
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.flops import ModelShape
 from hcp_jax.plan import hardware
 from hcp_jax.plan.aot import compile_for, devices
-from hcp_jax.plan.cost_model import ModelShape
 from hcp_jax.plan.hardware import Cluster
 from hcp_jax.plan.program import Audit, busiest_density, read
 from hcp_jax.plan.timeline import draw
@@ -44,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention",
         action="store_true",
         help="one layer's attention, forward and backward, instead of the whole training step",
+    )
+    parser.add_argument(
+        "--groups",
+        type=int,
+        nargs="+",
+        metavar="SIZE",
+        help="the program of one group layout, each device with its share of seq_len as places",
     )
     parser.add_argument(
         "--xla-flag",
@@ -63,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     cluster = Cluster(hardware.gpu(args.gpu), args.hosts, args.gpus_per_host)
     flags = chosen_flags(cluster, args.xla_flag, library=not args.no_flags)
     cp = place(config, cluster)
+    if args.groups:
+        cp = dataclasses.replace(cp, groups=tuple(args.groups))
     if args.attention:
         rows = max(cp.axis_size(cp.dp), config.batch_size // config.accumulation)
         found = audit_attention(cp, cluster, config.model, config.seq_len, rows, flags)
@@ -121,26 +132,27 @@ def compile_attention(
         cp: over a mesh of `aot.devices(cluster)`.
         model: for its heads, mask, dtype and implementation.
         seq_len: T, padded.
-        rows: batch size B.
+        rows: batch size B; under groups, dp.
         flags: XLA flags.
     """
+    mask = model.mask() if cp.groups is None else _abstract_batch(cp, rows, seq_len)["mask"]
     sharding = NamedSharding(cp.mesh, PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp))
 
     def array(heads: int) -> jax.ShapeDtypeStruct:
         shape = (rows, seq_len, heads, model.head_dim)
         return jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=sharding)
 
-    def attention(q, k, v):
-        return dot_product_attention(
-            q, k, v, cp=cp, mask=model.mask(), implementation=model.implementation
-        )
+    def both(q, k, v, dout, mask):
+        def attention(q, k, v):
+            return dot_product_attention(
+                q, k, v, cp=cp, mask=mask, implementation=model.implementation
+            )
 
-    def both(q, k, v, dout):
         out, pull_back = jax.vjp(attention, q, k, v)
         return out, *pull_back(dout)
 
     q, k = array(model.num_heads), array(model.num_kv_heads)
-    return compile_for(both, q, k, k, q, flags=flags)
+    return compile_for(both, q, k, k, q, mask, flags=flags)
 
 
 def audit_attention(
@@ -195,16 +207,19 @@ def audit_step(cp: ContextParallel, cluster: Cluster, config: TrainConfig, flags
 
 
 def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, Any]:
-    """What `cp.shard_batch` makes of a batch, as shapes."""
+    """What `cp.shard_batch` makes of a batch (`place_microbatch` of a microbatch), as shapes."""
+    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+    if cp.groups is not None:
+        return abstract_microbatch(cp, seq_len // cp.size, dtypes)
 
     def array(dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=cp.sharding(2))
 
     whole = NamedSharding(cp.mesh, PartitionSpec(cp.dp, None))
     number: Any = jax.ShapeDtypeStruct((rows, seq_len), np.int32, sharding=whole)
-    mask = dataclasses.replace(intervals(number, number), placement=Placement(cp.layout, cp.size))
-    names = ("tokens", "targets", "positions")
-    return {n: array(np.int32) for n in names} | {"weights": array(np.float32), "mask": mask}
+    mask = dataclasses.replace(intervals(number, number), placement=cp.placement)
+    dtypes["positions"] = np.int32
+    return {name: array(dtype) for name, dtype in dtypes.items()} | {"mask": mask}
 
 
 def read_model(
@@ -215,7 +230,10 @@ def read_model(
     seq_len: int,
     compile_s: float = 0.0,
 ) -> Audit:
-    """Read a program in which a model's attention runs, with its mask and its kernels' rates."""
+    """Read a program in which a model's attention runs, with its mask and its kernels' rates.
+
+    Under groups, each is taken to be filled by one document.
+    """
     size = model.head_dim
     problem = Problem(
         dtype=model.compute_dtype,
@@ -226,13 +244,18 @@ def read_model(
         platform=cp.platform,
         device_kind=cp.device_kind,
     )
-    ring = cp.axis_size(cp.for_layer(0).strategy.move)
+    one, sharing = cp.for_layer(0), cp.size
+    ring = cp.axis_size(one.strategy.move)
+    if one.groups is not None:
+        heads = model.num_heads // cp.axis_size(cp.tp)
+        seq_len, sharing = seq_len // cp.size * max(one.groups), max(one.groups)
+        ring = sharing // exchange_size(one, heads)
     return read(
         compiled,
         cp.mesh,
         cluster,
         implementation=resolve(model.implementation, problem),
-        density=busiest_density(ModelShape.of(model), seq_len, cp.size, cp.layout, ring),
+        density=busiest_density(ModelShape.of(model), seq_len, sharing, cp.layout, ring),
         compile_s=compile_s,
     )
 

@@ -16,11 +16,10 @@ A step, on one device, with t = T / C tokens of each of its rows:
 
 import dataclasses
 import functools
-from typing import Any
 
 import numpy as np
 
-from hcp_jax.mask import Mask, causal, sliding_window
+from hcp_jax.models.flops import ModelShape, step_flops
 from hcp_jax.plan.hardware import NO_LINK, Cluster, Path
 from hcp_jax.plan.pairs import chunk_pairs, merge_chunks, pairs_by_hop
 
@@ -33,53 +32,6 @@ _STRATEGY = {
     "a2a+p2p": (True, False, "ring"),
     "a2a+all_gather": (True, False, "gather"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelShape:
-    """What the cost of a decoder depends on; the words are `ModelConfig`'s."""
-
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    tie_embeddings: bool = False
-    sliding_window: int | None = None
-    loss_chunk: int = 1024
-
-    @classmethod
-    def of(cls, config: Any) -> "ModelShape":
-        """The shape of a `ModelConfig`."""
-        named = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
-        return cls(**named | {"head_size": config.head_dim})
-
-    @property
-    def layer_params(self) -> int:
-        """Weights of one layer's matrix products."""
-        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_size
-        return self.hidden_size * (heads + 3 * self.intermediate_size)
-
-    @property
-    def head_params(self) -> int:
-        """Weights of the output head."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def params(self) -> int:
-        """All parameters, norms included."""
-        embeddings = self.head_params * (1 if self.tie_embeddings else 2)
-        norms = (2 * self.num_layers + 1) * self.hidden_size
-        return self.num_layers * self.layer_params + embeddings + norms
-
-    @property
-    def mask(self) -> Mask:
-        """What it attends with: causal, within its window."""
-        if self.sliding_window is None:
-            return causal()
-        return causal() & sliding_window(self.sliding_window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +107,7 @@ class Estimate:
     Attributes:
         compute: seconds by part.
         transfers: what moves.
-        flops: of the model in a step, on one device: no recomputation, attention's pairs as they
-            are, its backward counted twice its forward (as MFU is by convention).
+        flops: of the model in a step, on one device, as MFU counts them (`step_flops`).
         attention_flops: attention's part of them.
         tokens: in a step, of all devices.
         gpus: number of devices.
@@ -245,13 +196,14 @@ def estimate(
         *_tensor_parallel(model, split, cluster, t),
         *_weights_and_gradients(model, split, cluster, sum(compute.values())),
     ]
-    attention_flops = model.num_layers * attention.forward_flops * 3
+    tokens = split.dp * rows * seq_len
+    pairs = split.dp * rows * float(stream_pairs(model, seq_len, 1).sum())
     return Estimate(
         compute=compute,
         transfers=tuple(x for x in transfers if x.link != NO_LINK),
-        flops=2.0 * t * 3 * (layers + head) + attention_flops,
-        attention_flops=attention_flops,
-        tokens=split.dp * rows * seq_len,
+        flops=step_flops(model, tokens, pairs) / cluster.size,
+        attention_flops=step_flops(model, 0, pairs) / cluster.size,
+        tokens=tokens,
         gpus=cluster.size,
         peak=cluster.gpu.peak_flops,
     )
@@ -296,7 +248,6 @@ class _Attention:
         # All devices wait for the one that has most to do at a hop.
         flops = per_pair * by_hop.max(axis=0)
         gpu = cluster.gpu
-        self.forward_flops = per_pair * float(by_hop.sum()) / split.move
         self.forward_hops = flops / gpu.attention_rate(implementation, "forward").value
         backward = gpu.attention_rate(implementation, "backward").value
         self.backward_hops = BACKWARD * flops / backward

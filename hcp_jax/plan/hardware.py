@@ -24,6 +24,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from hcp_jax.datasheet import PEAK_FLOPS
+
 NO_LINK, INSIDE, BETWEEN = "no link", "inside a host", "between hosts"
 
 _SPEC = "OpenXLA target specification"
@@ -200,7 +202,9 @@ _H100_ATTENTION = {
     ("blockwise", "forward"): 37e12,
     ("blockwise", "backward"): 36e12,
 }
-_H100_PEAK = 989e12
+_H100_PEAK = PEAK_FLOPS["NVIDIA H100 80GB HBM3"]
+_A100_PEAK = PEAK_FLOPS["NVIDIA A100-SXM4-80GB"]
+_B200_PEAK, _GB200_PEAK = PEAK_FLOPS["NVIDIA B200"], PEAK_FLOPS["NVIDIA GB200"]
 
 
 def _attention(peak: float, measured: bool = False) -> dict[tuple[str, str], Rate]:
@@ -257,11 +261,11 @@ _A100 = GPU(
     clock_ghz=1.41,
     shared_bytes_per_core=167_936,
     shared_bytes_per_block=166_912,
-    peak_flops=312e12,
+    peak_flops=_A100_PEAK,
     nvlink=_nvlink("NVLink 3", 300e9),
     network=_infiniband("InfiniBand HDR", 25e9),
-    matmul=_share(312e12, 0.7, "the data sheet"),
-    attention=_attention(312e12),
+    matmul=_share(_A100_PEAK, 0.7, "the data sheet"),
+    attention=_attention(_A100_PEAK),
     sources=_H100.sources,
 )
 _B200 = dataclasses.replace(
@@ -274,10 +278,10 @@ _B200 = dataclasses.replace(
     memory_bandwidth=7_672_320_000_000,
     l2_bytes=132_644_864,
     clock_ghz=1.965,
-    peak_flops=2250e12,
+    peak_flops=_B200_PEAK,
     nvlink=_nvlink("NVLink 5", 900e9),
-    matmul=_share(2250e12, 0.7, "the data sheet"),
-    attention=_attention(2250e12),
+    matmul=_share(_B200_PEAK, 0.7, "the data sheet"),
+    attention=_attention(_B200_PEAK),
 )
 _GB200 = dataclasses.replace(
     _B200,
@@ -288,9 +292,9 @@ _GB200 = dataclasses.replace(
     memory_bandwidth=7_928_064_000_000,
     l2_bytes=135_528_448,
     clock_ghz=2.062,
-    peak_flops=2500e12,
-    matmul=_share(2500e12, 0.7, "the data sheet"),
-    attention=_attention(2500e12),
+    peak_flops=_GB200_PEAK,
+    matmul=_share(_GB200_PEAK, 0.7, "the data sheet"),
+    attention=_attention(_GB200_PEAK),
     nvlink_domain=72,
     sources=_H100.sources | {"nvlink_domain": "NVL72 data sheet"},
 )

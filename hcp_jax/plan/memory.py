@@ -14,7 +14,8 @@ The worst moment is the backward pass of a layer, or of the vocabulary's matrice
 
 import dataclasses
 
-from hcp_jax.plan.cost_model import ModelShape, Split
+from hcp_jax.models.flops import ModelShape
+from hcp_jax.plan.cost_model import Split
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hcp_jax.models.flops import ModelShape
 from hcp_jax.plan import hlo, schedule
-from hcp_jax.plan.cost_model import ModelShape, stream_pairs
+from hcp_jax.plan.cost_model import stream_pairs
 from hcp_jax.plan.hardware import Cluster, Path
 from hcp_jax.plan.pairs import pairs_by_hop
 

@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hcp_jax.models.flops import ModelShape
 from hcp_jax.plan import hardware
-from hcp_jax.plan.cost_model import Estimate, ModelShape, Split, estimate
+from hcp_jax.plan.cost_model import Estimate, Split, estimate
 from hcp_jax.plan.explain import explain
 from hcp_jax.plan.hardware import Cluster
 from hcp_jax.plan.memory import MemoryEstimate, estimate_memory

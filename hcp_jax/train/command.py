@@ -14,6 +14,7 @@ from hcp_jax.train import config as configuration
 from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.loop import Outcome, train
+from hcp_jax.train.profile import ProfileSteps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the last checkpoint of this run folder, or of the 'latest'; with its own "
         "config unless one is given",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="N",
+        type=int,
+        help="trace N steps into the folder 'profile' of the run (docs/watching.md)",
+    )
+    parser.add_argument(
+        "--profile-from",
+        metavar="STEP",
+        type=int,
+        help="the first step that is traced; else the first few are skipped",
+    )
 
 
 def num_devices(args: argparse.Namespace) -> int:
@@ -54,9 +67,16 @@ def run(args: argparse.Namespace) -> int:
     """
     folder = _folder(args)
     config = config_of(args, folder)
+    profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
     with cluster.joined(args, _same_everywhere(config, folder)) as peers:
         try:
-            outcome = train(config, resume=folder, begin=args.folder is not None, peers=peers)
+            outcome = train(
+                config,
+                resume=folder,
+                begin=args.folder is not None,
+                profile=profile,
+                peers=peers,
+            )
         except (ValueError, NotImplementedError, FloatingPointError):
             raise
         except Exception as error:

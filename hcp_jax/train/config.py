@@ -25,6 +25,7 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.checkpoint import CheckpointConfig
 from hcp_jax.train.data import DataConfig
+from hcp_jax.train.evaluation import EvalConfig
 from hcp_jax.train.metrics import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 
@@ -49,9 +50,10 @@ class TrainConfig:
         name: what the run folder is called, with a number behind it; if a file gives none, the
             file's own name.
         steps: optimizer steps.
-        batch_size: streams per optimizer step, over all of dp and all of `accumulation`.
-        seq_len: tokens per stream.
-        accumulation: microbatches per optimizer step.
+        batch_size: streams per optimizer step, over all of dp and all of `accumulation`; times
+            seq_len, the tokens that a step of `parallel.dynamic` aims at.
+        seq_len: tokens per stream; no document, or segment of one, is longer.
+        accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own.
         seed: of the initial parameters and of the order of the documents.
         run_dir: where run folders are made.
         init_from: a Hugging Face folder whose weights training begins from (`hcp import` writes a
@@ -61,6 +63,7 @@ class TrainConfig:
         data: the text.
         optimizer: the optimizer and its schedule.
         checkpoint: when to save.
+        eval: held-out loss.
         log: how to report.
 
     Raises:
@@ -80,6 +83,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     def __post_init__(self):
@@ -88,12 +92,24 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
+        if self.parallel.dynamic.enabled:
+            self._check_dynamic()
+            return
         dp = self.parallel.resolve().dp
         if self.batch_size % (self.accumulation * dp):
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulation * dp = "
                 f"{self.accumulation} * {dp}."
             )
+
+    def _check_dynamic(self) -> None:
+        if self.accumulation != 1:
+            raise ValueError(
+                f"accumulation={self.accumulation} does not go with parallel.dynamic, whose "
+                "schedule decides how many microbatches a step has; leave it out."
+            )
+        parallel = self.parallel.resolve()
+        parallel.dynamic.check_sizes(parallel.num_devices // parallel.tp)
 
     @property
     def tokens_per_step(self) -> int:

@@ -23,6 +23,7 @@ its *place* in the corpus, and `ContextParallel.shard_batch` has tokens read at 
 on a process's own devices, and no others.
 """
 
+import copy
 import dataclasses
 import operator
 import pathlib
@@ -32,6 +33,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
@@ -95,26 +97,37 @@ class Corpus:
         self.vocab_size = VOCAB_SIZE
         self._unit = "bytes"
         self._ids: np.ndarray = np.frombuffer(b"".join(texts), np.uint8)
-        self._offsets = np.concatenate([[0], np.cumsum([len(t) for t in texts], dtype=np.int64)])
+        self._set_offsets(np.cumsum([0, *(len(t) for t in texts)], dtype=np.int64))
 
     @classmethod
     def of_tokens(cls, tokenised: "tokens.Tokenised", source: str) -> "Corpus":
         """Documents that a tokenizer made tokens of."""
         corpus = cls([], source)
-        corpus._ids, corpus._offsets = tokenised.ids, tokenised.offsets
+        corpus._ids = tokenised.ids
+        corpus._set_offsets(tokenised.offsets)
         corpus.separator, corpus.end = tokenised.meta.bos_id, tokenised.meta.eos_id
         corpus.vocab_size, corpus._unit = tokenised.meta.vocab_size, "tokens"
         return corpus
 
+    def _set_offsets(self, offsets: Int64[np.ndarray, "D+1"]) -> None:
+        self._offsets = offsets
+        self._begins, self._ends = offsets[:-1], offsets[1:]
+
+    def select(self, chosen: Integer[np.ndarray, "d"]) -> "Corpus":
+        """Some of the documents, in the order given; no id is read or copied."""
+        selected = copy.copy(self)
+        selected._begins, selected._ends = self._begins[chosen], self._ends[chosen]
+        return selected
+
     @property
     def num_ids(self) -> int:
         """Bytes, or tokens, of all documents together."""
-        return self._ids.size
+        return int(self.sizes.sum())
 
     @property
     def sizes(self) -> Int64[np.ndarray, "D"]:
         """Ids of each document, separators not counted."""
-        return np.diff(self._offsets)
+        return self._ends - self._begins
 
     def fingerprint(self) -> dict[str, int]:
         """What tells other data apart, of which no id need be read: numbers and sizes."""
@@ -126,21 +139,21 @@ class Corpus:
         }
 
     def __len__(self) -> int:
-        return self._offsets.size - 1
+        return self._ends.size
 
     def __getitem__(self, index: SupportsIndex) -> Integer[np.ndarray, "n"]:
         at = operator.index(index)
         if not 0 <= at < len(self):
             raise IndexError(f"there is no document {at} of {len(self)}")
-        return self._ids[self._offsets[at] : self._offsets[at + 1]]
+        return self._ids[self._begins[at] : self._ends[at]]
 
     def places(self, index: SupportsIndex, begin: int, end: int) -> Int64[np.ndarray, "n"]:
         """The places of tokens `begin` to `end` of a document that begins with its separator."""
         at = operator.index(index)
-        places = 4 * (1 + np.arange(self._offsets[at] + begin, self._offsets[at] + end))
+        places = 4 * (1 + np.arange(self._begins[at] + begin, self._begins[at] + end))
         if begin == 0:
             places[0] += 2
-        if end == self._offsets[at + 1] - self._offsets[at] + 1:
+        if end == self._ends[at] - self._begins[at] + 1:
             places[-1] += 1
         return places
 
@@ -153,7 +166,10 @@ class Corpus:
         return self._read(places // 4 - 1, places & 1 > 0, self.end, places)
 
     def documents_at(self, places: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
-        """The numbers of the documents that these places, of which none is 0, are in."""
+        """The numbers of the documents that these places, of which none is 0, are in.
+
+        They count all documents of the text, also where this is a selection of them.
+        """
         # Behind the last token's target, the end, the next document begins.
         within = places // 4 - 1 - ((places & 1) > (places & 2) // 2)
         return np.searchsorted(self._offsets, within, side="right") - 1
@@ -222,6 +238,50 @@ def streams(
     """
     segments = Segments(corpus, seq_len)
     order = grain.MapDataset.range(len(segments)).seed(seed).shuffle().repeat(num_epochs)
+    return _packed(order, segments, seq_len)
+
+
+def held_out_batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    seq_len: int,
+    tokens: int | None,
+    mask: Callable[[Int32[np.ndarray, "B T"]], Mask],
+) -> list[dict[str, Any]]:
+    """Batches to evaluate on, each token once: the same ones in the same order, always.
+
+    Args:
+        corpus: the documents.
+        batch_size: B; the last batch is filled up with rows that count nothing.
+        seq_len: T.
+        tokens: how many, about; segments are taken from the whole corpus evenly. None: all of them.
+        mask: as in `make_batches`, whose batches these are like.
+    """
+    segments = Segments(corpus, seq_len)
+    order = evenly(len(segments))
+    if tokens is not None:
+        order = order[: 1 + np.searchsorted(np.cumsum(segments.sizes[order]), tokens)]
+    rows = list(_packed(grain.MapDataset.source(np.sort(order)), segments, seq_len))
+    rows += [jax.tree.map(np.zeros_like, rows[0])] * (-len(rows) % batch_size)
+    batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    return [_batch(corpus, jax.tree.map(lambda *x: np.stack(x), *batch), mask) for batch in batches]
+
+
+def evenly(number: int) -> Int64[np.ndarray, "n"]:
+    """0 … number - 1 in an order of which every beginning is spread over the whole evenly.
+
+    Multiples of the golden ratio modulo 1 do that (Knuth, The Art of Computer Programming, 6.4).
+
+    >>> evenly(10)[:3].tolist()
+    [0, 5, 2]
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ divided by the golden ratio
+    return np.argsort(np.arange(number, dtype=np.uint64) * golden, kind="stable")
+
+
+def _packed(order: grain.MapDataset, segments: "Segments", seq_len: int) -> grain.IterDataset:
+    """The segments of these numbers, whole ones as streams of their own, others end to end."""
     places = order.map(lambda number: {"places": segments.places(number)})
     # Places are made of a few numbers: threads that read ahead would have nothing to wait for.
     in_order = places.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -253,10 +313,13 @@ class Segments:
         pairs = self._corpus.tokens_at(places), self._corpus.targets_at(places)
         return {"pairs": np.stack(pairs, axis=-1)}
 
+    def document(self, index: SupportsIndex) -> int:
+        """The number of the document that a segment is of."""
+        return int(np.searchsorted(self._first, operator.index(index), side="right")) - 1
+
     def places(self, index: SupportsIndex) -> Int64[np.ndarray, "t"]:
         """The places of a segment's tokens; see `Corpus`."""
-        number = operator.index(index)
-        which = int(np.searchsorted(self._first, number, side="right")) - 1
+        number, which = operator.index(index), self.document(index)
         begin = (number - int(self._first[which])) * self._seq_len
         return self._corpus.places(which, begin, begin + int(self.sizes[number]))
 

@@ -13,21 +13,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hcp_jax.train import config as configuration
-from hcp_jax.train import metrics
+from hcp_jax.train import figures, metrics
 from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.evaluation import Evaluation
 from hcp_jax.train.program import Program
 from hcp_jax.train.step import TrainState
 
 
 class RunFolder:
-    """Keeps what a run leaves in its folder: metrics, plot and checkpoints.
+    """Keeps what a run leaves in its folder: metrics, pictures and checkpoints.
 
     Args:
         config: the run; written down, so that the folder can be resumed without the file.
         path: the folder; it exists.
         start: the first step of this part of the run.
-        title: of the plot.
+        title: of the pictures.
     """
 
     def __init__(self, config: TrainConfig, path: pathlib.Path, start: int, title: str):
@@ -49,12 +50,17 @@ class RunFolder:
             self._checkpoints.close()
         if self._recorder is not None:
             self._recorder.close()
-            metrics.plot(self.path, self._title)
+            figures.draw_run(self.path, self._title)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes the metrics of a step."""
         if self._recorder is not None:
             self._recorder.write(step, values)
+
+    def record_evaluation(self, found: Evaluation) -> None:
+        """Writes what an evaluation found."""
+        if self._recorder is not None:
+            self._recorder.write_evaluation(found)
 
     def latest_checkpoint(self) -> int | None:
         """The step of the newest whole checkpoint; None if there is none."""

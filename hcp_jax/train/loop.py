@@ -20,10 +20,14 @@ import jax
 import rich.console
 
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import data, folder, traffic, weights
+from hcp_jax.train import data, evaluation, folder, weights
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.dynamic import DynamicProgram
+from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
+from hcp_jax.train.meter import Meter
 from hcp_jax.train.peers import Peers
+from hcp_jax.train.profile import Profiler, ProfileSteps, check_profile
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
 from hcp_jax.train.signals import Signals
@@ -52,18 +56,21 @@ def train(
     resume: pathlib.Path | None = None,
     begin: bool = False,
     console: rich.console.Console | None = None,
+    profile: ProfileSteps | None = None,
     peers: Peers | None = None,
 ) -> Outcome:
     """Trains, or goes on training, and leaves a run folder behind.
 
     The folder has config.yaml (which can be run again), metrics.jsonl, TensorBoard events, loss.png
-    and the checkpoints. Nothing is written before the step has compiled.
+    and the checkpoints; with `eval.every`, also eval.jsonl and eval_by_position.png. Nothing is
+    written before the step has compiled.
 
     Args:
         config: the run.
         resume: the folder of a run to go on with; None for a new one.
         begin: in that folder, begin a run if there is no checkpoint to go on from.
         console: where to print, standard output if None; only the first of several processes does.
+        profile: steps to trace into the folder `profile` of the run folder.
         peers: the connections to the other processes, which must have the same data.
 
     Raises:
@@ -72,44 +79,61 @@ def train(
     """
     console = console or rich.console.Console(highlight=False)
     console.quiet = console.quiet or jax.process_index() != 0
-    corpus = data.open_corpus(config.data, config.model.vocab_size)
+    vocab_size = config.model.vocab_size
+    corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)
     if peers is not None:
         peers.agree(corpus.fingerprint())
     cp = config.parallel.context_parallel(config.model.num_layers)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
-    _print(console, _introduction(config, cp, corpus, abstract))
     if resume is None and config.init_from is not None:
         _print(console, weights.check(config.model, config.init_from))
 
-    program: Program = FixedProgram(config, cp, corpus)
+    program: Program = (
+        DynamicProgram(config, cp, corpus, console)
+        if config.parallel.dynamic.enabled
+        else FixedProgram(config, cp, corpus)
+    )
     with contextlib.closing(program):
-        state = None
-        if resume is not None:
-            if begin:
-                resume.mkdir(parents=True, exist_ok=True)
-            if not begin or folder.has_checkpoint(config, resume):
-                state = _restore(config, resume, abstract, program)
+        _print(console, _introduction(config, cp, corpus, abstract, program))
+        state = None if resume is None else _restore(config, resume, abstract, program, begin)
+        if begin and resume and state is not None and int(state.step) >= config.steps:
+            _print(console, f"{resume} has made all its {config.steps} steps.")
+            return Outcome(resume, config.steps)
+        check_profile(profile, 0 if state is None else int(state.step), config.steps)
+        evaluator = None if held_out is None else _evaluator(config, cp, held_out)
         began = time.perf_counter()
         size = program.compile(abstract)
+        beside = 0 if evaluator is None else evaluator.compile(abstract.params)
         took = time.perf_counter() - began
         _print(console, f"compiled in {took:.0f} s: {size / 2**20:,.0f} MiB per device")
+        if evaluator is not None:
+            every, more = config.eval.every, f"{beside / 2**20:,.0f} MiB beside the state"
+            _print(console, f"evaluation every {every} steps: {evaluator}; {more}")
 
         path = folder.make_new(config) if resume is None else resume
         if state is None:
             state = weights.first_state(config, optimizer, cp, path)
         title = f"{config.name}: {_in_short(cp)}"
-        with RunFolder(config, path, int(state.step), title) as run:
-            return _make_steps(config, program, run, console, state)
+        start = int(state.step)
+        with (
+            RunFolder(config, path, start, title) as run,
+            Profiler(profile, start, config.steps, path) as profiler,
+        ):
+            meter = Meter(config.model, cp.mesh)
+            return _make_steps(config, program, evaluator, run, console, state, profiler, meter)
 
 
 def _make_steps(
     config: TrainConfig,
     program: Program,
+    evaluator: Evaluator | None,
     run: RunFolder,
     console: rich.console.Console,
     state: TrainState,
+    profiler: Profiler,
+    meter: Meter,
 ) -> Outcome:
     """All steps that are left, or those until a signal comes."""
     start = done = int(state.step)
@@ -119,37 +143,55 @@ def _make_steps(
 
     def report(step: int, of_step: dict[str, Any], documents: Sequence[int]) -> None:
         values = {name: float(value) for name, value in jax.device_get(of_step).items()}
-        run.record(step, values | progress.show(step, values))
+        values |= meter.lap(values)
+        progress.show(step, values)
+        run.record(step, values)
         skipped.note(step, values, documents, run.latest_checkpoint())
         if not values["skipped"]:
             shown.append(values["loss"])
 
+    def evaluate(done: int) -> None:
+        assert evaluator is not None
+        with meter.paused():
+            found = evaluator.evaluate(done, state.params)
+            run.record_evaluation(found)
+            _print(console, str(found))
+
     with (
         Signals() as signals,
-        Progress(
-            console, config.steps, start, config.log.every, config.tokens_per_step
-        ) as progress,
+        Progress(console, config.steps, start, config.log.every) as progress,
     ):
         before: tuple[int, dict, Sequence[int]] | None = None
-        batch = program.next_batch()
+        if config.eval.is_due(start, config.steps):
+            evaluate(start)
+        meter.start()
+        with meter.waiting():
+            batch = program.next_batch()
         while True:
-            state, of_step = program.step(state, batch)
+            state, of_step = profiler.make(done, program.step, state, batch)
             # The devices work on this step while the host sees to the one before.
             if before is not None:
                 report(*before)
             before, done = (done, of_step, program.documents(batch)), done + 1
             stopped = signals.agreed(done)
-            due = every is not None and done % every == 0
-            if due or stopped is not None or done == config.steps:
+            ends = stopped is not None or done == config.steps
+            saves = ends or (every is not None and done % every == 0)
+            evaluates = config.eval.is_due(done, config.steps) and stopped is None
+            if saves or evaluates:
                 # What is told of the steps before stands in the log before the checkpoint.
                 report(*before)
                 before = None
+            if saves:
                 run.save(done, state, program)
-            if stopped is not None or done == config.steps:
+            if evaluates:
+                evaluate(done)
+            if ends:
                 break
-            batch = program.next_batch()
+            with meter.waiting():
+                batch = program.next_batch()
     finished = done == config.steps
-    _print(console, _ending(run.path, start, done, shown, progress.seconds))
+    for line in (*program.summary(), _ending(run.path, start, done, shown, progress.seconds)):
+        _print(console, line)
     if not finished:
         _print(
             console,
@@ -160,13 +202,21 @@ def _make_steps(
 
 
 def _restore(
-    config: TrainConfig, path: pathlib.Path, abstract: TrainState, program: Program
-) -> TrainState:
-    """The state of a run, and its data put where they were."""
+    config: TrainConfig,
+    path: pathlib.Path,
+    abstract: TrainState,
+    program: Program,
+    begin: bool,
+) -> TrainState | None:
+    """The state of a run, and its data put where they were; None if it is to begin here."""
+    if begin:
+        path.mkdir(parents=True, exist_ok=True)
+        if not folder.has_checkpoint(config, path):
+            return None
     checkpoints = folder.open_checkpoints(config, path)
     restored = checkpoints.restore(abstract)
     checkpoints.close()
-    if int(restored.state.step) >= config.steps:
+    if int(restored.state.step) >= config.steps and not begin:
         raise ValueError(
             f"{path} has made all its {config.steps} steps; to go on, give --steps a greater "
             "number."
@@ -175,27 +225,39 @@ def _restore(
     return restored.state
 
 
+def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: data.Corpus) -> Evaluator:
+    """Evaluates as many streams at a time as are trained on at a time."""
+    dp = cp.axis_size(cp.dp)
+    return Evaluator(
+        config.model,
+        cp,
+        held_out,
+        seq_len=config.seq_len,
+        batch_size=max(1, config.batch_size // config.accumulation // dp) * dp,
+        tokens=config.eval.tokens,
+    )
+
+
 def _print(console: rich.console.Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
 def _introduction(
-    config: TrainConfig, cp: ContextParallel, corpus: data.Corpus, abstract: TrainState
+    config: TrainConfig,
+    cp: ContextParallel,
+    corpus: data.Corpus,
+    abstract: TrainState,
+    program: Program,
 ) -> str:
     model = config.model
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
-    fsdp = config.parallel.fsdp
-    sent = traffic.describe(cp, model, config.batch_size, config.seq_len, num_params, fsdp=fsdp)
     return "\n".join(
         [
             cp.describe(),
             f"model: {model.num_layers} layers, {num_params / 1e6:,.2f} M parameters, "
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
             f"data: {corpus}",
-            f"step: {config.batch_size} streams of {config.seq_len:,} tokens"
-            + (f" in {config.accumulation} microbatches" if config.accumulation > 1 else ""),
-            "each device sends per step:",
-            *(f"  {line}" for line in sent),
+            *program.describe(num_params),
         ]
     )
 

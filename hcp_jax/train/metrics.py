@@ -1,18 +1,19 @@
-"""What a run leaves behind for people: metrics.jsonl, TensorBoard events and a plot of the loss.
+"""The record of a run: a line for each step in metrics.jsonl, for each evaluation in eval.jsonl.
 
-metrics.jsonl is the record, one line a step; the other two are drawn from it. A run that goes on
-from a checkpoint first forgets the steps after it, so that the record has every step exactly once.
+TensorBoard has the same numbers, and pictures are drawn from these files (`figures.py`). A run that
+goes on from a checkpoint first forgets what came after it, so that the record has every step, and
+every evaluation, exactly once.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import numpy as np
 import tensorboardX
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+from hcp_jax.train.evaluation import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +35,26 @@ class LogConfig:
 
 
 class Recorder:
-    """Writes the metrics of each step to a run folder.
+    """Writes the metrics of each step, and evaluations, to a run folder.
 
     Args:
         folder: the run folder.
-        start: the first step that will be written; those from it on that are there are dropped.
+        start: the first step that will be written; those from it on that are there are dropped, and
+            evaluations after them.
         tensorboard: write TensorBoard events to `folder/tensorboard`.
     """
 
     def __init__(self, folder: pathlib.Path, start: int, tensorboard: bool):
-        self._path = folder / "metrics.jsonl"
-        kept = [line for line in read(folder) if line["step"] < start]
-        # At no moment may a process that is killed leave less than there was.
-        rewritten = self._path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        rewritten.replace(self._path)
-        self._lines = self._path.open("a", buffering=1)
+        steps = [line for line in read(folder) if line["step"] < start]
+        # The evaluation at `start` is of the very parameters that the run goes on from.
+        evaluations = [line for line in read_evaluations(folder) if line["step"] <= start]
+        self._evaluated = {line["step"] for line in evaluations}
+        self._evaluations_path = folder / "eval.jsonl"
+        if self._evaluations_path.exists():
+            _rewrite(self._evaluations_path, evaluations)
+        path = folder / "metrics.jsonl"
+        _rewrite(path, steps)
+        self._lines = path.open("a", buffering=1)
         self._board = (
             tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
             if tensorboard
@@ -63,6 +68,20 @@ class Recorder:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
 
+    def write_evaluation(self, found: Evaluation) -> None:
+        """Adds an evaluation, unless it is there from before the run went on."""
+        line = found.to_json()
+        if found.step not in self._evaluated:
+            self._evaluated.add(found.step)
+            with self._evaluations_path.open("a") as lines:
+                lines.write(_as_lines([line]))
+        if self._board is None:
+            return
+        self._board.add_scalar("eval/loss", found.loss, found.step)
+        for begin, loss in zip(line["positions"][:-1], line["loss_by_position"], strict=True):
+            if loss is not None:
+                self._board.add_scalar(f"eval_by_position/{begin:08}", loss, found.step)
+
     def close(self) -> None:
         """Flushes and closes the files."""
         self._lines.close()
@@ -75,52 +94,26 @@ def read(folder: pathlib.Path) -> list[dict[str, float]]:
 
     A last line that was cut off as a process died is left out.
     """
-    path = folder / "metrics.jsonl"
+    return _read_lines(folder / "metrics.jsonl")
+
+
+def read_evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """All evaluations of a run, in order, as `Evaluation.to_json` makes them; likewise."""
+    return _read_lines(folder / "eval.jsonl")
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def plot(folder: pathlib.Path, title: str) -> pathlib.Path | None:
-    """Draws the loss of a run over its steps to `loss.png`; None where there is no step yet.
-
-    The line is a mean over about a fifteenth of the run, drawn over the loss of each step.
-    """
-    records = read(folder)
-    if not records:
-        return None
-    steps = np.asarray([r["step"] for r in records])
-    loss = np.asarray([r["loss"] for r in records])
-    smooth = _running_mean(loss, len(loss) // 30)
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, loss, color="#9ec5e8", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="#11568c", linewidth=2, label="running mean")
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.05)
-    axes.legend(frameon=False, loc="upper right")
-    _tag(axes, steps[0], loss[0], offset=(6, 4))
-    _tag(axes, steps[-1], smooth[-1], offset=(7, -4))
-    path = folder / "loss.png"
-    figure.savefig(path)
-    return path
+def _rewrite(path: pathlib.Path, lines: list[dict]) -> None:
+    """At no moment may a process that is killed leave less than there was."""
+    written = path.with_suffix(".tmp")
+    written.write_text(_as_lines(lines))
+    written.replace(path)
 
 
-def _tag(axes, x: float, y: float, offset: tuple[int, int]) -> None:
-    axes.annotate(f"{y:.2f}", (x, y), offset, textcoords="offset points", color="#11568c")
-    axes.plot([x], [y], "o", color="#11568c", markersize=4)
-
-
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of the values up to `width` places before and after each (of fewer at the ends)."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    place = np.arange(values.size)
-    begin, end = np.maximum(place - width, 0), np.minimum(place + width + 1, values.size)
-    return (total[end] - total[begin]) / (end - begin)
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)

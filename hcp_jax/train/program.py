@@ -10,13 +10,20 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import data
+from hcp_jax.train import data, traffic
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.step import TrainState, make_train_step
 
 
 class Program(Protocol):
     """Batches and compiled programs; steps are made in the order `compile`, then next and step."""
+
+    def describe(self, num_params: int) -> list[str]:
+        """What a step is made of and what devices send for it, in lines for a person.
+
+        Args:
+            num_params: parameters of the model.
+        """
 
     def compile(self, abstract: TrainState) -> int:
         """Compiles all that training will run; returns the bytes that it needs per device.
@@ -40,6 +47,9 @@ class Program(Protocol):
     def restore_data(self, state: dict[str, Any]) -> None:
         """Puts the data where `state` was taken; before `compile`."""
 
+    def summary(self) -> list[str]:
+        """What is to be told of the steps that were made, in lines for a person."""
+
     def close(self) -> None:
         """Ends what runs in the background."""
 
@@ -61,7 +71,7 @@ class FixedProgram:
     """
 
     def __init__(self, config: TrainConfig, cp: ContextParallel, corpus: data.Corpus):
-        self._cp, self._corpus = cp, corpus
+        self._config, self._cp, self._corpus = config, cp, corpus
         self._batches = data.make_batches(
             corpus,
             batch_size=config.batch_size,
@@ -80,6 +90,24 @@ class FixedProgram:
             accumulation=config.accumulation,
         )
         self._first: PlacedBatch | None = None
+
+    def describe(self, num_params: int) -> list[str]:
+        """The streams of a step, and what each kind of layer sends."""
+        config = self._config
+        sent = traffic.describe(
+            self._cp,
+            config.model,
+            config.batch_size,
+            config.seq_len,
+            num_params,
+            fsdp=config.parallel.fsdp,
+        )
+        portions = f" in {config.accumulation} microbatches" if config.accumulation > 1 else ""
+        return [
+            f"step: {config.batch_size} streams of {config.seq_len:,} tokens{portions}",
+            "each device sends per step:",
+            *(f"  {line}" for line in sent),
+        ]
 
     def compile(self, abstract: TrainState) -> int:
         """Compiles the step, for batches like the first."""
@@ -108,8 +136,21 @@ class FixedProgram:
         return self._batches.get_state()
 
     def restore_data(self, state: dict[str, Any]) -> None:
-        """Puts the pipeline there."""
+        """Puts the pipeline there.
+
+        Raises:
+            ValueError: if the state is of a run with dynamic context parallelism.
+        """
+        if "window" in state:
+            raise ValueError(
+                "the checkpoint is of a run with parallel.dynamic, which knows no streams to go on "
+                "in; go on with parallel.dynamic.enabled, or begin a new run."
+            )
         data.restore(self._batches, state)
+
+    def summary(self) -> list[str]:
+        """Nothing: all steps are alike."""
+        return []
 
     def close(self) -> None:
         """Ends the thread that prepares batches."""

@@ -1,6 +1,5 @@
 """What is seen of a run while it runs: a bar on a terminal, plain lines anywhere else."""
 
-import time
 from collections.abc import Mapping
 
 import rich.console
@@ -8,31 +7,24 @@ import rich.progress
 
 
 class Progress:
-    """Shows steps as they are done, and times them.
+    """Shows steps as they are done.
 
     Args:
         console: where to.
         steps: of the whole run.
         start: steps that were done before this part of the run.
         every: steps between two lines where the console is no terminal.
-        tokens_per_step: of all devices together.
+
+    Attributes:
+        seconds: that the steps shown so far have taken.
     """
 
-    def __init__(
-        self,
-        console: rich.console.Console,
-        steps: int,
-        start: int,
-        every: int,
-        tokens_per_step: int,
-    ):
+    def __init__(self, console: rich.console.Console, steps: int, start: int, every: int):
         self._console, self._steps, self._start, self._every = console, steps, start, every
-        self._tokens = tokens_per_step
         self._bar = _bar(console) if console.is_terminal else None
-        self._began = self._last = 0.0
+        self.seconds = self._tokens = self._mfu = 0.0
 
     def __enter__(self) -> "Progress":
-        self._began = self._last = time.perf_counter()
         if self._bar is not None:
             self._bar.start()
             self._bar.add_task("", total=self._steps, completed=self._start, loss="-", speed="-")
@@ -42,37 +34,30 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    @property
-    def seconds(self) -> float:
-        """Since the first step of this part began."""
-        return self._last - self._began
-
-    def show(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Shows a step as done.
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a step as done; speed and MFU are means over all steps so far.
 
         Args:
             step: its number, from 0.
-            metrics: "loss" and "learning_rate" among them.
-
-        Returns:
-            What it took: "seconds" and "tokens_per_second".
+            values: "loss", "learning_rate", "tokens", "seconds", and maybe "mfu".
         """
-        now = time.perf_counter()
-        took, self._last = now - self._last, now
         done = step + 1 - self._start
-        mean = self.seconds / done
-        left = mean * (self._steps - step - 1)
-        speed = f"{self._tokens / mean:,.0f} tokens/s"
+        self.seconds += values["seconds"]
+        self._tokens += values["tokens"]
+        left = self.seconds / done * (self._steps - step - 1)
+        speed = f"{self._tokens / self.seconds:,.0f} tokens/s"
+        if "mfu" in values:
+            self._mfu += values["mfu"] * values["seconds"]
+            speed += f"  MFU {self._mfu / self.seconds:.1%}"
         if self._bar is not None:
-            loss = f"{metrics['loss']:.3f}"
+            loss = f"{values['loss']:.3f}"
             self._bar.update(self._bar.task_ids[0], completed=step + 1, loss=loss, speed=speed)
         elif step % self._every == 0 or step + 1 == self._steps:
             self._console.print(
-                f"step {step:>{len(str(self._steps))}}  loss {metrics['loss']:.4f}  "
-                f"learning rate {metrics['learning_rate']:.2e}  {speed}  {_clock(left)} left",
+                f"step {step:>{len(str(self._steps))}}  loss {values['loss']:.4f}  "
+                f"learning rate {values['learning_rate']:.2e}  {speed}  {_clock(left)} left",
                 markup=False,
             )
-        return {"seconds": took, "tokens_per_second": self._tokens / took}
 
 
 def _bar(console: rich.console.Console) -> rich.progress.Progress:

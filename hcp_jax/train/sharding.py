@@ -15,6 +15,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.context import ContextParallel
+from hcp_jax.host_memory import on_host
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.embedding import live_axes
 
@@ -101,18 +102,25 @@ def state_shardings(
 
     Args:
         params: as in `param_specs`.
-        optimizer: whose state for `params` is meant; what belongs to no parameter is replicated.
+        optimizer: whose state for `params` is meant; what belongs to no parameter is replicated,
+            and what its `init` puts into the host's memory belongs there.
         cp: as in `param_specs`.
         fsdp: as in `param_specs`.
     """
     specs = param_specs(params, cp, fsdp=fsdp)
     of_params = jax.tree.map(lambda spec: NamedSharding(cp.mesh, spec), specs)
     whole = NamedSharding(cp.mesh, PartitionSpec())
+    closed, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
     of_state = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
+        shapes,
         of_params,
         transform_non_params=lambda _: whole,
     )
-    return of_params, of_state
+    shardings, tree = jax.tree.flatten(of_state)
+    placed = [
+        on_host(sharding) if aval.memory_space == jax.memory.Space.Host else sharding
+        for sharding, aval in zip(shardings, closed.out_avals, strict=True)
+    ]
+    return of_params, jax.tree.unflatten(tree, placed)

@@ -14,7 +14,6 @@ R / A, and since the loss is normalised by the weights of *all* rows, the gradie
 whole batch whatever A is.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,51 +27,14 @@ from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
+from hcp_jax.train.optimizer import (
+    OptimizerConfig,
+    fetched,
+    make_optimizer,
+    make_schedule,
+    put_back,
+)
 from hcp_jax.train.sharding import check_divides, state_shardings
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, 2019) with warm-up, cosine decay and clipping.
-
-    Weight decay is on the matrices of the layers (every `kernel`), not on norms, biases, sinks, the
-    embedding or the output head.
-
-    Attributes:
-        learning_rate: at the top, after the warm-up.
-        warmup_steps: steps over which it rises linearly; the first step has 1 / warmup_steps of it.
-        final_ratio: share of it that is left at the last step.
-        beta1: decay of the mean of gradients.
-        beta2: decay of the mean of their squares.
-        eps: added to the root of the latter.
-        weight_decay: per unit of learning rate.
-        clip_norm: greatest norm of all gradients together; None for no limit.
-        max_skipped: steps in a row that may be skipped, because their loss or their gradient is not
-            finite, before training stops.
-    """
-
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    final_ratio: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
-    max_skipped: int = 10
-
-    def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.final_ratio <= 1:
-            raise ValueError(
-                "warmup_steps and weight_decay must not be negative, and final_ratio lies in "
-                f"[0, 1]; got {self.warmup_steps}, {self.weight_decay} and {self.final_ratio}."
-            )
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
-        if self.max_skipped < 1:
-            raise ValueError(f"max_skipped must be at least 1, got {self.max_skipped}.")
 
 
 class TrainState(NamedTuple):
@@ -87,51 +49,6 @@ class TrainState(NamedTuple):
     step: Any
     params: Any
     opt_state: Any
-
-
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step, from 0 to num_steps - 1.
-
-    Raises:
-        ValueError: if the warm-up is as long as the whole training or longer.
-    """
-    if num_steps <= config.warmup_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} must be fewer than the {num_steps} steps of the "
-            "training; lower it, or train longer."
-        )
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=num_steps,
-        end_value=config.final_ratio * config.learning_rate,
-    )
-    # optax counts from a rate of 0, which would make the first step an idle one.
-    return lambda count: schedule(count + 1)
-
-
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW under `make_schedule`.
-
-    Raises:
-        ValueError: as `make_schedule`.
-    """
-
-    def is_decayed(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-    adamw = optax.adamw(
-        make_schedule(config, num_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=is_decayed,
-    )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
 def abstract_state(
@@ -217,7 +134,8 @@ def make_train_step(
 
     Returns:
         `(state, batch) -> (state, metrics)`, jitted; the state given is donated. See
-        `apply_gradients` for the metrics.
+        `apply_gradients` for the metrics; "pairs", the visible (query, key) pairs of the batch, is
+        one more.
 
     Raises:
         ValueError: if tp cannot cut the model; when called, if A portions cannot be made.
@@ -238,7 +156,8 @@ def make_train_step(
             _portions(batch, accumulation, cp),
             None if cp is None else shardings.params,
         )
-        return apply_gradients(state, grads, loss, tokens, transform, schedule)
+        state, metrics = apply_gradients(state, grads, loss, tokens, transform, schedule)
+        return state, metrics | {"pairs": _visible_pairs(batch)}
 
     if cp is None:
         return jax.jit(step, donate_argnums=0)
@@ -274,12 +193,11 @@ def apply_gradients(
     """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    before, grads = fetched(state.opt_state, grads)
+    updates, opt_state = optimizer.update(grads, before, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, before)
     )
     metrics = {
         "loss": loss,
@@ -288,7 +206,7 @@ def apply_gradients(
         "tokens": tokens,
         "skipped": 1 - finite.astype(jnp.int32),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, put_back(opt_state, state.opt_state)), metrics
 
 
 def _updates_made(state: TrainState) -> Any:
@@ -336,6 +254,13 @@ def summed_loss(
         )
 
     return loss_sum
+
+
+def _visible_pairs(batch: dict) -> Float[Array, ""]:
+    rows, length = batch["tokens"].shape
+    start, end = batch["mask"].intervals(length, xp=jnp)
+    # In float32, as a million tokens have more pairs than int32 counts.
+    return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
 
 
 def _portions(batch: dict, number: int, cp: ContextParallel | None) -> dict:

@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import hcp_jax as hcp
-from hcp_jax.models.loss import summed_cross_entropy
+from hcp_jax.models.loss import cross_entropy_by_bin, summed_cross_entropy
 
 B, T, D, V = 2, 48, 8, 32
 
@@ -118,3 +118,32 @@ def test_weightless_tokens_count_nothing(problem):
     other = np.where(weights == 0, (targets + 1) % V, targets)
     a, b = (summed_cross_entropy(hidden, unembedding, t, weights) for t in (targets, other))
     assert a == b
+
+
+NUM_BINS = 5
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"cp_outer": 4, "cp_inner": 2}, {"dp": 2, "tp": 2, "cp_inner": 2}],
+    ids=str,
+)
+def test_losses_by_bin_are_those_of_the_bins_tokens_on_any_mesh(problem, sizes):
+    hidden, unembedding, targets, weights = problem
+    bins = np.random.default_rng(1).integers(0, NUM_BINS, (B, T)).astype(np.int32)
+    by_bin = functools.partial(cross_entropy_by_bin, num_bins=NUM_BINS, chunk=8)
+    if sizes:
+        cp = hcp.ContextParallel(hcp.make_mesh(**sizes), comm_type="p2p")
+        placed = (cp.shard(x) for x in (targets, weights, bins))
+        sums, counts = jax.jit(functools.partial(by_bin, cp=cp))(
+            cp.shard(hidden), unembedding, *placed
+        )
+    else:
+        sums, counts = jax.jit(by_bin)(hidden, unembedding, targets, weights, bins)
+    for number in range(NUM_BINS):
+        chosen = np.where(bins == number, weights, 0)
+        for row in range(B):
+            one = (x[row : row + 1] for x in (hidden, targets, chosen))
+            expected = dense(next(one), unembedding, *one)
+            np.testing.assert_allclose(sums[row, number], expected, rtol=2e-6)
+        np.testing.assert_allclose(counts[:, number], chosen.sum(axis=1))

@@ -10,6 +10,7 @@ H, THETA = 16, 10_000.0
 LINEAR = RopeScaling("linear", 4.0)
 LLAMA3 = RopeScaling("llama3", 8.0, original_max_position_embeddings=64)
 YARN = RopeScaling("yarn", 16.0, original_max_position_embeddings=2048)
+BETWEEN = RopeScaling("yarn", 16.0, original_max_position_embeddings=2048, truncate=False)
 
 
 def frequencies_by_the_book(scaling):
@@ -35,7 +36,9 @@ def frequencies_by_the_book(scaling):
                 H * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(THETA))
                 for turns in (scaling.beta_fast, scaling.beta_slow)
             ]
-            low, high = max(math.floor(pair[0]), 0), min(math.ceil(pair[1]), H - 1)
+            if scaling.truncate:
+                pair = [math.floor(pair[0]), math.ceil(pair[1])]
+            low, high = max(pair[0], 0), min(pair[1], H - 1)
             ramp = min(max((i - low) / (high - low), 0), 1)
             f = f / scaling.factor * ramp + f * (1 - ramp)
         result.append(f)
@@ -53,7 +56,11 @@ def rotated_by_the_book(x, positions, scaling):
     return y
 
 
-@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, YARN], ids=["none", "lin", "l3", "yarn"])
+@pytest.mark.parametrize(
+    "scaling",
+    [None, LINEAR, LLAMA3, YARN, BETWEEN],
+    ids=["none", "linear", "llama3", "yarn", "yarn-between"],
+)
 def test_rotation_follows_the_formula_in_float64(scaling):
     positions = np.array([0, 1, 2, 63, 500, 1023, 1024, 4097, 5], np.int32)
     x = np.random.default_rng(0).normal(size=(1, positions.size, 2, H))

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from hcp_jax.models.flops import ModelShape
 from hcp_jax.plan import hardware
-from hcp_jax.plan.cost_model import ModelShape, Split, estimate, path
+from hcp_jax.plan.cost_model import Split, estimate, path
 from hcp_jax.plan.hardware import Cluster
 
 LLAMA3_8B = ModelShape(128256, 32, 4096, 14336, 32, 8, 128)
@@ -16,12 +17,6 @@ T = 2**20
 def transfer(estimated, words):
     (found,) = [t for t in estimated.transfers if words in t.what]
     return found
-
-
-def test_parameters_are_counted_as_published():
-    assert LLAMA3_8B.params == 8_030_261_248
-    tied = ModelShape(151936, 28, 1024, 3072, 16, 8, 128, tie_embeddings=True)
-    assert tied.params == pytest.approx(0.596e9, rel=0.01)
 
 
 def test_causal_attention_is_counted_as_its_pairs_and_not_as_a_square():

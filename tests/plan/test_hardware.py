@@ -2,6 +2,7 @@
 
 import pytest
 
+from hcp_jax.datasheet import peak_flops
 from hcp_jax.plan import hardware
 from hcp_jax.plan.hardware import GPUS, Cluster
 
@@ -20,6 +21,11 @@ def test_every_rate_names_its_source_and_says_whether_it_was_measured(name):
         assert rate.source
         assert rate.measured != rate.source.startswith("modelled") or "blockwise" in rate.source
         assert rate.value > 0
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_trainer_measures_against_the_same_data_sheet(name):
+    assert peak_flops(GPUS[name].device_kind) == GPUS[name].peak_flops
 
 
 @pytest.mark.parametrize("name", GPUS)

@@ -4,9 +4,10 @@ import jax
 import pytest
 
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.flops import ModelShape
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.plan import audit, hardware
-from hcp_jax.plan.cost_model import ModelShape, Split
+from hcp_jax.plan.cost_model import Split
 from hcp_jax.plan.hardware import Cluster
 from hcp_jax.plan.memory import estimate_memory
 from hcp_jax.plan.search import model_fields, model_shape

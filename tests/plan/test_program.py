@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 import hcp_jax as hcp
+from hcp_jax.dynamic.groups import group_of_device
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.plan import aot, audit, hardware, hlo, program
 from hcp_jax.plan.hardware import Cluster
@@ -36,12 +37,13 @@ RINGS = [
 
 
 @functools.cache
-def compiled(outer, inner, comm_type, tokens_per_device=16384):
+def compiled(outer, inner, comm_type, tokens_per_device=16384, groups=None):
     """(program, what was found in it, seconds it took to compile)."""
     size = outer * inner
     cluster = Cluster(H200, max(1, size // 8), min(8, size))
     mesh = hcp.make_mesh(cp_outer=outer, cp_inner=inner, devices=aot.devices(cluster))
-    cp, seq_len = hcp.ContextParallel(mesh, comm_type), size * tokens_per_device
+    cp = hcp.ContextParallel(mesh, comm_type, groups=groups)
+    seq_len = size * tokens_per_device
     begin = time.perf_counter()
     program = audit.compile_attention(cp, LLAMA3_8B, seq_len, 1, FLAGS)
     seconds = time.perf_counter() - begin
@@ -101,6 +103,32 @@ def test_no_hop_copies_keys_and_values(outer, inner, comm_type):
     assert loops
     for body in loops:
         assert not [i.name for i in body.instructions if i.opcode == "copy" and i.bytes >= MIB]
+
+
+@pytest.mark.slow
+def test_every_hop_of_a_ring_too_short_for_a_loop_is_hidden():
+    seen = found(4, 8, "a2a+p2p")
+    assert seen.ring_hops_hidden == seen.ring_hops == 6 * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("groups", "comm_type", "hops"),
+    [((32, 16, 8, 8), "p2p", 31), ((32, 16, 8, 8), "a2a+p2p", 3), ((8,) * 8, "p2p", 7)],
+)
+def test_every_hop_of_a_group_layout_is_hidden_and_none_leaves_its_group(groups, comm_type, hops):
+    seen = found(8, 8, comm_type, groups=groups)
+    assert seen.ring_hops == 6 * hops
+    assert seen.ring_hops_hidden == seen.ring_hops
+    first, _ = group_of_device(groups)
+    moved = hlo.collectives(compiled(8, 8, comm_type, groups=groups)[0].as_text())
+    assert moved
+    for collective in moved:
+        for members in collective.groups:
+            assert len(set(first[list(members)])) == 1
+    if comm_type == "p2p":
+        # As much as one ring of 64 holds: nothing more for the rings that are done.
+        assert seen.memory.temp_bytes <= found(64, 1, "p2p").memory.temp_bytes + 16 * MIB
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 import hcp_jax as hcp
 import hcp_jax.plan
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.flops import ModelShape
 from hcp_jax.plan import search
-from hcp_jax.plan.cost_model import ModelShape
 
 
 @pytest.fixture(scope="module")

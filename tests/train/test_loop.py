@@ -6,6 +6,7 @@ import itertools
 import math
 import pathlib
 import re
+import shutil
 import signal
 
 import jax
@@ -21,7 +22,9 @@ from hcp_jax.train import data, loop, metrics
 from hcp_jax.train.checkpoint import CheckpointConfig
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
+from hcp_jax.train.evaluation import EvalConfig
 from hcp_jax.train.metrics import LogConfig
+from hcp_jax.train.profile import ProfileSteps
 from hcp_jax.train.step import OptimizerConfig
 
 MODEL = ModelConfig(
@@ -73,11 +76,12 @@ def config(tmp_path_factory):
     )
 
 
-def train(config, resume=None):
+def train(config, resume=None, profile=None):
     """The outcome, and what was printed."""
     printed = io.StringIO()
     console = rich.console.Console(file=printed, width=100)
-    return loop.train(config, resume=resume, console=console), printed.getvalue()
+    outcome = loop.train(config, resume=resume, console=console, profile=profile)
+    return outcome, printed.getvalue()
 
 
 def curve(folder):
@@ -126,6 +130,63 @@ def test_the_output_tells_mesh_groups_traffic_and_progress(whole):
     ):
         assert part in printed
     assert "step  9" not in printed
+
+
+@pytest.fixture(scope="module")
+def evaluated(config):
+    """A run that evaluates on text of its own, and traces two steps."""
+    held_out = pathlib.Path(config.data.path).with_name("held-out.jsonl")
+    held_out.write_text("\n".join(f'{{"text": "{"abc " * (9 + i)}"}}' for i in range(9)))
+    config = dataclasses.replace(
+        config,
+        name="evaluated",
+        eval=EvalConfig(every=5, path=str(held_out)),
+        checkpoint=CheckpointConfig(every=6),
+    )
+    outcome, printed = train(config, profile=ProfileSteps(2, 3))
+    return config, outcome, printed
+
+
+@pytest.mark.slow
+def test_each_step_is_measured(whole):
+    for line in metrics.read(whole[0].folder):
+        assert line["pairs"] >= line["tokens"] == 128
+        assert 0 <= line["data_seconds"] <= line["seconds"]
+        assert line["tokens_per_second"] == pytest.approx(128 / line["seconds"])
+        assert line["tokens_per_second_per_device"] == line["tokens_per_second"] / 8
+        # A CPU has no data sheet, and does not count its memory.
+        assert not {"mfu", "memory_peak_bytes"} & set(line)
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_from_before_the_first_step_to_after_the_last(evaluated):
+    _, outcome, printed = evaluated
+    lines = metrics.read_evaluations(outcome.folder)
+    assert [line["step"] for line in lines] == [0, 5, 10, STEPS]
+    assert lines[0]["loss"] == pytest.approx(math.log(MODEL.vocab_size), abs=0.3)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 2
+    assert {line["tokens"] for line in lines} == {sum(4 * (9 + i) + 1 for i in range(9))}
+    assert printed.count("held-out loss") == 4
+    assert imread(outcome.folder / "eval_by_position.png").shape[0] > 400
+
+
+@pytest.mark.slow
+def test_evaluation_and_a_trace_change_nothing_of_the_training(evaluated, whole):
+    _, outcome, _ = evaluated
+    assert curve(outcome.folder) == curve(whole[0].folder)
+    [trace] = (outcome.folder / "profile").rglob("*.xplane.pb")
+    assert all(name in trace.read_bytes() for name in (b"ring_hop", b"attend_grads"))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_evaluates_to_the_same_numbers(evaluated):
+    config, outcome, _ = evaluated
+    before = metrics.read_evaluations(outcome.folder)
+    [last] = (outcome.folder / "checkpoints").glob(str(STEPS))
+    shutil.rmtree(last)
+    train(config, resume=outcome.folder)
+    again = metrics.read_evaluations(outcome.folder)
+    assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in before]
 
 
 @pytest.mark.slow

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
 from hcp_jax.train import metrics
+from hcp_jax.train.evaluation import Evaluation, Means
 from hcp_jax.train.metrics import LogConfig, Recorder
 
 
@@ -39,26 +39,34 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):
     assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2, 3]
 
 
+def evaluation(step, loss=3.0):
+    one, two = (Means(np.full(n, loss), np.full(n, np.nan), np.full(n, 8)) for n in (1, 2))
+    return Evaluation(step, one, (0, 1, 2), two, seconds=0.5)
+
+
+def test_a_resumed_run_has_every_evaluation_exactly_once(tmp_path):
+    for start, steps in ((0, (0, 5, 10, 15)), (10, (10, 15, 20))):
+        recorder = Recorder(tmp_path, start, tensorboard=True)
+        for step in steps:
+            recorder.write_evaluation(evaluation(step, loss=start + 1.0))
+        recorder.close()
+    lines = metrics.read_evaluations(tmp_path)
+    # That of step 10 is of the parameters that the second part went on from.
+    assert [(line["step"], line["loss"]) for line in lines] == [
+        (0, 1.0),
+        (5, 1.0),
+        (10, 1.0),
+        (15, 11.0),
+        (20, 11.0),
+    ]
+    assert lines[0]["stderr"] is None
+
+
 def test_tensorboard_has_events_of_each_run_part(tmp_path):
     write(tmp_path, range(3), tensorboard=True)
     events = list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
     assert events
     assert all(e.stat().st_size > 100 for e in events)
-
-
-def test_the_plot_shows_a_curve(tmp_path):
-    assert metrics.plot(tmp_path, "nothing yet") is None
-    write(tmp_path, range(100), loss=lambda step: 5.5 * np.exp(-step / 40))
-    image = imread(metrics.plot(tmp_path, "a test"))[..., :3]
-    assert image.shape[:2] == (675, 1200)
-    blue = np.abs(image - np.array([0x11, 0x56, 0x8C]) / 255).max(-1) < 0.02
-    assert blue.any(axis=0).mean() > 0.7  # the line crosses most of the width
-
-
-def test_the_running_mean_is_the_mean_of_the_values_around():
-    values = np.asarray([0.0, 3.0, 6.0, 0.0])
-    np.testing.assert_allclose(metrics._running_mean(values, 1), [1.5, 3, 3, 3])
-    np.testing.assert_array_equal(metrics._running_mean(values, 0), values)
 
 
 def test_a_line_every_zero_steps_is_refused():

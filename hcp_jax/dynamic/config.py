@@ -1,0 +1,94 @@
+"""The configuration of training with dynamic context parallelism.
+
+Apart from what it configures, so that a config is read, and what cannot be is refused, before there
+are devices or documents.
+"""
+
+import dataclasses
+from typing import Literal
+
+from hcp_jax.dynamic import groups
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicConfig:
+    """Each document on as many of the dp · cp devices as it needs.
+
+    Attributes:
+        enabled: schedule the documents of every step onto groups of devices; everything below is
+            without meaning otherwise.
+        max_tokens_per_device: M, tokens of the buffer that a device holds in a microbatch; a group
+            of g devices holds documents of g · M tokens.
+        min_cp_size: the least size of a group.
+        max_cp_size: the largest size of a group; null: dp · cp.
+        menu: the group layouts that are compiled: "auto" chooses at most 16 for the run's own
+            documents, a number at most that many; or a list of layouts, each a list of sizes.
+        lookahead: steps whose documents are scheduled together, so that buffers are fuller.
+        cost: a file that `hcp dynamic calibrate` wrote; null: the run's model on modelled H200s.
+        max_seqlen_per_dp_cp_rank: Megatron's word for max_tokens_per_device.
+
+    Raises:
+        ValueError: if it is enabled, and a value is missing or makes no sense.
+    """
+
+    enabled: bool = False
+    max_tokens_per_device: int | None = None
+    min_cp_size: int = 1
+    max_cp_size: int | None = None
+    menu: Literal["auto"] | int | list[list[int]] = "auto"
+    lookahead: int = 1
+    cost: str | None = None
+    max_seqlen_per_dp_cp_rank: int | None = None
+
+    def __post_init__(self):
+        if not self.enabled:
+            return
+        given = {self.max_tokens_per_device, self.max_seqlen_per_dp_cp_rank} - {None}
+        if len(given) != 1:
+            what = "both are given, and differ" if given else "neither is given"
+            raise ValueError(
+                "dynamic needs max_tokens_per_device, the tokens of a device's buffer (or "
+                f"Megatron's max_seqlen_per_dp_cp_rank); {what}."
+            )
+        for name, value in (
+            ("max_tokens_per_device", self.tokens),
+            ("min_cp_size", self.min_cp_size),
+            ("max_cp_size", self.max_cp_size),
+            ("lookahead", self.lookahead),
+            ("menu", self.menu if isinstance(self.menu, int) else None),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"dynamic.{name} must be at least 1, got {value}.")
+        if self.menu == []:
+            raise ValueError('dynamic.menu holds no layout; give at least one, or "auto".')
+
+    @property
+    def tokens(self) -> int:
+        """M, by whichever word it was given."""
+        given = (self.max_tokens_per_device, self.max_seqlen_per_dp_cp_rank)
+        return next(value for value in given if value is not None)
+
+    @property
+    def layouts(self) -> tuple[groups.Layout, ...] | None:
+        """The menu, where it is given layout by layout."""
+        if not isinstance(self.menu, list):
+            return None
+        return tuple(dict.fromkeys(tuple(layout) for layout in self.menu))
+
+    def check_sizes(self, num_devices: int) -> int:
+        """Hold the sizes to a number of devices; the widest group that there can be.
+
+        Raises:
+            ValueError: if no layout fits, or one of the menu does not.
+        """
+        sizes = groups.group_sizes(num_devices, self.min_cp_size, self.max_cp_size)
+        if self.layouts is None:
+            return sizes[-1]
+        for layout in self.layouts:
+            groups.check_layout(layout, num_devices)
+            if min(layout) < sizes[0] or max(layout) > sizes[-1]:
+                raise ValueError(
+                    f"dynamic.menu: {groups.describe(layout)} has groups outside of min_cp_size="
+                    f"{sizes[0]} to max_cp_size={sizes[-1]}."
+                )
+        return max(max(layout) for layout in self.layouts)

@@ -1,0 +1,215 @@
+"""Which documents each optimizer step trains on, and on which devices: no bytes, no jax arrays.
+
+The segments of a corpus come in an order that the seed shuffles anew each epoch, the same as in a
+run without dynamic context parallelism. A batch is as many of the next ones as hold the tokens of a
+step; `lookahead` batches are a window, whose documents are scheduled together onto microbatches:
+
+    order     7 2 9 | 4 1 | 8 3 6 | 0 5 …          batches, by tokens
+    window    7 2 9   4 1                           lookahead = 2: scheduled together
+    steps     [9 4] [1] | [7 2]                     microbatches, dealt to as many steps as batches
+
+Only lengths are needed for that, so every process makes the same schedule of the whole data, and
+reads no more of them than its own devices hold.
+
+The state is the place in the order behind the window, and the steps of the window that are still
+to come, document by document. So a run goes on to the same steps on the same devices; on others,
+the documents of each of those steps are scheduled anew. Either way each is trained on once an
+epoch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int64
+
+from hcp_jax.dynamic import groups
+from hcp_jax.dynamic.config import DynamicConfig
+from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.menu import choose_menu, schedule_batches
+from hcp_jax.dynamic.plan import Microbatch
+from hcp_jax.dynamic.scheduler import MAX_MENU
+
+_SAMPLES = 8  # windows that the menu is chosen for
+
+PlannedStep = tuple[Microbatch, ...]
+"""The microbatches of one optimizer step; their documents are numbers of segments."""
+
+
+class Limits(NamedTuple):
+    """What a schedule has to keep to.
+
+    Attributes:
+        num_devices: dp · cp.
+        tokens_per_step: tokens that a step aims at; it has no more, unless one document alone has.
+        seed: of the order of the documents, and of what the scheduler leaves open.
+        config: the run's own words.
+        cost: the model whose seconds are to be few.
+    """
+
+    num_devices: int
+    tokens_per_step: int
+    seed: int
+    config: DynamicConfig
+    cost: Cost
+
+
+class PlannedSteps(grain.IterDataset[PlannedStep]):
+    """The steps of a run, without end, each as the microbatches that make it.
+
+    Args:
+        sizes: tokens of every segment.
+        limits: what schedules keep to.
+
+    Attributes:
+        menu: the layouts that are scheduled with, chosen for these documents unless given.
+
+    Raises:
+        ValueError: if a document is longer than the widest group holds; names it.
+    """
+
+    def __init__(self, sizes: Int64[np.ndarray, "S"], limits: Limits):
+        super().__init__()
+        self.sizes, self.limits = sizes, limits
+        _check_longest(sizes, limits)
+        numbers = grain.MapDataset.range(len(sizes))
+        self._order = numbers.seed(limits.seed).shuffle().repeat(None)
+        self.menu = self._choose_menu()
+
+    def __iter__(self) -> "_Iterator":
+        return _Iterator(self)
+
+    def window(self, place: int) -> tuple[list[list[int]], int]:
+        """The batches of the window that begins at a place of the order, and where it ends."""
+        batches = []
+        for _ in range(self.limits.config.lookahead):
+            numbers = [int(self._order[place])]
+            tokens = int(self.sizes[numbers[0]])
+            while True:
+                place += 1
+                number = int(self._order[place])
+                tokens += int(self.sizes[number])
+                if tokens > self.limits.tokens_per_step:
+                    break
+                numbers.append(number)
+            batches.append(numbers)
+        return batches, place
+
+    def plan(self, batches: Sequence[Sequence[int]], seed: int) -> list[PlannedStep]:
+        """As many steps as batches, which together train on the documents of all of them."""
+        steps = self._schedule(batches, seed)
+        if all(steps):
+            return steps
+        # Too little for all of them to share: then each has its own.
+        return [step for batch in batches for step in self._schedule([batch], seed)]
+
+    def replan(self, numbers: Sequence[int]) -> PlannedStep:
+        """One step for exactly these documents."""
+        return self.plan([numbers], self.limits.seed)[0]
+
+    def _schedule(self, batches: Sequence[Sequence[int]], seed: int) -> list[PlannedStep]:
+        """As `plan`, but a step may be empty."""
+        lengths = [self.sizes[np.asarray(batch)] for batch in batches]
+        cost = self.limits.cost
+        steps = []
+        for step in schedule_batches(lengths, *self._bounds, self.menu, cost, seed):
+            numbers = [batches[b][i] for b, i in step.sources]
+            steps.append(tuple(_renamed(mb, numbers) for mb in step.plan.microbatches))
+        return steps
+
+    @property
+    def _bounds(self) -> tuple[int, int, int, int | None]:
+        config = self.limits.config
+        return self.limits.num_devices, config.tokens, config.min_cp_size, config.max_cp_size
+
+    def _choose_menu(self) -> tuple[groups.Layout, ...]:
+        config = self.limits.config
+        if config.layouts is not None:
+            return config.layouts
+        samples: list[np.ndarray] = []
+        place = 0
+        while len(samples) < _SAMPLES and (place < len(self.sizes) or not samples):
+            batches, place = self.window(place)
+            samples.append(self.sizes[np.concatenate(batches)])
+        most = config.menu if isinstance(config.menu, int) else MAX_MENU
+        return choose_menu(samples, *self._bounds, cost=self.limits.cost, max_layouts=most)
+
+
+class _Iterator(grain.DatasetIterator[PlannedStep]):
+    def __init__(self, steps: PlannedSteps):
+        super().__init__()
+        self._steps = steps
+        self._place = 0
+        self._window: list[PlannedStep] = []
+
+    def __next__(self) -> PlannedStep:
+        if not self._window:
+            batches, end = self._steps.window(self._place)
+            self._window = self._steps.plan(batches, self._steps.limits.seed + self._place)
+            self._place = end
+        return self._window.pop(0)
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            **_identity(self._steps),
+            "max_tokens_per_device": self._steps.limits.config.tokens,
+            "place": self._place,
+            "window": [[[mb.layout, mb.documents] for mb in step] for step in self._window],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, ours in _identity(self._steps).items():
+            if state.get(name) != ours:
+                raise ValueError(
+                    f"the checkpoint's data are not this run's: {name} was "
+                    f"{state.get(name, 'not told')} and is {ours}. A run with parallel.dynamic "
+                    "goes on with its own data, seq_len and seed, which make its order of "
+                    "documents."
+                )
+        self._place = state["place"]
+        window = [
+            tuple(
+                Microbatch(tuple(layout), tuple(map(tuple, documents)))
+                for layout, documents in step
+            )
+            for step in state["window"]
+        ]
+        same = state["max_tokens_per_device"] == self._steps.limits.config.tokens
+        menu = set(self._steps.menu)
+        if not same or any(mb.layout not in menu for step in window for mb in step):
+            window = [self._steps.replan(_numbers(step)) for step in window]
+        self._window = window
+
+
+def _identity(steps: PlannedSteps) -> dict[str, int]:
+    """What the order of documents depends on, so that no other's place passes for it."""
+    return {
+        "segments": len(steps.sizes),
+        "tokens": int(steps.sizes.sum()),
+        "longest": int(steps.sizes.max()),
+        "seed": steps.limits.seed,
+    }
+
+
+def _numbers(step: PlannedStep) -> list[int]:
+    return sorted(d for mb in step for group in mb.documents for d in group)
+
+
+def _renamed(microbatch: Microbatch, numbers: Sequence[int]) -> Microbatch:
+    documents = tuple(tuple(int(numbers[d]) for d in group) for group in microbatch.documents)
+    return Microbatch(microbatch.layout, documents)
+
+
+def _check_longest(sizes: np.ndarray, limits: Limits) -> None:
+    config = limits.config
+    widest = config.check_sizes(limits.num_devices)
+    longest = int(sizes.argmax())
+    length = int(sizes[longest])
+    if length > widest * config.tokens:
+        raise ValueError(
+            f"segment {longest} of the data has {length} tokens, but the widest group, of {widest} "
+            f"devices, holds {widest} * {config.tokens} = {widest * config.tokens}. Set "
+            f"parallel.dynamic.max_tokens_per_device to {-(-length // widest)} or more, allow "
+            "wider groups, or cut documents shorter with seq_len."
+        )

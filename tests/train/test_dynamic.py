@@ -1,0 +1,386 @@
+"""Training with dynamic context parallelism is training: the same gradients, curves and bits."""
+
+import dataclasses
+import functools
+import io
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+
+from hcp_jax.dynamic.config import DynamicConfig
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel import ParallelConfig
+from hcp_jax.train import data, dynamic, loop, metrics
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.dynamic import DynamicProgram
+from hcp_jax.train.metrics import LogConfig
+from hcp_jax.train.step import (
+    OptimizerConfig,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    summed_loss,
+)
+
+MODEL = ModelConfig(
+    vocab_size=264,
+    num_layers=2,
+    hidden_size=32,
+    intermediate_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    compute_dtype="float32",
+    remat="none",
+)
+M, LONGEST, ROWS = 16, 128, 6
+MENU = [[8], [4, 2, 1, 1], [2, 2, 2, 2], [1] * 8]
+QUIET = rich.console.Console(file=io.StringIO())
+
+
+@functools.cache
+def corpus():
+    """Documents of 8 to 200 bytes; those above `LONGEST` tokens are cut."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(3.2, 0.9, 200).astype(int) + 8, 200)
+    text = b"all work and no play makes jack a dull boy. " * 8
+    begins = rng.integers(0, 44, 200)
+    return data.Corpus([text[i : i + n] for i, n in zip(begins, lengths, strict=True)], "a test")
+
+
+def make_config(dynamic=(), parallel=(), **words):
+    dynamic = {"enabled": True, "max_tokens_per_device": M, "menu": MENU, **dict(dynamic)}
+    base = {
+        "steps": 50,
+        "batch_size": 3,
+        "seq_len": LONGEST,
+        "model": MODEL,
+        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=5, clip_norm=None),
+        "parallel": ParallelConfig(
+            dynamic=DynamicConfig(**dynamic),
+            **{"cp_outer": 4, "cp_inner": 2, "comm_type": "a2a+p2p", **dict(parallel)},
+        ),
+    }
+    return TrainConfig(**{**base, **words})
+
+
+class Run:
+    """A program and its state, ready to make steps."""
+
+    def __init__(self, config):
+        self.config = config
+        self.cp = config.parallel.context_parallel(config.model.num_layers)
+        self.program = DynamicProgram(config, self.cp, corpus(), QUIET)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        fsdp = config.parallel.fsdp
+        self.abstract = abstract_state(config.model, optimizer, self.cp, fsdp=fsdp)
+        self.program.compile(self.abstract)
+        self._initial = init_state(config.model, optimizer, config.seed, self.cp, fsdp=fsdp)
+        self._beginning = self.program.data_state()
+
+    def fresh(self):
+        """The state before step 0, and the data where they were then."""
+        self.program.restore_data(self._beginning)
+        return jax.tree.map(jnp.copy, self._initial)
+
+    def sums(self, params, step):
+        """Loss, weight and gradients of a step, without its update."""
+        sums = self.program._zeros()
+        for layout, batch in step.microbatches:
+            sums = self.program._add(layout, params, sums, batch)
+        return sums
+
+
+CONFIGS = {
+    "cp8": lambda: make_config(),
+    "dp2-tp2-cp2-fsdp-remat": lambda: make_config(
+        {"menu": [[4], [2, 1, 1], [2, 2]], "max_tokens_per_device": 2 * M},
+        {"dp": 2, "tp": 2, "cp_outer": 1, "fsdp": True},
+        model=dataclasses.replace(MODEL, remat="attention"),
+    ),
+}
+
+
+@functools.cache
+def run(name):
+    return Run(CONFIGS[name]())
+
+
+def documents_of(program):
+    """The steps that the program makes, as documents: each its pairs of token and target."""
+    for step in program._planned:
+        yield [
+            program._segments[d]["pairs"] for mb in step for group in mb.documents for d in group
+        ]
+
+
+def rows_of(documents, rows=ROWS, length=LONGEST):
+    """The documents as the fixed program has them: one behind the other in rows, padded."""
+    held = [[] for _ in range(rows)]
+    for pairs in sorted(documents, key=len, reverse=True):
+        row = next(r for r in held if sum(map(len, r)) + len(pairs) <= length)
+        row.append(pairs)
+    batch = {
+        name: np.zeros((rows, length), np.int32) for name in ("tokens", "targets", "positions")
+    }
+    ids = np.zeros((rows, length), np.int32)
+    for r, row in enumerate(held):
+        at = 0
+        for number, pairs in enumerate(row, 1):
+            here = slice(at, at := at + len(pairs))
+            batch["tokens"][r, here], batch["targets"][r, here] = pairs.T
+            batch["positions"][r, here] = np.arange(len(pairs))
+            ids[r, here] = number
+    # Padding is a document of its own, of no weight.
+    return batch | {"weights": (ids > 0).astype(np.float32), "mask": MODEL.mask(ids)}
+
+
+def static_gradients(documents, params, cp=None):
+    """(loss, gradients) of the same documents in padded rows, on static CP or on one device."""
+    batch = rows_of(documents, ROWS)
+    return _static(cp)(params, batch if cp is None else cp.shard_batch(batch))
+
+
+@functools.cache
+def _static(cp):
+    def of_step(params, batch):
+        return summed_loss(MODEL, cp)(params, batch) / jnp.sum(batch["weights"])
+
+    return jax.jit(jax.value_and_grad(of_step))
+
+
+def assert_same_gradients(got, expected, tolerance):
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        largest = np.max(np.abs(theirs))
+        error = np.max(np.abs(np.asarray(ours) - np.asarray(theirs))) / largest
+        assert error < tolerance, (jax.tree_util.keystr(path), error)
+
+
+@pytest.mark.parametrize(
+    "name", ["cp8", pytest.param("dp2-tp2-cp2-fsdp-remat", marks=pytest.mark.slow)]
+)
+def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(name):
+    of = run(name)
+    params, documents, used = of.fresh().params, documents_of(of.program), set()
+    whole = jax.device_get(params)
+    for _ in range(8):
+        step, held = of.program.next_batch(), next(documents)
+        layouts = {layout for layout, _ in step.microbatches}
+        if layouts <= used:
+            continue
+        used |= layouts
+        sums = jax.device_get(of.sums(params, step))
+        assert sums.weight == sum(map(len, held))
+        loss, grads = _static_gradients()(whole, rows_of(held))
+        assert sums.loss / sums.weight == pytest.approx(float(loss), rel=1e-6)
+        for got, exact in zip(jax.tree.leaves(sums.grads), jax.tree.leaves(grads), strict=True):
+            assert np.max(np.abs(got / sums.weight - exact)) < 2e-6 * np.max(np.abs(exact))
+    assert used == set(of.program.menu)
+
+
+@functools.cache
+def _static_gradients():
+    def loss_of(params, batch):
+        return summed_loss(MODEL)(params, batch) / jnp.sum(batch["weights"])
+
+    return jax.jit(jax.value_and_grad(loss_of))
+
+
+@pytest.mark.slow
+def test_the_curve_over_50_steps_is_that_of_static_cp_on_the_same_documents():
+    of = run("cp8")
+    config, documents = of.config, documents_of(of.program)
+    static = make_train_step(config.model, config.optimizer, config.steps, of.cp)
+    ours, theirs = of.fresh(), of.fresh()
+    curve = []
+    for _ in range(config.steps):
+        ours, dynamic = of.program.step(ours, of.program.next_batch())
+        theirs, fixed = static(theirs, of.cp.shard_batch(rows_of(next(documents))))
+        assert dynamic["tokens"] == fixed["tokens"]
+        curve.append((float(dynamic["loss"]), float(fixed["loss"])))
+    ours, theirs = np.array(curve).T
+    assert theirs[-5:].mean() < theirs[0] - 2
+    assert np.max(np.abs(ours - theirs)) < 2e-5
+
+
+def test_nothing_is_compiled_once_training_runs():
+    of, events = run("cp8"), []
+
+    def listen(event, *_, **__):
+        events.append(event)
+
+    state = of.fresh()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for _ in range(3):
+        state, _ = of.program.step(state, of.program.next_batch())
+    jax.block_until_ready(state)
+    assert not [event for event in events if "compile" in event]
+    jax.jit(lambda x: x + 1)(np.float32(1))  # would it have been seen?
+    assert [event for event in events if "compile" in event]
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_what_would_have_to_be_compiled_is_an_error_that_says_why():
+    of = run("cp8")
+    state, batch = of.fresh(), of.program.next_batch()
+    layout, arrays = batch.microbatches[0]
+    for wrong, message in (
+        ((layout, arrays | {"weights": arrays["weights"].astype(jnp.int32)}), "weights.*int32"),
+        ((layout, arrays | {"tokens": arrays["tokens"][:, :-8]}), r"tokens.*1,120"),
+        (((4, 4), arrays), "4×2 has no compiled program.*not on the menu"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            of.program.step(state, batch._replace(microbatches=(wrong,)))
+
+
+def test_a_step_of_one_microbatch_is_a_step():
+    of = run("cp8")
+    state, batch = of.fresh(), of.program.next_batch()
+    _, metrics = of.program.step(state, batch._replace(microbatches=batch.microbatches[:1]))
+    _, arrays = batch.microbatches[0]
+    assert metrics["tokens"] == np.sum(arrays["weights"])
+    assert np.isfinite(metrics["loss"])
+    assert (metrics["microbatches"], metrics["layouts"]) == (1, 1)
+
+
+def test_a_process_reads_and_packs_the_documents_of_its_own_devices_alone(monkeypatch):
+    of = run("cp8")
+    narrow = next(mb for step in of.program._planned for mb in step if mb.layout == (4, 2, 1, 1))
+    whole = of.program._pack(narrow)
+    read = []
+    tokens_at = of.program._corpus.tokens_at
+
+    def watched(places):
+        read.append(places)
+        return tokens_at(places)
+
+    monkeypatch.setattr(of.program._corpus, "tokens_at", watched)
+    monkeypatch.setattr(dynamic, "own_devices", lambda _: range(4, 6))
+    part = of.program._pack(narrow)
+    for ours, theirs in zip(part[1:], whole[1:], strict=True):
+        np.testing.assert_array_equal(ours, theirs[4:6])
+    (places,) = read
+    of_group = [of.program._segments.places(d) for d in narrow.documents[1]]
+    np.testing.assert_array_equal(np.sort(places[places > 0]), np.sort(np.concatenate(of_group)))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run of seconds on a file of uneven lines, and what it compiles kept for the next one."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
+    jax.config.update(names[1], 0.5)
+    text = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = ("abc " * (2 + i * i % 29) + f"{i}" for i in range(100))
+    text.write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
+    yield make_config(
+        {"menu": MENU[:2], "lookahead": 4},
+        name="small",
+        steps=12,
+        run_dir=str(tmp_path_factory.mktemp("runs")),
+        model=dataclasses.replace(MODEL, num_layers=1),
+        data=data.DataConfig(path=str(text)),
+        log=LogConfig(every=4),
+    )
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def train(config, resume=None):
+    """The outcome, and what was printed."""
+    printed = io.StringIO()
+    console = rich.console.Console(file=printed, width=100)
+    return loop.train(config, resume=resume, console=console), printed.getvalue()
+
+
+def curve(folder):
+    """What must not depend on when a run was stopped."""
+    skipped = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in skipped} for line in metrics.read(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(small):
+    return train(small)
+
+
+@pytest.mark.slow
+def test_a_run_tells_its_menu_its_tokens_and_the_layouts_it_used(whole):
+    outcome, printed = whole
+    assert outcome.steps == 12
+    for part in (
+        "step: documents of 384 tokens, each on 1 to 8 devices, 16 tokens a device",
+        "menu of 2 layouts: 8; 4 + 2 + 1×2",
+        " microbatches: 8 in ",
+        "; 4 + 2 + 1×2 in ",
+    ):
+        assert part in printed
+    for line in curve(outcome.folder):
+        assert line["microbatches"] >= 1
+        assert line["fill"] == pytest.approx(line["tokens"] / (line["microbatches"] * 8 * M))
+        assert line["layouts"] in (1, 2)
+    assert len({line["tokens"] for line in curve(outcome.folder)}) > 6
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_in_a_window_goes_on_to_the_same_bits(small, whole, monkeypatch):
+    write = metrics.Recorder.write
+
+    def stop_at_step_4(self, step, values):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        write(self, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Recorder, "write", stop_at_step_4)
+        outcome, _ = train(small)
+    assert 5 <= outcome.steps < 8
+    folder = outcome.folder
+    elsewhere = folder.with_name("elsewhere")
+    shutil.copytree(folder, elsewhere)
+    train(small, resume=folder)
+    assert curve(folder) == curve(whole[0].folder)
+
+    # On half as many groups of devices: other microbatches of the same documents of each step.
+    parallel = {"tp": 2, "cp_outer": 2}
+    other = make_config(
+        {"menu": [[4], [2, 1, 1]], "max_tokens_per_device": 2 * M, "lookahead": 4}, parallel
+    )
+    train(dataclasses.replace(small, parallel=other.parallel), resume=elsewhere)
+    rest = zip(curve(elsewhere)[:8], curve(whole[0].folder), strict=False)
+    for step, (a, b) in enumerate(rest):
+        assert a["tokens"] == b["tokens"], step
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5), step
+
+
+@pytest.mark.slow
+def test_a_run_with_groups_and_one_without_cannot_go_on_as_the_other(small, whole):
+    fixed = dataclasses.replace(small, steps=20, parallel=ParallelConfig(cp_outer=4, cp_inner=2))
+    with pytest.raises(ValueError, match="is of a run with parallel.dynamic"):
+        train(fixed, resume=whole[0].folder)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "parallel", "error", "message"),
+    [
+        ({"max_tokens_per_device": 8}, {}, ValueError, "to 16 or more, allow wider groups"),
+        ({}, {"comm_type": "all_gather"}, NotImplementedError, "'all_gather' cannot serve groups"),
+        ({"cost": "/does/not/exist"}, {}, OSError, "exist"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_folder_is_made(
+    small, tmp_path, dynamic, parallel, error, message
+):
+    config = make_config({"menu": MENU[:2], **dynamic}, parallel)
+    run_dir = tmp_path / "runs"
+    with pytest.raises(error, match=message):
+        train(dataclasses.replace(small, parallel=config.parallel, run_dir=str(run_dir)))
+    assert not run_dir.exists()
