@@ -137,7 +137,9 @@ def _find(args: argparse.Namespace) -> tuple[Place, list[int] | None] | None:
             "or --distributed under Slurm, Open MPI or Kubernetes."
         )
     place = Place(given.address, given.process, given.processes)
-    return place, None if given.local_devices is None else list(given.local_devices)
+    if given.local_devices is None or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return place, None  # all, or those that jax is told of there
+    return place, list(given.local_devices)
 
 
 def _end_with_launcher() -> None:
@@ -183,6 +185,8 @@ def exit_code(error: BaseException) -> int:
 
 
 def _name_host_in_logs(place: Place) -> None:
+    if place.process == 0:
+        return
     name = f"process {place.process} on {socket.gethostname()}"
     for handler in logging.getLogger().handlers:
         handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
