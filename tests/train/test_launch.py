@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ class Launched:
     def process_ids(self):
         """Of the processes, by their numbers."""
         listed = subprocess.run(
-            ["ps", "--ppid", str(self.process.pid), "-o", "pid=,args="],
+            ["ps", "-ww", "--ppid", str(self.process.pid), "-o", "pid=,args="],
             capture_output=True,
             text=True,
             check=True,
@@ -202,8 +203,7 @@ def test_what_clusters_are_given_calls_options_that_there_are(name, capsys):
     help_text = capsys.readouterr().out
     code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     start = code.index("train", code.index("hcp"))
-    options = [w.strip("\"'[],").split("=")[0] for w in code[start:].split() if "--" in w]
-    options = [o for o in options if o.startswith("--")]
+    options = re.findall(r"--[a-z][a-z-]+", code[start:])
     assert "--distributed" in options
     for option in options:
         assert option in help_text, option
