@@ -35,6 +35,7 @@ COMMANDS = {
     "tokenize": Command("hcp_jax.train.tokens", "turn text into tokens, for hcp train to map"),
     "import": Command("hcp_jax.train.importing", "begin from the weights of a Hugging Face folder"),
     "export": Command("hcp_jax.train.exporting", "write a run's weights as a Hugging Face folder"),
+    "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
     "plot": Command("hcp_jax.train.figures", "draw the curves of runs side by side"),
     "verify": Command("hcp_jax.verify", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.plan.bench", "time attention strategies on the devices at hand"),

@@ -1,12 +1,13 @@
 """What differs between the versions of JAX that the library supports (0.10.2 to 0.12).
 
-It stands alone so that nothing else asks for a version: when the oldest one is dropped, this is the
-file to shorten.
+It stands alone so that nothing else asks for a version, or for what jax has without promising to
+keep it: when the oldest one is dropped, this is the file to shorten.
 """
 
 import importlib
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,6 +22,31 @@ def interpret_mosaic() -> Any:
     them.
     """
     return _mosaic_gpu().InterpretGPUParams(detect_races=True)
+
+
+class Detected(NamedTuple):
+    """What jax finds out of a cluster; None for what it does not know."""
+
+    address: str | None
+    processes: int | None
+    process: int | None
+    local_devices: Sequence[int] | None
+
+
+def detect_cluster(
+    address: str | None, processes: int | None, process: int | None, timeout: int
+) -> Detected:
+    """Asks jax's own detection of Slurm, Open MPI and Kubernetes for what is None.
+
+    Raises:
+        RuntimeError: if there is a cluster, but it does not say what is needed.
+    """
+    from jax._src import clusters
+
+    address, processes, process, local = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        address, processes, process, None, None, timeout
+    )
+    return Detected(address, processes, process, local)
 
 
 def expect_pallas_triton() -> None:

@@ -79,6 +79,14 @@ def test_every_command_that_is_listed_can_be_run(name):
     assert callable(module.run)
 
 
+def _process(coordinator, processes, process):
+    return [
+        *("--coordinator", coordinator),
+        *("--num-processes", str(processes)),
+        *("--process-id", str(process)),
+    ]
+
+
 def test_a_misspelt_command_or_option_names_the_nearest(error):
     assert "no command 'trian'; did you mean 'train'" in error("trian")
     got = error("train", QUICKSTART, "--parallel.comm_typ", "p2p")
@@ -96,11 +104,18 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
         (["train", QUICKSTART, "--data.path", "/gone"], "data.path: /gone does not exist"),
         (["train", "--resume", "/gone"], "/gone is no run folder"),
         (["train", "--resume", "latest", "--run_dir", "/gone"], "no runs in /gone"),
-        (["train", QUICKSTART, "--distributed", "me"], "--distributed must be 'auto' or"),
-        (["train", QUICKSTART, "--distributed", "me,0,2"], "--distributed must be 'auto' or"),
-        (["train", QUICKSTART, "--distributed", "me:1,2,2"], "2 is none of them"),
         (["verify", DYNAMIC], "hcp verify knows no groups of devices"),
         (["audit", DYNAMIC, "--gpu", "h200", "--hosts", "1"], "name one with --groups"),
+        (["train", QUICKSTART, "--distributed"], "no job of Slurm, Open MPI or Kubernetes"),
+        (["train", QUICKSTART, "--coordinator", "me:1"], "give all three"),
+        (["train", QUICKSTART, *_process("me", 1, 0)], "must be ADDRESS:PORT of process 0"),
+        (["train", QUICKSTART, *_process("me:1", 1, 1)], "count from 0 to 0"),
+        (["train", QUICKSTART, "--folder", "a", "--resume", "b"], "give one of them"),
+        (["launch", QUICKSTART, "--num-processes", "0"], "must be at least 1"),
+        (
+            ["launch", QUICKSTART, "--num-processes", "3", "--devices-per-process", "2"],
+            "3 processes of 2 devices have 6, but the config's mesh needs 8",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(error, argv, message):
@@ -113,7 +128,7 @@ def test_a_port_that_is_taken_is_told_before_jax_dies_of_it(error, monkeypatch):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        got = error("train", QUICKSTART, "--distributed", f"127.0.0.1:{port},0,1")
+        got = error("train", QUICKSTART, *_process(f"127.0.0.1:{port}", 1, 0))
     assert f"port {port} cannot be used here (Address already in use)" in got
 
 

@@ -1,21 +1,36 @@
-"""`hcp train`: what its command line says, and which process of which cluster this one is."""
+"""`hcp train`: what its command line says, and what its exit code says."""
 
 import argparse
+import importlib.metadata
 import pathlib
-import socket
+import platform
+import signal
+import sys
+import traceback
 from typing import Any
 
-import jax
-
+from hcp_jax.train import cluster
 from hcp_jax.train import config as configuration
 from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.loop import train
+from hcp_jax.train.loop import Outcome, train
 from hcp_jax.train.profile import ProfileSteps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hcp train`."""
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--folder",
+        metavar="RUN",
+        help="this run folder, not a new one: go on if it has a checkpoint, else begin; the same "
+        "command can so be given again and again, by a scheduler, say, until the run is done",
+    )
+    cluster.add_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what is trained."""
     configuration.add_arguments(parser)
     parser.add_argument(
         "--resume",
@@ -35,34 +50,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="the first step that is traced; else the first few are skipped",
     )
-    parser.add_argument(
-        "--distributed",
-        metavar="HOW",
-        help="be one of several processes: 'auto' under Slurm, Open MPI or Kubernetes, elsewhere "
-        "ADDRESS:PORT,PROCESS,PROCESSES of the first process, of this one, and of all",
-    )
 
 
 def num_devices(args: argparse.Namespace) -> int:
     """How many devices this process must simulate where there is no GPU."""
-    total = _config_of(args, _resumed_folder(args)).parallel.num_devices
-    return total // _cluster(args.distributed).get("num_processes", 1)
+    total = config_of(args, _folder(args)).parallel.num_devices
+    return max(1, total // cluster.num_processes(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp train`; returns 0, or 128 plus the number of the signal that stopped it."""
-    if args.distributed:
-        cluster = _cluster(args.distributed)
-        if cluster.get("process_id") == 0:
-            _require_free_port(cluster["coordinator_address"])
-        jax.distributed.initialize(**cluster)
-    folder = _resumed_folder(args)
+    """Runs `hcp train`.
+
+    Returns:
+        0, also for a run that SIGTERM (preemption) stopped, since it is saved; 130 after Ctrl-C;
+        `cluster.WENT_WRONG` if something happened that is nobody's mistake.
+    """
+    folder = _folder(args)
+    config = config_of(args, folder)
     profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
-    outcome = train(_config_of(args, folder), resume=folder, profile=profile)
-    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+    with cluster.joined(args, _same_everywhere(config, folder)) as peers:
+        try:
+            outcome = train(
+                config,
+                resume=folder,
+                begin=args.folder is not None,
+                profile=profile,
+                peers=peers,
+            )
+        except (ValueError, NotImplementedError, FloatingPointError):
+            raise
+        except Exception as error:
+            if peers is not None:
+                raise
+            _tell(error)
+            return cluster.WENT_WRONG
+    return _exit_code(outcome)
 
 
-def _resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
+def _exit_code(outcome: Outcome) -> int:
+    return 130 if outcome.stopped_by == signal.SIGINT else 0
+
+
+def _tell(error: Exception) -> None:
+    """An error of the machine's is a line; any other one is ours, and a traceback."""
+    if isinstance(error, OSError):
+        print(f"hcp: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+
+
+def _same_everywhere(config: TrainConfig, folder: pathlib.Path | None) -> dict[str, Any]:
+    """What processes must be started with alike, by the names that a person knows it by."""
+    packages = ("jax", "jaxlib", "numpy", "hcp_jax")
+    return {
+        **configuration.flatten(config),
+        "the run folder": None if folder is None else str(folder),
+        "the version of Python": platform.python_version(),
+        **{f"the version of {name}": _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _folder(args: argparse.Namespace) -> pathlib.Path | None:
+    if args.folder is None:
+        return resumed_folder(args)
+    if args.resume is not None:
+        raise ValueError("--folder and --resume both name the run folder; give one of them.")
+    return pathlib.Path(args.folder)
+
+
+def resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
     """The folder of the run that a command line goes on with."""
     if args.resume is None:
         return None
@@ -74,48 +137,12 @@ def _resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
     return run_folders.latest(configuration.from_arguments(args).run_dir)
 
 
-def _config_of(args: argparse.Namespace, folder: pathlib.Path | None) -> TrainConfig:
+def config_of(args: argparse.Namespace, folder: pathlib.Path | None) -> TrainConfig:
     """The config named, or that of the run resumed; overridden."""
-    if args.config is not None or folder is None:
+    saved = folder is not None and (folder / "config.yaml").is_file()
+    if args.config is not None or not saved:
         if args.config is None:
             raise ValueError("hcp train needs a config (configs/quickstart.yaml) or --resume.")
         return configuration.from_arguments(args)
+    assert folder is not None
     return configuration.load(folder / "config.yaml", args.overrides or ())
-
-
-def _cluster(how: str | None) -> dict[str, Any]:
-    """What `jax.distributed.initialize` needs to be told."""
-    if how in (None, "auto"):
-        return {}
-    parts = how.split(",")
-    host, _, port = parts[0].rpartition(":")
-    if len(parts) != 3 or not host or not all(p.isdecimal() for p in (port, *parts[1:])):
-        raise ValueError(
-            f"--distributed must be 'auto' or ADDRESS:PORT,PROCESS,PROCESSES (such as "
-            f"10.0.0.1:1234,0,4), got {how!r}."
-        )
-    process, processes = int(parts[1]), int(parts[2])
-    if process >= processes:
-        raise ValueError(
-            f"--distributed {how}: the processes of {processes} count from 0; {process} is none "
-            "of them."
-        )
-    return {
-        "coordinator_address": parts[0],
-        "process_id": process,
-        "num_processes": processes,
-    }
-
-
-def _require_free_port(address: str) -> None:
-    """Told here, since jax's coordinator dies of a segmentation fault where a port is taken."""
-    port = int(address.rpartition(":")[2])
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ValueError(
-                f"--distributed: port {port} cannot be used here ({error.strerror}); choose "
-                "another one, the same for every process."
-            ) from None

@@ -182,6 +182,21 @@ def dump(config: TrainConfig) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Every value of a config by its dotted key, in plain values."""
+    values: dict[str, Any] = {}
+
+    def put(part: Mapping[str, Any], prefix: str) -> None:
+        for name, value in part.items():
+            if isinstance(value, Mapping):
+                put(value, f"{prefix}{name}.")
+            else:
+                values[prefix + name] = value
+
+    put(_plain(dataclasses.asdict(config)), "")
+    return values
+
+
 def _value_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_class_arguments(TrainConfig, "config")

@@ -27,6 +27,7 @@ import dataclasses
 import operator
 import pathlib
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
@@ -127,6 +128,15 @@ class Corpus:
     def sizes(self) -> Int64[np.ndarray, "D"]:
         """Ids of each document, separators not counted."""
         return self._ends - self._begins
+
+    def fingerprint(self) -> dict[str, int]:
+        """What tells other data apart, of which no id need be read: numbers and sizes."""
+        return {
+            "the number of documents": len(self),
+            f"the number of {self._unit} in them": self.num_ids,
+            "the checksum of their sizes": zlib.crc32(self._offsets.tobytes()),
+            "the vocabulary": self.vocab_size,
+        }
 
     def __len__(self) -> int:
         return self._ends.size

@@ -3,7 +3,9 @@
 It stands alone so that the loop says when something is kept, and this says what and where.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import pathlib
 
 import jax
@@ -34,14 +36,18 @@ class RunFolder:
         self._checkpoints = open_checkpoints(config, path)
         self._recorder = None
         if jax.process_index() == 0:
-            (path / "config.yaml").write_text(configuration.dump(config))
+            written = path / "config.yaml.tmp"
+            written.write_text(configuration.dump(config))
+            written.replace(path / "config.yaml")
             self._recorder = metrics.Recorder(path, start, config.log.tensorboard)
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._checkpoints.close()
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        # The other processes know nothing yet of an error here, and would not come to a save's end.
+        if error is None or jax.process_count() == 1:
+            self._checkpoints.close()
         if self._recorder is not None:
             self._recorder.close()
             figures.draw_run(self.path, self._title)
@@ -67,22 +73,37 @@ class RunFolder:
 
 def open_checkpoints(config: TrainConfig, folder: pathlib.Path) -> Checkpoints:
     """The checkpoints of a run of this config."""
-    return Checkpoints(folder, dataclasses.asdict(config.model), config.checkpoint.keep)
+    return Checkpoints(
+        folder, dataclasses.asdict(config.model), config.checkpoint, dataclasses.asdict(config)
+    )
+
+
+def has_checkpoint(config: TrainConfig, folder: pathlib.Path) -> bool:
+    """Whether a run can go on from something, as the first process sees it."""
+    checkpoints = open_checkpoints(config, folder)
+    latest = checkpoints.latest()
+    checkpoints.close()
+    if jax.process_count() == 1:
+        return latest is not None
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(latest is not None)))
 
 
 def make_new(config: TrainConfig) -> pathlib.Path:
-    """Makes `run_dir/name-001`, or with the first number after it that is free."""
+    """`make_numbered` by the first process; all of them know it."""
     number = 0
     if jax.process_index() == 0:
-        while True:
-            number += 1
-            try:
-                _numbered(config, number).mkdir(parents=True)
-                break
-            except FileExistsError:
-                continue
+        number = int(make_numbered(config).name.rpartition("-")[2])
     if jax.process_count() > 1:
         number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return _numbered(config, number)
+
+
+def make_numbered(config: TrainConfig) -> pathlib.Path:
+    """Makes `run_dir/name-001`, or with the first number after it that is free."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            _numbered(config, number).mkdir(parents=True)
+            break
     return _numbered(config, number)
 
 

@@ -26,6 +26,7 @@ from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.meter import Meter
+from hcp_jax.train.peers import Peers
 from hcp_jax.train.profile import Profiler, ProfileSteps, check_profile
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.progress import Progress
@@ -53,8 +54,10 @@ def train(
     config: TrainConfig,
     *,
     resume: pathlib.Path | None = None,
+    begin: bool = False,
     console: rich.console.Console | None = None,
     profile: ProfileSteps | None = None,
+    peers: Peers | None = None,
 ) -> Outcome:
     """Trains, or goes on training, and leaves a run folder behind.
 
@@ -65,8 +68,10 @@ def train(
     Args:
         config: the run.
         resume: the folder of a run to go on with; None for a new one.
+        begin: in that folder, begin a run if there is no checkpoint to go on from.
         console: where to print, standard output if None; only the first of several processes does.
         profile: steps to trace into the folder `profile` of the run folder.
+        peers: the connections to the other processes, which must have the same data.
 
     Raises:
         ValueError: for anything about config, data, mesh or checkpoint that cannot be.
@@ -76,6 +81,8 @@ def train(
     console.quiet = console.quiet or jax.process_index() != 0
     vocab_size = config.model.vocab_size
     corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)
+    if peers is not None:
+        peers.agree(corpus.fingerprint())
     cp = config.parallel.context_parallel(config.model.num_layers)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -90,7 +97,10 @@ def train(
     )
     with contextlib.closing(program):
         _print(console, _introduction(config, cp, corpus, abstract, program))
-        state = None if resume is None else _restore(config, resume, abstract, program)
+        state = None if resume is None else _restore(config, resume, abstract, program, begin)
+        if begin and resume and state is not None and int(state.step) >= config.steps:
+            _print(console, f"{resume} has made all its {config.steps} steps.")
+            return Outcome(resume, config.steps)
         check_profile(profile, 0 if state is None else int(state.step), config.steps)
         evaluator = None if held_out is None else _evaluator(config, cp, held_out)
         began = time.perf_counter()
@@ -192,13 +202,21 @@ def _make_steps(
 
 
 def _restore(
-    config: TrainConfig, path: pathlib.Path, abstract: TrainState, program: Program
-) -> TrainState:
-    """The state of a run, and its data put where they were."""
+    config: TrainConfig,
+    path: pathlib.Path,
+    abstract: TrainState,
+    program: Program,
+    begin: bool,
+) -> TrainState | None:
+    """The state of a run, and its data put where they were; None if it is to begin here."""
+    if begin:
+        path.mkdir(parents=True, exist_ok=True)
+        if not folder.has_checkpoint(config, path):
+            return None
     checkpoints = folder.open_checkpoints(config, path)
     restored = checkpoints.restore(abstract)
     checkpoints.close()
-    if int(restored.state.step) >= config.steps:
+    if int(restored.state.step) >= config.steps and not begin:
         raise ValueError(
             f"{path} has made all its {config.steps} steps; to go on, give --steps a greater "
             "number."

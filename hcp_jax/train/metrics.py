@@ -51,9 +51,9 @@ class Recorder:
         self._evaluated = {line["step"] for line in evaluations}
         self._evaluations_path = folder / "eval.jsonl"
         if self._evaluations_path.exists():
-            self._evaluations_path.write_text(_as_lines(evaluations))
+            _rewrite(self._evaluations_path, evaluations)
         path = folder / "metrics.jsonl"
-        path.write_text(_as_lines(steps))
+        _rewrite(path, steps)
         self._lines = path.open("a", buffering=1)
         self._board = (
             tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
@@ -106,6 +106,13 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def _rewrite(path: pathlib.Path, lines: list[dict]) -> None:
+    """At no moment may a process that is killed leave less than there was."""
+    written = path.with_suffix(".tmp")
+    written.write_text(_as_lines(lines))
+    written.replace(path)
 
 
 def _as_lines(records: Iterable[Mapping[str, Any]]) -> str:

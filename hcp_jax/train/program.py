@@ -157,6 +157,7 @@ class FixedProgram:
         self._batches.close()
 
     def _place(self, batch: dict[str, Any]) -> PlacedBatch:
-        begins = (batch["positions"] == 0) & (batch["weights"] > 0)
-        documents = self._corpus.documents_at(batch["tokens"].places[begins])
+        places = batch["tokens"].places
+        begins = places[(batch["positions"] == 0) & (places > 0)]
+        documents = self._corpus.documents_at(begins)
         return PlacedBatch(self._cp.shard_batch(batch), np.unique(documents))

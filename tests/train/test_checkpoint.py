@@ -1,11 +1,18 @@
 """Checkpoints: every bit comes back, onto any mesh; those of another model are told."""
 
+import contextlib
+import errno
+import json
+import os
+import shutil
+import subprocess
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -64,7 +71,7 @@ def test_every_bit_comes_back_where_it_is_asked_for(tmp_path, sharding):
 
 
 def test_only_the_newest_are_kept_and_the_newest_is_restored(tmp_path, sharding):
-    checkpoints = Checkpoints(tmp_path, MODEL, keep=2)
+    checkpoints = Checkpoints(tmp_path, MODEL, CheckpointConfig(keep=2))
     for step in range(1, 5):
         checkpoints.save(step, make_state(sharding, seed=step), {"next": step})
     checkpoints.save(4, make_state(sharding, seed=9), {"next": 9})  # that step has one
@@ -94,7 +101,163 @@ def test_a_run_without_a_checkpoint_cannot_go_on(tmp_path, sharding):
         Checkpoints(tmp_path, MODEL).restore(make_state(sharding))
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
+def files_of(folder, step, part):
+    found = [p for p in (folder / "checkpoints" / str(step) / part).rglob("*") if p.is_file()]
+    assert found
+    return found
+
+
+def cut_off(folder, step):
+    for path in files_of(folder, step, "state"):
+        if path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_bits(folder, step):
+    for path in files_of(folder, step, "state"):
+        if path.parent.name == "d":
+            content = bytearray(path.read_bytes())
+            for i in range(0, len(content), 97):
+                content[i] ^= 0x10
+            path.write_bytes(content)
+
+
+def forget(folder, step):
+    for path in files_of(folder, step, "about"):
+        path.unlink()
+
+
+def other_numbers(folder, step):
+    """A whole checkpoint, but of other bits than were said when it was saved."""
+    [about] = (folder / "checkpoints" / str(step) / "about").glob("metadata")
+    said = json.loads(about.read_text())
+    said["checksums"]["params.half"] ^= 1
+    about.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_bits, forget, other_numbers])
+def test_a_damaged_checkpoint_is_told_and_put_aside_and_the_one_before_is_used(
+    tmp_path, sharding, damage, caplog
+):
+    states = {step: make_state(sharding, seed=step) for step in (3, 6, 9)}
+    checkpoints = Checkpoints(tmp_path, MODEL, CheckpointConfig(keep=3))
+    for step, state in states.items():
+        checkpoints.save(step, state, {"next": step})
+    checkpoints.close()
+    for step in (9, 6):
+        damage(tmp_path, step)
+    checkpoints = Checkpoints(tmp_path, MODEL, CheckpointConfig(keep=3))
+    restored = checkpoints.restore(states[3])
+    assert_equal_bits(restored.state, states[3])
+    assert restored.data == {"next": 3}
+    for step in (9, 6):
+        assert f"the checkpoint of step {step} in" in caplog.text
+    assert {p.name for p in (tmp_path / "checkpoints-damaged").iterdir()} == {"6", "9"}
+    # The steps are made again, and saved again.
+    checkpoints.save(6, states[6], {"next": 6})
+    checkpoints.close()
+    assert_equal_bits(Checkpoints(tmp_path, MODEL).restore(states[3]).state, states[6])
+
+
+def test_if_none_is_whole_each_is_named_and_nothing_is_moved(tmp_path, sharding):
+    state = make_state(sharding)
+    save(tmp_path, state, step=3)
+    save(tmp_path, state, step=6)
+    for step in (3, 6):
+        cut_off(tmp_path, step)
+    with pytest.raises(ValueError, match=r"none of the checkpoints .* can be read \(steps 6, 3;"):
+        Checkpoints(tmp_path, MODEL).restore(state)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"3", "6"}
+
+
+def test_what_was_left_half_written_is_no_checkpoint_and_is_removed(tmp_path, sharding):
+    state = make_state(sharding)
+    save(tmp_path, state)
+    whole = tmp_path / "checkpoints" / "3"
+    shutil.copytree(whole, whole.with_name("6.orbax-checkpoint-tmp-1"))
+    checkpoints = Checkpoints(tmp_path, MODEL)
+    assert checkpoints.latest() == 3
+    assert [p.name for p in whole.parent.iterdir()] == ["3"]
+
+
+def test_those_of_every_so_many_steps_are_kept_for_good(tmp_path, sharding):
+    checkpoints = Checkpoints(tmp_path, MODEL, CheckpointConfig(keep=1, keep_every=4))
+    for step in range(1, 7):
+        checkpoints.save(step, make_state(sharding), {})
+    checkpoints.close()
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "6"}
+
+
+def test_a_checkpoint_knows_the_run_it_is_of(tmp_path, sharding):
+    checkpoints = Checkpoints(tmp_path, MODEL, run={"seed": 3, "name": "one"})
+    checkpoints.save(3, make_state(sharding), {})
+    checkpoints.close()
+    about = json.loads((tmp_path / "checkpoints" / "3" / "about" / "metadata").read_text())
+    assert about["config"] == {"seed": 3, "name": "one"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes; skipped where one may not be made."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(made, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture
+def full_disk(monkeypatch, tmp_path):
+    """A disk that is said to be full whenever a checkpoint's arrays are written to it."""
+
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return lambda: monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", no_space)
+
+
+def fill(place):
+    with (place / "filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_on_a_full_disk_training_goes_on_if_told_so_and_what_is_there_stays(
+    small_disk, sharding, caplog
+):
+    states = {step: make_state(sharding, width=512, seed=step) for step in (3, 6, 9)}
+    config = CheckpointConfig(keep=1, on_error="continue")
+    checkpoints = Checkpoints(small_disk, MODEL, config)
+    checkpoints.save(3, states[3], {"next": 3})
+    assert checkpoints.latest() == 3
+    checkpoints.wait()
+    fill(small_disk)
+    checkpoints.save(6, states[6], {"next": 6})
+    checkpoints.wait()
+    assert "step 6 could not be written" in caplog.text
+    assert "No space left" in caplog.text
+    assert "last whole one is of step 3" in caplog.text
+    assert_equal_bits(Checkpoints(small_disk, MODEL).restore(states[6]).state, states[3])
+    (small_disk / "filling").unlink()
+    checkpoints.save(9, states[9], {"next": 9})
+    checkpoints.close()
+    assert_equal_bits(Checkpoints(small_disk, MODEL).restore(states[3]).state, states[9])
+    assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["9"]
+
+
+def test_on_a_full_disk_training_stops_unless_told_otherwise(tmp_path, full_disk, sharding):
+    checkpoints = Checkpoints(tmp_path, MODEL)
+    checkpoints.save(3, make_state(sharding), {})
+    checkpoints.wait()
+    full_disk()
+    with pytest.raises(OSError, match=r"step 6 could not be written .*last whole one is of step 3"):
+        checkpoints.save(6, make_state(sharding), {})
+    assert checkpoints.latest() == 3
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}, {"keep_every": 0}, {"on_error": "x"}])
 def test_nonsense_is_refused(wrong):
-    with pytest.raises(ValueError, match=rf"checkpoint\.{next(iter(wrong))} must be at least 1"):
+    with pytest.raises(ValueError, match=rf"checkpoint\.{next(iter(wrong))} must be"):
         CheckpointConfig(**wrong)

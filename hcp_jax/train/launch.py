@@ -1,0 +1,288 @@
+"""`hcp launch`: the processes of `hcp train` on one machine, started, watched, started again.
+
+For a machine whose GPUs are to be used by several processes, and to try a run of several hosts
+where there is one: real processes with real sockets, on loopback. On a cluster, Slurm or Kubernetes
+do this; see configs/launch.
+
+Each process is told the same run folder, so that a start after a death goes on from its last
+checkpoint. What a process prints goes where it would go if it were alone; that of all but the
+first has its number before it.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import queue
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+import jax
+
+from hcp_jax.train import cluster, command
+from hcp_jax.train import folder as run_folders
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.peers import GONE
+
+GRACE = 30.0
+"""Seconds in which the others end by themselves when one has died; then they are killed."""
+
+_FINAL = (1, 2, 130)
+"""Exit codes after which the same command would come to the same end."""
+
+
+class End(NamedTuple):
+    """How the processes of one start ended.
+
+    Attributes:
+        codes: the exit code of each; the negative number of the signal for one that was killed.
+        killed: those that had to be killed since another one had died.
+        stopped_by: the signal that this process was sent, and passed on.
+    """
+
+    codes: dict[int, int]
+    killed: set[int]
+    stopped_by: int | None
+
+    @property
+    def ended_first(self) -> list[int]:
+        """The processes that died of something of their own, and not because another one had."""
+        bad = [p for p, code in self.codes.items() if code not in (0, GONE)]
+        return sorted(set(bad) - self.killed) or sorted(p for p, c in self.codes.items() if c)
+
+    def describe(self) -> str:
+        """Who died, and of what."""
+        return ", ".join(f"process {p} {_cause(self.codes[p])}" for p in self.ended_first)
+
+    @property
+    def code(self) -> int:
+        """The exit code of them all."""
+        first = self.ended_first
+        if not first:
+            return 0
+        code = self.codes[first[0]]
+        return 128 - code if code < 0 else code
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hcp launch`: those of `hcp train`, and how many processes."""
+    command.add_run_arguments(parser)
+    of = parser.add_argument_group("processes")
+    of.add_argument("--num-processes", type=int, required=True, metavar="N", help="how many")
+    of.add_argument(
+        "--devices-per-process",
+        type=int,
+        metavar="D",
+        help="GPUs, or simulated devices, of each; all there are, shared out, if not given",
+    )
+    of.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="R",
+        help="how often to start all of them again, from the last checkpoint, when one dies (0)",
+    )
+    cluster.add_timeouts(of)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `hcp launch`; returns the exit code of the process that ended first, if not 0."""
+    if args.num_processes < 1 or args.restarts < 0:
+        raise ValueError("--num-processes must be at least 1, and --restarts at least 0.")
+    folder = command.resumed_folder(args)
+    config = command.config_of(args, folder)
+    environments = _environments(args, config)
+    made = folder is None
+    folder = folder or run_folders.make_numbered(config)
+    try:
+        for left in reversed(range(args.restarts + 1)):
+            with _Processes(_commands(args, folder), environments) as processes:
+                end = processes.wait()
+            if end.code == 0 or end.stopped_by is not None:
+                break
+            again = left > 0 and end.code not in _FINAL
+            _say(f"{end.describe()}" + (f"; starting again, {left - 1} left" if again else ""))
+            if not again:
+                break
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # nothing came of it
+    return end.code
+
+
+class _Processes:
+    """All processes of one start; when the context ends, so have they."""
+
+    def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
+        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._stopped_by: int | None = None
+        self._threads: list[threading.Thread] = []
+        self._all: list[subprocess.Popen] = []
+        self._before = {
+            number: signal.signal(number, self._pass_on)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        for number, (command_line, environment) in enumerate(
+            zip(commands, environments, strict=True)
+        ):
+            piped = subprocess.PIPE if number else None
+            # In a session of its own, so that Ctrl-C comes from here, once, and not from the
+            # terminal as well.
+            process = subprocess.Popen(
+                command_line,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                stdout=piped,
+                stderr=piped,
+            )
+            self._all.append(process)
+            self._follow(self._wait_for, number, process)
+            if process.stdout is not None and process.stderr is not None:
+                self._follow(_prefix, f"[{number}] ", process.stdout, sys.stdout)
+                self._follow(_prefix, f"[{number}] ", process.stderr, sys.stderr)
+
+    def __enter__(self) -> "_Processes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self._all:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        for thread in self._threads:
+            thread.join()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait(self) -> End:
+        """Waits until all have ended, no longer than `GRACE` after the first that died."""
+        codes: dict[int, int] = {}
+        killed: set[int] = set()
+        deadline: float | None = None
+        while len(codes) < len(self._all):
+            try:
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                number = self._ended.get(timeout=left)
+            except queue.Empty:
+                killed = set(range(len(self._all))) - set(codes)
+                for one in killed:
+                    self._all[one].kill()
+                deadline = None
+                continue
+            codes[number] = self._all[number].returncode
+            if codes[number] and deadline is None and not killed:
+                deadline = time.monotonic() + GRACE
+        return End(codes, killed, self._stopped_by)
+
+    def _follow(self, target, *args) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _wait_for(self, number: int, process: subprocess.Popen) -> None:
+        process.wait()
+        self._ended.put(number)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self._stopped_by = number
+        for process in self._all:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+
+def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]:
+    """What each process is started with."""
+    common = [sys.executable, "-m", "hcp_jax.cli", "train"]
+    common += [] if args.config is None else [str(args.config)]
+    common += [part for key, text in args.overrides or () for part in (f"--{key}", text)]
+    common += [f"--folder={folder}"]
+    if args.num_processes == 1:
+        return [common]
+    common += [
+        f"--coordinator=127.0.0.1:{_free_port()}",
+        f"--num-processes={args.num_processes}",
+        f"--start-timeout={args.start_timeout}",
+        f"--heartbeat-timeout={args.heartbeat_timeout}",
+    ]
+    return [[*common, f"--process-id={i}"] for i in range(args.num_processes)]
+
+
+def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[str, str]]:
+    """What each process sees of the machine's devices."""
+    processes, wanted = args.num_processes, config.parallel.num_devices
+    gpus = [] if jax.config.values["jax_platforms"] == "cpu" else _gpus()
+    each = args.devices_per_process or (len(gpus) or wanted) // processes or 1
+    if each * processes != wanted:
+        raise ValueError(
+            f"{processes} processes of {each} devices have {processes * each}, but the config's "
+            f"mesh needs {wanted}; change --num-processes, --devices-per-process or parallel."
+        )
+    if not gpus:
+        simulated = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)}
+        return [_told_of_launcher() | simulated for _ in range(processes)]
+    if len(gpus) < wanted:
+        raise ValueError(
+            f"{processes} processes of {each} GPUs need {wanted}, but this machine has {len(gpus)}."
+        )
+    parts = [gpus[i * each : (i + 1) * each] for i in range(processes)]
+    return [_told_of_launcher() | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        raise ValueError(
+            "there are GPUs, but no nvidia-smi to count them; say which to use in "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    query = [smi, "--query-gpu=index", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+
+
+def _told_of_launcher() -> dict[str, str]:
+    return {cluster.LAUNCHER: str(os.getpid())}
+
+
+def _free_port() -> int:
+    """One below those that the system gives to outgoing connections while the processes start."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("there is no free port on 127.0.0.1")
+
+
+def _prefix(prefix: str, lines: IO[bytes], to: IO[str]) -> None:
+    for line in _decoded(lines):
+        to.write(prefix + line)
+        to.flush()
+
+
+def _decoded(lines: IO[bytes]) -> Iterator[str]:
+    with lines:
+        for line in lines:
+            text = line.decode(errors="replace")
+            yield text if text.endswith("\n") else f"{text}\n"
+
+
+def _cause(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _say(text: str) -> None:
+    print(f"hcp launch: {text}", file=sys.stderr, flush=True)
