@@ -97,7 +97,11 @@ class Dynamic:
         self._planned = iter(self.program._planned)
         for planned in iter(self.program._planned):
             numbers = (d for mb in planned for group in mb.documents for d in group)
-            yield [self.program._segments[d]["pairs"] for d in numbers]
+            yield [self._pairs(number) for number in numbers]
+
+    def _pairs(self, number: int) -> np.ndarray:
+        places, corpus = self.program._segments.places(number), self.program._corpus
+        return np.stack([corpus.tokens_at(places), corpus.targets_at(places)], axis=1)
 
     def step(self, documents: Sequence[np.ndarray]) -> int:
         """Makes the next step, which has these documents; the number of its microbatches."""

@@ -17,6 +17,7 @@ the documents of each of those steps are scheduled anew. Either way each is trai
 epoch.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import choose_menu, schedule_batches
 from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.dynamic.scheduler import MAX_MENU
-from hcp_jax.train.streams import Segments
+from hcp_jax.train.streams import Segments, shuffled
 
 _SAMPLES = 8  # windows that the menu is chosen for
 
@@ -70,22 +71,25 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
     def __init__(self, sizes: Int64[np.ndarray, "S"], limits: Limits):
         super().__init__()
         self.sizes, self.limits = sizes, limits
-        numbers = grain.MapDataset.range(len(sizes))
-        self._order = numbers.seed(limits.seed).shuffle().repeat(None)
         self.menu = self._choose_menu()
 
     def __iter__(self) -> "_Iterator":
         return _Iterator(self)
 
+    def number(self, place: int) -> int:
+        """The segment at a place of the order, which goes on from epoch to epoch."""
+        epoch, at = divmod(place, len(self.sizes))
+        return int(_order(len(self.sizes), self.limits.seed, epoch)[at])
+
     def window(self, place: int) -> tuple[list[list[int]], int]:
         """The batches of the window that begins at a place of the order, and where it ends."""
         batches = []
         for _ in range(self.limits.config.lookahead):
-            numbers = [int(self._order[place])]
+            numbers = [self.number(place)]
             tokens = int(self.sizes[numbers[0]])
             while True:
                 place += 1
-                number = int(self._order[place])
+                number = self.number(place)
                 tokens += int(self.sizes[number])
                 if tokens > self.limits.tokens_per_step:
                     break
@@ -177,6 +181,11 @@ class _Iterator(grain.DatasetIterator[PlannedStep]):
         if not same or any(mb.layout not in menu for step in window for mb in step):
             window = [self._steps.replan(_numbers(step)) for step in window]
         self._window = window
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return shuffled(np.arange(count), seed, epoch)
 
 
 def _identity(steps: PlannedSteps) -> dict[str, int]:

@@ -94,7 +94,7 @@ class DynamicProgram:
         check_longest(self._segments, limits)
         self._planned = PlannedSteps(self._segments.sizes, limits)
         self.menu = self._planned.menu
-        _require_same_everywhere(self._segments.sizes, self.menu)
+        _require_same_everywhere(self.menu)
         self._of_layout = {layout: dataclasses.replace(cp, groups=layout) for layout in self.menu}
         placed = self._planned.map(self._place_step)
         self._steps = iter(
@@ -260,17 +260,15 @@ def _cost(model: ModelConfig, cp: ContextParallel) -> Cost:
     return dataclasses.replace(model_cost(shape), devices_per_host=max(1, on_first // tp))
 
 
-def _require_same_everywhere(sizes: np.ndarray, menu: tuple[groups.Layout, ...]) -> None:
+def _require_same_everywhere(menu: tuple[groups.Layout, ...]) -> None:
     """Processes that schedule differently would wait for each other for ever."""
     if jax.process_count() == 1:
         return
-    mark = np.array([zlib.crc32(sizes.tobytes()), zlib.crc32(repr(menu).encode())], np.uint32)
-    of_all = multihost_utils.process_allgather(mark)
+    of_all = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(menu).encode())))
     if (of_all != of_all[0]).any():
-        what = "data" if (of_all[:, 0] != of_all[0, 0]).any() else "menus of layouts"
         raise ValueError(
-            f"the processes have different {what}; every host needs the same files, and the same "
-            "versions of Python and NumPy."
+            "the processes chose different menus of layouts for the same data; every host needs "
+            "the same versions of Python and NumPy, or give the layouts in parallel.dynamic.menu."
         )
 
 

@@ -97,7 +97,12 @@ class Streams(grain.IterDataset[Stream]):
         """The numbers of the segments, in the order of an epoch."""
         if self.seed is None:
             return self._numbers
-        return np.random.default_rng((self.seed, epoch)).permutation(self._numbers)
+        return shuffled(self._numbers, self.seed, epoch)
+
+
+def shuffled(numbers: Int64[np.ndarray, "n"], seed: int, epoch: int) -> Int64[np.ndarray, "n"]:
+    """The order of an epoch, whatever is made of the segments."""
+    return np.random.default_rng((seed, epoch)).permutation(numbers)
 
 
 class _Epoch:

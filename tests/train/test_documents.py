@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import grain
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.train import data
 from hcp_jax.train.documents import Limits, PlannedSteps, check_longest
+from hcp_jax.train.streams import Segments, Streams
 
 RNG = np.random.default_rng(0)
 SIZES = np.minimum(RNG.lognormal(4, 1, 300).astype(np.int64) + 1, 512)
@@ -44,15 +44,19 @@ def test_every_document_is_trained_on_once_an_epoch(lookahead):
     state = steps.get_state()
     seen += [d for step in state["window"] for _, groups in step for g in groups for d in g]
     assert len(seen) == state["place"]
-    order = grain.MapDataset.range(SIZES.size).seed(3).shuffle().repeat(None)
-    assert sorted(seen) == sorted(int(order[i]) for i in range(len(seen)))
-    assert sorted(int(order[i]) for i in range(SIZES.size)) == list(range(SIZES.size))
+    order = [planned().number(i) for i in range(len(seen))]
+    assert sorted(seen) == sorted(order)
+    assert sorted(order[: SIZES.size]) == list(range(SIZES.size))
+    assert order[: SIZES.size] != order[SIZES.size : 2 * SIZES.size]
 
 
-def test_the_order_is_that_of_the_fixed_program():
-    (batch,), _ = planned().window(0)
-    source = grain.MapDataset.source(list(SIZES)).seed(3).shuffle().repeat(None)
-    assert [SIZES[d] for d in batch] == [source[i] for i in range(len(batch))]
+def test_the_order_is_that_of_the_streams_of_a_run_without_groups():
+    segments = Segments(data.Corpus([b"x" * n for n in range(1, 99)], "a test"), 64)
+    steps = planned(sizes=segments.sizes)
+    count = len(segments)
+    for epoch in range(2):
+        ours = [steps.number(epoch * count + i) for i in range(count)]
+        assert ours == Streams(segments, 3).order(epoch).tolist()
 
 
 def test_a_batch_takes_documents_until_the_next_would_go_over_the_tokens():
@@ -60,8 +64,8 @@ def test_a_batch_takes_documents_until_the_next_would_go_over_the_tokens():
     for _ in range(5):
         batches, end = steps.window(place)
         flat = [d for batch in batches for d in batch]
-        assert flat == [int(steps._order[i]) for i in range(place, end)]
-        for batch, after in zip(batches, [*batches[1:], [int(steps._order[end])]], strict=True):
+        assert flat == [steps.number(i) for i in range(place, end)]
+        for batch, after in zip(batches, [*batches[1:], [steps.number(end)]], strict=True):
             tokens = SIZES[batch].sum()
             assert tokens <= TOKENS < tokens + SIZES[after[0]]
         place = end
@@ -140,7 +144,7 @@ def test_the_state_of_a_run_without_dynamic_is_refused():
 
 def test_a_document_that_no_group_holds_is_named_with_what_would_hold_it():
     corpus = data.Corpus([b"x" * 60, b"y" * 999, b"z" * 9], "a test")
-    segments = data.Segments(corpus, 900)
+    segments = Segments(corpus, 900)
 
     def check(**words):
         check_longest(segments, planned(max_tokens_per_device=128, **words).limits)

@@ -113,10 +113,13 @@ def run(name):
 
 def documents_of(program):
     """The steps that the program makes, as documents: each its pairs of token and target."""
-    corpus, segments = program._corpus, program._segments
     for step in program._planned:
-        places = [segments.places(d) for mb in step for group in mb.documents for d in group]
-        yield [np.stack([corpus.tokens_at(x), corpus.targets_at(x)], axis=1) for x in places]
+        yield [pairs_of(program, d) for mb in step for group in mb.documents for d in group]
+
+
+def pairs_of(program, number):
+    places = program._segments.places(number)
+    return np.stack([corpus().tokens_at(places), corpus().targets_at(places)], axis=1)
 
 
 def rows_of(documents, rows=ROWS, length=LONGEST):
