@@ -1,14 +1,16 @@
 """How much memory a training step takes, modelled: what stays, and what the worst moment holds.
 
 Parameters, gradients and the optimizer's moments are float32, activations in the compute dtype.
-The worst moment is the backward pass of a layer, or of the vocabulary's matrices:
+The worst moment is the loss, or the backward pass of a layer, whichever holds more:
 
     state         parameters and two moments, cut over tp (and over dp and cp by FSDP)
     kept          what each layer leaves for its backward pass, by remat policy
+    hidden        the hidden states between the layers and the loss, and their gradients
+    vocabulary    the loss: the gathered head, its gradient before it is scattered, logits
     gradients     of the layers, as the scan stacks them
-    vocabulary    gathered embedding and head, and their gradients before they are scattered
     layer         one layer's weights and gradients, whole, and its activations in backward
 
+What is offloaded or computed in chunks (docs/memory.md) is not modelled: `hcp audit` tells it.
 `hcp plan --verify` replaces these figures by those of the compiled program.
 """
 
@@ -24,14 +26,17 @@ class MemoryEstimate:
 
     state: float
     kept: float
-    gradients: float
+    hidden: float
     vocabulary: float
+    gradients: float
     layer: float
 
     @property
     def peak(self) -> float:
-        """All of them together."""
-        return self.state + self.kept + self.gradients + self.vocabulary + self.layer
+        """What is always there, and the larger of the two moments."""
+        return (
+            self.state + self.kept + self.hidden + max(self.vocabulary, self.gradients + self.layer)
+        )
 
 
 def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1) -> MemoryEstimate:
@@ -50,8 +55,9 @@ def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1
     return MemoryEstimate(
         state=12.0 * model.params / split.tp / shards,
         kept=model.num_layers * _kept(model, split, t, heads),
-        gradients=4.0 * layers / shards,
+        hidden=4 * 2.0 * t * model.hidden_size,
         vocabulary=_vocabulary(model, split, t),
+        gradients=4.0 * layers / shards,
         layer=_layer(model, split, t, heads),
     )
 
@@ -78,9 +84,8 @@ def _kv_width(model: ModelShape, split: Split) -> float:
 def _vocabulary(model: ModelShape, split: Split, t: float) -> float:
     matrix = model.head_params / split.tp
     logits = 12.0 * min(model.loss_chunk, t) * model.vocab_size / split.tp
-    matrices = 1 if model.tie_embeddings else 2
     gathered = 4.0 * matrix if split.fsdp else 2.0 * matrix
-    return logits + gathered + matrices * 4.0 * matrix
+    return logits + gathered + 4.0 * matrix
 
 
 def _layer(model: ModelShape, split: Split, t: float, heads: float) -> float:
