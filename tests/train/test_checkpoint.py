@@ -18,6 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hcp_jax.train.checkpoint import CheckpointConfig, Checkpoints
 
+# A read or a write that fails half-way leaves Orbax's other ones behind, to be told of as they end.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 MODEL = {"num_layers": 2, "rope": {"factors": (1, 2)}, "window": None}
 
 

@@ -16,7 +16,7 @@ from hcp_jax.train import metrics
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-STEPS = 240
+STEPS = 400
 CONFIG = """
 name: run
 steps: {steps}
@@ -108,7 +108,7 @@ def test_a_run_that_is_killed_twenty_times_has_the_curve_of_one_that_is_not_bit_
         process = start(config, folder)
         if kills % 5 == 4:
             # As it starts: while it reads, restores or compiles.
-            time.sleep(rng.uniform(0.2, 2.0))
+            time.sleep(rng.uniform(0.1, 1.2))
         else:
             # As it runs: between steps, while it writes a record, while it saves.
             enough = recorded(folder) + rng.randint(1, 9)
