@@ -144,7 +144,12 @@ def loss_and_grads(cp, params, batch):
     ("comm_type", "layout", "documents"),
     [
         ("p2p", LAYOUT, DOCUMENTS.documents),
-        (("p2p", "a2a+p2p"), (4, 2, 2), ((0, 3), (1, 2), (4, 5, 6))),
+        pytest.param(
+            ("p2p", "a2a+p2p"),
+            (4, 2, 2),
+            ((0, 3), (1, 2), (4, 5, 6)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_loss_and_gradients_of_a_microbatch_are_those_of_its_documents_on_one_device(

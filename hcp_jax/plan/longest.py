@@ -27,7 +27,7 @@ class Longest:
     """What was found.
 
     Attributes:
-        tokens_per_device: T / C, a multiple of 1024; 0 if not even 1024 fit.
+        tokens_per_device: T / C, a multiple of 1024.
         memory: of the step of that length, compiled.
         tried: tokens per device -> memory, of every length that was compiled.
     """
@@ -52,29 +52,27 @@ def longest(
     """
     tried = {length: memory_of(length) for length in first}
     for _ in range(attempts):
-        # Through the two nearest to the limit, since packing makes the line a little crooked.
-        near = sorted(tried, key=lambda t: abs(_limit(tried[t]) - tried[t].peak_bytes))[:2]
-        low, high = sorted(near)
-        slope = (tried[high].peak_bytes - tried[low].peak_bytes) / (high - low)
-        length = low + (_limit(tried[low]) - tried[low].peak_bytes) / max(slope, 1.0)
-        length = int(length) // _ROUND * _ROUND
-        fitting = [t for t, memory in tried.items() if memory.fits]
-        if length in tried and tried[length].fits:
-            break
-        too_long = [t for t in tried if t not in fitting]
+        length = _where_the_line_meets_the_limit(tried)
+        too_long = [t for t in tried if not tried[t].fits]
         if too_long:
             length = min(length, min(too_long) - _ROUND)
         if length <= 0 or length in tried:
             break
         tried[length] = memory_of(length)
-        spare = _limit(tried[length]) - tried[length].peak_bytes
-        if tried[length].fits and spare < 0.01 * _limit(tried[length]):
+        if tried[length].fits and tried[length].peak_bytes > 0.98 * _limit(tried[length]):
             break
     fitting = [t for t, memory in tried.items() if memory.fits]
     if not fitting:
         raise ValueError(f"nothing fits: tried {', '.join(map(str, sorted(tried)))} tokens per GPU")
-    best = max(fitting)
-    return Longest(best, tried[best], tried)
+    return Longest(max(fitting), tried[max(fitting)], tried)
+
+
+def _where_the_line_meets_the_limit(tried: dict[int, Memory]) -> int:
+    """By the two nearest to the limit, since packing makes the line a little crooked."""
+    spare = {t: _limit(memory) - memory.peak_bytes for t, memory in tried.items()}
+    low, high = sorted(sorted(tried, key=lambda t: abs(spare[t]))[:2])
+    slope = (spare[low] - spare[high]) / (high - low)
+    return int(low + spare[low] / max(slope, 1.0)) // _ROUND * _ROUND
 
 
 def of_config(config: TrainConfig, cluster: Cluster, first: tuple[int, int]) -> Longest:

@@ -60,6 +60,10 @@ class CheckpointConfig:
                 f"checkpoint.on_error must be 'stop' or 'continue', got {self.on_error!r}."
             )
 
+    def is_due(self, done: int) -> bool:
+        """Whether to save after so many steps, apart from the end of a run."""
+        return self.every is not None and done % self.every == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored(Generic[StateT]):

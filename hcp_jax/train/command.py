@@ -13,8 +13,9 @@ from hcp_jax.train import cluster
 from hcp_jax.train import config as configuration
 from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.loop import Outcome, train
+from hcp_jax.train.loop import train
 from hcp_jax.train.profile import ProfileSteps
+from hcp_jax.train.steps import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

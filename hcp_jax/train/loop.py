@@ -1,7 +1,4 @@
-"""`hcp train`: the loop around the step, and all that a person sees of it.
-
-The host stays off the critical path: a thread packs the next batches, a step is dispatched before
-the metrics of the one before are fetched, and checkpoints are written while training goes on.
+"""`hcp train` from beginning to end: what a run is made of, is put together here.
 
 Everything that a run depends on is in its config and its folder, so that `--resume` continues it
 to the same bits as if it had never stopped. Ctrl-C (or SIGTERM, as a cluster's scheduler sends it)
@@ -9,12 +6,9 @@ ends it after the step in hand, with a checkpoint.
 """
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import rich.console
@@ -29,25 +23,8 @@ from hcp_jax.train.meter import Meter
 from hcp_jax.train.peers import Peers
 from hcp_jax.train.profile import Profiler, ProfileSteps, check_profile
 from hcp_jax.train.program import FixedProgram, Program
-from hcp_jax.train.progress import Progress
-from hcp_jax.train.signals import Signals
-from hcp_jax.train.skipping import SkippedSteps
 from hcp_jax.train.step import TrainState, abstract_state, make_optimizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        folder: its run folder.
-        steps: optimizer steps done, over all parts of the run.
-        stopped_by: the signal that ended it early; None if it made all its steps.
-    """
-
-    folder: pathlib.Path
-    steps: int
-    stopped_by: int | None = None
+from hcp_jax.train.steps import Outcome, Steps
 
 
 def train(
@@ -122,83 +99,7 @@ def train(
             Profiler(profile, start, config.steps, path) as profiler,
         ):
             meter = Meter(config.model, cp.mesh)
-            return _make_steps(config, program, evaluator, run, console, state, profiler, meter)
-
-
-def _make_steps(
-    config: TrainConfig,
-    program: Program,
-    evaluator: Evaluator | None,
-    run: RunFolder,
-    console: rich.console.Console,
-    state: TrainState,
-    profiler: Profiler,
-    meter: Meter,
-) -> Outcome:
-    """All steps that are left, or those until a signal comes."""
-    start = done = int(state.step)
-    every = config.checkpoint.every
-    shown: list[float] = []
-    skipped = SkippedSteps(config.optimizer.max_skipped, lambda text: _print(console, text))
-
-    def report(step: int, of_step: dict[str, Any], documents: Sequence[int]) -> None:
-        values = {name: float(value) for name, value in jax.device_get(of_step).items()}
-        values |= meter.lap(values)
-        progress.show(step, values)
-        run.record(step, values)
-        skipped.note(step, values, documents, run.latest_checkpoint())
-        if not values["skipped"]:
-            shown.append(values["loss"])
-
-    def evaluate(done: int) -> None:
-        assert evaluator is not None
-        with meter.paused():
-            found = evaluator.evaluate(done, state.params)
-            run.record_evaluation(found)
-            _print(console, str(found))
-
-    with (
-        Signals() as signals,
-        Progress(console, config.steps, start, config.log.every) as progress,
-    ):
-        before: tuple[int, dict, Sequence[int]] | None = None
-        if config.eval.is_due(start, config.steps):
-            evaluate(start)
-        meter.start()
-        with meter.waiting():
-            batch = program.next_batch()
-        while True:
-            state, of_step = profiler.make(done, program.step, state, batch)
-            # The devices work on this step while the host sees to the one before.
-            if before is not None:
-                report(*before)
-            before, done = (done, of_step, program.documents(batch)), done + 1
-            stopped = signals.agreed(done)
-            ends = stopped is not None or done == config.steps
-            saves = ends or (every is not None and done % every == 0)
-            evaluates = config.eval.is_due(done, config.steps) and stopped is None
-            if saves or evaluates:
-                # What is told of the steps before stands in the log before the checkpoint.
-                report(*before)
-                before = None
-            if saves:
-                run.save(done, state, program)
-            if evaluates:
-                evaluate(done)
-            if ends:
-                break
-            with meter.waiting():
-                batch = program.next_batch()
-    finished = done == config.steps
-    for line in (*program.summary(), _ending(run.path, start, done, shown, progress.seconds)):
-        _print(console, line)
-    if not finished:
-        _print(
-            console,
-            f"Stopped after step {done} of {config.steps}. Go on with:\n"
-            f"  hcp train --resume {run.path}",
-        )
-    return Outcome(run.path, done, None if finished else stopped)
+            return Steps(config, program, evaluator, run, console, profiler, meter).make(state)
 
 
 def _restore(
@@ -260,20 +161,6 @@ def _introduction(
             f"data: {corpus}",
             *program.describe(num_params),
         ]
-    )
-
-
-def _ending(path: pathlib.Path, start: int, done: int, losses: list[float], seconds: float) -> str:
-    last = losses[-10:]
-    learnt = (
-        f"loss {losses[0]:.3f} at step {start}, {sum(last) / len(last):.3f} over the last "
-        f"{len(last)} steps"
-        if losses
-        else "all of them skipped"
-    )
-    return (
-        f"{done - start} steps in {seconds:.0f} s: {learnt}\n"
-        f"{path}: metrics.jsonl, loss.png, tensorboard, config.yaml, checkpoints"
     )
 
 

@@ -58,6 +58,15 @@ def assert_equal_bits(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
 
 
+@pytest.mark.parametrize("kinds", [("pinned_host", "device"), ("device", "pinned_host")])
+def test_what_lay_in_the_host_s_memory_comes_back_into_either(tmp_path, sharding, kinds):
+    before, after = (make_state(sharding.with_memory_kind(kind)) for kind in kinds)
+    save(tmp_path, before)
+    restored = Checkpoints(tmp_path, MODEL).restore(after).state
+    assert restored.params["w"].sharding.memory_kind == kinds[1]
+    assert_equal_bits(restored, before)
+
+
 def test_every_bit_comes_back_where_it_is_asked_for(tmp_path, sharding):
     state = make_state(sharding)
     save(tmp_path, state, data={"deep": {"slices": (1, 2)}})

@@ -26,6 +26,7 @@ from hcp_jax.train.evaluation import EvalConfig
 from hcp_jax.train.metrics import LogConfig
 from hcp_jax.train.profile import ProfileSteps
 from hcp_jax.train.step import OptimizerConfig
+from hcp_jax.train.steps import Outcome
 
 MODEL = ModelConfig(
     vocab_size=264,
@@ -100,7 +101,7 @@ def whole(config):
 @pytest.mark.slow
 def test_a_run_leaves_all_it_promises(config, whole):
     outcome, _ = whole
-    assert outcome == loop.Outcome(pathlib.Path(config.run_dir, "tiny-001"), STEPS)
+    assert outcome == Outcome(pathlib.Path(config.run_dir, "tiny-001"), STEPS)
     assert configuration.load(outcome.folder / "config.yaml") == config
     assert imread(outcome.folder / "loss.png").shape[0] > 400
     assert list((outcome.folder / "tensorboard").glob("events.*"))
@@ -209,7 +210,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_in_the_same_bits(config, whole, m
     assert curve(outcome.folder) == curve(whole[0].folder)[: outcome.steps]
 
     resumed, _ = train(config, resume=outcome.folder)
-    assert resumed == loop.Outcome(outcome.folder, STEPS)
+    assert resumed == Outcome(outcome.folder, STEPS)
     assert curve(outcome.folder) == curve(whole[0].folder)
 
 

@@ -20,6 +20,7 @@ import rich.console
 
 from hcp_jax.train import config as configuration
 from hcp_jax.train import loop, metrics
+from hcp_jax.train.steps import Outcome
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +112,7 @@ def losses(folder: pathlib.Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics.read(folder)}
 
 
-def train(run_dir: pathlib.Path, resume: pathlib.Path | None = None) -> loop.Outcome:
+def train(run_dir: pathlib.Path, resume: pathlib.Path | None = None) -> Outcome:
     """The same run in this process, on its eight devices."""
     changes = {**CHANGES, "run_dir": str(run_dir)}
     config = configuration.load(QUICKSTART, list(changes.items()))
@@ -214,7 +215,7 @@ def test_the_mesh_says_that_its_ring_runs_between_the_processes(stopped):
 def test_one_process_goes_on_from_the_checkpoint_of_two(alone, stopped, tmp_path):
     folder = tmp_path / "quickstart-001"
     shutil.copytree(stopped[0], folder)
-    assert train(tmp_path, resume=folder) == loop.Outcome(folder, STEPS)
+    assert train(tmp_path, resume=folder) == Outcome(folder, STEPS)
     assert losses(folder) == pytest.approx(alone, abs=2e-5)
 
 

@@ -1,0 +1,152 @@
+"""The steps of a run, one after the other: made, measured, told, saved, evaluated.
+
+The host stays off the critical path: a step is dispatched before the metrics of the one before are
+fetched, while a thread prepares the next batch and a checkpoint is written.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import rich.console
+
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.evaluation import Evaluator
+from hcp_jax.train.folder import RunFolder
+from hcp_jax.train.meter import Meter
+from hcp_jax.train.profile import Profiler
+from hcp_jax.train.program import Program
+from hcp_jax.train.progress import Progress
+from hcp_jax.train.signals import Signals
+from hcp_jax.train.skipping import SkippedSteps
+from hcp_jax.train.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        folder: its run folder.
+        steps: optimizer steps done, over all parts of the run.
+        stopped_by: the signal that ended it early; None if it made all its steps.
+    """
+
+    folder: pathlib.Path
+    steps: int
+    stopped_by: int | None = None
+
+
+class _Made(NamedTuple):
+    """A step that the devices may still be at work on."""
+
+    number: int
+    metrics: dict[str, Any]
+    documents: Sequence[int]
+
+
+class Steps:
+    """Makes the steps of one part of a run.
+
+    Args:
+        config: the run.
+        program: what makes a step, and its batches.
+        evaluator: what evaluates, if anything does.
+        run: where metrics and checkpoints go.
+        console: where to print.
+        profiler: traces some of the steps.
+        meter: times all of them.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        program: Program,
+        evaluator: Evaluator | None,
+        run: RunFolder,
+        console: rich.console.Console,
+        profiler: Profiler,
+        meter: Meter,
+    ):
+        self._config, self._program, self._evaluator = config, program, evaluator
+        self._run, self._console, self._profiler, self._meter = run, console, profiler, meter
+        self._losses: list[float] = []
+        self._skipped = SkippedSteps(config.optimizer.max_skipped, self._print)
+
+    def make(self, state: TrainState) -> Outcome:
+        """All steps that are left after `state`, or those until a signal comes."""
+        config, program = self._config, self._program
+        start = done = int(state.step)
+        with (
+            Signals() as signals,
+            Progress(self._console, config.steps, start, config.log.every) as progress,
+        ):
+            before: _Made | None = None
+            if config.eval.is_due(start, config.steps):
+                self._evaluate(start, state)
+            self._meter.start()
+            while True:
+                with self._meter.waiting():
+                    batch = program.next_batch()
+                state, metrics = self._profiler.make(done, program.step, state, batch)
+                # The devices work on this step while the host sees to the one before.
+                if before is not None:
+                    self._report(before, progress)
+                before, done = _Made(done, metrics, program.documents(batch)), done + 1
+                stopped = signals.agreed(done)
+                ends = stopped is not None or done == config.steps
+                saves = ends or config.checkpoint.is_due(done)
+                evaluates = config.eval.is_due(done, config.steps) and stopped is None
+                if saves or evaluates:
+                    # What is told of the steps before stands in the log before the checkpoint.
+                    self._report(before, progress)
+                    before = None
+                if saves:
+                    self._run.save(done, state, program)
+                if evaluates:
+                    self._evaluate(done, state)
+                if ends:
+                    break
+        self._conclude(start, done, progress.seconds)
+        return Outcome(self._run.path, done, None if done == config.steps else stopped)
+
+    def _report(self, made: _Made, progress: Progress) -> None:
+        values = {name: float(value) for name, value in jax.device_get(made.metrics).items()}
+        values |= self._meter.lap(values)
+        progress.show(made.number, values)
+        self._run.record(made.number, values)
+        self._skipped.note(made.number, values, made.documents, self._run.latest_checkpoint())
+        if not values["skipped"]:
+            self._losses.append(values["loss"])
+
+    def _evaluate(self, done: int, state: TrainState) -> None:
+        assert self._evaluator is not None
+        with self._meter.paused():
+            found = self._evaluator.evaluate(done, state.params)
+            self._run.record_evaluation(found)
+            self._print(str(found))
+
+    def _conclude(self, start: int, done: int, seconds: float) -> None:
+        path, losses, last = self._run.path, self._losses, self._losses[-10:]
+        learnt = (
+            f"loss {losses[0]:.3f} at step {start}, {sum(last) / len(last):.3f} over the last "
+            f"{len(last)} steps"
+            if losses
+            else "all of them skipped"
+        )
+        for line in self._program.summary():
+            self._print(line)
+        self._print(
+            f"{done - start} steps in {seconds:.0f} s: {learnt}\n"
+            f"{path}: metrics.jsonl, loss.png, tensorboard, config.yaml, checkpoints"
+        )
+        if done < self._config.steps:
+            self._print(
+                f"Stopped after step {done} of {self._config.steps}. Go on with:\n"
+                f"  hcp train --resume {path}"
+            )
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
