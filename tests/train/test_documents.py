@@ -36,15 +36,15 @@ def through_json(state):
 
 @pytest.mark.parametrize("lookahead", [1, 4])
 def test_every_document_is_trained_on_once_an_epoch(lookahead):
-    steps = iter(planned(lookahead=lookahead))
-    seen = []
+    of_run = planned(lookahead=lookahead)
+    steps, seen = iter(of_run), []
     while len(seen) < 3 * SIZES.size:
         seen += numbers(next(steps))
     # The rest of the last window, and documents before it, are those of the order up to its end.
     state = steps.get_state()
     seen += [d for step in state["window"] for _, groups in step for g in groups for d in g]
     assert len(seen) == state["place"]
-    order = [planned().number(i) for i in range(len(seen))]
+    order = [of_run.number(i) for i in range(len(seen))]
     assert sorted(seen) == sorted(order)
     assert sorted(order[: SIZES.size]) == list(range(SIZES.size))
     assert order[: SIZES.size] != order[SIZES.size : 2 * SIZES.size]
