@@ -15,13 +15,15 @@ from jaxtyping import Array, Shaped
 def split(x: Shaped[Array, "B T ..."], chunk: int) -> Shaped[Array, "n B t ..."]:
     """`[B, T]` as n equal stretches of the sequence, of at most `chunk` tokens each in all rows.
 
-    The last one is filled up with zeros.
+    n divides T if it can without cutting them by more than half; otherwise the last stretch is
+    filled up with zeros, for which the whole array is copied.
 
     >>> split(jnp.arange(10).reshape(2, 5), chunk=4).shape
-    (3, 2, 2)
+    (5, 2, 1)
     """
     rows, length = x.shape[:2]
-    number = math.ceil(length / max(1, chunk // rows))
+    least = math.ceil(length / max(1, chunk // rows))
+    number = next((n for n in range(least, 2 * least + 1) if length % n == 0), least)
     step = math.ceil(length / number)
     tail = [(0, 0), (0, number * step - length)] + [(0, 0)] * (x.ndim - 2)
     blocks: Any = jnp.pad(x, tail).reshape(rows, number, step, *x.shape[2:])

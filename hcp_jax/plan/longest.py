@@ -19,7 +19,8 @@ from hcp_jax.plan.program import Memory
 from hcp_jax.train import config as configuration
 from hcp_jax.train.config import TrainConfig
 
-_ROUND = 1024  # tokens per device
+# Tokens per device: a multiple of the chunks that configs ask for.
+_ROUND = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Longest:
     """What was found.
 
     Attributes:
-        tokens_per_device: T / C, a multiple of 1024.
+        tokens_per_device: T / C, a multiple of 4096.
         memory: of the step of that length, compiled.
         tried: tokens per device -> memory, of every length that was compiled.
     """
