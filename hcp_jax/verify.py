@@ -250,7 +250,7 @@ def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[
         "forward": (forward, 1),
         "step": (step.lower(state, placed).compile(), 2),
     }
-    needed = _needed_bytes(config.model, cp, batch["tokens"].shape)
+    needed = _needed_bytes(config.model, cp, batch["positions"].shape)
     for program, (compiled, times) in programs.items():
         found = hlo.collectives(compiled.as_text())
         for scope in _SCOPES:

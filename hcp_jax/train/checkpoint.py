@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
@@ -29,6 +30,9 @@ from jax.experimental import multihost_utils
 StateT = TypeVar("StateT")
 
 _log = logging.getLogger("hcp_jax")
+
+# Orbax warns that what is only to be read is only read.
+logging.getLogger("absl").addFilter(lambda record: not re.search("read.only", str(record.msg)))
 
 _MOST = 256  # checkpoints of a run that are looked at
 
@@ -357,14 +361,19 @@ def _sum_of_bits(x: jax.Array) -> jax.Array:
 
 def _sums_on_host(arrays: list[jax.Array]) -> list[int]:
     """The same of arrays in the host's memory, of which the devices may not have room for all."""
-    sums = np.zeros(len(arrays), np.uint32)
-    for i, x in enumerate(arrays):
-        for shard in x.addressable_shards:
-            if shard.replica_id == 0:
-                bits = np.asarray(shard.data).view(f"uint{8 * x.dtype.itemsize}")
-                sums[i] += np.sum(bits, dtype=np.uint32)
+    of_shards = [
+        [
+            np.sum(np.asarray(shard.data).view(f"uint{8 * x.dtype.itemsize}"), dtype=np.uint32)
+            for shard in x.addressable_shards
+            if shard.replica_id == 0
+        ]
+        for x in arrays
+    ]
+    # An array's sum wraps around; that of two scalars would warn of it.
+    sums = np.array([np.sum(np.array(x, np.uint32), dtype=np.uint32) for x in of_shards])
     if jax.process_count() > 1:
-        sums = np.sum(multihost_utils.process_allgather(sums), axis=0, dtype=np.uint32)
+        of_all = np.asarray(multihost_utils.process_allgather(sums))
+        return of_all.sum(axis=0, dtype=np.uint32).tolist()
     return sums.tolist()
 
 
