@@ -264,5 +264,6 @@ def test_no_more_than_a_tensor_is_in_memory_besides_the_parameters(tmp_path):
     state, peak = map(int, done.stdout.split())
     print(f"parameters {state / 2**20:.0f} MiB, peak {peak / 2**20:.1f} MiB above them")
     tensor = 2048 * 512 * 4
-    # The tensor in the file, its parts on the way, and their copy on the devices.
-    assert peak < 4 * tensor < state / 8
+    # The tensor in the file, its parts on the way, their copy on the devices; and what the
+    # allocator holds back, which differs from run to run (13 to 17 MiB in all were seen).
+    assert peak < 6 * tensor < state / 6
