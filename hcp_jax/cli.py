@@ -32,11 +32,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("hcp_jax.train.command", "train a model with context parallelism"),
-    "tokenize": Command("hcp_jax.train.tokens", "turn text into tokens, for hcp train to map"),
-    "import": Command("hcp_jax.train.importing", "begin from the weights of a Hugging Face folder"),
-    "export": Command("hcp_jax.train.exporting", "write a run's weights as a Hugging Face folder"),
+    "tokenize": Command("hcp_jax.train.data.tokens", "turn text into tokens, for hcp train to map"),
+    "import": Command("hcp_jax.train.hf.importing", "begin from a Hugging Face folder's weights"),
+    "export": Command("hcp_jax.train.hf.exporting", "write a run as a Hugging Face folder"),
     "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
-    "plot": Command("hcp_jax.train.figures", "draw the curves of runs side by side"),
+    "plot": Command("hcp_jax.train.record.figures", "draw the curves of runs side by side"),
     "verify": Command("hcp_jax.verify", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.plan.bench", "time attention strategies on the devices at hand"),
     "audit": Command("hcp_jax.plan.audit", "show what a compiled step moves, hides and holds"),

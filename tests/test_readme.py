@@ -10,7 +10,8 @@ import pytest
 
 import hcp_jax
 from hcp_jax import support
-from hcp_jax.train import config, traffic
+from hcp_jax.train import config
+from hcp_jax.train.record import traffic
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,7 +53,7 @@ def test_the_map_names_what_is_there_and_all_that_is_there():
         parent = ROOT / "hcp_jax" if indent else ROOT
         top |= {name.rstrip("/")} if indent else set()
         folder = parent / name
-        inside = re.findall(r"\w+\.py\b", " ".join(rest)) if name.endswith("/") else []
+        inside = re.findall(r"\w+(?:\.py\b|/)", " ".join(rest)) if name.endswith("/") else []
         missing += [str(p) for p in (folder, *(folder / n for n in inside)) if not p.exists()]
     assert not missing
     private = {"__init__.py", "__pycache__"}

@@ -9,12 +9,12 @@ import sys
 import traceback
 from typing import Any
 
-from hcp_jax.train import cluster
 from hcp_jax.train import config as configuration
 from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.hosts import cluster
 from hcp_jax.train.loop import train
-from hcp_jax.train.profile import ProfileSteps
+from hcp_jax.train.record.profile import ProfileSteps
 from hcp_jax.train.steps import Outcome
 
 

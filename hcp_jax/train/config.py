@@ -26,7 +26,7 @@ from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.checkpoint import CheckpointConfig
 from hcp_jax.train.data import DataConfig
 from hcp_jax.train.evaluation import EvalConfig
-from hcp_jax.train.metrics import LogConfig
+from hcp_jax.train.record.metrics import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 
 SMALL_MODEL = ModelConfig(

@@ -37,9 +37,9 @@ from hcp_jax.microbatch import own_devices, place_microbatch
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train import accumulate, data
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.documents import Limits, PlannedStep, PlannedSteps, check_longest
+from hcp_jax.train.data.documents import Limits, PlannedStep, PlannedSteps, check_longest
+from hcp_jax.train.data.streams import Segments
 from hcp_jax.train.step import TrainState
-from hcp_jax.train.streams import Segments
 
 
 class PlacedMicrobatch(NamedTuple):

@@ -3,7 +3,7 @@
 A model that uses long context predicts a token the better, the more of its document stands before
 it. So besides the mean over all tokens there is one for each bin of positions: 0, 1, 2 to 3, 4 to
 7, and so on. A position is the number of tokens of its document that a token sees before itself;
-behind a cut (`data.py`) it begins at 0 again.
+behind a cut (`data/corpus.py`) it begins at 0 again.
 
 Exact on any mesh: each device adds up the losses of its own tokens by row and bin, and these few
 numbers are summed over the cp devices inside the compiled program, and in float64 on the host. The

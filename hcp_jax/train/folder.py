@@ -13,11 +13,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hcp_jax.train import config as configuration
-from hcp_jax.train import figures, metrics
 from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluation
 from hcp_jax.train.program import Program
+from hcp_jax.train.record import figures, metrics
 from hcp_jax.train.step import TrainState
 
 

@@ -27,10 +27,11 @@ from typing import IO, NamedTuple
 
 import jax
 
-from hcp_jax.train import cluster, command
+from hcp_jax.train import command
 from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.peers import GONE
+from hcp_jax.train.hosts import cluster
+from hcp_jax.train.hosts.peers import GONE
 
 GRACE = 30.0
 """Seconds in which the others end by themselves when one has died; then they are killed."""

@@ -14,15 +14,16 @@ import jax
 import rich.console
 
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import data, evaluation, folder, weights
+from hcp_jax.train import data, evaluation, folder
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
-from hcp_jax.train.meter import Meter
-from hcp_jax.train.peers import Peers
-from hcp_jax.train.profile import Profiler, ProfileSteps, check_profile
+from hcp_jax.train.hf import weights
+from hcp_jax.train.hosts.peers import Peers
 from hcp_jax.train.program import FixedProgram, Program
+from hcp_jax.train.record.meter import Meter
+from hcp_jax.train.record.profile import Profiler, ProfileSteps, check_profile
 from hcp_jax.train.step import TrainState, abstract_state, make_optimizer
 from hcp_jax.train.steps import Outcome, Steps
 

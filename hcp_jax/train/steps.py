@@ -15,11 +15,11 @@ import rich.console
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
-from hcp_jax.train.meter import Meter
-from hcp_jax.train.profile import Profiler
+from hcp_jax.train.hosts.signals import Signals
 from hcp_jax.train.program import Program
-from hcp_jax.train.progress import Progress
-from hcp_jax.train.signals import Signals
+from hcp_jax.train.record.meter import Meter
+from hcp_jax.train.record.profile import Profiler
+from hcp_jax.train.record.progress import Progress
 from hcp_jax.train.skipping import SkippedSteps
 from hcp_jax.train.step import TrainState
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hcp_jax.train import metrics
+from hcp_jax.train.record import metrics
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 import yaml
 
-from hcp_jax.train import metrics
+from hcp_jax.train.hosts.peers import GONE
 from hcp_jax.train.launch import _free_port
-from hcp_jax.train.peers import GONE
+from hcp_jax.train.record import metrics
 
 pytestmark = pytest.mark.slow
 

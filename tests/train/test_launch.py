@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from hcp_jax import cli
-from hcp_jax.train import launch, metrics
+from hcp_jax.train import launch
+from hcp_jax.train.record import metrics
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 STEPS = 30

@@ -18,13 +18,14 @@ from matplotlib.image import imread
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train import config as configuration
-from hcp_jax.train import data, loop, metrics
+from hcp_jax.train import loop
 from hcp_jax.train.checkpoint import CheckpointConfig
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.data import DataConfig
+from hcp_jax.train.data import DataConfig, corpus
 from hcp_jax.train.evaluation import EvalConfig
-from hcp_jax.train.metrics import LogConfig
-from hcp_jax.train.profile import ProfileSteps
+from hcp_jax.train.record import metrics
+from hcp_jax.train.record.metrics import LogConfig
+from hcp_jax.train.record.profile import ProfileSteps
 from hcp_jax.train.step import OptimizerConfig
 from hcp_jax.train.steps import Outcome
 
@@ -263,13 +264,13 @@ def test_a_finished_run_and_another_model_cannot_go_on(config, whole):
 
 def poisoned(monkeypatch, *steps):
     """Batches of these steps have a loss that is no number."""
-    batch_of, made = data._batch, itertools.count()
+    batch_of, made = corpus._batch, itertools.count()
 
     def poison(*arguments):
         batch = batch_of(*arguments)
         return batch | {"weights": batch["weights"] * (np.nan if next(made) in steps else 1)}
 
-    monkeypatch.setattr(data, "_batch", poison)
+    monkeypatch.setattr(corpus, "_batch", poison)
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ import pytest
 import rich.console
 
 from hcp_jax.train import config as configuration
-from hcp_jax.train import loop, metrics
+from hcp_jax.train import loop
+from hcp_jax.train.record import metrics
 from hcp_jax.train.steps import Outcome
 
 pytestmark = pytest.mark.slow

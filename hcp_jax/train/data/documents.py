@@ -31,7 +31,7 @@ from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import choose_menu, schedule_batches
 from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.dynamic.scheduler import MAX_MENU
-from hcp_jax.train.streams import Segments, shuffled
+from hcp_jax.train.data.streams import Segments, shuffled
 
 _SAMPLES = 8  # windows that the menu is chosen for
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from hcp_jax.train import metrics
 from hcp_jax.train.evaluation import Evaluation, Means
-from hcp_jax.train.metrics import LogConfig, Recorder
+from hcp_jax.train.record import metrics
+from hcp_jax.train.record.metrics import LogConfig, Recorder
 
 
 def write(folder, steps, loss=lambda step: 1.0 / (step + 1), tensorboard=False):

@@ -16,8 +16,8 @@ import yaml
 from hcp_jax.models import hf, hf_config
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train import config as configuration
-from hcp_jax.train import weights
 from hcp_jax.train.config import SMALL_MODEL
+from hcp_jax.train.hf import weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 from hcp_jax.models import hf, hf_config, hf_write
 from hcp_jax.models.hf import Slot
 from hcp_jax.train import config as configuration
-from hcp_jax.train import weights
 from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.hf import weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from hcp_jax.train import metrics
+from hcp_jax.train.record import metrics
 
 _INK, _PALE = "#11568c", "#9ec5e8"
 _HELD_OUT = "#c2410c"

@@ -5,8 +5,8 @@ import io
 import pytest
 import rich.console
 
-from hcp_jax.train import progress
-from hcp_jax.train.progress import Progress
+from hcp_jax.train.record import progress
+from hcp_jax.train.record.progress import Progress
 
 
 def shown(steps=25, start=0, values=(), **console):

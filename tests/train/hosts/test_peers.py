@@ -9,13 +9,13 @@ import time
 
 import pytest
 
+from hcp_jax.train.hosts.peers import GONE, Peers, Place
 from hcp_jax.train.launch import _free_port
-from hcp_jax.train.peers import GONE, Peers, Place
 
 # One process: meets, agrees, and then does what it is told on its standard input.
 PROCESS = """
 import json, sys, time
-from hcp_jax.train.peers import Peers, Place
+from hcp_jax.train.hosts.peers import Peers, Place
 
 place, timeout, silence, same = json.loads(sys.argv[1])
 peers = Peers(Place(*place), timeout, silence)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from hcp_jax.train.signals import Signals
+from hcp_jax.train.hosts.signals import Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

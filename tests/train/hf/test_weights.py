@@ -15,9 +15,9 @@ from hcp_jax import cli
 from hcp_jax.models import hf, hf_config
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train import config as configuration
-from hcp_jax.train import weights
 from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.hf import weights
 from hcp_jax.train.step import abstract_state, make_optimizer
 from tests.models.folders import CONFIG, make_folder, tensors_of
 

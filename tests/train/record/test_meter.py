@@ -8,8 +8,8 @@ import pytest
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.flops import ModelShape, step_flops
-from hcp_jax.train import meter
-from hcp_jax.train.meter import Meter
+from hcp_jax.train.record import meter
+from hcp_jax.train.record.meter import Meter
 
 MODEL = ModelConfig(32, 2, 16, 32, 4, 2)
 VALUES = {"tokens": 4096.0, "pairs": 1e6}

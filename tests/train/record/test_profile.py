@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import hcp_jax as hcp
-from hcp_jax.train.profile import SKIPPED, Profiler, ProfileSteps, check_profile
+from hcp_jax.train.record.profile import SKIPPED, Profiler, ProfileSteps, check_profile
 
 
 def test_a_trace_has_the_steps_asked_for_and_the_names_of_the_ring(tmp_path):

@@ -38,8 +38,8 @@ from jaxtyping import Int32, Int64, Integer
 
 from hcp_jax.context import Gathered
 from hcp_jax.mask import Mask, causal, documents
-from hcp_jax.train import text, tokens
-from hcp_jax.train.streams import Segments, Stream, Streams
+from hcp_jax.train.data import text, tokens
+from hcp_jax.train.data.streams import Segments, Stream, Streams
 
 SEPARATOR = 256
 """The token before the first and after the last byte of a document."""

@@ -11,7 +11,7 @@ import hcp_jax as hcp
 from hcp_jax.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
-from hcp_jax.train.streams import Segments, Stream, Streams
+from hcp_jax.train.data.streams import Segments, Stream, Streams
 
 T = 64
 

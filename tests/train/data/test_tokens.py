@@ -7,9 +7,8 @@ import pytest
 import tokenizers
 
 from hcp_jax import cli
-from hcp_jax.train import tokens
-from hcp_jax.train.data import DataConfig, open_corpus
-from hcp_jax.train.streams import Segments, Streams
+from hcp_jax.train.data import DataConfig, open_corpus, tokens
+from hcp_jax.train.data.streams import Segments, Streams
 
 TEXTS = ["a b c", "c b", "a <s> zebra b", "c" * 5]
 WORDS = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "c": 5, "ccccc": 9}

@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int64, Integer
 
-from hcp_jax.train import text
+from hcp_jax.train.data import text
 
 _TEXT_AT_ONCE = 2**22
 """Bytes that are turned into tokens together, by all cores."""

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from hcp_jax import compat
-from hcp_jax.train.peers import Peers, Place
+from hcp_jax.train.hosts.peers import Peers, Place
 
 LAUNCHER = "HCP_LAUNCHER"
 """The environment's variable that has the process id of `hcp launch`, where that started us."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hcp_jax.train.text import documents
+from hcp_jax.train.data.text import documents
 
 
 def test_jsonl_is_read_line_by_line_and_faults_are_placed_in_the_whole_file(tmp_path):

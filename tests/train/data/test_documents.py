@@ -9,8 +9,8 @@ import pytest
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.train import data
-from hcp_jax.train.documents import Limits, PlannedSteps, check_longest
-from hcp_jax.train.streams import Segments, Streams
+from hcp_jax.train.data.documents import Limits, PlannedSteps, check_longest
+from hcp_jax.train.data.streams import Segments, Streams
 
 RNG = np.random.default_rng(0)
 SIZES = np.minimum(RNG.lognormal(4, 1, 300).astype(np.int64) + 1, 512)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from hcp_jax.train import figures
-from hcp_jax.train.figures import Run
+from hcp_jax.train.record import figures
+from hcp_jax.train.record.figures import Run
 
 
 def evaluation(step, losses, stderr=0.1):

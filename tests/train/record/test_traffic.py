@@ -12,7 +12,7 @@ from hcp_jax.mask import causal
 from hcp_jax.mesh import make_mesh
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.plan import hlo
-from hcp_jax.train import traffic
+from hcp_jax.train.record import traffic
 
 T = 64
 MODEL = ModelConfig(

@@ -1,0 +1,1 @@
+"""Hugging Face folders: a run that begins from one, and a run that is written as one."""
