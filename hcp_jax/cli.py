@@ -37,7 +37,7 @@ COMMANDS = {
     "export": Command("hcp_jax.train.hf.exporting", "write a run as a Hugging Face folder"),
     "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
     "plot": Command("hcp_jax.train.record.figures", "draw the curves of runs side by side"),
-    "verify": Command("hcp_jax.verify", "prove that it computes what one device computes"),
+    "verify": Command("hcp_jax.verify.command", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.plan.bench", "time attention strategies on the devices at hand"),
     "audit": Command("hcp_jax.plan.audit", "show what a compiled step moves, hides and holds"),
     "plan": Command("hcp_jax.plan.planner", "rank the meshes and comm types for a cluster"),

@@ -36,15 +36,25 @@ def own_devices(cp: ContextParallel) -> range:
     >>> own_devices(hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2)))
     range(0, 8)
     """
-    order = [cp.mesh.axis_names.index(axis) for axis in cp.flat_axes]
-    others = [dim for dim in range(cp.mesh.devices.ndim) if dim not in order]
-    grid = cp.mesh.devices.transpose(*order, *others).reshape(cp.size * cp.axis_size(cp.dp), -1)
     here = jax.process_index()
-    own = [d for d, lanes in enumerate(grid) if any(x.process_index == here for x in lanes)]
+    devices = flat_devices(cp, cp.mesh.devices)
+    own = [d for d, lanes in enumerate(devices) if any(x.process_index == here for x in lanes)]
     if not own:
         return range(0)
     inner = cp.axis_size(cp.cp_inner)
     return range(own[0] // inner * inner, (own[-1] // inner + 1) * inner)
+
+
+def flat_devices(
+    cp: ContextParallel, of_devices: Shaped[np.ndarray, "..."]
+) -> Shaped[np.ndarray, "D lanes"]:
+    """A row for each of the devices that groups are made of, from an array like `mesh.devices`.
+
+    What lies in a row differs in tp, and in the mesh's axes that `cp` leaves alone.
+    """
+    order = [cp.mesh.axis_names.index(axis) for axis in cp.flat_axes]
+    others = [dim for dim in range(of_devices.ndim) if dim not in order]
+    return of_devices.transpose(*order, *others).reshape(cp.axis_size(cp.flat_axes), -1)
 
 
 def place_microbatch(

@@ -104,7 +104,6 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
         (["train", QUICKSTART, "--data.path", "/gone"], "data.path: /gone does not exist"),
         (["train", "--resume", "/gone"], "/gone is no run folder"),
         (["train", "--resume", "latest", "--run_dir", "/gone"], "no runs in /gone"),
-        (["verify", DYNAMIC], "hcp verify knows no groups of devices"),
         (["audit", DYNAMIC, "--gpu", "h200", "--hosts", "1"], "name one with --groups"),
         (["train", QUICKSTART, "--distributed"], "no job of Slurm, Open MPI or Kubernetes"),
         (["train", QUICKSTART, "--coordinator", "me:1"], "give all three"),

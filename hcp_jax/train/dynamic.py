@@ -74,6 +74,10 @@ class DynamicProgram:
         corpus: the text.
         console: where the progress of compiling is shown.
 
+    Attributes:
+        menu: the layouts that there are programs for.
+        programs: what `compile` made for each of them: `accumulate.make_accumulate`, compiled.
+
     Raises:
         ValueError: if a document is longer than the widest group holds.
         NotImplementedError: if groups cannot have the run's comm type.
@@ -103,7 +107,7 @@ class DynamicProgram:
             )
         )
         self._zeros: Any = None
-        self._accumulate: dict[groups.Layout, Any] = {}
+        self.programs: dict[groups.Layout, Any] = {}
         self._update: Any = None
         self._used: Counter[groups.Layout] = Counter()
 
@@ -130,10 +134,10 @@ class DynamicProgram:
             of_layout = accumulate.make_accumulate(config.model, self._of_layout[layout], like)
             empty = self._place(Microbatch(layout, ((),) * len(layout)))
             lowered = of_layout.lower(abstract.params, like, empty.arrays)
-            self._accumulate[layout] = lowered.compile()
+            self.programs[layout] = lowered.compile()
         # The optimizer's state is no argument of theirs, but it is there.
         besides = sum(map(_bytes_per_device, jax.tree.leaves(abstract.opt_state)))
-        widest = max(_bytes(program) for program in self._accumulate.values())
+        widest = max(_bytes(program) for program in self.programs.values())
         return max(_bytes(self._update), besides + widest)
 
     def next_batch(self) -> PlacedStep:
@@ -185,9 +189,9 @@ class DynamicProgram:
     def _add(self, params: Any, sums: Any, microbatch: PlacedMicrobatch) -> Any:
         layout, arrays = microbatch
         try:
-            return self._accumulate[layout](params, sums, arrays)
+            return self.programs[layout](params, sums, arrays)
         except (KeyError, TypeError, ValueError) as error:
-            known = layout in self._accumulate
+            known = layout in self.programs
             cause = str(error) if known else "this layout is not on the menu."
             raise RuntimeError(
                 f"a microbatch of layout {groups.describe(layout)} has no compiled program, and "

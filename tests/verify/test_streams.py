@@ -3,12 +3,12 @@
 import jax
 import pytest
 
-from hcp_jax import verify
 from hcp_jax.attention import ring
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
+from hcp_jax.verify import streams
 
 MODEL = ModelConfig(
     vocab_size=264,
@@ -35,7 +35,7 @@ def config(tmp_path) -> TrainConfig:
 
 def failures(config: TrainConfig) -> list[dict[str, str]]:
     cp = config.parallel.context_parallel(config.model.num_layers)
-    return [row.cells for _, rows in verify.checks(config, cp) for row in rows if not row.passed]
+    return [row.cells for _, rows in streams.checks(config, cp) for row in rows if not row.passed]
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_large_models_are_made_narrow_but_keep_what_is_checked():
         parallel=ParallelConfig(cp_outer=4, cp_inner=2, comm_type=["p2p"] * 16 + ["a2a"] * 16),
         seq_len=131_072,
     )
-    small, cp = verify._reduced(wide, wide.parallel.context_parallel(32))
+    small, cp = streams._reduced(wide, wide.parallel.context_parallel(32))
     assert (small.model.num_heads, small.model.num_kv_heads) == (32, 8)
     assert cp.comm_type == ("p2p", "a2a")
     assert small.model.num_layers == 2

@@ -1,0 +1,186 @@
+"""What is measured and what is allowed, whether the devices work on streams or in groups."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.context import ContextParallel
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.transformer import abstract_model
+from hcp_jax.plan import hlo
+from hcp_jax.train import data
+from hcp_jax.train.config import TrainConfig
+
+EXACT = 2e-6  # float32 attention against float64, largest error over largest value
+SAME_STEP = 1e-5  # float32 loss and gradient norm, relative
+_LARGE = 20_000_000  # parameters; models above are made narrow
+
+
+class Check(NamedTuple):
+    """One row of a table: the figures by their headings, and whether they are what they must be."""
+
+    cells: dict[str, str]
+    passed: bool
+
+
+def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, ContextParallel]:
+    """A config in float32, of a model that any machine has room for; its mesh and heads are kept.
+
+    Of a large model, one layer is left for each of its comm types, and its text is bytes.
+    """
+    model = dataclasses.replace(config.model, compute_dtype="float32")
+    shapes = jax.tree.leaves(abstract_model(config.model)[1])
+    if sum(math.prod(x.shape) for x in shapes) > _LARGE:
+        comm_types = tuple(
+            dict.fromkeys(str(cp.for_layer(i).comm_type) for i in range(model.num_layers))
+        )
+        cp = dataclasses.replace(cp, comm_type=comm_types)
+        tp = cp.axis_size(cp.tp)
+        model = dataclasses.replace(
+            model,
+            num_layers=len(comm_types),
+            hidden_size=64 * tp,
+            intermediate_size=128 * tp,
+            head_size=min(model.head_dim, 32),
+            vocab_size=512 * tp,
+        )
+        config = dataclasses.replace(config, data=data.DataConfig())  # bytes fit 512 ids
+    return dataclasses.replace(config, model=model), cp
+
+
+def describe(model: ModelConfig) -> str:
+    """The model's layers and heads, in words."""
+    heads = f"{model.num_heads} query heads, {model.num_kv_heads} kv heads of {model.head_dim}"
+    return f"{model.num_layers} layers, {heads}"
+
+
+def layers_by_comm_type(cp: ContextParallel, model: ModelConfig) -> dict[ContextParallel, str]:
+    """The layers of each comm type, as `0, 1`."""
+    layers: dict[ContextParallel, list[int]] = {}
+    for layer in range(model.num_layers):
+        layers.setdefault(cp.for_layer(layer), []).append(layer)
+    return {of_type: ", ".join(map(str, numbers)) for of_type, numbers in layers.items()}
+
+
+class Attended(NamedTuple):
+    """Attention's output and lse, and the gradients of what it was given."""
+
+    out: Any
+    lse: Any
+    dq: Any
+    dk: Any
+    dv: Any
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def attention(
+    cp: ContextParallel | None,
+    soft_cap: float | None,
+    implementation: str | None,
+    arrays: Mapping[str, Any],
+) -> Attended:
+    """Attention, forward and backward.
+
+    Args:
+        cp: the context parallelism; None for one device.
+        soft_cap: of the logits.
+        implementation: of the attention core.
+        arrays: "q", "k", "v", the output's cotangent "dout", and "mask".
+    """
+
+    def loss(q, k, v):
+        out, lse = dot_product_attention(
+            q,
+            k,
+            v,
+            cp=cp,
+            mask=arrays["mask"],
+            logits_soft_cap=soft_cap,
+            implementation=implementation,
+            return_residual=True,
+        )
+        return jnp.sum(out * arrays["dout"]), (out, lse)
+
+    of = (arrays["q"], arrays["k"], arrays["v"])
+    grads, (out, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(*of)
+    return Attended(out, lse, *grads)
+
+
+def random_inputs(
+    rng: np.random.Generator, model: ModelConfig, shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """q, k, v and dout of a model's heads for tokens of a shape, in float64."""
+    heads = {"q": model.num_heads, "k": model.num_kv_heads, "v": model.num_kv_heads}
+    heads["dout"] = model.num_heads
+    return {name: rng.normal(size=(*shape, n, model.head_dim)) for name, n in heads.items()}
+
+
+def relative(got: np.ndarray, exact: np.ndarray) -> float:
+    """Largest error over largest value, of what is finite; inf if other places are not."""
+    finite = np.isfinite(exact)
+    if not np.array_equal(finite, np.isfinite(got)):
+        return math.inf
+    return float(np.abs(got[finite] - exact[finite]).max() / np.abs(exact[finite]).max())
+
+
+def same_step(many: Mapping[str, Any], single: Mapping[str, Any]) -> Iterator[Check]:
+    """A step's metrics on all devices, and on one."""
+    for name in ("loss", "grad_norm"):
+        here, alone = float(many[name]), float(single[name])
+        error = abs(here - alone) / abs(alone)
+        cells = {
+            "": name.replace("_", " "),
+            "here": f"{here:.6f}",
+            "on one device": f"{alone:.6f}",
+            "difference": f"{error:.1e}",
+            "allowed": f"{SAME_STEP:.0e}",
+        }
+        yield Check(cells, error <= SAME_STEP)
+
+
+class LayerBytes(NamedTuple):
+    """What one device puts into collectives for one layer's attention, forward, in float32.
+
+    Attributes:
+        exchanged: into the exchange of heads: q, k, v, and out.
+        kv: K and V as they are after it, once.
+    """
+
+    exchanged: int
+    kv: int
+
+
+def layer_bytes(model: ModelConfig, tp: int, tokens: int, exchange: int) -> LayerBytes:
+    """The bytes of `tokens` tokens of a device.
+
+    Args:
+        model: for its heads.
+        tp: devices that share them out for good.
+        tokens: of the device, all rows together.
+        exchange: devices that exchange heads.
+    """
+    kv_heads = math.lcm(model.num_kv_heads // tp, exchange)
+    token = 4 * tokens * model.head_dim
+    exchanged = token * 2 * (model.num_heads // tp + kv_heads) if exchange > 1 else 0
+    return LayerBytes(exchanged, token * 2 * kv_heads)
+
+
+def traffic_cells(
+    scope: str, found: list[hlo.Collective], moved: int, needed: int, exact: bool
+) -> dict[str, str]:
+    """What the collectives of one scope move, as cells of a table."""
+    count = sum(c.count for c in found)
+    kinds = ", ".join(sorted({c.kind for c in found})) or "none"
+    return {
+        "for": scope.replace("_", " "),
+        "collectives": f"{count} {kinds}",
+        "bytes": f"{moved:,}",
+        "needed": f"{needed:,}" if exact else f"≥ {needed:,}",
+    }
