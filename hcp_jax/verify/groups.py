@@ -9,8 +9,8 @@ What is proved is every program of the menu that training on the config's data w
 3. the bytes that each layout's programs put into ring hops and exchanges of heads, device by
    device, against what the device's group needs.
 
-No group's attention needs another's. A collective that leaves its group is a *stray*, and fails
-its row.
+No group's attention needs anything of another's: a collective of attention that leaves its group is
+a *stray*, and fails its row. Of attention alone, every collective of the program is looked at.
 """
 
 import contextlib
@@ -127,8 +127,8 @@ def _reduced(
     """The menu's programs with small buffers, so that a widest group's dense attention fits."""
     small, cp = measures.narrowed(config, cp)
     dynamic_config = config.parallel.dynamic
-    # Odd, so that no document is cut evenly.
-    tokens = min(dynamic_config.tokens, max(256 // sum(menu[0]), 8) - 1)
+    # An odd number, so that documents are cut into uneven chunks, too.
+    tokens = min(dynamic_config.tokens, max(256 // cp.axis_size(cp.flat_axes), 8) - 1)
     dynamic_config = dataclasses.replace(
         dynamic_config,
         max_tokens_per_device=tokens,
@@ -218,6 +218,7 @@ def _alone(
 def _in_buffers(
     natural: Shaped[np.ndarray, "T ..."], places: Int64[np.ndarray, "D M"], otherwise: float
 ) -> Shaped[np.ndarray, "D M ..."]:
+    """What belongs to tokens end to end, at the places where `Held.packed` puts the tokens."""
     inside = (places >= 0).reshape(*places.shape, *[1] * (natural.ndim - 1))
     return np.where(inside, natural[places], np.asarray(otherwise, natural.dtype))
 
@@ -225,18 +226,18 @@ def _in_buffers(
 def _texts(layout: Layout, segments: Segments, tokens: int) -> list[Text]:
     """Text of the corpus as the scheduler puts it onto a layout, in several microbatches.
 
-    Documents are shortened all alike, so that the longest would fill all devices, and then to what
-    the widest group holds.
+    Documents are shortened all alike, so that the longest, which is the first, would fill all
+    devices; and then to what the widest group holds.
     """
-    num_devices = sum(layout)
+    num_devices, longest = sum(layout), int(segments.sizes.argmax())
     lengths: list[int] = []
     numbers: list[int] = []
-    for number in itertools.cycle(data.evenly(len(segments)).tolist()):
+    for number in itertools.chain([longest], itertools.cycle(data.evenly(len(segments)).tolist())):
         if sum(lengths) >= _FILL * num_devices * tokens:
             break
-        share = int(segments.sizes[number]) / int(segments.sizes.max())
-        length = max(1, int(share * num_devices * tokens))
-        lengths.append(min(length, int(segments.sizes[number]), max(layout) * tokens))
+        size, most = int(segments.sizes[number]), int(segments.sizes[longest])
+        share = max(1, size * num_devices * tokens // most)
+        lengths.append(min(share, size, max(layout) * tokens))
         numbers.append(number)
     plan = dynamic.schedule(lengths, num_devices, tokens, menu=[layout])
     plan.check()
@@ -254,7 +255,7 @@ def _texts(layout: Layout, segments: Segments, tokens: int) -> list[Text]:
 def _placed(
     text: Text, corpus: data.Corpus, contexts: dict[Layout, ContextParallel], config: TrainConfig
 ) -> PlacedMicrobatch:
-    """The text as training has it on the devices."""
+    """The text in the buffers of its groups, as a program of the menu takes it."""
     packed, places = text.held.packed(config.parallel.dynamic.tokens)
     of_corpus = _in_buffers(text.places, places, 0)
     arrays = {

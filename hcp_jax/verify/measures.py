@@ -58,7 +58,7 @@ def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
 def describe(model: ModelConfig) -> str:
     """The model's layers and heads, in words."""
     heads = f"{model.num_heads} query heads, {model.num_kv_heads} kv heads of {model.head_dim}"
-    return f"{model.num_layers} layers, {heads}"
+    return f"{model.num_layers} layer{'s' * (model.num_layers > 1)}, {heads}"
 
 
 def layers_by_comm_type(cp: ContextParallel, model: ModelConfig) -> dict[ContextParallel, str]:
