@@ -28,10 +28,11 @@ import rich.console
 import rich.table
 
 from hcp_jax.attention.api import dot_product_attention
-from hcp_jax.context import ContextParallel, Gathered
+from hcp_jax.context import ContextParallel
 from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model
+from hcp_jax.placing import Gathered
 from hcp_jax.plan import hlo
 from hcp_jax.train import config as configuration
 from hcp_jax.train import data
