@@ -9,28 +9,20 @@ import dataclasses
 import difflib
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
+from hcp_jax import placing
 from hcp_jax.describe import collapse, describe
 from hcp_jax.dynamic.groups import check_layout
-from hcp_jax.layout import (
-    LAYOUTS,
-    from_layout,
-    global_index,
-    padded_length,
-    runs_per_device,
-    to_layout,
-)
+from hcp_jax.layout import LAYOUTS, global_index, padded_length
 from hcp_jax.mask import Mask, Placement
-from hcp_jax.mask import intervals as mask_of
 from hcp_jax.mesh import as_tuple
+from hcp_jax.placing import Gathered
 from hcp_jax.roll import roll_local
 
 _log = logging.getLogger("hcp_jax")
@@ -51,22 +43,6 @@ STRATEGIES: dict[str, Strategy] = {
     "a2a+p2p": Strategy(("cp_inner",), ("cp_outer",), "ring"),
     "a2a+all_gather": Strategy(("cp_inner",), ("cp_outer",), "gather"),
 }
-
-
-class Gathered(NamedTuple):
-    """A host array that is read where it is needed: a device has `read` of its part of `places`.
-
-    Attributes:
-        places: integers, 0 where there is nothing (padding).
-        read: makes values of places, elementwise.
-    """
-
-    places: np.ndarray
-    read: Callable[[np.ndarray], np.ndarray]
-
-    def whole(self) -> np.ndarray:
-        """All of it."""
-        return self.read(self.places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,24 +209,7 @@ class ContextParallel:
             ValueError: if dp does not divide the batch.
         """
         self._require_one_stream("shard")
-        x, read = x if isinstance(x, Gathered) else (x, None)
-        dim %= x.ndim
-        length = x.shape[dim]
-        padding = self.padded_length(length) - length
-        if padding:
-            _tell_padding(length, padding, self.size, self.layout)
-        if dim != 0:
-            self._require_batch(x.shape[0], f"an array of shape {tuple(x.shape)}")
-        sharding = self.sharding(x.ndim, dim)
-        if isinstance(x, jax.Array):
-            return _reorder(x, self, dim, self.padded_length(length), sharding)
-        widths = [(0, padding if d == dim else 0) for d in range(x.ndim)]
-        host = to_layout(np.pad(x, widths), self.size, self.layout, dim)
-
-        def part(index: Any) -> np.ndarray:
-            return host[index] if read is None else read(host[index])
-
-        return jax.make_array_from_callback(host.shape, sharding, part)
+        return placing.shard(self, x, dim)
 
     def unshard(self, x: jax.Array, dim: int = 1, length: int | None = None) -> jax.Array:
         """Back to natural order.
@@ -261,8 +220,7 @@ class ContextParallel:
             length: the length before padding; all of it if None.
         """
         self._require_one_stream("unshard")
-        y = _restore(x, self, dim % x.ndim)
-        return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim % x.ndim)
+        return placing.unshard(self, x, dim, length)
 
     def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of host arrays in natural order, as device arrays in the layout.
@@ -279,18 +237,8 @@ class ContextParallel:
         Raises:
             ValueError: if the arrays are of different lengths, or dp does not divide the batch.
         """
-        arrays = {n: x.places if isinstance(x, Gathered) else x for n, x in batch.items()}
-        lengths = {
-            name: x.shape[1]
-            for name, x in arrays.items()
-            if not isinstance(x, Mask) and np.ndim(x) >= 2
-        }
-        if len(set(lengths.values())) != 1:
-            raise ValueError(
-                f"shard_batch needs arrays [B, T, ...] of one length T, got {lengths or 'none'}."
-            )
-        length = next(iter(lengths.values()))
-        return {name: self._shard_entry(name, x, length) for name, x in batch.items()}
+        self._require_one_stream("shard_batch")
+        return placing.shard_batch(self, batch)
 
     def place(self, mask: Mask, length: int) -> Mask:
         """A mask in natural order as a placed one: its numbers, in the layout, on the devices.
@@ -300,19 +248,7 @@ class ContextParallel:
             length: T before padding; no query sees past it.
         """
         self._require_one_stream("place")
-        if mask.placement is not None:
-            raise ValueError("this mask has been placed already.")
-        padded = self.padded_length(length)
-        placed = []
-        for x in mask.intervals(length):
-            host = np.pad(np.asarray(x), ((0, 0), (0, padded - length)))
-            host = to_layout(host, self.size, self.layout, 1)
-            rows = self.dp if host.shape[0] > 1 else None
-            if rows is not None:
-                self._require_batch(host.shape[0], f"a mask of {host.shape[0]} rows")
-            sharding = NamedSharding(self.mesh, PartitionSpec(rows, None))
-            placed.append(jax.make_array_from_callback(host.shape, sharding, host.__getitem__))
-        return dataclasses.replace(mask_of(*placed), placement=self.placement)
+        return placing.place_mask(self, mask, length)
 
     def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
         """The global index of every token of a stream, in the layout; for RoPE."""
@@ -394,26 +330,6 @@ class ContextParallel:
         axes = (getattr(self, field) for field in fields)
         return tuple(axis for axis in axes if axis is not None)
 
-    def _shard_entry(self, name: str, x: Any, length: int) -> Any:
-        if isinstance(x, Mask):
-            return self.place(x, length)
-        if isinstance(x, Gathered):
-            return self.shard(x)
-        x = np.asarray(x)
-        if x.ndim >= 2:
-            return self.shard(x, dim=1)
-        if x.ndim == 1:
-            self._require_batch(x.shape[0], f"{name} of shape {x.shape}")
-        spec = PartitionSpec(self.dp) if x.ndim else PartitionSpec()
-        return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, spec), x.__getitem__)
-
-    def _require_batch(self, rows: int, what: str) -> None:
-        if rows % self.axis_size(self.dp):
-            raise ValueError(
-                f"{what} has a batch of {rows}, which dp={self.axis_size(self.dp)} does not "
-                "divide; change the batch size or dp."
-            )
-
 
 def require_known(what: str, name: str, known: tuple[str, ...]) -> None:
     """Raise a ValueError that names what there is, and the nearest, unless `name` is known."""
@@ -426,30 +342,3 @@ def require_known(what: str, name: str, known: tuple[str, ...]) -> None:
 @functools.lru_cache(maxsize=256)
 def _with_comm_type(cp: ContextParallel, comm_type: str) -> ContextParallel:
     return dataclasses.replace(cp, comm_type=comm_type)
-
-
-@functools.lru_cache(maxsize=1024)
-def _tell_padding(length: int, padding: int, size: int, layout: str) -> None:
-    # The cache makes it one line per shape, not one per step.
-    _log.info(
-        "padded %d tokens with %d: a %s layout over %d devices needs a multiple of %d. The padding "
-        "is never seen under a causal mask; join others with hcp.lengths(%d).",
-        length,
-        padding,
-        layout,
-        size,
-        runs_per_device(layout) * size,
-        length,
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _reorder(x, cp: ContextParallel, dim: int, padded: int, sharding: NamedSharding):
-    widths = [(0, padded - x.shape[dim] if d == dim else 0) for d in range(x.ndim)]
-    y = to_layout(jnp.pad(x, widths), cp.size, cp.layout, dim)
-    return jax.lax.with_sharding_constraint(y, sharding)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _restore(x, cp: ContextParallel, dim: int):
-    return from_layout(x, cp.size, cp.layout, dim)

@@ -18,7 +18,7 @@ FLOORS = [
     ["models"],
     ["attention"],
     ["parallel", "microbatch"],
-    ["context", "describe"],
+    ["context", "describe", "placing"],
     ["roll"],
     ["mesh"],
     ["kernels"],

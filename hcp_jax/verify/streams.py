@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hcp_jax.context import ContextParallel, Gathered
+from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.placing import Gathered
 from hcp_jax.plan import hlo
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig

@@ -7,55 +7,17 @@ says of registers, and the assembly, which tells whether the tensor cores are in
 import dataclasses
 import re
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hcp_jax.kernels import core, tiles
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
-from hcp_jax.plan import aot, hardware
+from hcp_jax.kernels import tiles
+from tests.kernels.compiled import compile_attention
 
 
-def _compile(h: int, dtype: str, cap: float | None, n: int = 8, k: int = 2) -> None:
-    """Forward and backward, in a program for two H200s."""
-    try:
-        devices = aot.devices(hardware.Cluster(hardware.gpu("h200"), hosts=1, gpus_per_host=2))
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    mesh = Mesh(np.asarray(devices), ("dp",))
-    rows, everywhere = PartitionSpec("dp"), PartitionSpec()
-
-    def like(spec, shape, dtype=dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    t = s = 1024
-    spec = core.CoreSpec("mosaic", h**-0.5, cap, devices[0].device_kind, False)
-    of_q, of_k, stats = like(rows, (2, t, n, h)), like(rows, (2, s, k, h)), (2, t, n)
-    arrays = [of_q, of_k, of_k, of_q, *[like(rows, stats, jnp.float32)] * 2]
-    bound, ints = like(everywhere, (1, t), jnp.int32), jnp.int32
-    masks = (
-        Intervals(bound, bound),
-        KeyRuns(like(everywhere, (2,), ints), like(everywhere, (3,), ints)),
-    )
-
-    def run(masks, q, k, v, dout, lse, delta):
-        partial = core.attend(spec, q, k, v, *masks)
-        return *partial, *core.attend_grads(spec, q, k, v, *masks, dout, lse, delta)
-
-    sharded = jax.shard_map(
-        run, mesh=mesh, in_specs=(everywhere, *[rows] * 6), out_specs=rows, check_vma=False
-    )
-    aot.compile_for(sharded, masks, *arrays)
-
-
-def _dump(monkeypatch, capfd, *args) -> str:
+def _dump(monkeypatch, capfd, h: int, dtype: str, cap: float | None) -> str:
     """What is told of compiling."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    _compile(*args)
+    compile_attention("mosaic", "h200", (h, h), dtype, cap)
     return "".join(capfd.readouterr())
 
 
@@ -112,4 +74,4 @@ def test_a_tile_that_does_not_fit_is_noticed():
     own = tiles.mosaic_tiles_for("H200", 128)
     too_deep = dataclasses.replace(own, forward=dataclasses.replace(own.forward, stages=4))
     with tiles.trial(too_deep), pytest.raises(ValueError, match="shared memory"):
-        _compile(128, "bfloat16", None)
+        compile_attention("mosaic", "h200", (128, 128), "bfloat16")

@@ -9,16 +9,11 @@ import re
 import tempfile
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hcp_jax.kernels import core, triton
 from hcp_jax.kernels.tiles import Tile, Tiles, describe, tiles_for, trial
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
-from hcp_jax.plan import aot, hardware
+from hcp_jax.plan import hardware
+from tests.kernels.compiled import compile_attention
 
 KERNELS = ("attention_forward", "attention_dq", "attention_dkv")
 TENSOR_CORES = {"a100": "mma.sync", "h100": "wgmma", "h200": "wgmma", "b200": "tcgen05.mma"}
@@ -28,34 +23,6 @@ SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 def _compile(name: str, sizes: tuple[int, int], dtype: str, cap: float | None = None):
     """(assembly, bytes of shared memory) of each kernel, in a program for two GPUs."""
-    gpu = hardware.gpu(name)
-    try:
-        devices = aot.devices(hardware.Cluster(gpu, hosts=1, gpus_per_host=2))
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    mesh = Mesh(np.asarray(devices), ("dp",))
-    rows, everywhere = PartitionSpec("dp"), PartitionSpec()
-
-    def like(spec, shape, dtype=dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    (h, hv), t, s, n, k = sizes, 1024, 1024, 8, 2
-    spec = core.CoreSpec("triton", h**-0.5, cap, devices[0].device_kind, False)
-    arrays = [like(rows, (2, t, n, h)), like(rows, (2, s, k, h)), like(rows, (2, s, k, hv))]
-    arrays += [like(rows, (2, t, n, hv)), *[like(rows, (2, t, n), jnp.float32)] * 2]
-    bound, ints = like(everywhere, (1, t), jnp.int32), jnp.int32
-    masks = (
-        Intervals(bound, bound),
-        KeyRuns(like(everywhere, (2,), ints), like(everywhere, (3,), ints)),
-    )
-
-    def run(masks, q, k, v, dout, lse, delta):
-        partial = triton.forward(spec, q, k, v, *masks)
-        return *partial, *triton.backward(spec, q, k, v, *masks, dout, lse, delta)
-
-    sharded = jax.shard_map(
-        run, mesh=mesh, in_specs=(everywhere, *[rows] * 6), out_specs=rows, check_vma=False
-    )
     with tempfile.TemporaryDirectory() as folder:
         flags = {
             "xla_backend_optimization_level": 3,
@@ -64,7 +31,7 @@ def _compile(name: str, sizes: tuple[int, int], dtype: str, cap: float | None = 
         }
         if jax.__version_info__ >= (0, 11):  # before, the assembly is dumped unasked
             flags["xla_dump_emitter_re"] = ".*"
-        aot.compile_for(sharded, masks, *arrays, flags=flags)
+        compile_attention("triton", name, sizes, dtype, cap, flags)
         return {name: _dumped(name, pathlib.Path(folder)) for name in KERNELS}
 
 

@@ -12,23 +12,12 @@ import time
 import pytest
 
 from hcp_jax.train.record import metrics
+from tests.train.tiny import write_config
 
 pytestmark = pytest.mark.slow
 
 KILLS = 20
 STEPS = 400
-CONFIG = """
-name: run
-steps: {steps}
-batch_size: 2
-seq_len: 32
-model: {{vocab_size: 264, num_layers: 1, hidden_size: 16, intermediate_size: 16, num_heads: 2,
-  num_kv_heads: 1, compute_dtype: float32, remat: none}}
-data: {{path: {text}}}
-optimizer: {{warmup_steps: 2}}
-checkpoint: {{every: 6, keep: 2}}
-log: {{every: 1000, tensorboard: false}}
-"""
 
 
 def hcp(arguments, log):
@@ -68,13 +57,12 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    place = tmp_path_factory.mktemp("config")
-    text = place / "text.jsonl"
-    lines = ("abc " * (1 + i % 17) + f"{i}" for i in range(300))
-    text.write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
-    path = place / "run.yaml"
-    path.write_text(CONFIG.format(steps=STEPS, text=text))
-    return path
+    return write_config(
+        tmp_path_factory.mktemp("config"),
+        steps=STEPS,
+        checkpoint={"every": 6, "keep": 2},
+        log={"every": 1000, "tensorboard": False},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Two processes of one device each: what each reads, what differs, and a batch that one cannot."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,28 +10,9 @@ import yaml
 from hcp_jax.train.hosts.peers import GONE
 from hcp_jax.train.launch import _free_port
 from hcp_jax.train.record import metrics
+from tests.train.tiny import write_config
 
 pytestmark = pytest.mark.slow
-
-CONFIG = {
-    "name": "tiny",
-    "steps": 6,
-    "batch_size": 2,
-    "seq_len": 64,
-    "model": {
-        "vocab_size": 264,
-        "num_layers": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "compute_dtype": "float32",
-        "remat": "none",
-    },
-    "parallel": {"dp": 2},
-    "optimizer": {"warmup_steps": 2},
-    "log": {"every": 1, "tensorboard": False},
-}
 
 # `hcp`, but what it reads of the corpus is written down, and one process cannot read for ever.
 WATCHED = """
@@ -60,19 +40,7 @@ sys.exit(code)
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     place = tmp_path_factory.mktemp("config")
-    text = place / "text.jsonl"
-    lines = ("abc " * (1 + i % 3) + f"{i}" for i in range(300))
-    text.write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
-    path = place / "tiny.yaml"
-    path.write_text(yaml.safe_dump(CONFIG | {"data": {"path": str(text)}}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return kept | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
+    return write_config(place, most_words=3, steps=6, seq_len=64, parallel={"dp": 2})
 
 
 def pair(config, environment, run_dir, options=((), ()), fails_after=(-1, -1)):

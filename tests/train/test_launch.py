@@ -14,47 +14,21 @@ import yaml
 from hcp_jax import cli
 from hcp_jax.train import launch
 from hcp_jax.train.record import metrics
+from tests.train.tiny import write_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 STEPS = 30
-CONFIG = {
-    "steps": STEPS,
-    "batch_size": 2,
-    "seq_len": 32,
-    "model": {
-        "vocab_size": 264,
-        "num_layers": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "compute_dtype": "float32",
-        "remat": "none",
-    },
-    "parallel": {"cp_outer": 2, "comm_type": "p2p"},
-    "optimizer": {"warmup_steps": 2},
-    "checkpoint": {"every": 4},
-    "log": {"every": 1, "tensorboard": False},
-}
 SECONDS = 300
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    place = tmp_path_factory.mktemp("config")
-    text = place / "text.jsonl"
-    lines = ("abc " * (1 + i % 17) + f"{i}" for i in range(300))
-    text.write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
-    path = place / "tiny.yaml"
-    path.write_text(yaml.safe_dump(CONFIG | {"data": {"path": str(text)}}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return kept | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
+    return write_config(
+        tmp_path_factory.mktemp("config"),
+        steps=STEPS,
+        parallel={"cp_outer": 2, "comm_type": "p2p"},
+        checkpoint={"every": 4},
+    )
 
 
 class Launched:

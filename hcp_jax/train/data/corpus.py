@@ -36,8 +36,8 @@ import jax
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from hcp_jax.context import Gathered
 from hcp_jax.mask import Mask, causal, documents
+from hcp_jax.placing import Gathered
 from hcp_jax.train.data import text, tokens
 from hcp_jax.train.data.streams import Segments, Stream, Streams
 

@@ -159,9 +159,10 @@ def _leave(peers: Peers, error: BaseException) -> None:
     It ends here and now: on the usual way out jax would wait for the others, minutes long.
     """
     told = isinstance(error, ValueError | NotImplementedError | OSError | FloatingPointError)
-    if not told and not isinstance(error, KeyboardInterrupt):
-        # When a process dies in a collective, that is an error of jax's here; its name comes later.
-        peers.wait_for_cause(5.0)
+    if not isinstance(error, KeyboardInterrupt):
+        # When a process dies in a collective, that is an error of jax's here, of whatever type
+        # (ValueError is among them); its name comes a little later.
+        peers.wait_for_cause(3.0)
     if os.environ.get("HCP_DEBUG", "0") not in ("", "0") or not (
         told or isinstance(error, KeyboardInterrupt)
     ):

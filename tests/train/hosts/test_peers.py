@@ -112,6 +112,25 @@ def test_an_error_of_one_is_told_by_all():
         assert started.all[2].wait(10) == 3
 
 
+def test_an_error_that_comes_of_anothers_death_is_told_by_that_ones_name():
+    """A collective that a process died in raises what jax makes of it, a ValueError for one."""
+    with Started(2) as started:
+        started.met()
+        jax_error = "ValueError('Gloo AllGather failed: connection reset by peer')"
+        started.all[1].stdin.write(
+            "from hcp_jax.train.hosts import cluster; print('met', flush=True)\n"
+            f"cluster._leave(peers, {jax_error})\n"
+        )
+        started.all[1].stdin.flush()
+        assert started.all[1].stdout.readline() == "met\n"
+        time.sleep(0.3)  # the error is there before the end of the connection
+        started.all[0].kill()
+        [(code, error)] = started.ended(1)
+        assert code == GONE
+        assert error.startswith("hcp: process 0 on ")
+        assert "died" in error
+
+
 def test_a_process_that_hangs_is_named():
     with Started(2, silence=1.0) as started:
         started.met()
