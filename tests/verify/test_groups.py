@@ -29,14 +29,14 @@ def config(tmp_path) -> TrainConfig:
     text = tmp_path / "text.jsonl"
     lines = ("a document of some length, " * (1 + i * i % 7) for i in range(40))
     text.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
-    dynamic = DynamicConfig(enabled=True, max_tokens_per_device=64, menu=MENU)
+    dynamic = DynamicConfig(enabled=True, max_tokens_per_device=16, menu=MENU)
     return TrainConfig(
         model=MODEL,
         parallel=ParallelConfig(
             cp_outer=4, cp_inner=2, comm_type=["a2a+p2p", "p2p"], dynamic=dynamic
         ),
         data=DataConfig(path=str(text)),
-        seq_len=200,
+        seq_len=64,
     )
 
 
@@ -62,15 +62,10 @@ def test_every_layout_of_the_menu_computes_what_one_device_computes(config):
 def test_rings_that_do_not_communicate_are_caught_by_every_table(config, monkeypatch):
     monkeypatch.setattr(ring.Rings, "_permute", lambda rings, tree, members: tree)
     jax.clear_caches()  # or programs compiled with the ring would still be used
-    dynamic = dataclasses.replace(config.parallel.dynamic, max_tokens_per_device=8, menu=MENU[:1])
-    attention, step, traffic = tables(
-        dataclasses.replace(
-            config,
-            model=dataclasses.replace(MODEL, num_layers=1),
-            parallel=dataclasses.replace(config.parallel, comm_type="a2a+p2p", dynamic=dynamic),
-            seq_len=32,
-        )
-    )
+    dynamic = dataclasses.replace(config.parallel.dynamic, menu=MENU[:1])
+    parallel = dataclasses.replace(config.parallel, comm_type="a2a+p2p", dynamic=dynamic)
+    model = dataclasses.replace(MODEL, num_layers=1)
+    attention, step, traffic = tables(dataclasses.replace(config, model=model, parallel=parallel))
     assert not any(row.passed for row in attention + step)
     rings = [row for row in traffic if row.cells["for"] == "ring hop"]
     assert [(row.cells["bytes"], row.passed) for row in rings] == [("0", False)] * 2
