@@ -49,7 +49,7 @@ from hcp_jax.verify import measures
 from hcp_jax.verify.measures import EXACT, Attended, Check
 
 _SCOPES = ("ring_hop", "exchange_heads")
-_FILL = 1.5  # buffers' worth of documents for each layout: more than one microbatch holds
+_FILL = 2  # microbatches' worth of documents for each layout
 _NO_TOKEN = 50.0  # what stands where there is none, and must not matter
 
 
@@ -224,21 +224,19 @@ def _in_buffers(
 
 
 def _texts(layout: Layout, segments: Segments, tokens: int) -> list[Text]:
-    """Text of the corpus as the scheduler puts it onto a layout, in several microbatches.
+    """Documents of the corpus as the scheduler puts them onto a layout, in several microbatches.
 
-    Documents are shortened all alike, so that the longest, which is the first, would fill all
-    devices; and then to what the widest group holds.
+    The longest first, as much of it as the widest group holds; then others, of random lengths up
+    to that, since most documents of a corpus may be as long as `seq_len` allows.
     """
-    num_devices, longest = sum(layout), int(segments.sizes.argmax())
-    lengths: list[int] = []
-    numbers: list[int] = []
-    for number in itertools.chain([longest], itertools.cycle(data.evenly(len(segments)).tolist())):
-        if sum(lengths) >= _FILL * num_devices * tokens:
-            break
-        size, most = int(segments.sizes[number]), int(segments.sizes[longest])
-        share = max(1, size * num_devices * tokens // most)
-        lengths.append(min(share, size, max(layout) * tokens))
-        numbers.append(number)
+    most, num_devices = max(layout) * tokens, sum(layout)
+    rng = np.random.default_rng(0)
+    numbers = [int(segments.sizes.argmax())]
+    lengths = [min(int(segments.sizes.max()), most)]
+    others = itertools.cycle(data.evenly(len(segments)).tolist())
+    while sum(lengths) < _FILL * num_devices * tokens:
+        numbers.append(next(others))
+        lengths.append(int(rng.integers(min(segments.sizes[numbers[-1]], most)) + 1))
     plan = dynamic.schedule(lengths, num_devices, tokens, menu=[layout])
     plan.check()
     texts = []
