@@ -145,9 +145,8 @@ def rows_of(documents, rows=ROWS, length=LONGEST):
     return batch | {"weights": (ids > 0).astype(np.float32), "mask": MODEL.mask(ids)}
 
 
-@pytest.mark.parametrize(
-    "name", ["cp8", pytest.param("dp2-tp2-cp2-fsdp-remat", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cp8", "dp2-tp2-cp2-fsdp-remat"])
 def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(name):
     of = run(name)
     params, documents, used = of.fresh().params, documents_of(of.program), set()

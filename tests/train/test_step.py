@@ -212,7 +212,13 @@ KEPT_SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", KEPT_SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith("all of it") else pytest.mark.slow)
+        for name in KEPT_SMALL
+    ],
+)
 def test_what_saves_memory_does_not_change_the_losses(name):
     of_model, of_optimizer = KEPT_SMALL[name]
     model = dataclasses.replace(CONFIG, **of_model)

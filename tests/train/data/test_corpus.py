@@ -11,6 +11,7 @@ import hcp_jax as hcp
 from hcp_jax.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
+from hcp_jax.train.data.corpus import _batch, _in_documents
 from hcp_jax.train.data.streams import Segments, Stream, Streams
 
 T = 64
@@ -114,7 +115,7 @@ def test_the_model_decides_the_mask_within_documents(corpus):
 def test_padding_sees_nothing_and_weighs_nothing():
     corpus = Corpus([b"abc"], "a test")
     [stream] = Streams(Segments(corpus, 8), 0, 1)
-    batch = host(data._batch(corpus, Stream(*(x[None] for x in stream)), data._in_documents))
+    batch = host(_batch(corpus, Stream(*(x[None] for x in stream)), _in_documents))
     assert batch["tokens"].tolist() == [[SEPARATOR, *b"abc", 0, 0, 0, 0]]
     assert batch["targets"].tolist() == [[*b"abc", SEPARATOR, 0, 0, 0, 0]]
     assert batch["weights"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
