@@ -49,6 +49,13 @@ def detect_cluster(
     return Detected(address, processes, process, local)
 
 
+def key_value_store() -> Any:
+    """The key-value store of the processes that `jax.distributed` has joined; None without it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
 def expect_pallas_triton() -> None:
     """Silence JAX's notice that Pallas on Triton will go; that and no other warning.
 

@@ -10,10 +10,14 @@ mesh.
 A checkpoint is written while training goes on, and has its name only once it is whole. What is
 found damaged all the same is told, put aside, and the one before it is used. It can be restored
 onto another mesh, with another comm type, or by another number of processes.
+
+Of several processes, what fails in one fails in all: after each thing that can fail they tell each
+other how it went, before anything that needs all of them.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import pathlib
 import re
@@ -22,10 +26,10 @@ from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+
+from hcp_jax.train import checksums, parts
+from hcp_jax.train.hosts.words import Words, in_words
 
 StateT = TypeVar("StateT")
 
@@ -33,8 +37,6 @@ _log = logging.getLogger("hcp_jax")
 
 # Orbax warns that what is only to be read is only read.
 logging.getLogger("absl").addFilter(lambda record: not re.search("read.only", str(record.msg)))
-
-_MOST = 256  # checkpoints of a run that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +86,17 @@ class MismatchError(ValueError):
 class Checkpoints:
     """The checkpoints of one run, in the folder `checkpoints` of its run folder.
 
+    Of several processes, all must call the same methods in the same order; what fails in one of
+    them is raised in all, with the number and the host of that one.
+
     Args:
         folder: the run folder.
         model: the model's config as a dict of plain values, to know the model again by.
         config: when to save, and how many to keep.
         run: the whole run's config, to be kept with each checkpoint.
+
+    Raises:
+        OSError: if the folder cannot be used.
     """
 
     def __init__(
@@ -102,15 +110,18 @@ class Checkpoints:
         self._model, self._run = _plain(model), _plain(run)
         self._goes_on = config.on_error == "continue"
         self._folder = folder.absolute() / "checkpoints"
-        self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, keep_period=config.keep_every
-        )
-        self._saving: int | None = None
-        self._orbax = self._open()
+        self._options = {"max_to_keep": config.keep, "keep_period": config.keep_every}
+        self._words = Words("checkpoints")
+        self._names = (f"save-{number}" for number in itertools.count())
+        self._saving: tuple[int, str] | None = None
+        self._missed: str | None = None
+        self._writer: parts.Writer
+        self._latest: int | None
+        self._open()
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint; None if there is none."""
-        return self._orbax.latest_step()
+        """The step of the newest checkpoint, whole or being written; None if there is none."""
+        return self._latest
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Begins to write a checkpoint, unless this step has one; arrays are copied before return.
@@ -124,16 +135,14 @@ class Checkpoints:
             OSError: if this one or the one before cannot be written and training is to stop then.
         """
         self.wait()
-        if self.latest() == step:
+        if self._latest == step:
             return
-        about = {"model": self._model, "config": self._run, "checksums": _checksums(state)}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(_plain(data)),
-            about=ocp.args.JsonSave(about),
-        )
-        self._saving = step
-        self._try(lambda: self._orbax.save(step, args=items))
+        sums = checksums.of_arrays(state)
+        about = {"model": self._model, "config": self._run, "checksums": sums}
+        beside = {"data": _plain(data), "about": about}
+        self._saving = step, next(self._names)
+        self._latest = step
+        self._write(lambda name: self._writer.begin(name, step, state, beside), self._goes_on)
 
     def restore(self, like: StateT) -> Restored[StateT]:
         """The newest checkpoint that is whole; those after it are put aside.
@@ -144,24 +153,18 @@ class Checkpoints:
         Raises:
             ValueError: if there is no checkpoint here that is whole, or it is one of another model
                 or of another optimizer; says what differs.
+            OSError: if what is damaged cannot be put aside.
         """
         abstract = jax.tree.map(_abstract, like)
         damaged: list[int] = []
         why = ""
-        for step in _of_first(sorted(self._orbax.all_steps(), reverse=True)):
-            restored, error = None, None
-            try:
-                restored = self._read(step, abstract)
-            except MismatchError:
-                raise
-            except Exception as caught:  # Whatever a reader makes of a file that is not whole.
-                error = caught
-            if _everywhere(error is None):
-                assert restored is not None
-                self._put_aside(damaged)
-                return restored
+        for step in self._steps():
+            found = self._read(step, abstract)
+            if isinstance(found, Restored):
+                self._put_aside(damaged, step)
+                return found
             damaged.append(step)
-            why = " ".join(str(error or "another process cannot read it").split())[:600]
+            why = found
             _log.warning(
                 f"the checkpoint of step {step} in {self._folder} is damaged ({why}); looking at "
                 "the one before it."
@@ -179,63 +182,121 @@ class Checkpoints:
         Raises:
             OSError: as `save`.
         """
-        self._try(self._orbax.wait_until_finished)
+        self._finish(self._goes_on)
 
-    def close(self) -> None:
-        """Waits, and ends what runs in the background.
+    def finish(self) -> None:
+        """Waits for the last checkpoint of a run, for which no later one can make up.
 
         Raises:
-            OSError: as `save`.
+            OSError: if it could not be written, even if training was to go on then.
+        """
+        self._finish(False)
+        if self._missed is not None:
+            raise OSError(f"{self._missed}; and it was the last one of this run.")
+
+    def close(self) -> None:
+        """As `finish`, and ends what runs in the background.
+
+        Raises:
+            OSError: as `finish`.
         """
         try:
-            self.wait()
+            self.finish()
         finally:
-            self._orbax.close()
+            self._writer.close()
 
-    def _try(self, write: Callable[[], Any]) -> None:
-        """Writes; if that cannot be, it is told, and what has been written of it is removed."""
-        error = None
+    def _finish(self, goes_on: bool) -> None:
+        if self._saving is None:
+            return
+        if self._write(lambda _: self._writer.finish(), goes_on):
+            assert self._saving is not None
+            self._words.forget(self._saving[1])
+            self._saving = self._missed = None
+
+    def _write(self, write: Callable[[str], None], goes_on: bool) -> bool:
+        """Writes, and says whether all processes could; what has been written if not is removed."""
+        assert self._saving is not None
+        step, name = self._saving
+        error: Exception | None = None
         try:
-            write()
+            write(name)
         except Exception as caught:  # tensorstore's errors of the disk are ValueErrors.
             error = caught
-        if _everywhere(error is None):
-            return
-        why = " ".join(str(error or "another process could not").split())[:600]
-        # Orbax would raise the error again at the next save.
+        why = self._words.error_of_any(error)
+        if why is None:
+            return True
         with contextlib.suppress(Exception):
-            self._orbax.close()
-        self._orbax = self._open()
-        what = (
-            f"the checkpoint of step {self._saving} could not be written to {self._folder}: {why}; "
-            f"the last whole one is of step {self.latest()}"
+            self._writer.close()
+        # Only when nobody writes any more may what has been written be removed.
+        self._words.of_all(None)
+        self._saving = None
+        self._open()
+        self._missed = (
+            f"the checkpoint of step {step} could not be written to {self._folder}: {why}; "
+            f"the last whole one is of step {self._latest}"
         )
-        if not self._goes_on:
-            raise OSError(f"{what} (checkpoint.on_error: stop).") from error
-        _log.warning(f"{what}. Training goes on (checkpoint.on_error: continue).")
+        if not goes_on:
+            raise OSError(f"{self._missed} (checkpoint.on_error: stop).") from error
+        _log.warning(f"{self._missed}. Training goes on (checkpoint.on_error: continue).")
+        return False
 
-    def _open(self) -> ocp.CheckpointManager:
-        if jax.process_index() == 0:
-            _remove_unfinished(self._folder)
-        return ocp.CheckpointManager(self._folder, options=self._options, item_handlers=_handlers())
+    def _open(self) -> None:
+        error: Exception | None = None
+        latest: int | None = None
+        try:
+            if jax.process_index() == 0:
+                first = parts.First(self._folder, self._options, self._words)
+                self._writer, latest = first, first.latest()
+            else:
+                self._writer = parts.Other(self._folder, self._words)
+        except Exception as caught:
+            error = caught
+        why = self._words.error_of_any(error)
+        if why is not None:
+            raise OSError(f"{self._folder} cannot be used for checkpoints: {why}.") from error
+        self._latest = self._words.of_all(latest)[0]
 
-    def _read(self, step: int, abstract: Any) -> Restored:
-        """One checkpoint, by this process alone: no other one waits for it, should this fail."""
+    def _steps(self) -> list[int]:
+        """What the first process sees: a shared file system may be late elsewhere."""
+        steps = self._writer.steps() if isinstance(self._writer, parts.First) else []
+        return self._words.of_all(steps)[0]
+
+    def _read(self, step: int, abstract: Any) -> Restored | str:
+        """One checkpoint; or how it is damaged, in the words of the first process that finds so."""
+        read: tuple[Restored, dict[str, int]] | None = None
+        error: Exception | None = None
+        try:
+            read = self._read_alone(step, abstract)
+        except Exception as caught:  # Whatever a reader makes of a file that is not whole.
+            error = caught
+        words = self._words.of_all([isinstance(error, MismatchError), in_words(error)])
+        for is_other, why in words:
+            if is_other:
+                raise MismatchError(why) from error
+        for _, why in words:
+            if why is not None:
+                return why
+        assert read is not None
+        restored, said = read
+        # A collective: all processes have read.
+        found = checksums.of_arrays(restored.state)
+        changed = [name for name, of in said.items() if found.get(name) != of]
+        if any(self._words.of_all(bool(changed))):
+            names = changed or ["an array"]
+            return f"the bits of {names[0]} are not those that were saved"
+        return restored
+
+    def _read_alone(self, step: int, abstract: Any) -> tuple[Restored, dict[str, int]]:
+        """One checkpoint, and its checksums as saved, while no other process is waited for."""
         place = f"the checkpoint of step {step} in {self._folder}"
-        me = jax.process_index()
         options = ocp.CheckpointManagerOptions(
             create=False,
             read_only=True,
             enable_async_checkpointing=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
-            ),
+            multiprocessing_options=parts.alone(),
         )
-        alone = jax.process_count() == 1
         with ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(read_only=True) if alone else options,
-            item_handlers=_handlers(),
+            self._folder, options=options, item_handlers=parts.handlers()
         ) as reader:
             about = reader.restore(
                 step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
@@ -246,26 +307,28 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
             )
             restored = reader.restore(step, args=items)
-        found = _checksums(restored.state)
-        changed = [name for name, of in about["checksums"].items() if found.get(name) != of]
-        if changed:
-            raise ValueError(f"the bits of {changed[0]} are not those that were saved")
-        return Restored(restored.state, restored.data)
+        return Restored(restored.state, restored.data), about["checksums"]
 
-    def _put_aside(self, damaged: list[int]) -> None:
+    def _put_aside(self, damaged: list[int], whole: int) -> None:
         """Out of the way of the checkpoints that training will make of these steps again."""
         if not damaged:
             return
-        if jax.process_index() == 0:
-            aside = self._folder.with_name("checkpoints-damaged")
-            aside.mkdir(exist_ok=True)
-            for step in damaged:
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                (self._folder / str(step)).rename(aside / str(step))
-            _log.warning(f"what is damaged is in {aside} now.")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints put aside")
-        self._orbax.reload()
+        error: Exception | None = None
+        aside = self._folder.with_name("checkpoints-damaged")
+        try:
+            if isinstance(self._writer, parts.First):
+                aside.mkdir(exist_ok=True)
+                for step in damaged:
+                    shutil.rmtree(aside / str(step), ignore_errors=True)
+                    (self._folder / str(step)).rename(aside / str(step))
+                self._writer.steps()
+                _log.warning(f"what is damaged is in {aside} now.")
+        except Exception as caught:
+            error = caught
+        why = self._words.error_of_any(error)
+        if why is not None:
+            raise OSError(f"what is damaged cannot be put into {aside}: {why}.") from error
+        self._latest = whole
 
     def _require_same_model(self, theirs: dict[str, Any], place: str) -> None:
         differ = [
@@ -280,41 +343,11 @@ class Checkpoints:
             )
 
 
-def _handlers() -> dict[str, Any]:
-    return {
-        "state": ocp.StandardCheckpointHandler(),
-        "data": ocp.JsonCheckpointHandler(),
-        "about": ocp.JsonCheckpointHandler(),
-    }
-
-
-def _remove_unfinished(folder: pathlib.Path) -> None:
-    """What a process that died, or a full disk, left half-written."""
-    for path in folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _of_first(steps: list[int]) -> list[int]:
-    """What the first process sees: a shared file system may be late elsewhere."""
-    if jax.process_count() == 1:
-        return steps
-    padded = np.full(_MOST, -1, np.int32)
-    padded[: len(steps[:_MOST])] = steps[:_MOST]
-    return [int(s) for s in multihost_utils.broadcast_one_to_all(padded) if s >= 0]
-
-
-def _everywhere(well: bool) -> bool:
-    """Whether all is well in every process."""
-    if jax.process_count() == 1:
-        return well
-    return bool(np.all(multihost_utils.process_allgather(np.int32(well))))
-
-
 def _require_same_arrays(theirs_tree: Any, place: str, abstract: Any) -> None:
     """Orbax would find this out too, but half-way, and with pages of output."""
     theirs, ours = (
         {
-            tuple(_name(k) for k in path): (tuple(x.shape), str(x.dtype))
+            tuple(checksums.name(k) for k in path): (tuple(x.shape), str(x.dtype))
             for path, x in jax.tree.leaves_with_path(tree)
         }
         for tree in (theirs_tree, abstract)
@@ -327,66 +360,8 @@ def _require_same_arrays(theirs_tree: Any, place: str, abstract: Any) -> None:
             )
 
 
-def _checksums(state: Any) -> dict[str, int]:
-    """Of each array, the sum of its bits taken as unsigned integers, modulo 2³².
-
-    The order of an integer sum does not matter: it is the same on every mesh.
-    """
-    leaves = jax.tree.leaves_with_path(state)
-    names = [".".join(_name(key) for key in path) for path, _ in leaves]
-    # One program can only have the arrays of the same devices.
-    together: dict[Any, list[int]] = {}
-    for i, (_, x) in enumerate(leaves):
-        on_host = x.sharding.memory_kind == "pinned_host"
-        key = "host" if on_host else frozenset(x.sharding.device_set)
-        together.setdefault(key, []).append(i)
-    sums: dict[str, int] = {}
-    for key, indices in together.items():
-        arrays = [leaves[i][1] for i in indices]
-        found = _sums_on_host(arrays) if key == "host" else jax.device_get(_sums_of_bits(arrays))
-        sums |= {names[i]: int(total) for i, total in zip(indices, found, strict=True)}
-    return sums
-
-
-@jax.jit
-def _sums_of_bits(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [_sum_of_bits(x) for x in arrays]
-
-
-def _sum_of_bits(x: jax.Array) -> jax.Array:
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)
-
-
-def _sums_on_host(arrays: list[jax.Array]) -> list[int]:
-    """The same of arrays in the host's memory, of which the devices may not have room for all."""
-    of_shards = [
-        [
-            np.sum(np.asarray(shard.data).view(f"uint{8 * x.dtype.itemsize}"), dtype=np.uint32)
-            for shard in x.addressable_shards
-            if shard.replica_id == 0
-        ]
-        for x in arrays
-    ]
-    # An array's sum wraps around; that of two scalars would warn of it.
-    sums = np.array([np.sum(np.array(x, np.uint32), dtype=np.uint32) for x in of_shards])
-    if jax.process_count() > 1:
-        of_all = np.asarray(multihost_utils.process_allgather(sums))
-        return of_all.sum(axis=0, dtype=np.uint32).tolist()
-    return sums.tolist()
-
-
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _name(key: Any) -> str:
-    """The plain name of a path's part, whichever kind of container it goes into."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    raise TypeError(f"unknown kind of path {key!r}")
 
 
 def _plain(value: Any) -> Any:
