@@ -20,13 +20,13 @@ import dataclasses
 import itertools
 import logging
 import pathlib
-import re
 import shutil
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from hcp_jax.train import checksums, parts
 from hcp_jax.train.hosts.words import Words, in_words
@@ -34,9 +34,6 @@ from hcp_jax.train.hosts.words import Words, in_words
 StateT = TypeVar("StateT")
 
 _log = logging.getLogger("hcp_jax")
-
-# Orbax warns that what is only to be read is only read.
-logging.getLogger("absl").addFilter(lambda record: not re.search("read.only", str(record.msg)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +109,9 @@ class Checkpoints:
         self._folder = folder.absolute() / "checkpoints"
         self._options = {"max_to_keep": config.keep, "keep_period": config.keep_every}
         self._words = Words("checkpoints")
-        self._names = (f"save-{number}" for number in itertools.count())
+        self._saves = itertools.count()
         self._saving: tuple[int, str] | None = None
-        self._missed: str | None = None
+        self._missed: OSError | None = None
         self._writer: parts.Writer
         self._latest: int | None
         self._open()
@@ -140,9 +137,11 @@ class Checkpoints:
         sums = checksums.of_arrays(state)
         about = {"model": self._model, "config": self._run, "checksums": sums}
         beside = {"data": _plain(data), "about": about}
-        self._saving = step, next(self._names)
+        number = next(self._saves)
+        self._words.forget(f"save-{number - 1}")
+        self._saving = step, f"save-{number}"
         self._latest = step
-        self._write(lambda name: self._writer.begin(name, step, state, beside), self._goes_on)
+        self._tell(self._write(lambda name: self._writer.begin(name, step, state, beside)))
 
     def restore(self, like: StateT) -> Restored[StateT]:
         """The newest checkpoint that is whole; those after it are put aside.
@@ -182,7 +181,7 @@ class Checkpoints:
         Raises:
             OSError: as `save`.
         """
-        self._finish(self._goes_on)
+        self._tell(self._finish())
 
     def finish(self) -> None:
         """Waits for the last checkpoint of a run, for which no later one can make up.
@@ -190,9 +189,10 @@ class Checkpoints:
         Raises:
             OSError: if it could not be written, even if training was to go on then.
         """
-        self._finish(False)
-        if self._missed is not None:
-            raise OSError(f"{self._missed}; and it was the last one of this run.")
+        missed = self._finish() or self._missed
+        self._missed = None
+        if missed is not None:
+            raise OSError(f"{missed}; and it was the last one of this run.") from missed
 
     def close(self) -> None:
         """As `finish`, and ends what runs in the background.
@@ -205,16 +205,24 @@ class Checkpoints:
         finally:
             self._writer.close()
 
-    def _finish(self, goes_on: bool) -> None:
+    def _finish(self) -> OSError | None:
         if self._saving is None:
-            return
-        if self._write(lambda _: self._writer.finish(), goes_on):
-            assert self._saving is not None
-            self._words.forget(self._saving[1])
+            return None
+        missed = self._write(lambda _: self._writer.finish())
+        if missed is None:
             self._saving = self._missed = None
+        return missed
 
-    def _write(self, write: Callable[[str], None], goes_on: bool) -> bool:
-        """Writes, and says whether all processes could; what has been written if not is removed."""
+    def _tell(self, missed: OSError | None) -> None:
+        if missed is None:
+            return
+        if not self._goes_on:
+            raise OSError(f"{missed} (checkpoint.on_error: stop).") from missed
+        self._missed = missed
+        _log.warning(f"{missed}. Training goes on (checkpoint.on_error: continue).")
+
+    def _write(self, write: Callable[[str], None]) -> OSError | None:
+        """Writes; if one process cannot, what has been written is removed, and all know why."""
         assert self._saving is not None
         step, name = self._saving
         error: Exception | None = None
@@ -224,21 +232,26 @@ class Checkpoints:
             error = caught
         why = self._words.error_of_any(error)
         if why is None:
-            return True
+            return None
         with contextlib.suppress(Exception):
             self._writer.close()
         # Only when nobody writes any more may what has been written be removed.
         self._words.of_all(None)
         self._saving = None
         self._open()
-        self._missed = (
-            f"the checkpoint of step {step} could not be written to {self._folder}: {why}; "
-            f"the last whole one is of step {self._latest}"
+        if self._latest == step:
+            _log.warning(f"the checkpoint of step {step} is whole, but older ones remain: {why}.")
+            return None
+        before = (
+            "there is no whole one"
+            if self._latest is None
+            else f"the last whole one is of step {self._latest}"
         )
-        if not goes_on:
-            raise OSError(f"{self._missed} (checkpoint.on_error: stop).") from error
-        _log.warning(f"{self._missed}. Training goes on (checkpoint.on_error: continue).")
-        return False
+        missed = OSError(
+            f"the checkpoint of step {step} could not be written to {self._folder}: {why}; {before}"
+        )
+        missed.__cause__ = error
+        return missed
 
     def _open(self) -> None:
         error: Exception | None = None
@@ -289,25 +302,13 @@ class Checkpoints:
     def _read_alone(self, step: int, abstract: Any) -> tuple[Restored, dict[str, int]]:
         """One checkpoint, and its checksums as saved, while no other process is waited for."""
         place = f"the checkpoint of step {step} in {self._folder}"
-        options = ocp.CheckpointManagerOptions(
-            create=False,
-            read_only=True,
-            enable_async_checkpointing=False,
-            multiprocessing_options=parts.alone(),
-        )
-        with ocp.CheckpointManager(
-            self._folder, options=options, item_handlers=parts.handlers()
-        ) as reader:
-            about = reader.restore(
-                step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
-            ).about
-            self._require_same_model(about["model"], place)
-            _require_same_arrays(reader.item_metadata(step).state.tree, place, abstract)
-            items = ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-            )
-            restored = reader.restore(step, args=items)
-        return Restored(restored.state, restored.data), about["checksums"]
+        items = parts.handlers()
+        folders = {name: epath.Path(self._folder / str(step) / name) for name in items}
+        about = items["about"].restore(folders["about"])
+        self._require_same_model(about["model"], place)
+        _require_same_arrays(items["state"].metadata(folders["state"]).tree, place, abstract)
+        state = items["state"].restore(folders["state"], args=ocp.args.StandardRestore(abstract))
+        return Restored(state, items["data"].restore(folders["data"])), about["checksums"]
 
     def _put_aside(self, damaged: list[int], whole: int) -> None:
         """Out of the way of the checkpoints that training will make of these steps again."""

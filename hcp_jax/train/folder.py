@@ -6,6 +6,7 @@ It stands alone so that the loop says when something is kept, and this says what
 import contextlib
 import dataclasses
 import itertools
+import logging
 import pathlib
 
 import jax
@@ -19,6 +20,8 @@ from hcp_jax.train.evaluation import Evaluation
 from hcp_jax.train.program import Program
 from hcp_jax.train.record import figures, metrics
 from hcp_jax.train.step import TrainState
+
+_log = logging.getLogger("hcp_jax")
 
 
 class RunFolder:
@@ -45,9 +48,14 @@ class RunFolder:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        # The other processes know nothing yet of an error here, and would not come to a save's end.
-        if error is None or jax.process_count() == 1:
+        if error is None:
             self._checkpoints.close()
+        elif jax.process_count() == 1:
+            # Of several, the others know nothing yet of an error here, and would not come.
+            try:
+                self._checkpoints.close()
+            except OSError as also:
+                _log.warning(str(also))
         if self._recorder is not None:
             self._recorder.close()
             figures.draw_run(self.path, self._title)
@@ -70,6 +78,10 @@ class RunFolder:
         """Begins to write a checkpoint."""
         self._checkpoints.save(done, state, program.data_state())
 
+    def finish_saving(self) -> None:
+        """Waits for the last checkpoint; raises what became of it."""
+        self._checkpoints.finish()
+
 
 def open_checkpoints(config: TrainConfig, folder: pathlib.Path) -> Checkpoints:
     """The checkpoints of a run of this config."""
@@ -83,9 +95,7 @@ def has_checkpoint(config: TrainConfig, folder: pathlib.Path) -> bool:
     checkpoints = open_checkpoints(config, folder)
     latest = checkpoints.latest()
     checkpoints.close()
-    if jax.process_count() == 1:
-        return latest is not None
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(latest is not None)))
+    return latest is not None
 
 
 def make_new(config: TrainConfig) -> pathlib.Path:

@@ -79,7 +79,8 @@ class First:
             options=ocp.CheckpointManagerOptions(
                 **options,
                 create=False,
-                multiprocessing_options=alone(),
+                # It does all that it does by itself, and asks no other process to come.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
                 async_options=ocp.AsyncOptions(
                     timeout_secs=WRITE_SECONDS,
                     # The others are told of a directory that is there.
@@ -205,14 +206,6 @@ def handlers(state: ocp.StandardCheckpointHandler | None = None) -> dict[str, An
         "data": ocp.JsonCheckpointHandler(),
         "about": ocp.JsonCheckpointHandler(),
     }
-
-
-def alone() -> ocp.options.MultiprocessingOptions:
-    """For what Orbax does in this process while it waits for no other one."""
-    me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
-    )
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:

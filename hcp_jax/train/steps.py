@@ -109,6 +109,8 @@ class Steps:
                     self._evaluate(done, state)
                 if ends:
                     break
+            # Only a run that is saved is told to have ended, and how to go on.
+            self._run.finish_saving()
         self._conclude(start, done, progress.seconds)
         return Outcome(self._run.path, done, None if done == config.steps else stopped)
 

@@ -98,7 +98,10 @@ def in_words(error: Exception | None) -> str | None:
     """An error in a line; with the process and host that it is of, where there are several."""
     if error is None:
         return None
-    said = (" ".join(str(error).split()) or type(error).__name__)[:600]
+    first: BaseException = error
+    while first.__cause__ is not None:  # What a library wraps around it is pages long.
+        first = first.__cause__
+    said = (" ".join(str(first).split()) or type(first).__name__)[:600]
     if jax.process_count() == 1 or isinstance(error, ElsewhereError):
         return said
     return f"process {jax.process_index()} on {socket.gethostname()}: {said}"
