@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
+from hcp_jax.train import parts
 from hcp_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from hcp_jax.train.hosts.words import Words
 from hcp_jax.train.launch import _free_port
@@ -228,6 +229,32 @@ def save_that_does_not_begin(case, process, owner, name):
     return found | {"end": case.steps()}
 
 
+class Endless:
+    """A write to a disk that does not answer."""
+
+    def result(self, timeout):
+        time.sleep(timeout)
+        raise TimeoutError("no answer")
+
+
+def write_that_does_not_end(case, process):
+    async def writes(*_, **__):
+        return [Endless()]
+
+    with replaced(True, parts, "WRITE_SECONDS", 1):
+        checkpoints = case.checkpoints(on_error="continue")
+
+        def save_six():
+            case.save(checkpoints, 6)
+            checkpoints.wait()
+
+        with replaced(case.process == process, ocp.StandardCheckpointHandler, "async_save", writes):
+            found = error_of(save_six)
+    case.save(checkpoints, 9)
+    checkpoints.close()
+    return found | {"told": case.told, "end": case.steps()}
+
+
 CASES = {
     "damaged": damaged_where_only_process_1_reads,
     "about": about_that_process_1_cannot_read,
@@ -243,6 +270,10 @@ CASES = {
         for on_error in ("continue", "stop")
     },
     **{f"last in {process}": lambda case, p=process: last_one(case, p) for process in (0, 1)},
+    **{
+        f"endless in {process}": lambda case, p=process: write_that_does_not_end(case, p)
+        for process in (0, 1)
+    },
     # Before process 0 has said where to write, and when it has; in process 1 as it copies.
     "not begun in 0": lambda case: save_that_does_not_begin(case, 0, ocp.CheckpointManager, "save"),
     "not written in 0": lambda case: save_that_does_not_begin(
@@ -422,6 +453,16 @@ def test_a_save_that_one_process_cannot_begin_is_told_at_once_and_the_next_one_i
         assert found["after"] < SOON
         assert found["steps"] == ["3"]
         assert found["end"] == ["3", "9"]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_write_that_does_not_end_counts_as_failed_after_a_bounded_time(both, process):
+    for found in both(f"endless in {process}"):
+        assert found["kind"] is None
+        [told] = found["told"]
+        assert f"process {process} " in told
+        assert 1 <= found["after"] < SOON
+        assert found["end"] == ["9"]
 
 
 # The whole command, of which process 1 may write no file of more than two kilobytes.
