@@ -45,7 +45,8 @@ class CheckpointConfig:
         keep: how many of the newest are kept.
         keep_every: those of steps that are a multiple of this are kept for good, too.
         on_error: what to do if one cannot be written (the disk is full): "stop", or "continue" and
-            try again when the next one is due. Those that are there stay.
+            try again when the next one is due. Those that are there stay. A run whose last one
+            cannot be written ends with that error either way.
     """
 
     every: int | None = None
