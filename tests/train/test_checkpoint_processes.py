@@ -22,12 +22,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import yaml
 
 from hcp_jax.train import parts
 from hcp_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from hcp_jax.train.hosts.words import Words
 from hcp_jax.train.launch import _free_port
+from tests.train.tiny import write_config
 
 pytestmark = pytest.mark.slow
 
@@ -472,34 +472,16 @@ if "--process-id=1" in sys.orig_argv:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
 """
-RUN = {
-    "name": "tiny",
-    "steps": 4,
-    "batch_size": 2,
-    "seq_len": 32,
-    "model": {
-        "vocab_size": 264,
-        "num_layers": 1,
-        "hidden_size": 32,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "compute_dtype": "float32",
-        "remat": "none",
-    },
-    "parallel": {"dp": 2, "fsdp": True},
-    "optimizer": {"warmup_steps": 1},
-    "checkpoint": {"every": 2, "on_error": "continue"},
-    "log": {"every": 1, "tensorboard": False},
-}
 
 
 def test_a_run_whose_other_host_cannot_write_goes_on_but_does_not_end_as_if_it_were_saved(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(LIMITED)
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(f'{{"text": "abc abc {i}"}}' for i in range(300)))
-    config = tmp_path / "tiny.yaml"
-    config.write_text(yaml.safe_dump(RUN | {"data": {"path": str(text)}}))
+    config = write_config(
+        tmp_path,
+        steps=4,
+        parallel={"dp": 2, "fsdp": True},
+        checkpoint={"every": 2, "on_error": "continue"},
+    )
     kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     command = [sys.executable, "-m", "hcp_jax.cli", "launch", str(config)]
@@ -508,7 +490,7 @@ def test_a_run_whose_other_host_cannot_write_goes_on_but_does_not_end_as_if_it_w
         env=kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=90,
         check=False,
     )
     assert done.returncode == 70, done.stderr
