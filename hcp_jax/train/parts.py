@@ -20,6 +20,7 @@ Whatever fails where, nobody waits for longer than the others take to write.
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import pathlib
 import shutil
 import time
@@ -31,6 +32,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from hcp_jax.train.hosts.words import ElsewhereError, Words, in_words
+
+# Orbax logs a failed write with its tracebacks, in pages; who waits for it says in a line why.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 WRITE_SECONDS = 1200
 """A write that has neither ended nor failed after this long counts as failed."""
