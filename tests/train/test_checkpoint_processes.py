@@ -31,11 +31,12 @@ from tests.train.tiny import write_config
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 50
-"""After which the two processes hang: alone, they take five."""
+SECONDS = 150
+"""After which the two processes hang: alone on two cores, they take five."""
 
-SOON = 10
-"""Seconds within which a fault in one process must be known to both."""
+SOON = 30
+"""Seconds within which a fault in one process must be known to both, on a machine with other work;
+Orbax would wait for 300 at least."""
 
 ROOT = pathlib.Path(__file__).parents[2]
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -250,6 +251,9 @@ def write_that_does_not_end(case, process):
 
         with replaced(case.process == process, ocp.StandardCheckpointHandler, "async_save", writes):
             found = error_of(save_six)
+    with contextlib.suppress(OSError):  # that its last one was not written
+        checkpoints.close()
+    checkpoints = case.checkpoints()  # with time to write
     case.save(checkpoints, 9)
     checkpoints.close()
     return found | {"told": case.told, "end": case.steps()}
@@ -490,7 +494,7 @@ def test_a_run_whose_other_host_cannot_write_goes_on_but_does_not_end_as_if_it_w
         env=kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 70, done.stderr
