@@ -31,7 +31,7 @@ from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import choose_menu, schedule_batches
 from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.dynamic.scheduler import MAX_MENU
-from hcp_jax.train.data.streams import Segments, shuffled
+from hcp_jax.train.data.streams import Segments, require_same_data, shuffled
 
 _SAMPLES = 8  # windows that the menu is chosen for
 
@@ -160,14 +160,7 @@ class _Iterator(grain.DatasetIterator[PlannedStep]):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for name, ours in _identity(self._steps).items():
-            if state.get(name) != ours:
-                raise ValueError(
-                    f"the checkpoint's data are not this run's: {name} was "
-                    f"{state.get(name, 'not told')} and is {ours}. A run with parallel.dynamic "
-                    "goes on with its own data, seq_len and seed, which make its order of "
-                    "documents."
-                )
+        require_same_data(state, _identity(self._steps))
         self._place = state["place"]
         window = [
             tuple(

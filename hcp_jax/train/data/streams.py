@@ -12,6 +12,7 @@ few arrays of numbers, and its place in a checkpoint is two numbers and what was
 """
 
 import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import grain
@@ -205,15 +206,28 @@ class _Iterator(grain.DatasetIterator[Stream]):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for name, ours in _identity(self._streams).items():
-            if state.get(name) != ours:
-                raise ValueError(
-                    f"the checkpoint's data are not this run's: {name} was "
-                    f"{state.get(name, 'not told')} and is {ours}. A run goes on with its own "
-                    "data, seq_len and seed, which make its order of documents."
-                )
+        require_same_data(state, _identity(self._streams))
         self._begin(state["epoch"], np.array(state["left_over"], np.int64).reshape(-1, 2))
         self._next = state["next"]
+
+
+def require_same_data(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuses a place in an order of documents that is not this run's.
+
+    Args:
+        state: from a checkpoint; has what its order depended on, and more.
+        own: what this run's order depends on, by the same names.
+
+    Raises:
+        ValueError: if something differs, or was not kept; says what.
+    """
+    for name, ours in own.items():
+        if state.get(name) != ours:
+            raise ValueError(
+                f"the checkpoint's data are not this run's: {name} was "
+                f"{state.get(name, 'not told')} and is {ours}. A run goes on with its own data, "
+                "seq_len, seed and parallel.dynamic.enabled, which make its order of documents."
+            )
 
 
 def _identity(streams: Streams) -> dict[str, Any]:
