@@ -100,7 +100,10 @@ def train(
             Profiler(profile, start, config.steps, path) as profiler,
         ):
             meter = Meter(config.model, cp.mesh)
-            return Steps(config, program, evaluator, run, console, profiler, meter).make(state)
+            outcome = Steps(config, program, evaluator, run, console, profiler, meter).make(state)
+        kept = ", ".join(sorted(entry.name for entry in path.iterdir()))
+        console.print(f"{path}: {kept}", markup=False, soft_wrap=True)
+        return outcome
 
 
 def _restore(

@@ -140,10 +140,7 @@ class Steps:
         )
         for line in self._program.summary():
             self._print(line)
-        self._print(
-            f"{done - start} steps in {seconds:.0f} s: {learnt}\n"
-            f"{path}: metrics.jsonl, loss.png, tensorboard, config.yaml, checkpoints"
-        )
+        self._print(f"{done - start} steps in {seconds:.0f} s: {learnt}")
         if done < self._config.steps:
             self._print(
                 f"Stopped after step {done} of {self._config.steps}. Go on with:\n"

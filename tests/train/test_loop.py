@@ -100,13 +100,15 @@ def whole(config):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_all_it_promises(config, whole):
-    outcome, _ = whole
+def test_a_run_leaves_all_it_promises_and_says_so(config, whole):
+    outcome, printed = whole
     assert outcome == Outcome(pathlib.Path(config.run_dir, "tiny-001"), STEPS)
     assert configuration.load(outcome.folder / "config.yaml") == config
     assert imread(outcome.folder / "loss.png").shape[0] > 400
     assert list((outcome.folder / "tensorboard").glob("events.*"))
     assert [p.name for p in (outcome.folder / "checkpoints").iterdir()] == [str(STEPS)]
+    [told] = (line for line in printed.splitlines() if line.startswith(f"{outcome.folder}: "))
+    assert set(told.split(": ")[1].split(", ")) == {p.name for p in outcome.folder.iterdir()}
 
 
 @pytest.mark.slow
