@@ -102,7 +102,7 @@ def train(
             meter = Meter(config.model, cp.mesh)
             outcome = Steps(config, program, evaluator, run, console, profiler, meter).make(state)
         kept = ", ".join(sorted(entry.name for entry in path.iterdir()))
-        console.print(f"{path}: {kept}", markup=False, soft_wrap=True)
+        _print(console, f"{path}: {kept}")
         return outcome
 
 
