@@ -16,6 +16,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from hcp_jax import reading
 from hcp_jax.dynamic.cost import MODELS, Cost, TimedMicrobatch, model_cost
 
 
@@ -60,7 +61,7 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
         if not line.strip():
             continue
         try:
-            row = TimedMicrobatch(**json.loads(line))
+            row = TimedMicrobatch(**reading.parse_json(line, "it"))
             rows.append(
                 TimedMicrobatch(
                     tuple(map(int, row.layout)),
@@ -85,6 +86,6 @@ def read_cost(path: Path) -> Cost:
         ValueError: if the file holds something else.
     """
     try:
-        return Cost(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
+        return Cost(**reading.read_json(path))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no cost of `hcp dynamic calibrate`: {error}") from None

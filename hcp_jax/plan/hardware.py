@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from hcp_jax import reading
 from hcp_jax.datasheet import PEAK_FLOPS
 
 NO_LINK, INSIDE, BETWEEN = "no link", "inside a host", "between hosts"
@@ -370,11 +371,9 @@ _LINK_FIELDS = ("nvlink", "network")
 
 
 def _described(path: pathlib.Path) -> GPU:
-    import yaml
-
     try:
-        told: Any = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        told: Any = reading.read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the GPU's description {path}: {error}") from None
     if not isinstance(told, dict) or told.get("like", "h100") not in GPUS:
         raise ValueError(f"{path} must give the fields of a GPU; `like` is one of {list(GPUS)}.")
