@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hcp_jax import terminal
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.grouped import exchange_size
 from hcp_jax.context import ContextParallel
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         draw(found.schedule, pathlib.Path(args.picture), title(found, args.attention))
     text = json.dumps({"flags": flags} | found.to_json(), indent=2)
     if args.json == "-":
-        print(text)
+        terminal.say(text)
         return 0
     if args.json:
         pathlib.Path(args.json).write_text(text + "\n")
@@ -273,11 +274,10 @@ def title(found: Audit, attention: bool) -> str:
 
 def tell(found: Audit, flags: dict, attention: bool) -> None:
     """Print what was found: memory, collectives, time, advice."""
-    import rich.console
     import rich.table
 
     width = None if sys.stdout.isatty() else 120
-    console = rich.console.Console(file=sys.stdout, highlight=False, width=width, soft_wrap=True)
+    console = terminal.console(file=sys.stdout, width=width, soft_wrap=True)
     console.print(f"{title(found, attention)}; compiled in {found.compile_s:.0f} s")
     for name, value in flags.items():
         console.print(f"  --{name}={str(value).lower()}")

@@ -16,6 +16,8 @@ import subprocess
 import time
 from typing import Any, NamedTuple
 
+from hcp_jax import terminal
+
 CONTESTANTS = ("mosaic", "triton", "blockwise", "cudnn", "xla")
 MASKS = ("causal", "full", "packed")
 _LONGEST_ON_CPU = 2048
@@ -77,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     settings = [_setting(args, mask) for mask in args.masks]
     time_rows = _sweep if args.sweep else _compare
     rows = time_rows(args, settings)
-    print(f"{device.device_kind}, jax {jax.__version__}, {args.dtype}, head size {args.head_size}")
+    terminal.say(
+        f"{device.device_kind}, jax {jax.__version__}, {args.dtype}, head size {args.head_size}"
+    )
     _print(rows)
     args.output.mkdir(parents=True, exist_ok=True)
     kind = device.device_kind.replace(" ", "-").lower()
@@ -92,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     }
     path.write_text(json.dumps(facts | {"rows": [row._asdict() for row in rows]}, indent=1) + "\n")
     _plot(rows, path.with_suffix(".png"), device.device_kind)
-    print(f"written: {path} and {path.with_suffix('.png')}")
+    terminal.say(f"written: {path} and {path.with_suffix('.png')}")
     return 0
 
 
@@ -218,7 +222,6 @@ def _seconds(function: Any, args: argparse.Namespace, setting: Setting, gradient
 
 
 def _print(rows: list[Row]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("", "mask", "tokens", "forward ms", "backward ms", "forward", "backward")
@@ -229,10 +232,10 @@ def _print(rows: list[Row]) -> None:
             *(_figure(x, 1e3) for x in (row.forward_seconds, row.backward_seconds)),
             *(_figure(x, 1) for x in (row.forward_tflops, row.backward_tflops)),
         )
-    Console().print(table)
+    terminal.console().print(table)
     for row in rows:
         if row.note:
-            print(f"{row.contestant}, {row.mask}: {row.note}")
+            terminal.say(f"{row.contestant}, {row.mask}: {row.note}")
 
 
 def _figure(x: float | None, factor: float) -> str:

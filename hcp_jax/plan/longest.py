@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
+from hcp_jax import terminal
 from hcp_jax.plan import audit, hardware
 from hcp_jax.plan.hardware import Cluster
 from hcp_jax.plan.program import Memory
@@ -90,7 +91,7 @@ def of_config(config: TrainConfig, cluster: Cluster, first: tuple[int, int]) -> 
     def memory_of(tokens: int) -> Memory:
         of_length = dataclasses.replace(config, seq_len=tokens * cp.size)
         memory = audit.audit_step(cp, cluster, of_length, flags).memory
-        print(_told(tokens * cp.size, tokens, memory), file=sys.stderr, flush=True)
+        terminal.say_error(_told(tokens * cp.size, tokens, memory))
         return memory
 
     return longest(memory_of, first)
@@ -110,10 +111,10 @@ def main() -> int:
     try:
         found = of_config(config, cluster, tuple(args.first))
     except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        terminal.say_error(f"error: {error}")
         return 2
     cp_size = config.parallel.resolve().cp_outer * config.parallel.resolve().cp_inner
-    print(_told(found.tokens_per_device * cp_size, found.tokens_per_device, found.memory))
+    terminal.say(_told(found.tokens_per_device * cp_size, found.tokens_per_device, found.memory))
     return 0
 
 

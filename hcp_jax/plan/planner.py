@@ -14,6 +14,7 @@ import pathlib
 import sys
 from typing import Any
 
+from hcp_jax import terminal
 from hcp_jax.plan import hardware
 from hcp_jax.plan.search import MODELS, Candidate, Plan, model_fields, plan
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         pathlib.Path(args.write).write_text(text)
     text = json.dumps(found.to_json(), indent=2)
     if args.json == "-":
-        print(text)
+        terminal.say(text)
         return 0
     if args.json:
         pathlib.Path(args.json).write_text(text + "\n")
@@ -66,11 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
 def tell(found: Plan, top: int) -> None:
     """Print the best splits and why the first is the first."""
-    import rich.console
     import rich.table
 
     width = None if sys.stdout.isatty() else 120
-    console = rich.console.Console(file=sys.stdout, highlight=False, width=width, soft_wrap=True)
+    console = terminal.console(file=sys.stdout, width=width, soft_wrap=True)
     fitting = sum(candidate.fits for candidate in found.candidates)
     console.print(
         f"{found.seq_len:,} tokens on {found.cluster}: {len(found.candidates)} splits, "

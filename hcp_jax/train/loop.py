@@ -13,6 +13,7 @@ import time
 import jax
 import rich.console
 
+from hcp_jax import terminal
 from hcp_jax.context import ContextParallel
 from hcp_jax.train import data, evaluation, folder
 from hcp_jax.train.config import TrainConfig
@@ -55,7 +56,7 @@ def train(
         ValueError: for anything about config, data, mesh or checkpoint that cannot be.
         FloatingPointError: if too many steps in a row had a loss or gradient that is not finite.
     """
-    console = console or rich.console.Console(highlight=False)
+    console = console or terminal.console()
     console.quiet = console.quiet or jax.process_index() != 0
     vocab_size = config.model.vocab_size
     corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from hcp_jax import reading
+from hcp_jax import reading, terminal
 from hcp_jax.train.record import metrics
 
 _INK, _PALE = "#11568c", "#9ec5e8"
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.suffix.lstrip(".") not in Figure().canvas.get_supported_filetypes():
         raise ValueError(f"--out {args.out}: give a name that ends in .png, .pdf or .svg.")
     draw_runs(runs, args.against).savefig(args.out)
-    print(args.out)
+    terminal.say(args.out)
     return 0
 
 
