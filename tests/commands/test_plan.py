@@ -1,0 +1,63 @@
+"""`hcp plan`, from the command line to a config."""
+
+import argparse
+import json
+
+import pytest
+
+from hcp_jax.train import config as configuration
+from tests.compiled import needs_cuda_compiler
+
+
+def planned(capsys, *arguments):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    assert plan.run(parser.parse_args(list(arguments))) == 0
+    return capsys.readouterr().out
+
+
+WHERE = ["--gpu", "h100", "--hosts", "4", "--seq-len", "131072"]
+
+
+def test_the_best_is_told_first_with_its_reasons(capsys):
+    text = planned(capsys, "--model", "llama3-8b", *WHERE, "--top", "3")
+    assert "131,072 tokens on 4 x 8 H100" in text
+    assert "Each stream of 131,072 tokens is cut over" in text
+
+
+def test_json_has_every_candidate(capsys):
+    told = json.loads(planned(capsys, "--model", "qwen3-8b", *WHERE, "--json", "-"))
+    best = told["candidates"][0]
+    assert {"dp", "tp", "cp_outer", "cp_inner", "comm_type", "remat", "mfu", "fits"} <= set(best)
+    assert len(told["candidates"]) > 100
+    assert told["why"]
+
+
+def test_what_is_written_is_a_config_that_loads(capsys, tmp_path):
+    file = tmp_path / "best.yaml"
+    planned(capsys, "--model", "llama3-8b", *WHERE, "--batch", "4", "--write", str(file))
+    config = configuration.load(file)
+    assert config.parallel.num_devices == 32
+    assert (config.seq_len, config.batch_size) == (131072, 4)
+    assert config.model.rope_theta == 500_000.0
+
+
+def test_a_config_can_be_planned_for(capsys, tmp_path):
+    file = tmp_path / "model.yaml"
+    file.write_text(
+        "model: {vocab_size: 32000, num_layers: 8, hidden_size: 1024, intermediate_size: 2816, "
+        "num_heads: 8, num_kv_heads: 8}\n"
+    )
+    assert "65,536 tokens" in planned(
+        capsys, "--model", str(file), "--gpu", "a100", "--hosts", "1", "--seq-len", "65536"
+    )
+
+
+@needs_cuda_compiler
+@pytest.mark.slow
+def test_verified_candidates_have_compiled_memory(capsys):
+    model = ["--model", "qwen3-0.6b", "--gpu", "h100", "--hosts", "1", "--seq-len", "16384"]
+    told = json.loads(planned(capsys, *model, "--verify", "1", "--json", "-"))
+    sources = [c["memory_source"] for c in told["candidates"]]
+    assert sources.count("compiled") == 1
+    assert sources[0] == "compiled"
