@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from hcp_jax.commands import plan
 from hcp_jax.train import config as configuration
 from tests.compiled import needs_cuda_compiler
 
