@@ -39,8 +39,9 @@ COMMANDS = {
     "plot": Command("hcp_jax.train.record.figures", "draw the curves of runs side by side"),
     "verify": Command("hcp_jax.verify.command", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.commands.bench", "time attention strategies on the devices at hand"),
-    "audit": Command("hcp_jax.planner.audit", "show what a compiled step moves, hides and holds"),
+    "audit": Command("hcp_jax.commands.audit", "show what a compiled step moves, hides and holds"),
     "plan": Command("hcp_jax.commands.plan", "rank the meshes and comm types for a cluster"),
+    "longest": Command("hcp_jax.commands.longest", "find the longest sequence that fits"),
     "dynamic": Command("hcp_jax.dynamic.command", "schedule documents of uneven lengths"),
     "generate": Command("hcp_jax.models.generate", "continue a text with a trained model"),
 }

@@ -27,7 +27,7 @@ FLOORS = [
     ["dynamic"],
     ["cost"],
     ["hardware"],
-    ["layout", "mask", "compat", "datasheet", "host_memory"],
+    ["layout", "mask", "compat", "host_memory"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from hcp_jax import hardware
+from hcp_jax.commands.arguments import add_cluster_arguments
 from hcp_jax.planner.search import MODELS, Candidate, Plan, model_fields, plan
 
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, help="streams per step; one per dp replica if not given"
     )
-    hardware.add_arguments(parser)
+    add_cluster_arguments(parser)
     parser.add_argument("--implementation", default="triton", help="of the attention core (triton)")
     parser.add_argument("--top", type=int, default=10, help="how many splits to show (10)")
     parser.add_argument(

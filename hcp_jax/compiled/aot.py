@@ -18,7 +18,7 @@ import jax
 from jax.experimental import topologies
 
 from hcp_jax import host_memory
-from hcp_jax.hardware import Cluster, target_config
+from hcp_jax.hardware import GPU, Cluster
 
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -88,6 +88,34 @@ def compile_for(
     lowered = jitted.trace(*shapes).lower(lowering_platforms=lowering)
     with host_memory.compiling():
         return lowered.compile(compiler_options=dict(flags or {}))
+
+
+def target_config(gpu: GPU) -> str:
+    """Return the text proto by which XLA compiles for a GPU on a machine that has none."""
+    major, minor = gpu.compute_capability
+    extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: {gpu.shared_bytes_per_core}
+  shared_memory_per_block_optin: {gpu.shared_bytes_per_block}
+  core_count: {gpu.core_count}  fpus_per_core: {gpu.fpus_per_core}
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  memory_bandwidth: {int(gpu.memory_bandwidth)}  l2_cache_size: {gpu.l2_bytes}
+  clock_rate_ghz: {gpu.clock_ghz}  device_memory_size: {gpu.memory_bytes}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  device_vendor: "NVIDIA Corporation"  device_address_bits: 64  ecc_enabled: true
+  platform_version: "Compute Capability {major}.{minor}{"a" if major >= 9 else ""}"
+  pcie_bandwidth: 34359738368  name: "{gpu.device_kind}"
+  driver_version: "13.0.0"  runtime_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{gpu.device_kind}"
+"""
 
 
 def _installed(module: str) -> bool:

@@ -278,7 +278,7 @@ def _seconds(
         return _attention_seconds(computation, instruction, costs)
     moved = _bytes(module, computation, instruction) / costs.gpu.memory_bandwidth
     products = _product_flops(module, computation, instruction)
-    return max(moved, products / costs.gpu.matmul.value)
+    return max(moved, products / costs.gpu.product_rate.value)
 
 
 def _attention_seconds(

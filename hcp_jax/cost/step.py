@@ -186,7 +186,7 @@ def estimate(
     bandwidth = cluster.gpu.memory_bandwidth
     shards = split.dp * split.cp if split.fsdp else 1
     compute = {
-        "matmul": products / cluster.gpu.matmul.value,
+        "matmul": products / cluster.gpu.product_rate.value,
         "attention": model.num_layers * attention.compute_s,
         "memory-bound": model.num_layers * _elementwise_bytes(model, split, t) / bandwidth,
         "optimizer": 28 * model.params / split.tp / shards / bandwidth,

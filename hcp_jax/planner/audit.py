@@ -1,17 +1,10 @@
-"""`hcp audit`: compile a run for a cluster that is not here, and tell what it will do there.
-
-    hcp audit configs/llama3-8b-1m.yaml --gpu h200 --hosts 8 --gpus-per-host 8
-    hcp audit configs/llama3-8b-1m.yaml --gpu h200 --hosts 8 --gpus-per-host 8 --attention --json -
+"""Compile a run for a cluster that is not here, and read what it will do there.
 
 The compiled program is the one that the cluster would run; `compiled.report` reads it. Memory,
 bytes and the order of things are facts; seconds are modelled.
 """
 
-import argparse
 import dataclasses
-import json
-import pathlib
-import sys
 import time
 from typing import Any
 
@@ -19,12 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hcp_jax import hardware
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.grouped import exchange_size
 from hcp_jax.compiled.aot import compile_for, devices
 from hcp_jax.compiled.report import Audit, busiest_density, read
-from hcp_jax.compiled.timeline import draw
 from hcp_jax.context import ContextParallel
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.hardware import Cluster
@@ -33,67 +24,8 @@ from hcp_jax.mask import intervals
 from hcp_jax.mesh import xla_flags
 from hcp_jax.microbatch import abstract_microbatch
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.train import config as configuration
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.step import abstract_state, make_optimizer, make_train_step
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp audit`."""
-    configuration.add_arguments(parser)
-    hardware.add_arguments(parser)
-    parser.add_argument(
-        "--attention",
-        action="store_true",
-        help="one layer's attention, forward and backward, instead of the whole training step",
-    )
-    parser.add_argument(
-        "--groups",
-        type=int,
-        nargs="+",
-        metavar="SIZE",
-        help="the program of one group layout, each device with its share of seq_len as places",
-    )
-    parser.add_argument(
-        "--xla-flag",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an XLA flag to set besides (or in place of) the library's own; may be repeated",
-    )
-    parser.add_argument("--no-flags", action="store_true", help="leave the library's flags out")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there; - for the screen")
-    parser.add_argument("--picture", metavar="FILE", help="draw the schedule there (.png or .svg)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs `hcp audit`; returns the exit code."""
-    config = configuration.from_arguments(args)
-    if config.parallel.dynamic.enabled and not args.groups:
-        raise NotImplementedError(
-            "hcp audit compiles one program, and parallel.dynamic has one for each layout: name "
-            "one with --groups, or give --parallel.dynamic.enabled false."
-        )
-    cluster = Cluster(hardware.gpu(args.gpu), args.hosts, args.gpus_per_host)
-    flags = chosen_flags(cluster, args.xla_flag, library=not args.no_flags)
-    cp = place(config, cluster)
-    if args.groups:
-        cp = dataclasses.replace(cp, groups=tuple(args.groups))
-    if args.attention:
-        rows = max(cp.axis_size(cp.dp), config.batch_size // config.accumulation)
-        found = audit_attention(cp, cluster, config.model, config.seq_len, rows, flags)
-    else:
-        found = audit_step(cp, cluster, config, flags)
-    if args.picture:
-        draw(found.schedule, pathlib.Path(args.picture), title(found, args.attention))
-    text = json.dumps({"flags": flags} | found.to_json(), indent=2)
-    if args.json == "-":
-        print(text)
-        return 0
-    if args.json:
-        pathlib.Path(args.json).write_text(text + "\n")
-    tell(found, flags, args.attention)
-    return 0
 
 
 def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
@@ -271,48 +203,6 @@ def title(found: Audit, attention: bool) -> str:
     return f"{what} on {found.cluster}"
 
 
-def tell(found: Audit, flags: dict, attention: bool) -> None:
-    """Print what was found: memory, collectives, time, advice."""
-    import rich.console
-    import rich.table
-
-    width = None if sys.stdout.isatty() else 120
-    console = rich.console.Console(file=sys.stdout, highlight=False, width=width, soft_wrap=True)
-    console.print(f"{title(found, attention)}; compiled in {found.compile_s:.0f} s")
-    for name, value in flags.items():
-        console.print(f"  --{name}={str(value).lower()}")
-    gib = {name: size / 2**30 for name, size in found.to_json()["memory"].items()}
-    console.print(
-        f"memory per GPU   {gib['peak_bytes']:.2f} of {gib['device_bytes']:.0f} GiB: arguments "
-        f"{gib['argument_bytes']:.2f}, outputs {gib['output_bytes']:.2f} ({gib['alias_bytes']:.2f}"
-        f" of them in place), temporaries {gib['temp_bytes']:.2f}"
-    )
-    if found.memory.host_bytes:
-        console.print(f"offloaded        {gib['host_bytes']:.2f} GiB to the host's memory, per GPU")
-    console.print(f"ring hops        {found.ring_hops_hidden} of {found.ring_hops} hidden")
-    table = rich.table.Table(
-        "collective", "over", "link", "MiB", "count", "seconds", "hidden behind"
-    )
-    for column in (3, 4, 5):
-        table.columns[column].justify = "right"
-    for moved in found.collectives:
-        name = f"{moved.what}: {moved.kind}" if moved.what else moved.kind
-        hidden = ", ".join(moved.behind) if moved.hidden else f"exposed {_time(moved.exposed_s)}"
-        size, count = f"{moved.bytes / 2**20:.1f}", str(moved.count)
-        axes = " x ".join(moved.axes) or "-"
-        table.add_row(name, axes, moved.link, size, count, _time(moved.seconds), hidden)
-    console.print(table)
-    compute = found.schedule.compute_s
-    console.print(
-        f"modelled         step {_time(found.schedule.step_s)} = attention "
-        f"{_time(compute['attention'])} + products {_time(compute['product'])} + other "
-        f"{_time(compute['other'])} + waiting {_time(found.schedule.exposed_s)}; "
-        f"bound by {_bound(found)}"
-    )
-    for line in advice(found):
-        console.print(f"- {line}")
-
-
 def advice(found: Audit) -> list[str]:
     """What to do about what is exposed or does not fit; one line of praise if there is nothing."""
     lines = []
@@ -329,7 +219,9 @@ def advice(found: Audit) -> list[str]:
     for what, words in _ABOUT.items():
         waits = sum(m.exposed_s for m in found.collectives if m.what == what)
         if what != "ring" and waits > 0.03 * step:
-            lines.append(f"{words[0]} {_time(waits)}, {waits / step:.0%} of the step. {words[1]}")
+            lines.append(
+                f"{words[0]} {duration(waits)}, {waits / step:.0%} of the step. {words[1]}"
+            )
     return lines or ["Everything fits, and what is exposed is less than 3 % of the step."]
 
 
@@ -361,15 +253,9 @@ def _about_hops(found: Audit, hops: int) -> str:
             "attention beside them is too short: cut the sequence over fewer GPUs, or make "
             "cp_inner larger, so that each hop has more to compute"
         )
-    return f"{hops} ring hops are not hidden ({_time(waits)} of waiting): {why}."
+    return f"{hops} ring hops are not hidden ({duration(waits)} of waiting): {why}."
 
 
-def _bound(found: Audit) -> str:
-    parts = dict(found.schedule.compute_s) | {"waiting": found.schedule.exposed_s}
-    names = {"attention": "attention", "product": "matrix products", "other": "memory bandwidth"}
-    most = max(parts, key=lambda part: parts[part])
-    return names.get(most, "communication")
-
-
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as text, below one second in milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"

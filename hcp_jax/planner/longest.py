@@ -1,23 +1,16 @@
-"""The longest sequence that fits: found with the compiler as the judge.
+"""Find the longest sequence that fits, with the compiler as the judge.
 
-    python -m hcp_jax.planner.longest configs/llama3-8b-long.yaml --gpu h200 --hosts 1
-
-compiles the config's training step for a cluster that is not here, at two lengths. Memory grows
-with the length along a line, which gives the length that would fill nine tenths of a GPU; the step
-of that length is compiled, too, and shortened until it does fit. `docs/memory.md` has what came of
-it. It stands apart from `audit.py` because it asks one question of several programs.
+The training step is compiled for a cluster that is not here, at two lengths. Memory grows with the
+length along a line, which gives the length that would fill nine tenths of a GPU; the step of that
+length is compiled, too, and shortened until it does fit. `docs/memory.md` has the results.
 """
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
 
-from hcp_jax import hardware
 from hcp_jax.compiled.report import Memory
 from hcp_jax.hardware import Cluster
 from hcp_jax.planner import audit
-from hcp_jax.train import config as configuration
 from hcp_jax.train.config import TrainConfig
 
 # Tokens per device: a multiple of the chunks that configs ask for.
@@ -26,12 +19,12 @@ _ROUND = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """What was found.
+    """The longest sequence that fits.
 
     Attributes:
         tokens_per_device: T / C, a multiple of 4096.
         memory: of the step of that length, compiled.
-        tried: tokens per device -> memory, of every length that was compiled.
+        tried: memory of every length that was compiled, by tokens per device.
     """
 
     tokens_per_device: int
@@ -42,10 +35,10 @@ class Longest:
 def longest(
     memory_of: Callable[[int], Memory], first: tuple[int, int], attempts: int = 5
 ) -> Longest:
-    """The most tokens per device that fit.
+    """Return the most tokens per device that fit.
 
     Args:
-        memory_of: tokens per device -> memory, by compiling.
+        memory_of: maps tokens per device to the memory of the step, by compiling it.
         first: the two lengths to begin with, in tokens per device.
         attempts: lengths to compile besides these two.
 
@@ -70,20 +63,32 @@ def longest(
 
 
 def _where_the_line_meets_the_limit(tried: dict[int, Memory]) -> int:
-    """By the two nearest to the limit, since packing makes the line a little crooked."""
+    """Return the length at which the line through the two lengths nearest to the limit meets it.
+
+    All lengths would do if memory were exactly linear; how buffers are packed bends it a little.
+    """
     spare = {t: _limit(memory) - memory.peak_bytes for t, memory in tried.items()}
     low, high = sorted(sorted(tried, key=lambda t: abs(spare[t]))[:2])
     slope = (spare[low] - spare[high]) / (high - low)
     return int(low + spare[low] / max(slope, 1.0)) // _ROUND * _ROUND
 
 
-def of_config(config: TrainConfig, cluster: Cluster, first: tuple[int, int]) -> Longest:
-    """`longest` of a config's training step on a cluster, with one stream per dp replica.
+def longest_of_config(
+    config: TrainConfig,
+    cluster: Cluster,
+    first: tuple[int, int],
+    report: Callable[[int, Memory], None] = lambda tokens, memory: None,
+) -> Longest:
+    """Return the `longest` of a config's training step on a cluster.
 
     Args:
-        config: whose length is left aside.
+        config: its seq_len is not used; each dp replica has one stream.
         cluster: as large as the config's mesh.
         first: as in `longest`.
+        report: called with tokens per device and memory after each compile.
+
+    Raises:
+        ValueError: if the mesh has another size than the cluster, or no length fits.
     """
     cp = audit.place(config, cluster)
     flags = audit.chosen_flags(cluster, [])
@@ -91,45 +96,12 @@ def of_config(config: TrainConfig, cluster: Cluster, first: tuple[int, int]) -> 
     def memory_of(tokens: int) -> Memory:
         of_length = dataclasses.replace(config, seq_len=tokens * cp.size)
         memory = audit.audit_step(cp, cluster, of_length, flags).memory
-        print(_told(tokens * cp.size, tokens, memory), file=sys.stderr, flush=True)
+        report(tokens, memory)
         return memory
 
     return longest(memory_of, first)
 
 
-def main() -> int:
-    """`python -m hcp_jax.planner.longest`; returns the exit code."""
-    parser = argparse.ArgumentParser(description="the longest sequence that fits, by compiling")
-    configuration.add_arguments(parser)
-    hardware.add_arguments(parser)
-    parser.add_argument(
-        "--first", type=int, nargs=2, default=(65536, 131072), metavar="TOKENS", help="per GPU"
-    )
-    args = parser.parse_args()
-    cluster = Cluster(hardware.gpu(args.gpu), args.hosts, args.gpus_per_host)
-    config = configuration.from_arguments(args)
-    try:
-        found = of_config(config, cluster, tuple(args.first))
-    except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    cp_size = config.parallel.resolve().cp_outer * config.parallel.resolve().cp_inner
-    print(_told(found.tokens_per_device * cp_size, found.tokens_per_device, found.memory))
-    return 0
-
-
 def _limit(memory: Memory) -> float:
-    """The peak up to which `Memory.fits`."""
+    """Return the peak up to which `Memory.fits`."""
     return 0.9 * memory.device_bytes
-
-
-def _told(seq_len: int, tokens: int, memory: Memory) -> str:
-    return (
-        f"{seq_len:,} tokens, {tokens:,} per GPU: {memory.peak_bytes / 2**30:.1f} of "
-        f"{memory.device_bytes / 2**30:.0f} GiB, and {memory.host_bytes / 2**30:.1f} GiB of the "
-        "host's memory"
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

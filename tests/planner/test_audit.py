@@ -6,6 +6,7 @@ import json
 import pytest
 
 from hcp_jax import hardware
+from hcp_jax.commands import audit as command
 from hcp_jax.compiled.clock import Schedule
 from hcp_jax.compiled.report import Audit, Memory, Moved
 from hcp_jax.cost.memory import estimate_memory
@@ -28,8 +29,8 @@ parallel: {cp_outer: 2, cp_inner: 2}
 
 def audited(capsys, *arguments):
     parser = argparse.ArgumentParser()
-    audit.add_arguments(parser)
-    assert audit.run(parser.parse_args(list(arguments))) == 0
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args(list(arguments))) == 0
     return capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ import jax
 from jax.sharding import Mesh
 
 from hcp_jax.cost.shape import ModelShape, step_flops
-from hcp_jax.datasheet import peak_flops
+from hcp_jax.hardware import peak_flops
 from hcp_jax.models.config import ModelConfig
 
 
