@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import functools
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, Int32
 
 from hcp_jax import placing
+from hcp_jax.cost.traffic import STRATEGIES, Strategy
 from hcp_jax.describe import collapse, describe
 from hcp_jax.dynamic.groups import check_layout
 from hcp_jax.layout import LAYOUTS, global_index, padded_length
@@ -26,23 +27,6 @@ from hcp_jax.placing import Gathered
 from hcp_jax.roll import roll_local
 
 _log = logging.getLogger("hcp_jax")
-
-
-class Strategy(NamedTuple):
-    """Exchange heads for sequence over some axes, then move K and V over the others."""
-
-    exchange: tuple[str, ...]
-    move: tuple[str, ...]
-    by: Literal["ring", "gather"] = "ring"
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "p2p": Strategy((), ("cp_outer", "cp_inner"), "ring"),
-    "all_gather": Strategy((), ("cp_outer", "cp_inner"), "gather"),
-    "a2a": Strategy(("cp_outer", "cp_inner"), ()),
-    "a2a+p2p": Strategy(("cp_inner",), ("cp_outer",), "ring"),
-    "a2a+all_gather": Strategy(("cp_inner",), ("cp_outer",), "gather"),
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from hcp_jax.compiled import hlo
-from hcp_jax.cost.step import BACKWARD
+from hcp_jax.cost.shape import BACKWARD
 from hcp_jax.hardware import GPU, Path
 
 LAUNCH_S = 2e-6  # from one kernel to the next on one stream

@@ -21,6 +21,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from hcp_jax.cost.traffic import sent_bytes
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -155,20 +157,8 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that one device sends, each time, in the algorithm that sends the least.
-
-        With g devices in a group: all of them (permute, broadcast), (g-1) times them (all-gather),
-        a share of (g-1)/g (all-to-all, reduce-scatter), twice that (all-reduce).
-        """
-        others = self.group_size - 1
-        share = {
-            "all-gather": others,
-            "all-reduce": 2 * others / self.group_size,
-            "all-to-all": others / self.group_size,
-            "ragged-all-to-all": others / self.group_size,
-            "reduce-scatter": others / self.group_size,
-        }
-        return self.bytes * share.get(self.kind, 1.0 if others else 0.0)
+        """Bytes that one device sends, each time; see `cost.traffic.sent_bytes`."""
+        return sent_bytes(self.kind, self.bytes, self.group_size)
 
 
 def parse(hlo_text: str) -> Module:

@@ -17,11 +17,12 @@ from hcp_jax.compiled import clock, hlo
 from hcp_jax.cost.pairs import pairs_by_hop
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.step import stream_pairs
+from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, RING_HOP
 from hcp_jax.hardware import Cluster, Path
 
 # What a transfer may stick out, of its own length, and still count as hidden.
 _TOLERANCE = 0.01
-_NAMES = {"ring_hop": "ring", "exchange_heads": "heads", "gather_kv": "gather"}
+_NAMES = {RING_HOP: "ring", EXCHANGE_HEADS: "heads", GATHER_KV: "gather"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,14 +33,14 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> float:
-        """What is always there, and the larger of the two moments."""
+        """Bytes of what is always there, and of the larger of the two moments."""
         return (
             self.state + self.kept + self.hidden + max(self.vocabulary, self.gradients + self.layer)
         )
 
 
 def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1) -> MemoryEstimate:
-    """The memory of one device.
+    """Return the memory of one device, modelled.
 
     Args:
         model: the decoder.
@@ -63,7 +63,7 @@ def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1
 
 
 def _kept(model: ModelShape, split: Split, t: float, heads: float) -> float:
-    """What a layer keeps of t tokens: its input; attention's output and lse; or everything."""
+    """Return the bytes that a layer keeps of t tokens for its backward pass."""
     inputs = 2.0 * t * model.hidden_size
     outputs = t * (2.0 * heads + 4.0 * heads / model.head_size)
     if split.remat == "full":
@@ -72,12 +72,12 @@ def _kept(model: ModelShape, split: Split, t: float, heads: float) -> float:
         return inputs + outputs
     # Counted in compiled programs: norms and rotations leave float32 copies, too.
     kv_heads = 2.0 * t * 2 * _kv_width(model, split)
-    mlp = 2.0 * t * 4 * model.intermediate_size / split.tp
+    mlp = 2.0 * t * (model.mlp_products + 1) * model.intermediate_size / split.tp
     return 14 * inputs + 2.0 * t * 10 * heads + kv_heads + mlp
 
 
 def _kv_width(model: ModelShape, split: Split) -> float:
-    """Kv heads of a device times their size, those replicated for the exchange included."""
+    """Return the kv heads of a device times their size, replicas for the exchange included."""
     return max(model.num_kv_heads / split.tp, split.exchange) * model.head_size
 
 
@@ -90,8 +90,9 @@ def _vocabulary(model: ModelShape, split: Split, t: float) -> float:
 
 def _layer(model: ModelShape, split: Split, t: float, heads: float) -> float:
     kv = _kv_width(model, split)
-    ring = 4 if split.by == "ring" and split.move > 1 else split.move
+    ring = 4 if split.strategy.by == "ring" and split.move > 1 else split.move
     attention = t * (heads * (4 * 2 + 2 * 4) + kv * ring * (2 * 2 + 4 * 2))
-    mlp = 2.0 * t * (4 * model.intermediate_size / split.tp + 4 * model.hidden_size)
+    width = (model.mlp_products + 1) * model.intermediate_size / split.tp
+    mlp = 2.0 * t * (width + 4 * model.hidden_size)
     weights = 6.0 * model.layer_params / split.tp
     return max(attention, mlp) + weights

@@ -1,4 +1,4 @@
-"""How many (query, key) pairs a mask shows: in all, and to each device at each hop.
+"""Count the (query, key) pairs that a mask shows: in all, and to each device at each hop.
 
 Attention's work is the number of visible pairs, not T². It is counted exactly, for any mask, from
 its intervals. With `m(x) = Σ_i min(e_i, x) - Σ_i min(s_i, x)` over some queries i, the keys in
@@ -14,7 +14,7 @@ from hcp_jax.mask import Intervals
 
 
 def chunk_pairs(intervals: Intervals, chunks: int) -> Int64[np.ndarray, "chunks chunks"]:
-    """Visible pairs between every chunk of queries and every chunk of keys of a stream.
+    """Count the visible pairs between every chunk of queries and every chunk of keys of a stream.
 
     Args:
         intervals: of the queries in natural order, one row; T is a multiple of `chunks`.
@@ -40,21 +40,23 @@ def chunk_pairs(intervals: Intervals, chunks: int) -> Int64[np.ndarray, "chunks 
         _sum_of_minimum(e, borders) - _sum_of_minimum(s, borders)
         for s, e in zip(start.reshape(chunks, size), end.reshape(chunks, size), strict=True)
     ]
-    return np.diff(np.array(seen), axis=1)
+    pairs: np.ndarray = np.diff(np.array(seen), axis=1)
+    return pairs
 
 
 def merge_chunks(
     table: Int64[np.ndarray, "fine fine"], chunks: int
 ) -> Int64[np.ndarray, "coarse coarse"]:
-    """`chunk_pairs` of fewer chunks, from that of a multiple of them."""
+    """Return `chunk_pairs` of fewer chunks, from that of a multiple of them."""
     times = table.shape[0] // chunks
-    return table.reshape(chunks, times, chunks, times).sum(axis=(1, 3))
+    merged: np.ndarray = table.reshape(chunks, times, chunks, times).sum(axis=(1, 3))
+    return merged
 
 
 def pairs_by_hop(
     table: Int64[np.ndarray, "chunks chunks"], cp_size: int, layout: str, ring_size: int
 ) -> Int64[np.ndarray, "ring hops"]:
-    """Visible pairs of every ring rank's queries with the keys that visit it at every hop.
+    """Return the visible pairs of every ring rank's queries with the keys there at every hop.
 
     Args:
         table: `chunk_pairs` for the layout's chunks: 2C of them in zigzag, else C.
@@ -66,12 +68,14 @@ def pairs_by_hop(
     ordered = table[np.ix_(order, order)]
     by_rank = merge_chunks(ordered, ring_size)
     rank = np.arange(ring_size)
-    return by_rank[rank[:, None], (rank[:, None] - rank) % ring_size]
+    by_hop: np.ndarray = by_rank[rank[:, None], (rank[:, None] - rank) % ring_size]
+    return by_hop
 
 
 def _sum_of_minimum(values: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    """Σ_i min(values_i, x) for every x in borders."""
+    """Return Σ_i min(values_i, x) for every x in borders."""
     ordered = np.sort(values).astype(np.int64)
     below = np.searchsorted(ordered, borders, side="right")
     total = np.concatenate([[0], np.cumsum(ordered)])
-    return total[below] + (ordered.size - below) * borders
+    sums: np.ndarray = total[below] + (ordered.size - below) * borders
+    return sums

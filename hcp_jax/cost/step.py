@@ -1,10 +1,10 @@
 """FLOPs, bytes and seconds of a training step, for a model on a cluster, without compiling it.
 
 FLOPs are counted: attention's from the mask's intervals (`pairs.py`), the matrix products' from
-their shapes. Seconds come of them by the rates in `hardware.py`. What hides behind what is what the
-audit finds in compiled programs: ring hops behind attention and FSDP's gathers behind the layers,
+their shapes. The rates of `hcp_jax.hardware` turn them into seconds. What hides is taken
+from audits of compiled programs: ring hops behind attention and FSDP's gathers behind the layers,
 each as far as they last; all-to-alls, gathers of K and V, tensor parallel sums and the gradients'
-sum without FSDP stand alone.
+sum without FSDP stand alone. What attention moves is listed by `traffic.py`.
 
 A step, on one device, with t = T / C tokens of each of its rows:
 
@@ -16,22 +16,25 @@ A step, on one device, with t = T / C tokens of each of its rows:
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
 from hcp_jax.cost.pairs import chunk_pairs, merge_chunks, pairs_by_hop
-from hcp_jax.cost.shape import ModelShape, step_flops
+from hcp_jax.cost.shape import BACKWARD, ModelShape, step_flops
+from hcp_jax.cost.traffic import (
+    GATHER_KV,
+    RING_HOP,
+    STRATEGIES,
+    CommType,
+    Remat,
+    Strategy,
+    Traffic,
+    layer_traffic,
+    sent_bytes,
+    state_bytes,
+)
 from hcp_jax.hardware import NO_LINK, Cluster, Path
-
-BACKWARD = 2.5  # attention's backward, in forwards: five products for two
-_STRATEGY = {
-    # comm type: (cp_inner exchanges heads, cp_outer exchanges heads, how K and V move)
-    "p2p": (False, False, "ring"),
-    "all_gather": (False, False, "gather"),
-    "a2a": (True, True, "ring"),
-    "a2a+p2p": (True, False, "ring"),
-    "a2a+all_gather": (True, False, "gather"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Split:
     tp: int = 1
     cp_outer: int = 1
     cp_inner: int = 1
-    comm_type: str = "a2a+p2p"
-    remat: str = "attention"
+    comm_type: CommType = "a2a+p2p"
+    remat: Remat = "attention"
     fsdp: bool = True
 
     @property
@@ -52,20 +55,22 @@ class Split:
         return self.cp_outer * self.cp_inner
 
     @property
+    def strategy(self) -> Strategy:
+        """What each cp axis does."""
+        return STRATEGIES[self.comm_type]
+
+    @property
     def exchange(self) -> int:
         """Devices that exchange heads."""
-        inner, outer, _ = _STRATEGY[self.comm_type]
-        return (self.cp_inner if inner else 1) * (self.cp_outer if outer else 1)
+        return self._size(self.strategy.exchange)
 
     @property
     def move(self) -> int:
         """Devices that K and V move over."""
-        return self.cp // self.exchange
+        return self._size(self.strategy.move)
 
-    @property
-    def by(self) -> str:
-        """How K and V move: "ring" or "gather"."""
-        return _STRATEGY[self.comm_type][2]
+    def _size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(getattr(self, axis) for axis in axes)
 
     def __str__(self) -> str:
         cp = f"cp {self.cp} [{self.cp_inner} in, {self.cp_outer} out]"
@@ -94,7 +99,7 @@ class Transfer:
     exposed: float
 
     def times(self, n: int) -> "Transfer":
-        """This transfer, n times."""
+        """Return this transfer, n times."""
         return Transfer(
             self.what, self.axes, self.link, n * self.bytes, n * self.seconds, n * self.exposed
         )
@@ -166,7 +171,7 @@ def estimate(
     rows: int = 1,
     implementation: str = "triton",
 ) -> Estimate:
-    """What one optimizer step costs.
+    """Return what one optimizer step costs.
 
     Args:
         model: the decoder.
@@ -211,7 +216,7 @@ def estimate(
 
 @functools.lru_cache(maxsize=4096)
 def path(cluster: Cluster, split: Split, axes: tuple[str, ...], kind: str) -> Path:
-    """What a collective along some mesh axes runs over: the slowest of its groups."""
+    """Return what a collective along some mesh axes runs over: the slowest of its groups."""
     order = ("dp", "cp_outer", "cp_inner", "tp")
     mesh = np.arange(cluster.size).reshape([getattr(split, axis) for axis in order])
     along = [order.index(axis) for axis in axes]
@@ -222,7 +227,7 @@ def path(cluster: Cluster, split: Split, axes: tuple[str, ...], kind: str) -> Pa
 
 @functools.lru_cache(maxsize=64)
 def stream_pairs(mask_of: ModelShape, seq_len: int, chunks: int) -> np.ndarray:
-    """`chunk_pairs` of a model's mask; from a finer table where one has been counted already."""
+    """Return `chunk_pairs` of a model's mask, from a finer table if one has been counted."""
     finest = 1
     while finest * 2 <= max(chunks, 256) and seq_len % (finest * 2) == 0:
         finest *= 2
@@ -234,17 +239,31 @@ def stream_pairs(mask_of: ModelShape, seq_len: int, chunks: int) -> np.ndarray:
 class _Attention:
     """One layer's attention, forward and backward, with what it recomputes."""
 
-    def __init__(self, model, split, cluster, seq_len, rows, implementation):
-        self.model, self.split, self.cluster, self.rows = model, split, cluster, rows
-        exchange = split.exchange
-        per_tp = model.num_kv_heads // split.tp
-        replicas = exchange // int(np.gcd(per_tp, exchange))
-        self.heads = model.num_heads // split.tp // exchange
-        self.kv_heads = per_tp * replicas // exchange
-        self.t = rows * seq_len // split.cp  # tokens of a device, between the exchanges' outsides
+    def __init__(
+        self,
+        model: ModelShape,
+        split: Split,
+        cluster: Cluster,
+        seq_len: int,
+        rows: int,
+        implementation: str,
+    ) -> None:
+        self.split, self.cluster = split, cluster
+        heads, kv_heads = model.num_heads // split.tp, model.num_kv_heads // split.tp
+        t = rows * seq_len // split.cp  # tokens of a device, before heads are exchanged
+        self.traffic = layer_traffic(
+            split.strategy,
+            {"cp_outer": split.cp_outer, "cp_inner": split.cp_inner},
+            tokens=t,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=model.head_size,
+            item_bytes=2,
+            remat=split.remat,
+        )
         table = stream_pairs(model, seq_len, 2 * split.cp)
         by_hop = pairs_by_hop(table, split.cp, "zigzag", split.move)
-        per_pair = 4.0 * model.head_size * self.heads * rows
+        per_pair = 4.0 * model.head_size * (heads // split.exchange) * rows
         # All devices wait for the one that has most to do at a hop.
         flops = per_pair * by_hop.max(axis=0)
         gpu = cluster.gpu
@@ -253,8 +272,9 @@ class _Attention:
         self.backward_hops = BACKWARD * flops / backward
         self.forwards = 2 if split.remat == "full" else 1
         # Partials are merged, and gradients added up, in float32, hop by hop.
-        merged = 12.0 * self.t * exchange * self.heads * model.head_size
-        self.merge_s = (split.move - 1 if split.by == "ring" else 0) * merged / gpu.memory_bandwidth
+        merged = 12.0 * t * heads * model.head_size
+        hops = split.move - 1 if split.strategy.by == "ring" else 0
+        self.merge_s = hops * merged / gpu.memory_bandwidth
 
     @property
     def compute_s(self) -> float:
@@ -266,88 +286,92 @@ class _Attention:
 
     @property
     def transfers(self) -> list[Transfer]:
-        return [*self._moves(), *self._exchanges()]
+        ring = [t for t in self.traffic if t.scope == RING_HOP]
+        gather = [t for t in self.traffic if t.scope == GATHER_KV]
+        exchange = [t for t in self.traffic if t not in ring and t not in gather]
+        forward = [t for t in ring if t.direction == "forward" or t.repeated]
+        backward = [t for t in ring if t not in forward]
+        passes = self._together("K/V round the ring, forward", forward[:1], self.forward_hops)
+        return [
+            *(one.times(len(forward)) for one in passes),
+            *self._together("K/V and their gradients, backward", backward, self.backward_hops),
+            *self._alone("K/V gathered, gradients scattered", gather, 1),
+            *self._alone("heads exchanged for sequence", exchange, None),
+        ]
 
-    def _moves(self) -> list[Transfer]:
-        split = self.split
-        if split.move == 1:
+    def _together(self, what: str, moves: list[Traffic], hops: np.ndarray) -> list[Transfer]:
+        """Return moves that travel at the same time, behind the attention of each hop."""
+        if not moves:
             return []
-        axes = ("cp_outer", "cp_inner") if split.exchange == 1 else ("cp_outer",)
-        values = 2.0 * self.t * split.exchange * self.kv_heads * self.model.head_size
-        if split.by == "gather":
-            link, rate, latency = path(self.cluster, split, axes, "all-gather")
-            sent = (split.move - 1) * values * (2 * (self.forwards + 1) + 4)
-            seconds = sent / rate + 3 * latency
-            what = "K/V gathered, gradients scattered"
-            return [Transfer(what, axes, link, sent, seconds, seconds)]
-        link, rate, latency = path(self.cluster, split, axes, "collective-permute")
-        moves = []
-        for what, hops, size, passes in (
-            ("K/V round the ring, forward", self.forward_hops, 2 * values, self.forwards),
-            ("K/V and their gradients, backward", self.backward_hops, 6 * values, 1),
-        ):
-            one = size / rate + latency
-            exposed = sum(max(0.0, one - hop) for hop in hops[:-1])
-            count = passes * (split.move - 1)
-            moves.append(Transfer(what, axes, link, count * size, count * one, passes * exposed))
-        return moves
+        first = moves[0]
+        link, rate, latency = path(self.cluster, self.split, first.axes, first.kind)
+        size = sum(move.sent_bytes for move in moves)
+        one = size / rate + latency
+        exposed = sum(max(0.0, one - float(hop)) for hop in hops[:-1])
+        return [Transfer(what, first.axes, link, first.count * size, first.count * one, exposed)]
 
-    def _exchanges(self) -> list[Transfer]:
-        split, model = self.split, self.model
-        if split.exchange == 1:
+    def _alone(self, what: str, moves: list[Traffic], starts: int | None) -> list[Transfer]:
+        """Return transfers for which the device waits in full.
+
+        Args:
+            what: in words.
+            moves: all over the same axes.
+            starts: collectives that begin one after the other, of each move; None for as many as
+                it has arrays.
+        """
+        if not moves:
             return []
-        axes = ("cp_inner",) if split.comm_type != "a2a" else ("cp_outer", "cp_inner")
-        link, rate, latency = path(self.cluster, split, axes, "all-to-all")
-        share = (split.exchange - 1) / split.exchange
-        width = share * 2.0 * self.t * model.head_size * split.exchange
-        inwards = width * (
-            self.heads + 2 * self.kv_heads
-        )  # q, k, v; or dq, dk, dv on their way back
-        outwards = width * self.heads  # out, or its cotangent
-        again = 0 if split.remat == "none" else 1
-        sent = (2 + again) * inwards + (2 + (self.forwards - 1)) * outwards
-        calls = 8 + 3 * again
-        seconds = sent / rate + calls * latency
-        return [Transfer("heads exchanged for sequence", axes, link, sent, seconds, seconds)]
+        axes = moves[0].axes
+        sent = sum(move.count * move.sent_bytes for move in moves)
+        seconds = 0.0
+        for move in moves:
+            link, rate, latency = path(self.cluster, self.split, axes, move.kind)
+            calls = move.count * (starts or move.arrays)
+            seconds += move.count * move.sent_bytes / rate + calls * latency
+        return [Transfer(what, axes, link, sent, seconds, seconds)]
 
 
 def _elementwise_bytes(model: ModelShape, split: Split, t: int) -> float:
-    """Bytes that a layer's norms, rotations, residuals and activations read and write."""
+    """Return the bytes that a layer's norms, rotations and activations read and write."""
     heads = (model.num_heads + model.num_kv_heads) * model.head_size / split.tp
     forward = (
-        2.0 * t * (10 * model.hidden_size + 4 * heads + 3 * model.intermediate_size / split.tp)
+        2.0
+        * t
+        * (
+            10 * model.hidden_size
+            + 4 * heads
+            + model.mlp_products * model.intermediate_size / split.tp
+        )
     )
     return forward * (3 if split.remat == "none" else 4)
 
 
-def _tensor_parallel(model, split, cluster, t) -> list[Transfer]:
+def _tensor_parallel(model: ModelShape, split: Split, cluster: Cluster, t: int) -> list[Transfer]:
+    """Return the sums of activations over tp, of all layers."""
     link, rate, latency = path(cluster, split, ("tp",), "all-reduce")
     again = 0 if split.remat == "none" else 1
     # The second sum of a layer made again is of no use to its backward.
     sums = model.num_layers * (4 + again)
-    sent = sums * 2 * (split.tp - 1) / split.tp * 2.0 * t * model.hidden_size
+    sent = sums * sent_bytes("all-reduce", 2.0 * t * model.hidden_size, split.tp)
     seconds = sent / rate + sums * latency
     return [Transfer("activations summed over tp", ("tp",), link, sent, seconds, seconds)]
 
 
-def _weights_and_gradients(model, split, cluster, compute_s: float) -> list[Transfer]:
+def _weights_and_gradients(
+    model: ModelShape, split: Split, cluster: Cluster, compute_s: float
+) -> list[Transfer]:
+    """Return how weights are gathered and gradients summed over dp and cp."""
     axes = ("dp", "cp_outer", "cp_inner")
     link, rate, latency = path(cluster, split, axes, "all-gather")
-    group = split.dp * split.cp
-    share = (group - 1) / group * model.params / split.tp
+    gathers = 2 if split.remat == "none" else 3
+    sent = state_bytes(
+        model.params / split.tp, split.dp * split.cp, 2, fsdp=split.fsdp, gathers=gathers
+    )
     if not split.fsdp:
-        sent = 2 * 4.0 * share
         seconds = sent / rate + latency
         return [Transfer("gradients summed", axes, link, sent, seconds, seconds)]
-    gathers = 2 if split.remat == "none" else 3
-    sent = gathers * 2.0 * share + 4.0 * share
     calls = model.num_layers * (gathers + 1)
     seconds = sent / rate + calls * latency
     exposed = max(0.0, seconds - compute_s)
     what = "weights gathered, gradients scattered"
     return [Transfer(what, axes, link, sent, seconds, exposed)]
-
-
-def hops_hidden(estimated: Estimate) -> bool:
-    """Whether every ring hop is hidden."""
-    return all(x.exposed == 0 for x in estimated.transfers if "ring" in x.what)

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hcp_jax.cost.models import MODELS
 from hcp_jax.dynamic import baselines, gantt
 from hcp_jax.dynamic.baselines import Outcome
 from hcp_jax.dynamic.calibrate import read_cost
-from hcp_jax.dynamic.cost import MODELS, Cost, model_cost
+from hcp_jax.dynamic.cost import Cost, model_cost
 from hcp_jax.dynamic.lengths import draw_lengths, mean_length
 from hcp_jax.dynamic.menu import schedule_batches
 from hcp_jax.dynamic.plan import Schedule
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if an argument makes no sense.
     """
-    cost = dataclasses.replace(model_cost(args.model), devices_per_host=args.devices_per_host)
+    cost = model_cost(args.model, devices_per_host=args.devices_per_host)
     if args.cost is not None:
         cost = read_cost(args.cost)
     if args.batches < 1:

@@ -192,7 +192,7 @@ def read_model(
         cp.mesh,
         cluster,
         implementation=resolve(model.implementation, problem),
-        density=busiest_density(ModelShape.of(model), seq_len, sharing, cp.layout, ring),
+        density=busiest_density(ModelShape.from_config(model), seq_len, sharing, cp.layout, ring),
         compile_s=compile_s,
     )
 

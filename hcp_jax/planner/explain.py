@@ -6,20 +6,34 @@ what would not fit. The best split of every other comm type is set against the w
 
 from typing import TYPE_CHECKING
 
+from hcp_jax.cost.step import Split
+from hcp_jax.cost.traffic import COMM_TYPES
 from hcp_jax.hardware import INSIDE
 
 if TYPE_CHECKING:
     from hcp_jax.planner.search import Candidate, Plan
 
-_TYPES = {
-    "p2p": "keys and values go round a ring of {move} GPUs while attention computes",
-    "all_gather": "keys and values of all {move} GPUs are gathered before attention starts",
-    "a2a": "{exchange} GPUs exchange heads for sequence: each then has all tokens of a few heads",
-    "a2a+p2p": "{exchange} neighbours exchange heads for sequence, and keys and values go round a "
-    "ring of {move} such groups while attention computes",
-    "a2a+all_gather": "{exchange} neighbours exchange heads for sequence, and keys and values of "
-    "{move} such groups are gathered first",
-}
+
+def describe_strategy(split: Split) -> str:
+    """Return a sentence on what attention does with a split's comm type, for beginners.
+
+    >>> describe_strategy(Split(cp_outer=4, comm_type="p2p"))
+    'keys and values go round a ring of 4 GPUs while attention computes'
+    """
+    exchange, move, by = split.strategy
+    moves = {
+        "ring": "keys and values go round a ring of {} while attention computes",
+        "gather": "keys and values of all {} are gathered before attention starts",
+    }[by]
+    if not exchange:
+        return moves.format(f"{split.move} GPUs")
+    if not move:
+        return (
+            f"{split.exchange} GPUs exchange heads for sequence: each then has all tokens of a "
+            "few heads"
+        )
+    groups = moves.format(f"{split.move} such groups")
+    return f"{split.exchange} neighbours exchange heads for sequence, and {groups}"
 
 
 def explain(plan: "Plan") -> str:
@@ -32,7 +46,7 @@ def _sequence(plan: "Plan") -> list[str]:
     split = plan.best.split
     if split.cp == 1:
         return [f"A stream of {plan.seq_len:,} tokens fits one GPU's memory: no need to cut it."]
-    does = _TYPES[split.comm_type].format(exchange=split.exchange, move=split.move)
+    does = describe_strategy(split)
     cut = f"Each stream of {plan.seq_len:,} tokens is cut over {split.cp} GPUs"
     why = _least_cp(plan)
     return [f"{cut}{why}: {does}."]
@@ -107,7 +121,7 @@ def _memory(plan: "Plan") -> list[str]:
 
 def _alternatives(plan: "Plan") -> list[str]:
     lines = []
-    for comm_type in _TYPES:
+    for comm_type in COMM_TYPES:
         if comm_type == plan.best.split.comm_type or plan.best.split.cp == 1:
             continue
         best = _best_of(plan, lambda c, x=comm_type: c.split.comm_type == x and c.split.cp > 1)

@@ -6,52 +6,22 @@ ranked by tokens per second. Nothing is compiled, so that 64 GPUs take a second 
 """
 
 import dataclasses
-import difflib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from hcp_jax import hardware
 from hcp_jax.cost.memory import MemoryEstimate, estimate_memory
+from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.step import Estimate, Split, estimate
+from hcp_jax.cost.traffic import COMM_TYPES, Remat
 from hcp_jax.hardware import Cluster
 from hcp_jax.planner.explain import explain
 
 USABLE = 0.9  # of the memory: the rest is CUDA's, NCCL's and what fragments leave unused
-REMATS = ("none", "attention", "full")
-
-_LLAMA3: dict[str, Any] = {"vocab_size": 128256, "rope_theta": 500_000.0}
-_QWEN3: dict[str, Any] = {
-    "vocab_size": 151936,
-    "num_kv_heads": 8,
-    "head_size": 128,
-    "rope_theta": 1_000_000.0,
-    "norm_eps": 1e-6,
-    "qk_norm": True,
-}
-
-
-def _sizes(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int) -> dict:
-    return {
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-    }
-
-
-MODELS: dict[str, dict[str, Any]] = {
-    "llama2-7b": {"vocab_size": 32000} | _sizes(32, 4096, 11008, 32, 32),
-    "llama3-8b": _LLAMA3 | _sizes(32, 4096, 14336, 32, 8),
-    "llama3-70b": _LLAMA3 | _sizes(80, 8192, 28672, 64, 8),
-    "qwen3-0.6b": _QWEN3 | {"tie_embeddings": True} | _sizes(28, 1024, 3072, 16, 8),
-    "qwen3-8b": _QWEN3 | _sizes(36, 4096, 12288, 32, 8),
-    "qwen3-32b": _QWEN3 | _sizes(64, 5120, 25600, 64, 8),
-}
-"""`ModelConfig`'s fields of well-known models, from their published configs."""
+REMATS: tuple[Remat, ...] = get_args(Remat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,45 +158,13 @@ def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
             dp = gpus // tp // cp
             if seq_len < 2 * cp * 128:
                 continue
-            for inner, comm_type in itertools.product(_divisors(cp), _comm_types(cp)):
+            comm_types = COMM_TYPES if cp > 1 else COMM_TYPES[:1]
+            for inner, comm_type in itertools.product(_divisors(cp), comm_types):
                 split = Split(dp, tp, cp // inner, inner, comm_type)
                 if _valid(model, split):
                     for remat, fsdp in itertools.product(REMATS, (True, False)):
                         if fsdp or dp * cp > 1:
                             yield dataclasses.replace(split, remat=remat, fsdp=fsdp)
-
-
-def model_shape(model: str | Any) -> ModelShape:
-    """The shape of a named model or of a `ModelConfig`.
-
-    Raises:
-        ValueError: if there is no model of that name.
-    """
-    if isinstance(model, ModelShape):
-        return model
-    if not isinstance(model, str):
-        return ModelShape.of(model)
-    fields = model_fields(model)
-    known = {f.name for f in dataclasses.fields(ModelShape)}
-    shape = {name: value for name, value in fields.items() if name in known}
-    shape.setdefault("head_size", fields["hidden_size"] // fields["num_heads"])
-    return ModelShape(**shape)
-
-
-def model_fields(name: str) -> dict[str, Any]:
-    """`ModelConfig`'s fields of a named model.
-
-    Raises:
-        ValueError: if there is no model of that name.
-    """
-    if name.lower() in MODELS:
-        return MODELS[name.lower()]
-    near = difflib.get_close_matches(name.lower(), MODELS, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"unknown model {name!r}: {hint}there are {', '.join(MODELS)}. For another one, give the "
-        "path of a config instead of a name."
-    )
 
 
 def _ranked(model, cluster, seq_len, batch, implementation) -> list[Candidate]:
@@ -257,14 +195,10 @@ def _valid(model: ModelShape, split: Split) -> bool:
     heads = model.num_heads // split.tp
     if heads % split.exchange:
         return False
-    if "+" in split.comm_type:
+    if split.strategy.exchange and split.strategy.move:
         return split.cp_inner > 1 and split.cp_outer > 1
     # One level: written with one axis, the inner one for heads and the outer one for K and V.
-    return (split.cp_outer if split.comm_type == "a2a" else split.cp_inner) == 1
-
-
-def _comm_types(cp: int) -> Sequence[str]:
-    return ("p2p", "all_gather", "a2a", "a2a+p2p", "a2a+all_gather") if cp > 1 else ("p2p",)
+    return (split.cp_inner if split.strategy.move else split.cp_outer) == 1
 
 
 def _divisors(n: int) -> list[int]:

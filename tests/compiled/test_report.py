@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 
 import jax
 import numpy as np
@@ -39,16 +38,14 @@ RINGS = [
 
 @functools.cache
 def compiled(outer, inner, comm_type, tokens_per_device=16384, groups=None):
-    """(program, what was found in it, seconds it took to compile)."""
+    """(program, what was found in it)."""
     size = outer * inner
     cluster = Cluster(H200, max(1, size // 8), min(8, size))
     mesh = hcp.make_mesh(cp_outer=outer, cp_inner=inner, devices=aot.devices(cluster))
     cp = hcp.ContextParallel(mesh, comm_type, groups=groups)
     seq_len = size * tokens_per_device
-    begin = time.perf_counter()
     program = audit.compile_attention(cp, LLAMA3_8B, seq_len, 1, FLAGS)
-    seconds = time.perf_counter() - begin
-    return program, audit.read_model(program, cp, cluster, LLAMA3_8B, seq_len), seconds
+    return program, audit.read_model(program, cp, cluster, LLAMA3_8B, seq_len)
 
 
 def found(*ring, **size):
@@ -72,9 +69,14 @@ def test_the_ring_sends_what_the_algorithm_says(outer, inner, comm_type):
     assert sent == {k_or_v: 4 * (outer - 1), 2 * k_or_v: 2 * (outer - 1)}
 
 
-@pytest.mark.parametrize(("outer", "inner", "comm_type"), RINGS)
-def test_a_ring_of_64_compiles_within_a_minute(outer, inner, comm_type):
-    assert compiled(outer, inner, comm_type)[2] < 60
+@pytest.mark.slow
+def test_the_program_does_not_grow_with_the_ring():
+    """Hops are a loop, so that a ring of 64 is compiled as fast as one of 8."""
+    small, large = (
+        sum(len(c.instructions) for c in hlo.parse(program.as_text()).computations.values())
+        for program in (compiled(size, 1, "p2p")[0] for size in (8, 64))
+    )
+    assert large <= 1.02 * small
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def test_parameters_are_counted_as_published():
 def test_parameters_are_those_that_the_model_has(tie_embeddings):
     config = ModelConfig(64, 3, 32, 80, 4, 2, head_size=16, tie_embeddings=tie_embeddings)
     made = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(config)[1]))
-    assert ModelShape.of(config).params == made
+    assert ModelShape.from_config(config).params == made
 
 
 def test_short_streams_cost_six_flops_per_weight_and_token_and_long_ones_attention():

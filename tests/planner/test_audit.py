@@ -10,10 +10,10 @@ from hcp_jax.commands import audit as command
 from hcp_jax.compiled.clock import Schedule
 from hcp_jax.compiled.report import Audit, Memory, Moved
 from hcp_jax.cost.memory import estimate_memory
+from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.step import Split
 from hcp_jax.hardware import Cluster
 from hcp_jax.planner import audit
-from hcp_jax.planner.search import model_shape
 from tests.compiled import needs_cuda_compiler
 
 SMALL = """

@@ -35,7 +35,7 @@ class Meter:
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh):
-        self._shape = ModelShape.of(model)
+        self._shape = ModelShape.from_config(model)
         self._devices = mesh.devices.size
         self._local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
         # The sheets' rate is that of bfloat16; float32 would be held to what it cannot reach.
