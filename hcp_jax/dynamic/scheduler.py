@@ -23,7 +23,7 @@ import numpy as np
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.bound import best_rings, document_prices
 from hcp_jax.dynamic.cost import Cost, Ring
-from hcp_jax.dynamic.fill import Filled, Problem, fill
+from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
 from hcp_jax.dynamic.groups import Layout
 from hcp_jax.dynamic.plan import Microbatch, Schedule
 from hcp_jax.dynamic.polish import polish
@@ -32,8 +32,8 @@ MAX_MENU = 16  # programs that are worth compiling before the first step
 _TIE = 1.0002  # the cost model is not so good that less than this would tell two schedules apart
 
 
-# From what is left (ranks, ascending) to layouts, of which one at least holds the longest.
-_Propose = Callable[[Problem, list[int]], Sequence[Layout]]
+# Proposes layouts for the unscheduled documents; at least one of them holds the longest.
+_Propose = Callable[[Problem, Unscheduled], Sequence[Layout]]
 
 
 def schedule(
@@ -231,27 +231,27 @@ def _build(
 
     None as soon as they are sure to take `give_up` seconds or more.
     """
-    remaining = list(range(len(problem.lengths)))
+    unscheduled = Unscheduled(len(problem.lengths))
     filled: list[Filled] = []
     worth = sum(problem.values)
     seconds = 0.0
-    while remaining:
+    while unscheduled.count:
         if (seconds + worth) * (1 + 1e-12) >= give_up:
             return None
-        candidates = menu(problem, remaining) if callable(menu) else menu
-        best = _best(problem, remaining, candidates)
-        taken = set(itertools.chain.from_iterable(best.groups))
-        remaining = [rank for rank in remaining if rank not in taken]
+        candidates = menu(problem, unscheduled) if callable(menu) else menu
+        best = _best(problem, unscheduled, candidates)
+        unscheduled.remove(itertools.chain.from_iterable(best.groups))
         filled.append(best)
         seconds += best.seconds
         worth -= best.value
     return None if seconds * (1 + 1e-12) >= give_up else filled
 
 
-def _best(problem: Problem, remaining: list[int], candidates: Iterable[Layout]) -> Filled:
+def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Layout]) -> Filled:
     """The candidate of greatest efficiency; those that cannot beat the best are not filled."""
-    longest = problem.lengths[remaining[-1]]
-    worth = problem.num_devices * problem.tokens * problem.density[remaining[-1]]
+    rank = unscheduled.longest()
+    longest = problem.lengths[rank]
+    worth = problem.num_devices * problem.tokens * problem.density[rank]
     dense = problem.cost.dense_seconds(problem.tokens)
     queue = []
     for order, layout in enumerate(candidates):
@@ -265,36 +265,36 @@ def _best(problem: Problem, remaining: list[int], candidates: Iterable[Layout]) 
     for least, _, layout, rings in sorted(queue, key=lambda item: item[:2]):
         if best is not None and worth <= efficiency * least:
             break
-        filled = fill(problem, remaining, layout, rings)
+        filled = fill(problem, unscheduled, layout, rings)
         if best is None or filled.value > efficiency * filled.seconds * (1 + 1e-12):
             best, efficiency = filled, filled.value / filled.seconds
     assert best is not None, "a layout that holds the longest document is always among them"
     return best
 
 
-def _by_target(problem: Problem, remaining: list[int]) -> list[Layout]:
+def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
     """Layouts for these documents, from wide groups that are quick to narrow ones that are cheap.
 
     Every document, longest first, gets the narrowest group in which it fits and takes at most a
     target; the targets are fractions of what the longest takes in the narrowest group that holds
     it. And for every size, as many groups of it as there can be.
     """
-    longest = problem.lengths[remaining[-1]]
+    longest = problem.lengths[unscheduled.longest()]
     narrowest = _able(problem, longest)[0]
     slowest = narrowest.seconds(narrowest.pairs(longest))
     parts = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
-    proposed = [_narrowest(problem, remaining, slowest * part) for part in parts]
-    proposed += _narrowest_only(problem, remaining)
+    proposed = [_narrowest(problem, unscheduled, slowest * part) for part in parts]
+    proposed += _narrowest_only(problem, unscheduled)
     proposed += [_uniform(problem, ring.size) for ring in _able(problem, longest)]
     return list(dict.fromkeys(proposed))
 
 
-def _narrowest_only(problem: Problem, remaining: list[int]) -> list[Layout]:
-    return [_narrowest(problem, remaining, float("inf"))]
+def _narrowest_only(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+    return [_narrowest(problem, unscheduled, float("inf"))]
 
 
-def _equal_groups(problem: Problem, remaining: list[int]) -> list[Layout]:
-    able = _able(problem, problem.lengths[remaining[-1]])
+def _equal_groups(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+    able = _able(problem, problem.lengths[unscheduled.longest()])
     even = [ring for ring in able if problem.num_devices % ring.size == 0]
     return [_uniform(problem, ring.size) for ring in even or able]
 
@@ -315,11 +315,11 @@ def _uniform(problem: Problem, size: int) -> Layout:
     return groups.canonical(sizes, problem.cost.devices_per_host)
 
 
-def _narrowest(problem: Problem, remaining: list[int], target: float) -> Layout:
+def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Layout:
     can = groups.composable(problem.num_devices, problem.sizes)
     rest = problem.num_devices
     chosen: list[int] = []
-    for rank in reversed(remaining):
+    for rank in unscheduled.descending():
         size = _narrowest_size(problem, problem.lengths[rank], target)
         if size == problem.sizes[0] or size > rest or not can[rest - size]:
             break
@@ -332,9 +332,16 @@ def _narrowest(problem: Problem, remaining: list[int], target: float) -> Layout:
 
 
 def _narrowest_size(problem: Problem, length: int, target: float) -> int:
-    seconds = {ring.size: ring.seconds(ring.pairs(length)) for ring in _able(problem, length)}
-    fast = (size for size, took in seconds.items() if took <= target)
-    return next(fast, min(seconds, key=lambda size: (seconds[size], size)))
+    """Return the narrowest group that takes at most `target` seconds, or else the quickest one."""
+    quickest, least = 0, float("inf")
+    for ring in problem.rings:
+        if ring.size * problem.tokens >= length:
+            seconds = ring.seconds(ring.pairs(length))
+            if seconds <= target:
+                return ring.size
+            if seconds < least:
+                quickest, least = ring.size, seconds
+    return quickest
 
 
 def _frequent(filled: Sequence[Filled], problem: Problem) -> tuple[Layout, ...]:
