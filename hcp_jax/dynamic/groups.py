@@ -16,7 +16,7 @@ should have to know another to do so.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -159,21 +159,6 @@ def check_layout(layout: Sequence[int], num_devices: int) -> Layout:
     return tuple(int(size) for size in sizes)
 
 
-def all_layouts(sizes: Sequence[int], num_devices: int) -> Iterator[tuple[int, ...]]:
-    """Every layout over few devices, its groups descending; there are many over many devices."""
-
-    def of(rest: int, allowed: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        if rest == 0:
-            yield ()
-            return
-        for i, size in enumerate(allowed):
-            if size <= rest:
-                for tail in of(rest - size, allowed[i:]):
-                    yield (size, *tail)
-
-    return of(num_devices, tuple(sorted(sizes, reverse=True)))
-
-
 def group_of_device(layout: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """For every device: its group's first device, and its group's size."""
     sizes = np.asarray(layout, np.int32)
@@ -184,13 +169,6 @@ def group_of_device(layout: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 def num_hops(layout: Sequence[int]) -> int:
     """Parts into which the keys of the widest group are cut: hop 0 is a device's own."""
     return max(layout)
-
-
-def key_source(layout: Sequence[int], hop: int) -> np.ndarray:
-    """The device whose keys each device holds at `hop`; -1 once its ring has seen them all."""
-    first, size = group_of_device(layout)
-    rank = np.arange(size.size, dtype=np.int32) - first
-    return np.where(hop < size, first + (rank - hop) % size, -1).astype(np.int32)
 
 
 def hop_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:

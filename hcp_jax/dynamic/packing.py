@@ -68,15 +68,6 @@ class PackedMicrobatch:
     end: Int32[np.ndarray, "D M"]
     runs: Runs
 
-    def runs_at(self, hop: int) -> Runs:
-        """The keys at hand at a hop, for the devices of the rows; no runs once a ring is done."""
-        source = groups.key_source(self.layout, hop)[self.devices.start : self.devices.stop]
-        done = source[:, None] < 0
-        return Runs(
-            np.where(done, 0, self.runs.starts[source]),
-            np.where(done, 0, self.runs.offsets[source]),
-        )
-
 
 def max_runs(max_tokens_per_device: int) -> int:
     """Runs of keys that a device has at most in any microbatch that `schedule` makes.
