@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """A microbatch while it is planned.
+    """A microbatch that is being planned.
 
     Attributes:
         layout: group sizes in device order.

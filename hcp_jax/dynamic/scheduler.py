@@ -96,7 +96,7 @@ def schedule(
 
 
 def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """`lengths` as int64.
+    """Return `lengths` as int64.
 
     Raises:
         ValueError: unless they are integers of at least 1, in one dimension.
@@ -156,7 +156,7 @@ def _check_menu(
 
 
 def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
-    """Documents by length; equal ones in an order that the seed decides."""
+    """Sort documents by length; the seed decides the order of equal ones."""
     shuffled = np.random.default_rng(seed).permutation(lengths.size)
     return shuffled[np.argsort(lengths[shuffled], kind="stable")]
 
@@ -184,7 +184,7 @@ def _problem(
 def _search(
     problem: Problem, given: tuple[Layout, ...] | None
 ) -> tuple[tuple[Layout, ...], list[Filled]]:
-    """The best of a few ways to choose layouts, and the menu of what it uses.
+    """Try a few ways to choose layouts; return the menu and the microbatches of the best.
 
     By efficiency one microbatch at a time, which is best for most data; each document in the
     narrowest group that holds it; equal groups in every microbatch; and groups of one and the same
@@ -212,7 +212,7 @@ def _search(
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
-    """Attention pairs of the busiest device of each microbatch, added up: the less, the evener."""
+    """Sum the attention pairs of the busiest device of each microbatch: less is more even."""
     total = 0.0
     for mb in filled:
         total += max(
@@ -227,7 +227,7 @@ def _build(
     menu: Sequence[Layout] | _Propose,
     give_up: float = float("inf"),
 ) -> list[Filled] | None:
-    """Microbatches for all documents, from the layouts of a menu or those proposed on the way.
+    """Build microbatches for all documents, from a menu of layouts or those proposed on the way.
 
     None as soon as they are sure to take `give_up` seconds or more.
     """
@@ -248,7 +248,7 @@ def _build(
 
 
 def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Layout]) -> Filled:
-    """The candidate of greatest efficiency; those that cannot beat the best are not filled."""
+    """Return the most efficient candidate; those that cannot beat the best are not filled."""
     rank = unscheduled.longest()
     longest = problem.lengths[rank]
     worth = problem.num_devices * problem.tokens * problem.density[rank]
@@ -273,7 +273,7 @@ def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Layou
 
 
 def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
-    """Layouts for these documents, from wide groups that are quick to narrow ones that are cheap.
+    """Propose layouts, from wide groups that are quick to narrow ones that are cheap.
 
     Every document, longest first, gets the narrowest group in which it fits and takes at most a
     target; the targets are fractions of what the longest takes in the narrowest group that holds
@@ -306,7 +306,7 @@ def _one_size(problem: Problem) -> Iterator[_Propose]:
 
 
 def _able(problem: Problem, length: int) -> list[Ring]:
-    """The rings that hold a document of `length` tokens, narrowest first."""
+    """Return the rings that hold a document of `length` tokens, narrowest first."""
     return [ring for ring in problem.rings if ring.size * problem.tokens >= length]
 
 
@@ -345,7 +345,7 @@ def _narrowest_size(problem: Problem, length: int, target: float) -> int:
 
 
 def _frequent(filled: Sequence[Filled], problem: Problem) -> tuple[Layout, ...]:
-    """The layouts that most of the time went to, at most `MAX_MENU`, with the fallback."""
+    """Return at most `MAX_MENU` layouts: those that take most time, and the fallback."""
     fallback = _uniform(problem, problem.sizes[-1])
     seconds: dict[Layout, float] = {}
     for mb in filled:
