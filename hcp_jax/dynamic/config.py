@@ -12,7 +12,7 @@ from hcp_jax.dynamic import groups
 
 @dataclasses.dataclass(frozen=True)
 class DynamicConfig:
-    """Each document on as many of the dp · cp devices as it needs.
+    """Settings of dynamic CP: each document gets as many of the dp · cp devices as it needs.
 
     Attributes:
         enabled: schedule the documents of every step onto groups of devices; everything below is
@@ -64,19 +64,19 @@ class DynamicConfig:
 
     @property
     def tokens(self) -> int:
-        """M, by whichever word it was given."""
+        """Return M, by whichever word it was given."""
         given = (self.max_tokens_per_device, self.max_seqlen_per_dp_cp_rank)
         return next(value for value in given if value is not None)
 
     @property
     def layouts(self) -> tuple[groups.Layout, ...] | None:
-        """The menu, where it is given layout by layout."""
+        """Return the menu if it is a list of layouts, else None."""
         if not isinstance(self.menu, list):
             return None
         return tuple(dict.fromkeys(tuple(layout) for layout in self.menu))
 
     def check_sizes(self, num_devices: int) -> int:
-        """Hold the sizes to a number of devices; the widest group that there can be.
+        """Check the sizes against a number of devices and return the widest possible group.
 
         Raises:
             ValueError: if no layout fits, or one of the menu does not.

@@ -20,7 +20,7 @@ from hcp_jax.dynamic.scheduler import MAX_MENU, check_lengths, schedule
 
 
 class Step(NamedTuple):
-    """One optimizer step out of several that were scheduled together.
+    """One optimizer step of several that were scheduled together.
 
     Attributes:
         plan: its microbatches; `plan.lengths` are the lengths of this step's documents alone.
@@ -40,7 +40,7 @@ def choose_menu(
     cost: Cost | None = None,
     max_layouts: int = MAX_MENU,
 ) -> tuple[Layout, ...]:
-    """The layouts that training should compile, for batches like these.
+    """Choose the layouts that training should compile, for batches like these.
 
     Tried are the layouts that the batches choose for themselves, layouts of equal groups, and
     layouts of two neighbouring sizes on halves, quarters and eighths of the devices, which fit
@@ -175,7 +175,7 @@ def _step(
 def _mixes(
     num_devices: int, wanted: Sequence[int], sizes: tuple[int, ...], devices_per_host: int
 ) -> list[Layout]:
-    """Equal groups of each size, and of neighbouring sizes on eighths of the devices."""
+    """Return layouts of equal groups, and of two neighbouring sizes on eighths of the devices."""
     mixes = [groups.uniform(size, num_devices, sizes) for size in wanted]
     can = groups.composable(num_devices, sizes)
     for narrow, wide in itertools.pairwise(wanted):

@@ -33,7 +33,7 @@ _Strategy = Callable[[list[int], int, int, Cost], Schedule]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the arguments that `run` reads."""
+    """Add the arguments that `run` reads."""
     parser.add_argument(
         "--lengths",
         required=True,
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate, print, and write what was asked for; the exit status.
+    """Simulate, print, write what was asked for, and return the exit status.
 
     Raises:
         ValueError: if an argument makes no sense.
@@ -162,7 +162,7 @@ def _simulate(
 
 
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:
-    """The mean of each figure over batches."""
+    """Average each figure over batches."""
     columns = zip(*(dataclasses.astuple(outcome) for outcome in outcomes), strict=True)
     return Outcome(*(float(np.mean(column)) for column in columns))
 
