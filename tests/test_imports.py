@@ -23,7 +23,7 @@ FLOORS = [
     ["mesh"],
     ["kernels"],
     ["dynamic"],
-    ["layout", "mask", "compat", "datasheet", "host_memory"],
+    ["layout", "mask", "dense_mask", "compat", "datasheet", "host_memory", "checks"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

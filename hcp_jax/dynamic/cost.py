@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hcp_jax import checks
+
 # FlashAttention counts 2 matrix products forward and 5 backward.
 FORWARD_SHARE = 2 / 7
 # Backward moves k and v (2 bytes an element) and dk and dv (4): three times the forward's bytes,
@@ -174,13 +176,10 @@ class Cost:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"Cost.{field.name} must be finite and not negative, got {value}.")
-        if self.devices_per_host < 1 or self.devices_per_host != int(self.devices_per_host):
-            raise ValueError(
-                f"Cost.devices_per_host must be an integer >= 1, got {self.devices_per_host}."
-            )
+            value = checks.number(f"Cost.{field.name}", getattr(self, field.name))
+            if value < 0:
+                raise ValueError(f"Cost.{field.name} must be 0 or greater, got {value}.")
+        checks.integer("Cost.devices_per_host", self.devices_per_host, least=1)
 
     def crosses(self, first: int, size: int) -> bool:
         """Whether a group of `size` devices from device `first` on leaves its host."""
