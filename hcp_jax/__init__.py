@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
     from hcp_jax.context import ContextParallel as ContextParallel
+    from hcp_jax.dense_mask import from_dense as from_dense
     from hcp_jax.mask import Mask as Mask
     from hcp_jax.mask import bidirectional as bidirectional
     from hcp_jax.mask import causal as causal
@@ -43,6 +44,7 @@ _HOME = {
     "chunked_local": "mask",
     "documents": "mask",
     "dot_product_attention": "attention.api",
+    "from_dense": "dense_mask",
     "intervals": "mask",
     "lengths": "mask",
     "make_mesh": "mesh",

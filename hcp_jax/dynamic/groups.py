@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hcp_jax import checks
+
 Layout = tuple[int, ...]
 
 
@@ -40,8 +42,7 @@ def group_sizes(
         ("min_cp_size", min_size),
         ("max_cp_size", max_size),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        checks.integer(name, value, least=1)
     if min_size > max_size:
         raise ValueError(
             f"min_cp_size={min_size} is more than max_cp_size={max_size} (which is num_devices "

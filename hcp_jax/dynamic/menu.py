@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hcp_jax import checks
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.groups import Layout
@@ -63,11 +64,9 @@ def choose_menu(
         ValueError: as `schedule`; and if there are no batches, or max_layouts is less than 1.
     """
     samples = [check_lengths(batch) for batch in batches]
-    if not samples or max_layouts < 1:
-        raise ValueError(
-            f"choose_menu needs at least one batch and max_layouts >= 1, got {len(samples)} and "
-            f"{max_layouts}."
-        )
+    max_layouts = checks.integer("max_layouts", max_layouts, least=1)
+    if not samples:
+        raise ValueError("choose_menu needs at least one batch.")
     cost = Cost() if cost is None else cost
     limits = num_devices, max_tokens_per_device, min_cp_size, max_cp_size
 

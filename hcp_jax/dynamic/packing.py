@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from hcp_jax import checks
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.fill import max_documents_per_ring
 from hcp_jax.dynamic.plan import Microbatch
@@ -98,6 +99,9 @@ def pack(
     Raises:
         ValueError: if a group's documents do not fit, or have more than `num_runs` runs.
     """
+    max_tokens_per_device = checks.integer("max_tokens_per_device", max_tokens_per_device, least=1)
+    if num_runs is not None:
+        num_runs = checks.integer("num_runs", num_runs, least=1)
     num_devices = sum(microbatch.layout)
     devices = range(num_devices) if devices is None else devices
     if devices.step != 1 or not 0 <= devices.start <= devices.stop <= num_devices:

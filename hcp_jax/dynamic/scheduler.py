@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from hcp_jax import checks
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.bound import best_rings, document_prices
 from hcp_jax.dynamic.cost import Cost, Ring
@@ -81,7 +82,7 @@ def schedule(
         sizes = tuple(sorted({size for layout in given for size in layout}))
     _check_fits(of_length, max_tokens_per_device, sizes[-1])
 
-    order = _ascending(of_length, seed)
+    order = _ascending(of_length, checks.integer("seed", seed, least=0))
     problem = _problem(of_length[order], num_devices, max_tokens_per_device, cost, sizes)
     chosen, filled = _search(problem, given)
     return Schedule(
@@ -118,9 +119,7 @@ def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _check_tokens(max_tokens_per_device: int, num_devices: int) -> None:
-    value = max_tokens_per_device
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"max_tokens_per_device must be an integer >= 1, got {value!r}.")
+    value = checks.integer("max_tokens_per_device", max_tokens_per_device, least=1)
     if value * num_devices > np.iinfo(np.int32).max:
         raise ValueError(
             f"num_devices={num_devices} times max_tokens_per_device={value} passes 2**31 - 1, the "

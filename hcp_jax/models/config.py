@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
+from hcp_jax import checks
 from hcp_jax.mask import Mask, causal, documents
 from hcp_jax.mask import sliding_window as window_mask
 from hcp_jax.models.rope import RopeScaling
@@ -73,12 +74,21 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "hidden_size", "intermediate_size"):
-            _require_positive(name, getattr(self, name))
+            checks.integer(name, getattr(self, name), least=1)
         for name in ("num_heads", "num_kv_heads", "loss_chunk"):
-            _require_positive(name, getattr(self, name))
-        for name in ("head_size", "sliding_window", "logits_soft_cap", "mlp_chunk"):
+            checks.integer(name, getattr(self, name), least=1)
+        for name in ("head_size", "sliding_window", "mlp_chunk"):
             if getattr(self, name) is not None:
-                _require_positive(name, getattr(self, name))
+                checks.integer(name, getattr(self, name), least=1)
+        if self.logits_soft_cap is not None:
+            checks.soft_cap("logits_soft_cap", self.logits_soft_cap)
+        for name, above in (("rope_theta", 0), ("norm_eps", 0), ("z_loss", None)):
+            value = checks.number(name, getattr(self, name))
+            if value < 0 or value == above:
+                raise ValueError(f"{name} must be positive, got {value!r}.")
+        for name in ("qk_norm", "qkv_bias", "tie_embeddings", "attention_sinks"):
+            checks.boolean(name, getattr(self, name))
+        checks.boolean("offload_activations", self.offload_activations)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -122,8 +132,3 @@ class ModelConfig:
         if self.sliding_window is not None:
             mask = mask & window_mask(self.sliding_window)
         return mask
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value!r}.")

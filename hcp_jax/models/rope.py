@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int32
 
+from hcp_jax import checks
+
 _SPLIT = 1024
 
 
@@ -56,6 +58,12 @@ class RopeScaling:
             raise ValueError(
                 f"rope_scaling.kind must be linear, llama3 or yarn, got {self.kind!r}."
             )
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            checks.number(f"rope_scaling.{name}", getattr(self, name))
+        for name in ("attention_factor", "original_max_position_embeddings"):
+            if getattr(self, name) is not None:
+                checks.number(f"rope_scaling.{name}", getattr(self, name))
+        checks.boolean("rope_scaling.truncate", self.truncate)
         if self.factor < 1:
             raise ValueError(f"rope_scaling.factor must be at least 1, got {self.factor}.")
         if self.kind != "linear" and not self.original_max_position_embeddings:

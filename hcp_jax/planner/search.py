@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from hcp_jax import hardware
+from hcp_jax import checks, hardware
 from hcp_jax.cost.memory import MemoryEstimate, estimate_memory
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape
@@ -140,9 +140,11 @@ def plan(
     True
     """
     shape = model_shape(model)
+    hosts = checks.integer("hosts", hosts, least=1)
+    gpus_per_host = checks.integer("gpus_per_host", gpus_per_host, least=1)
+    seq_len = checks.integer("seq_len", seq_len, least=1)
+    batch = None if batch is None else checks.integer("batch", batch, least=1)
     cluster = Cluster(hardware.gpu(gpu), hosts, gpus_per_host)
-    if not isinstance(seq_len, int) or seq_len < 1:
-        raise ValueError(f"seq_len must be a positive integer, got {seq_len!r}.")
     found = _ranked(shape, cluster, seq_len, batch, implementation)
     if not found or not found[0].fits:
         raise ValueError(_nothing_fits(shape, cluster, seq_len, found))

@@ -30,7 +30,7 @@ def test_where_those_do_not_add_up_any_size_may():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((0,), "num_devices must be an integer >= 1, got 0"),
+        ((0,), "num_devices must be a positive integer, got 0"),
         ((8, 0), "min_cp_size must be"),
         ((8, 1, True), "max_cp_size must be"),
         ((8, 1.0), "min_cp_size must be"),
