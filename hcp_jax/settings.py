@@ -68,7 +68,7 @@ class Change(NamedTuple):
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.key} {self.before!r} there and {self.now!r} here"
+        return f"{self.key} was {self.before!r} and is {self.now!r}"
 
 
 def free(**bounds: float) -> dict[str, Setting]:
@@ -129,6 +129,15 @@ def changes(before: Mapping[str, Any], now: Any, prefix: str = "") -> list[Chang
             setting: Setting = field.metadata.get("setting") or Setting("numbers", Bounds())
             found.append(Change(key, setting.kind, theirs, ours))
     return found
+
+
+def fixed_values(config: Any) -> dict[str, Any]:
+    """Return the fields of a config that a run keeps, parts left out."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if "setting" in field.metadata and field.metadata["setting"].kind == "fixed"
+    }
 
 
 def _default(field: dataclasses.Field) -> Any:

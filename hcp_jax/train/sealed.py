@@ -9,6 +9,7 @@ data's state. It holds the checksum of every array, so that nothing that is rest
 
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -48,6 +49,13 @@ def read(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if about["seal"] != _digest({k: v for k, v in about.items() if k != "seal"}, data):
         raise DamageError("its config or data state is not what was saved: the seal does not fit")
     return about, data
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """Return the steps of the checkpoints of a run folder, the newest first; nothing is changed."""
+    there = folder / "checkpoints"
+    names = [path.name for path in there.iterdir()] if there.is_dir() else []
+    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 
 
 def describe_arrays(state: Any) -> dict[str, list[Any]]:
