@@ -27,7 +27,7 @@ FLOORS = [
     ["dynamic"],
     ["cost"],
     ["hardware"],
-    ["layout", "mask", "dense_mask", "compat", "host_memory", "checks"],
+    ["layout", "mask", "dense_mask", "compat", "host_memory", "checks", "settings"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

@@ -84,6 +84,7 @@ class Steps:
             Progress(self._console, config.steps, start, config.log.every) as progress,
         ):
             before: _Made | None = None
+            due = False
             if config.eval.is_due(start, config.steps):
                 self._evaluate(start, state)
             self._meter.start()
@@ -97,14 +98,16 @@ class Steps:
                 before, done = _Made(done, metrics, program.documents(batch)), done + 1
                 stopped = signals.agreed(done)
                 ends = stopped is not None or done == config.steps
-                saves = ends or config.checkpoint.is_due(done)
+                # One that was due while steps were skipped is made up for as soon as one is not.
+                due = ends or due or config.checkpoint.is_due(done)
                 evaluates = config.eval.is_due(done, config.steps) and stopped is None
-                if saves or evaluates:
+                if due or evaluates:
                     # What is told of the steps before stands in the log before the checkpoint.
                     self._report(before, progress)
                     before = None
-                if saves:
+                if due and self._skipped.allow_saving(done, ends, self._run.latest_checkpoint()):
                     self._run.save(done, state, program)
+                    due = False
                 if evaluates:
                     self._evaluate(done, state)
                 if ends:
@@ -142,10 +145,10 @@ class Steps:
             self._print(line)
         self._print(f"{done - start} steps in {seconds:.0f} s: {learnt}")
         if done < self._config.steps:
-            self._print(
-                f"Stopped after step {done} of {self._config.steps}. Go on with:\n"
-                f"  hcp train --resume {path}"
-            )
+            go_on = f"Go on with:\n  hcp train --resume {path}"
+            if self._run.latest_checkpoint() is None:
+                go_on = "There is no checkpoint to go on from."
+            self._print(f"Stopped after step {done} of {self._config.steps}. {go_on}")
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
