@@ -23,7 +23,7 @@ FLOORS = [
     ["mesh"],
     ["kernels"],
     ["dynamic"],
-    ["layout", "mask", "compat", "datasheet", "host_memory"],
+    ["layout", "mask", "compat", "datasheet", "host_memory", "arguments", "tables"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

@@ -11,9 +11,10 @@ MFU.) Backward is twice forward (PaLM: Chowdhery et al., 2022, appendix B):
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hcp_jax.mask import Mask, causal, sliding_window
+if TYPE_CHECKING:
+    from hcp_jax.mask import Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,10 @@ class ModelShape:
         return self.num_layers * self.layer_params + embeddings + norms
 
     @property
-    def mask(self) -> Mask:
+    def mask(self) -> "Mask":
         """What it attends with: causal, within its window."""
+        from hcp_jax.mask import causal, sliding_window
+
         if self.sliding_window is None:
             return causal()
         return causal() & sliding_window(self.sliding_window)

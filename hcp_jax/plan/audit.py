@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hcp_jax import arguments, tables
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.grouped import exchange_size
 from hcp_jax.context import ContextParallel
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--groups",
-        type=int,
+        type=arguments.whole(),
         nargs="+",
         metavar="SIZE",
         help="the program of one group layout, each device with its share of seq_len as places",
@@ -62,8 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an XLA flag to set besides (or in place of) the library's own; may be repeated",
     )
     parser.add_argument("--no-flags", action="store_true", help="leave the library's flags out")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there; - for the screen")
-    parser.add_argument("--picture", metavar="FILE", help="draw the schedule there (.png or .svg)")
+    parser.add_argument(
+        "--json",
+        type=arguments.output(screen=True),
+        metavar="FILE",
+        help="write all figures there; - for the screen",
+    )
+    parser.add_argument(
+        "--picture",
+        type=arguments.output(".png", ".svg"),
+        metavar="FILE",
+        help="draw the schedule there (.png or .svg)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -273,11 +283,7 @@ def title(found: Audit, attention: bool) -> str:
 
 def tell(found: Audit, flags: dict, attention: bool) -> None:
     """Print what was found: memory, collectives, time, advice."""
-    import rich.console
-    import rich.table
-
-    width = None if sys.stdout.isatty() else 120
-    console = rich.console.Console(file=sys.stdout, highlight=False, width=width, soft_wrap=True)
+    console = tables.console()
     console.print(f"{title(found, attention)}; compiled in {found.compile_s:.0f} s")
     for name, value in flags.items():
         console.print(f"  --{name}={str(value).lower()}")
@@ -290,18 +296,18 @@ def tell(found: Audit, flags: dict, attention: bool) -> None:
     if found.memory.host_bytes:
         console.print(f"offloaded        {gib['host_bytes']:.2f} GiB to the host's memory, per GPU")
     console.print(f"ring hops        {found.ring_hops_hidden} of {found.ring_hops} hidden")
-    table = rich.table.Table(
-        "collective", "over", "link", "MiB", "count", "seconds", "hidden behind"
-    )
-    for column in (3, 4, 5):
-        table.columns[column].justify = "right"
+    rows = []
     for moved in found.collectives:
         name = f"{moved.what}: {moved.kind}" if moved.what else moved.kind
         hidden = ", ".join(moved.behind) if moved.hidden else f"exposed {_time(moved.exposed_s)}"
         size, count = f"{moved.bytes / 2**20:.1f}", str(moved.count)
         axes = " x ".join(moved.axes) or "-"
-        table.add_row(name, axes, moved.link, size, count, _time(moved.seconds), hidden)
-    console.print(table)
+        rows.append((name, axes, moved.link, size, count, _time(moved.seconds), hidden))
+    headings = ("collective", "over", "link", "MiB", "count", "seconds", "hidden behind")
+    left = ("collective", "over", "link", "hidden behind")
+    console.print()
+    tables.show(console, headings, rows, left=left, drop=("link", "count", "over", "seconds"))
+    console.print()
     compute = found.schedule.compute_s
     console.print(
         f"modelled         step {_time(found.schedule.step_s)} = attention "

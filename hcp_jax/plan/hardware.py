@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from hcp_jax import arguments
 from hcp_jax.datasheet import PEAK_FLOPS
 
 NO_LINK, INSIDE, BETWEEN = "no link", "inside a host", "between hosts"
@@ -331,11 +332,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that name a cluster."""
     parser.add_argument(
         "--gpu",
+        type=arguments.filled,
         required=True,
         help=f"one of {', '.join(GPUS)}, or a YAML file that describes another",
     )
-    parser.add_argument("--hosts", type=int, required=True, help="number of hosts")
-    parser.add_argument("--gpus-per-host", type=int, default=8, help="GPUs in each (8)")
+    parser.add_argument(
+        "--hosts", type=arguments.whole(most=2**15), required=True, help="number of hosts"
+    )
+    parser.add_argument(
+        "--gpus-per-host",
+        type=arguments.whole(most=2**10),
+        default=8,
+        help="GPUs in each (8)",
+    )
 
 
 def target_config(gpu: GPU) -> str:

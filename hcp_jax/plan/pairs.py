@@ -6,14 +6,18 @@ its intervals. With `m(x) = Σ_i min(e_i, x) - Σ_i min(s_i, x)` over some queri
 from one sort per chunk of queries, so that a million tokens take a fraction of a second.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from hcp_jax.layout import chunk_order
-from hcp_jax.mask import Intervals
+
+if TYPE_CHECKING:
+    from hcp_jax.mask import Intervals
 
 
-def chunk_pairs(intervals: Intervals, chunks: int) -> Int64[np.ndarray, "chunks chunks"]:
+def chunk_pairs(intervals: "Intervals", chunks: int) -> Int64[np.ndarray, "chunks chunks"]:
     """Visible pairs between every chunk of queries and every chunk of keys of a stream.
 
     Args:
@@ -41,6 +45,39 @@ def chunk_pairs(intervals: Intervals, chunks: int) -> Int64[np.ndarray, "chunks 
         for s, e in zip(start.reshape(chunks, size), end.reshape(chunks, size), strict=True)
     ]
     return np.diff(np.array(seen), axis=1)
+
+
+def causal_chunk_pairs(
+    seq_len: int, chunks: int, window: int | None = None
+) -> Float64[np.ndarray, "chunks chunks"]:
+    """`chunk_pairs` of a causal mask, by formula: at once for any length.
+
+    With `g(x) = max(x, 0)`, query i sees `g(i + 1 - a) - g(i + 1 - b)` of the keys in `[a, b)`
+    before it, less as many as lie before its window. Sums of `g` over i are triangle numbers.
+
+    Args:
+        seq_len: T, a multiple of `chunks`.
+        chunks: how many equal chunks the stream is cut into.
+        window: keys that a query sees, itself included; None for all before it.
+
+    Returns:
+        Rows are chunks of queries, columns chunks of keys; exact up to 2**53 pairs a chunk.
+
+    >>> causal_chunk_pairs(8, 2)
+    array([[10.,  0.],
+           [16., 10.]])
+    """
+    borders = np.arange(chunks + 1, dtype=np.float64) * (seq_len // chunks)
+
+    def keys_below(shift: float) -> np.ndarray:
+        distance = np.maximum(borders[:, None] - borders - shift, 0.0)
+        sums = distance * (distance + 1.0) / 2.0
+        return sums[:, :-1] - sums[:, 1:]
+
+    seen = keys_below(0.0)
+    if window is not None:
+        seen = seen - keys_below(float(window))
+    return np.diff(seen, axis=0)
 
 
 def merge_chunks(

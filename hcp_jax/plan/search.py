@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hcp_jax.arguments import MOST_TOKENS
 from hcp_jax.models.flops import ModelShape
 from hcp_jax.plan import hardware
 from hcp_jax.plan.cost_model import Estimate, Split, estimate
@@ -20,6 +21,7 @@ from hcp_jax.plan.hardware import Cluster
 from hcp_jax.plan.memory import MemoryEstimate, estimate_memory
 
 USABLE = 0.9  # of the memory: the rest is CUDA's, NCCL's and what fragments leave unused
+MOST_GPUS = 2048  # tables of (2 cp)² chunks of the stream grow with the square
 REMATS = ("none", "attention", "full")
 
 _LLAMA3: dict[str, Any] = {"vocab_size": 128256, "rope_theta": 500_000.0}
@@ -171,8 +173,18 @@ def plan(
     """
     shape = model_shape(model)
     cluster = Cluster(hardware.gpu(gpu), hosts, gpus_per_host)
-    if not isinstance(seq_len, int) or seq_len < 1:
-        raise ValueError(f"seq_len must be a positive integer, got {seq_len!r}.")
+    if not isinstance(seq_len, int) or not 1 <= seq_len <= MOST_TOKENS:
+        raise ValueError(
+            f"seq_len must be a whole number from 1 to {MOST_TOKENS:,} (positions are int32), "
+            f"got {seq_len!r}."
+        )
+    if cluster.size > MOST_GPUS:
+        raise NotImplementedError(
+            f"{cluster} are {cluster.size:,} GPUs; the planner ranks at most {MOST_GPUS:,}. Plan "
+            "for a part of the cluster, and multiply dp."
+        )
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}.")
     found = _ranked(shape, cluster, seq_len, batch, implementation)
     if not found or not found[0].fits:
         raise ValueError(_nothing_fits(shape, cluster, seq_len, found))
