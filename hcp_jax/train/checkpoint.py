@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -41,7 +42,10 @@ class CheckpointConfig:
     """When to save.
 
     Attributes:
-        every: steps between two checkpoints; None: only one at the end (and on Ctrl-C or SIGTERM).
+        every: steps between two checkpoints; None: only one at the end (and on Ctrl-C or SIGTERM),
+            and those of every_minutes.
+        every_minutes: minutes between two checkpoints; goes with `every`, too: whichever is due
+            first.
         keep: how many of the newest are kept.
         keep_every: those of steps that are a multiple of this are kept for good, too.
         on_error: what to do if one cannot be written (the disk is full): "stop", or "continue" and
@@ -50,6 +54,7 @@ class CheckpointConfig:
     """
 
     every: int | None = None
+    every_minutes: float | None = None
     keep: int = 2
     keep_every: int | None = None
     on_error: Literal["stop", "continue"] = "stop"
@@ -59,13 +64,18 @@ class CheckpointConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {value}.")
+        if self.every_minutes is not None and not 0 < self.every_minutes < math.inf:
+            raise ValueError(
+                f"checkpoint.every_minutes must be a finite number above 0, got "
+                f"{self.every_minutes}."
+            )
         if self.on_error not in ("stop", "continue"):
             raise ValueError(
                 f"checkpoint.on_error must be 'stop' or 'continue', got {self.on_error!r}."
             )
 
     def is_due(self, done: int) -> bool:
-        """Whether to save after so many steps, apart from the end of a run."""
+        """Return whether to save after so many steps, apart from the end of a run and by time."""
         return self.every is not None and done % self.every == 0
 
 

@@ -42,6 +42,10 @@ SMALL_MODEL = ModelConfig(
 """A decoder for bytes that learns within minutes on a CPU; the model of configs that name none."""
 
 
+FILL_IN = "FILL_IN"
+"""What `hcp plan --write` puts where only the user knows the value; `hcp train` refuses it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
@@ -56,6 +60,8 @@ class TrainConfig:
         accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own.
         seed: of the initial parameters and of the order of the documents.
         run_dir: where run folders are made.
+        made_for: the GPUs that the config was made for, such as "8 x 8 H200" (`hcp plan --write`
+            says so): hcp train then refuses to simulate the run on a CPU. None: any devices.
         init_from: a Hugging Face folder whose weights training begins from (`hcp import` writes a
             config that fits it); None for random ones.
         model: the decoder.
@@ -77,6 +83,7 @@ class TrainConfig:
     accumulation: int = 1
     seed: int = 0
     run_dir: str = "runs"
+    made_for: str | None = None
     init_from: str | None = None
     model: ModelConfig = SMALL_MODEL
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
