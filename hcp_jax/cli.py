@@ -38,9 +38,10 @@ COMMANDS = {
     "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
     "plot": Command("hcp_jax.train.record.figures", "draw the curves of runs side by side"),
     "verify": Command("hcp_jax.verify.command", "prove that it computes what one device computes"),
-    "bench": Command("hcp_jax.plan.bench", "time attention strategies on the devices at hand"),
-    "audit": Command("hcp_jax.plan.audit", "show what a compiled step moves, hides and holds"),
-    "plan": Command("hcp_jax.plan.planner", "rank the meshes and comm types for a cluster"),
+    "bench": Command("hcp_jax.commands.bench", "time attention strategies on the devices at hand"),
+    "audit": Command("hcp_jax.commands.audit", "show what a compiled step moves, hides and holds"),
+    "plan": Command("hcp_jax.commands.plan", "rank the meshes and comm types for a cluster"),
+    "longest": Command("hcp_jax.commands.longest", "find the longest sequence that fits"),
     "dynamic": Command("hcp_jax.dynamic.command", "schedule documents of uneven lengths"),
     "generate": Command("hcp_jax.models.generate", "continue a text with a trained model"),
 }

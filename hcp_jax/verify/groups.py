@@ -26,6 +26,7 @@ from jaxtyping import Int64, Shaped
 
 from hcp_jax import dynamic
 from hcp_jax.attention.grouped import exchange_size
+from hcp_jax.compiled import hlo
 from hcp_jax.context import ContextParallel
 from hcp_jax.dynamic.groups import Layout, group_of_device
 from hcp_jax.dynamic.groups import describe as describe_layout
@@ -33,7 +34,6 @@ from hcp_jax.dynamic.packing import PackedMicrobatch
 from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.microbatch import flat_devices, place_microbatch
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.plan import hlo
 from hcp_jax.train import data, evaluation
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.streams import Segments

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.compiled import hlo
 from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model
-from hcp_jax.plan import hlo
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
 

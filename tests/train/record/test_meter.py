@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
+from hcp_jax.cost.shape import ModelShape, step_flops
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.flops import ModelShape, step_flops
 from hcp_jax.train.record import meter
 from hcp_jax.train.record.meter import Meter
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.compiled import hlo
 from hcp_jax.context import ContextParallel
 from hcp_jax.mask import causal
 from hcp_jax.mesh import make_mesh
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.plan import hlo
 from hcp_jax.train.record import traffic
 
 T = 64
