@@ -5,12 +5,14 @@ are any.
 """
 
 import dataclasses
+from dataclasses import field
 
 import jax
 
 from hcp_jax.context import STRATEGIES, ContextParallel, require_known
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.mesh import make_mesh
+from hcp_jax.settings import MOST, check, free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +34,23 @@ class ParallelConfig:
         hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
     """
 
-    dp: int = 1
-    tp: int = 1
-    cp_outer: int = 1
-    cp_inner: int = 1
-    comm_type: str | list[str] = "a2a+p2p"
-    layout: str = "zigzag"
-    fsdp: bool = False
-    head_groups: int = 1
-    dynamic: DynamicConfig = dataclasses.field(default_factory=DynamicConfig)
-    context_parallel_size: int | None = None
-    cp_comm_type: str | list[str] | None = None
-    hierarchical_context_parallel_sizes: list[int] | None = None
+    dp: int = field(default=1, metadata=free(least=1, most=MOST))
+    tp: int = field(default=1, metadata=free(least=1, most=MOST))
+    cp_outer: int = field(default=1, metadata=free(least=1, most=MOST))
+    cp_inner: int = field(default=1, metadata=free(least=1, most=MOST))
+    comm_type: str | list[str] = field(default="a2a+p2p", metadata=free())
+    layout: str = field(default="zigzag", metadata=free())
+    fsdp: bool = field(default=False, metadata=free())
+    head_groups: int = field(default=1, metadata=free(least=1, most=MOST))
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    context_parallel_size: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    cp_comm_type: str | list[str] | None = field(default=None, metadata=free())
+    hierarchical_context_parallel_sizes: list[int] | None = field(
+        default=None, metadata=free(least=1, most=MOST)
+    )
+
+    def __post_init__(self):
+        check(self, "parallel.")
 
     def resolve(self) -> "ParallelConfig":
         """The same run in this library's words alone.

@@ -27,7 +27,7 @@ FLOORS = [
     ["dynamic"],
     ["cost"],
     ["hardware"],
-    ["layout", "mask", "compat", "host_memory", "arguments", "tables"],
+    ["layout", "mask", "compat", "host_memory", "arguments", "settings", "tables"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

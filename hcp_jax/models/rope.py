@@ -12,12 +12,15 @@ taken off before anything is rounded; the angle is then good to 4e-4 at a millio
 
 import dataclasses
 import math
+from dataclasses import field
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int32
+
+from hcp_jax.settings import MOST, check, numbers
 
 _SPLIT = 1024
 
@@ -41,23 +44,24 @@ class RopeScaling:
         truncate: yarn: the borders of what is kept and what is stretched are whole pairs.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
+    kind: Literal["linear", "llama3", "yarn"] = field(metadata=numbers())
+    factor: float = field(metadata=numbers(least=1, most=1e9))
+    original_max_position_embeddings: int | None = field(
+        default=None, metadata=numbers(least=0, most=MOST)
+    )
+    low_freq_factor: float = field(default=1.0, metadata=numbers(above=0, most=1e9))
+    high_freq_factor: float = field(default=4.0, metadata=numbers(above=0, most=1e9))
+    beta_fast: float = field(default=32.0, metadata=numbers(above=0, most=1e9))
+    beta_slow: float = field(default=1.0, metadata=numbers(above=0, most=1e9))
+    attention_factor: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
+    truncate: bool = field(default=True, metadata=numbers())
 
     def __post_init__(self):
+        check(self, "rope_scaling.")
         if self.kind not in ("linear", "llama3", "yarn"):
             raise ValueError(
                 f"rope_scaling.kind must be linear, llama3 or yarn, got {self.kind!r}."
             )
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor must be at least 1, got {self.factor}.")
         if self.kind != "linear" and not self.original_max_position_embeddings:
             raise ValueError(
                 f"rope_scaling.kind={self.kind!r} needs original_max_position_embeddings, the "

@@ -11,6 +11,7 @@ from typing import Any
 
 from hcp_jax.train import config as configuration
 from hcp_jax.train import folder as run_folders
+from hcp_jax.train import resuming
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster
 from hcp_jax.train.loop import train
@@ -38,6 +39,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="go on from the last checkpoint of this run folder, or of the 'latest'; with its own "
         "config unless one is given",
+    )
+    parser.add_argument(
+        "--accept",
+        metavar="WORD",
+        action="append",
+        choices=resuming.CONSENT,
+        help="go on although something has changed since the last checkpoint: 'numbers' (settings "
+        "that change what is computed) or 'data' (the text); can be given twice",
     )
     parser.add_argument(
         "--profile",
@@ -77,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 begin=args.folder is not None,
                 profile=profile,
                 peers=peers,
+                accept=args.accept or (),
             )
         except (ValueError, NotImplementedError, FloatingPointError):
             raise
@@ -127,9 +137,16 @@ def _folder(args: argparse.Namespace) -> pathlib.Path | None:
 
 
 def resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
-    """The folder of the run that a command line goes on with."""
+    """Return the folder of the run that a command line goes on with; None for a new run."""
+    if args.accept and args.resume is None and getattr(args, "folder", None) is None:
+        raise ValueError("--accept is for a run that goes on; name it with --resume or --folder.")
     if args.resume is None:
         return None
+    if any(key == "init_from" for key, _ in args.overrides or ()):
+        raise ValueError(
+            "--init_from begins a new run from a folder's weights, and --resume goes on with a "
+            "run's own; give one of the two."
+        )
     if args.resume != "latest":
         folder = pathlib.Path(args.resume)
         if not (folder / "config.yaml").is_file():

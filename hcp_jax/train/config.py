@@ -15,6 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 import docstring_parser
@@ -23,6 +24,7 @@ import yaml
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
+from hcp_jax.settings import MOST, check, fixed, free, numbers
 from hcp_jax.train.checkpoint import CheckpointConfig
 from hcp_jax.train.data import DataConfig
 from hcp_jax.train.evaluation import EvalConfig
@@ -76,27 +78,25 @@ class TrainConfig:
         ValueError: for numbers that do not fit each other.
     """
 
-    name: str = "run"
-    steps: int = 200
-    batch_size: int = 2
-    seq_len: int = 1024
-    accumulation: int = 1
-    seed: int = 0
-    run_dir: str = "runs"
-    made_for: str | None = None
-    init_from: str | None = None
+    name: str = field(default="run", metadata=free())
+    steps: int = field(default=200, metadata=free(least=1, most=MOST))
+    batch_size: int = field(default=2, metadata=numbers(least=1, most=MOST))
+    seq_len: int = field(default=1024, metadata=fixed(least=1, most=MOST))
+    accumulation: int = field(default=1, metadata=free(least=1, most=MOST))
+    seed: int = field(default=0, metadata=fixed(least=0, most=2**32 - 1))
+    run_dir: str = field(default="runs", metadata=free())
+    made_for: str | None = field(default=None, metadata=free())
+    init_from: str | None = field(default=None, metadata=fixed())
     model: ModelConfig = SMALL_MODEL
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check(self)
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
         if self.parallel.dynamic.enabled:
@@ -283,13 +283,13 @@ def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted key, type, what it is) of every value that can be given."""
     kinds = typing.get_type_hints(cls)
     texts = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
-    for field in dataclasses.fields(cls):
-        part = _part(kinds[field.name])
-        if part is not kinds[field.name]:
-            text = " ".join((texts.get(field.name) or "").split())
-            yield f"{prefix}{field.name}", kinds[field.name], text
+    for name in (one.name for one in dataclasses.fields(cls)):
+        part = _part(kinds[name])
+        if part is not kinds[name]:
+            text = " ".join((texts.get(name) or "").split())
+            yield f"{prefix}{name}", kinds[name], text
         if part is not None:
-            yield from _keys(part, f"{prefix}{field.name}.")
+            yield from _keys(part, f"{prefix}{name}.")
 
 
 def _part(kind: Any) -> type | None:

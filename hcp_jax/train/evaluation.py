@@ -23,6 +23,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.loss import cross_entropy_by_bin
 from hcp_jax.models.transformer import abstract_model
+from hcp_jax.settings import MOST, check, free, numbers
 from hcp_jax.train import data
 from hcp_jax.train.data import Corpus, DataConfig
 
@@ -54,18 +56,13 @@ class EvalConfig:
         tokens: evaluate on about as many, taken evenly over the held-out text. None: on all of it.
     """
 
-    every: int | None = None
-    path: str | None = None
-    holdout: float = 0.01
-    tokens: int | None = 1_048_576
+    every: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    path: str | None = field(default=None, metadata=free())
+    holdout: float = field(default=0.01, metadata=numbers(above=0, most=0.999999))
+    tokens: int | None = field(default=1_048_576, metadata=free(least=1, most=2**53))
 
     def __post_init__(self):
-        for name in ("every", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"eval.{name} must be at least 1, or null, got {value}.")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"eval.holdout must lie between 0 and 1, got {self.holdout}.")
+        check(self, "eval.")
 
     def is_due(self, done: int, steps: int) -> bool:
         """Whether a run evaluates when it has done so many of its steps."""

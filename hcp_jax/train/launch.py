@@ -205,6 +205,7 @@ def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]
     common = [sys.executable, "-m", "hcp_jax.cli", "train"]
     common += [] if args.config is None else [str(args.config)]
     common += [part for key, text in args.overrides or () for part in (f"--{key}", text)]
+    common += [f"--accept={word}" for word in args.accept or ()]
     common += [f"--folder={folder}"]
     if args.num_processes == 1:
         return [common]

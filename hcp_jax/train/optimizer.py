@@ -7,6 +7,7 @@ types of what it makes where each array belongs, and the step fetches them for t
 """
 
 import dataclasses
+from dataclasses import field
 from typing import Any, Literal, get_args
 
 import jax
@@ -14,20 +15,28 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float
 
+from hcp_jax.settings import MOST, check, fixed, free, numbers
+
 MomentsDtype = Literal["float32", "bfloat16"]
+Schedule = Literal["cosine", "constant", "wsd"]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, 2019) with warm-up, cosine decay and clipping.
+    """AdamW (Loshchilov & Hutter, 2019) with warm-up, a schedule and clipping.
 
     Weight decay is on the matrices of the layers (every `kernel`), not on norms, biases, sinks, the
     embedding or the output head.
 
     Attributes:
         learning_rate: at the top, after the warm-up.
+        schedule: of the learning rate after the warm-up: "cosine" falls until the last step;
+            "constant" stays; "wsd" (warm-up, stable, decay) stays, then falls linearly over
+            `decay_share` of all steps. With the latter two a run can be made longer without a
+            jump of the rate (wsd: until its decay begins).
         warmup_steps: steps over which it rises linearly; the first step has 1 / warmup_steps of it.
-        final_ratio: share of it that is left at the last step.
+        decay_share: wsd: the share of all steps, at the end, over which the rate falls.
+        final_ratio: share of it that is left at the last step; constant keeps all of it.
         beta1: decay of the mean of gradients.
         beta2: decay of the mean of their squares.
         eps: added to the root of the latter.
@@ -41,39 +50,33 @@ class OptimizerConfig:
             finite, before training stops.
     """
 
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    final_ratio: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
-    moments_dtype: MomentsDtype = "float32"
-    offload: bool = False
-    max_skipped: int = 10
+    learning_rate: float = field(default=3e-4, metadata=numbers(above=0, most=1e3))
+    schedule: Schedule = field(default="cosine", metadata=numbers())
+    warmup_steps: int = field(default=100, metadata=numbers(least=0, most=MOST))
+    decay_share: float = field(default=0.2, metadata=numbers(least=0, most=1))
+    final_ratio: float = field(default=0.1, metadata=numbers(least=0, most=1))
+    # In float32, 1 - beta must not round to 0, nor eps: either would make 0 / 0.
+    beta1: float = field(default=0.9, metadata=numbers(least=0, most=0.999999))
+    beta2: float = field(default=0.95, metadata=numbers(least=0, most=0.999999))
+    eps: float = field(default=1e-8, metadata=numbers(least=1e-30, most=1))
+    weight_decay: float = field(default=0.1, metadata=numbers(least=0, most=1e3))
+    clip_norm: float | None = field(default=1.0, metadata=numbers(above=0, most=1e18))
+    moments_dtype: MomentsDtype = field(default="float32", metadata=fixed())
+    offload: bool = field(default=False, metadata=free())
+    max_skipped: int = field(default=10, metadata=free(least=1, most=MOST))
 
     def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.final_ratio <= 1:
-            raise ValueError(
-                "warmup_steps and weight_decay must not be negative, and final_ratio lies in "
-                f"[0, 1]; got {self.warmup_steps}, {self.weight_decay} and {self.final_ratio}."
-            )
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
-        if self.max_skipped < 1:
-            raise ValueError(f"max_skipped must be at least 1, got {self.max_skipped}.")
-        if self.moments_dtype not in get_args(MomentsDtype):
-            raise ValueError(
-                f"moments_dtype must be one of {', '.join(get_args(MomentsDtype))}, got "
-                f"{self.moments_dtype!r}."
-            )
+        check(self, "optimizer.")
+        for name, choices in (("moments_dtype", MomentsDtype), ("schedule", Schedule)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(choices))}, got "
+                    f"{getattr(self, name)!r}."
+                )
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step, from 0 to num_steps - 1.
+    """Return the learning rate by step, from 0 to num_steps - 1.
 
     Raises:
         ValueError: if the warm-up is as long as the whole training or longer.
@@ -83,13 +86,22 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
             f"warmup_steps={config.warmup_steps} must be fewer than the {num_steps} steps of the "
             "training; lower it, or train longer."
         )
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=num_steps,
-        end_value=config.final_ratio * config.learning_rate,
-    )
+    top, low = config.learning_rate, config.final_ratio * config.learning_rate
+    warmup = config.warmup_steps
+    first = 0.0 if warmup else top
+    if config.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(first, top, warmup, num_steps, low)
+    elif config.schedule == "constant":
+        schedule = optax.warmup_constant_schedule(first, top, warmup)
+    else:
+        decay = min(round(config.decay_share * num_steps), num_steps - warmup)
+        schedule = optax.join_schedules(
+            [
+                optax.warmup_constant_schedule(first, top, warmup),
+                optax.linear_schedule(top, low, decay),
+            ],
+            [num_steps - decay],
+        )
     # optax counts from a rate of 0, which would make the first step an idle one.
     return lambda count: schedule(count + 1)
 

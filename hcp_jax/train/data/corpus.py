@@ -38,6 +38,7 @@ from jaxtyping import Int32, Int64, Integer
 
 from hcp_jax.mask import Mask, causal, documents
 from hcp_jax.placing import Gathered
+from hcp_jax.settings import check, free, numbers
 from hcp_jax.train.data import text, tokens
 from hcp_jax.train.data.streams import Segments, Stream, Streams
 
@@ -63,14 +64,14 @@ class DataConfig:
         prefetch: batches that a thread prepares ahead of the step.
     """
 
-    path: str | None = None
-    field: str = "text"
-    tokenizer: str | None = None
-    prefetch: int = 2
+    # The files are compared by their contents, wherever they lie (data/fingerprint.py).
+    path: str | None = dataclasses.field(default=None, metadata=free())
+    field: str = dataclasses.field(default="text", metadata=numbers())
+    tokenizer: str | None = dataclasses.field(default=None, metadata=free())
+    prefetch: int = dataclasses.field(default=2, metadata=free(least=1, most=100_000))
 
     def __post_init__(self):
-        if self.prefetch < 1:
-            raise ValueError(f"data.prefetch must be at least 1, got {self.prefetch}.")
+        check(self, "data.")
 
 
 class Corpus:

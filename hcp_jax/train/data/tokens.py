@@ -25,6 +25,9 @@ from jaxtyping import Int64, Integer
 
 from hcp_jax.train.data import text
 
+FILES = ("tokens.npy", "offsets.npy", "meta.json")
+"""What a tokenised folder is made of."""
+
 _TEXT_AT_ONCE = 2**22
 """Bytes that are turned into tokens together, by all cores."""
 

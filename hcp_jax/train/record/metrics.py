@@ -9,10 +9,12 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
+from dataclasses import field
 from typing import Any
 
 import tensorboardX
 
+from hcp_jax.settings import MOST, check, free
 from hcp_jax.train.evaluation import Evaluation
 
 
@@ -26,12 +28,11 @@ class LogConfig:
         tensorboard: write TensorBoard events too.
     """
 
-    every: int = 10
-    tensorboard: bool = True
+    every: int = field(default=10, metadata=free(least=1, most=MOST))
+    tensorboard: bool = field(default=True, metadata=free())
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"log.every must be at least 1, got {self.every}.")
+        check(self, "log.")
 
 
 class Recorder:
