@@ -22,6 +22,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
+from hcp_jax import terminal
+
 
 class Command(NamedTuple):
     """A subcommand: the module that has `add_arguments` and `run`, and what it does in a line."""
@@ -66,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (`sys.argv` if None); returns the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[terminal.log_handler()], level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
@@ -76,18 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if os.environ.get("HCP_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"hcp: {_in_one_line(error)}", file=sys.stderr)
+        terminal.say_error(f"hcp: {_in_one_line(error)}")
         return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def _run(argv: list[str]) -> int:
     available = {n: c for n, c in COMMANDS.items() if _exists(c.module)}
     if not argv or argv[0] in ("-h", "--help"):
-        print(_help(available))
+        terminal.say(_help(available))
         return 0 if argv else 2
     name, *rest = argv
     if name == "--version":
-        print(importlib.import_module("hcp_jax").__version__)
+        terminal.say(importlib.import_module("hcp_jax").__version__)
         return 0
     if name not in available:
         raise ValueError(f"there is no command {name!r}{_hint(name, available)}")

@@ -14,6 +14,8 @@ import rich.console
 import rich.table
 import rich.text
 
+from hcp_jax import terminal
+
 _GAP = 1  # cells of padding; a line of the box takes another one
 _NO_LIMIT = 10_000  # cells of a line in a file
 
@@ -21,9 +23,7 @@ _NO_LIMIT = 10_000  # cells of a line in a file
 def console() -> rich.console.Console:
     """Return a console on standard output: as wide as the terminal, without limit elsewhere."""
     width = None if sys.stdout.isatty() else _NO_LIMIT
-    return rich.console.Console(
-        file=sys.stdout, width=width, highlight=False, markup=False, emoji=False
-    )
+    return terminal.console(file=sys.stdout, width=width)
 
 
 def show(

@@ -27,7 +27,8 @@ FLOORS = [
     ["dynamic"],
     ["cost"],
     ["hardware"],
-    ["layout", "mask", "compat", "host_memory", "arguments", "settings", "tables"],
+    ["tables"],
+    ["layout", "mask", "compat", "host_memory", "arguments", "settings", "reading", "terminal"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 
-from hcp_jax import arguments, tables
+from hcp_jax import arguments, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments, cluster
 from hcp_jax.compiled.report import Audit
 from hcp_jax.compiled.timeline import draw
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         draw(found.schedule, pathlib.Path(args.picture), title(found, args.attention))
     text = json.dumps({"flags": flags} | found.to_json(), indent=2)
     if args.json == "-":
-        print(text)
+        terminal.say(text)
         return 0
     if args.json:
         pathlib.Path(args.json).write_text(text + "\n")

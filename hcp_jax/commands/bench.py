@@ -16,7 +16,7 @@ import subprocess
 import time
 from typing import Any, NamedTuple
 
-from hcp_jax import arguments, tables
+from hcp_jax import arguments, tables, terminal
 
 CONTESTANTS = ("mosaic", "triton", "blockwise", "cudnn", "xla")
 MASKS = ("causal", "full", "packed")
@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
         )
     time_rows = _sweep if args.sweep else _compare
     rows = time_rows(args, settings)
-    print(f"{device.device_kind}, jax {jax.__version__}, {args.dtype}, head size {args.head_size}")
+    terminal.say(
+        f"{device.device_kind}, jax {jax.__version__}, {args.dtype}, head size {args.head_size}"
+    )
     _print(rows)
     args.output.mkdir(parents=True, exist_ok=True)
     kind = device.device_kind.replace(" ", "-").lower()
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     }
     path.write_text(json.dumps(facts | {"rows": [row._asdict() for row in rows]}, indent=1) + "\n")
     _plot(rows, path.with_suffix(".png"), device.device_kind)
-    print(f"written: {path} and {path.with_suffix('.png')}")
+    terminal.say(f"written: {path} and {path.with_suffix('.png')}")
     return 0
 
 
@@ -253,7 +255,7 @@ def _print(rows: list[Row]) -> None:
     console.print("forward and backward in TFLOP/s of what the mask asks for")
     for row in rows:
         if row.note:
-            print(f"{row.contestant}, {row.mask}: {row.note}")
+            terminal.say(f"{row.contestant}, {row.mask}: {row.note}")
 
 
 def _figure(x: float | None, factor: float) -> str:

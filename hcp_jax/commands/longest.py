@@ -4,9 +4,8 @@ hcp longest configs/llama3-8b-long.yaml --gpu h200 --hosts 1
 """
 
 import argparse
-import sys
 
-from hcp_jax import arguments
+from hcp_jax import arguments, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments, cluster
 from hcp_jax.compiled.report import Memory
 from hcp_jax.planner.longest import longest_of_config
@@ -34,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     cp_size = sizes.cp_outer * sizes.cp_inner
 
     def report(tokens: int, memory: Memory) -> None:
-        print(_summary(tokens * cp_size, tokens, memory), file=sys.stderr, flush=True)
+        terminal.say_error(_summary(tokens * cp_size, tokens, memory))
 
     found = longest_of_config(config, cluster(args), tuple(args.first), report)
-    print(_summary(found.tokens_per_device * cp_size, found.tokens_per_device, found.memory))
+    terminal.say(_summary(found.tokens_per_device * cp_size, found.tokens_per_device, found.memory))
     return 0
 
 

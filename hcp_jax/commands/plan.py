@@ -13,7 +13,7 @@ import json
 import pathlib
 from typing import Any
 
-from hcp_jax import arguments, hardware, tables
+from hcp_jax import arguments, hardware, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments
 from hcp_jax.planner.search import MODELS, Candidate, Plan, model_fields, plan
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         pathlib.Path(args.write).write_text(text)
     text = json.dumps(found.to_json(), indent=2)
     if args.json == "-":
-        print(text)
+        terminal.say(text)
         return 0
     if args.json:
         pathlib.Path(args.json).write_text(text + "\n")

@@ -5,10 +5,9 @@ import importlib.metadata
 import pathlib
 import platform
 import signal
-import sys
-import traceback
 from typing import Any
 
+from hcp_jax import terminal
 from hcp_jax.train import config as configuration
 from hcp_jax.train import folder as run_folders
 from hcp_jax.train import resuming
@@ -105,9 +104,9 @@ def _exit_code(outcome: Outcome) -> int:
 def _tell(error: Exception) -> None:
     """An error of the machine's is a line; any other one is ours, and a traceback."""
     if isinstance(error, OSError):
-        print(f"hcp: {error}", file=sys.stderr)
+        terminal.say_error(f"hcp: {error}")
     else:
-        traceback.print_exception(error)
+        terminal.say_traceback(error)
 
 
 def _same_everywhere(config: TrainConfig, folder: pathlib.Path | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import IO, NamedTuple
 
 import jax
 
+from hcp_jax import terminal
 from hcp_jax.train import command
 from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
@@ -287,4 +288,4 @@ def _cause(code: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"hcp launch: {text}", file=sys.stderr, flush=True)
+    terminal.say_error(f"hcp launch: {text}")

@@ -14,6 +14,7 @@ from collections.abc import Collection
 import jax
 import rich.console
 
+from hcp_jax import terminal
 from hcp_jax.context import ContextParallel
 from hcp_jax.train import data, evaluation, folder, lock
 from hcp_jax.train.config import TrainConfig
@@ -61,7 +62,7 @@ def train(
             process trains in the folder.
         FloatingPointError: if too many steps in a row had a loss or gradient that is not finite.
     """
-    console = console or rich.console.Console(highlight=False)
+    console = console or terminal.console()
     console.quiet = console.quiet or jax.process_index() != 0
     vocab_size = config.model.vocab_size
     corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)

@@ -13,9 +13,9 @@ import argparse
 import sys
 
 import rich.box
-import rich.console
 import rich.table
 
+from hcp_jax import terminal
 from hcp_jax.train import config as configuration
 from hcp_jax.verify import groups, streams
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs `hcp verify`; returns 0, or 1 if a check failed."""
     config = configuration.from_arguments(args)
     width = None if sys.stdout.isatty() else 100  # a file has room
-    console = rich.console.Console(highlight=False, width=width)
+    console = terminal.console(width=width)
     cp = config.parallel.context_parallel(config.model.num_layers)
     console.print(cp.describe(), markup=False, soft_wrap=True)
     if config.parallel.dynamic.enabled:

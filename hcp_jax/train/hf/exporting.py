@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hcp_jax import terminal
 from hcp_jax.models import hf, hf_config, hf_write
 from hcp_jax.models.hf import Slot
 from hcp_jax.train import config as configuration
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     )
     copied = _copy_tokenizer(origin, config, args.out)
     rounded = ", rounded from float32" if step and dtype != "float32" else ""
-    print(
+    terminal.say(
         f"{args.out}: {source} as {raw['model_type']}, {files} file{'s' if files > 1 else ''} of "
         f"{dtype}{rounded}; {', '.join(['config.json', *copied])}"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hcp_jax import terminal
 from hcp_jax.models import hf, hf_config
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train import config as configuration
@@ -43,10 +44,12 @@ def run(args: argparse.Namespace) -> int:
     stored = hf.check(model, folder)
     parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
     files = len({tensor.file for tensor in stored.values()})
-    print(f"{told}: {parameters / 1e6:,.2f} M parameters, {len(stored)} tensors, {files} files")
+    terminal.say(
+        f"{told}: {parameters / 1e6:,.2f} M parameters, {len(stored)} tensors, {files} files"
+    )
     text = _as_yaml(model, folder)
     if args.out is None:
-        print(text, end="")
+        terminal.say(text.rstrip("\n"))
         return 0
     file = args.out / "config.yaml"
     if file.exists():
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     head = f"# hcp train {file} --data.path TEXT --seq_len TOKENS\n\n"
     file.write_text(head + text)
     assert configuration.load(file).model == model
-    print(f"{file}: train with\n  hcp train {file} --data.path TEXT --seq_len TOKENS")
+    terminal.say(f"{file}: train with\n  hcp train {file} --data.path TEXT --seq_len TOKENS")
     return 0
 
 

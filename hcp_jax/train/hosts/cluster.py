@@ -13,13 +13,12 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from hcp_jax import compat
+from hcp_jax import compat, terminal
 from hcp_jax.train.hosts.peers import Peers, Place
 
 LAUNCHER = "HCP_LAUNCHER"
@@ -166,10 +165,10 @@ def _leave(peers: Peers, error: BaseException) -> None:
     if os.environ.get("HCP_DEBUG", "0") not in ("", "0") or not (
         told or isinstance(error, KeyboardInterrupt)
     ):
-        traceback.print_exception(error)
+        terminal.say_traceback(error)
     said = " ".join(str(error).split()) or type(error).__name__
     where = f" process {peers.place.process} on {socket.gethostname()}:"
-    print(f"hcp:{where} {said}", file=sys.stderr)
+    terminal.say_error(f"hcp:{where} {said}")
     peers.fail(said)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -190,4 +189,4 @@ def _name_host_in_logs(place: Place) -> None:
         return
     name = f"process {place.process} on {socket.gethostname()}"
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
+        handler.setFormatter(terminal.Formatter(f"{name}: %(message)s"))

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorboardX
 
+from hcp_jax import reading
 from hcp_jax.settings import MOST, check, free
 from hcp_jax.train.evaluation import Evaluation
 
@@ -106,7 +107,8 @@ def read_evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    lines = path.read_text().split("\n")[:-1]
+    return [reading.parse_json(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
 
 
 def _rewrite(path: pathlib.Path, lines: list[dict]) -> None:
