@@ -28,7 +28,8 @@ FLOORS = [
     ["cost"],
     ["hardware"],
     ["tables"],
-    ["layout", "mask", "compat", "host_memory", "arguments", "settings", "reading", "terminal"],
+    ["layout", "mask", "compat", "host_memory", "arguments", "names", "settings"],
+    ["reading", "terminal"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

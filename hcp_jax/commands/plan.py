@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def uses_jax(args: argparse.Namespace) -> bool:
+    """Return whether something is compiled."""
+    return args.verify > 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp plan`; returns the exit code."""
     model = _model(args.model)

@@ -7,10 +7,10 @@ import platform
 import signal
 from typing import Any
 
-from hcp_jax import terminal
+from hcp_jax import arguments, terminal
 from hcp_jax.train import config as configuration
 from hcp_jax.train import folder as run_folders
-from hcp_jax.train import resuming
+from hcp_jax.train import here, resuming
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster
 from hcp_jax.train.loop import train
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         metavar="RUN",
+        type=arguments.folder,
         help="this run folder, not a new one: go on if it has a checkpoint, else begin; the same "
         "command can so be given again and again, by a scheduler, say, until the run is done",
     )
@@ -36,6 +37,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
+        type=arguments.filled,
         help="go on from the last checkpoint of this run folder, or of the 'latest'; with its own "
         "config unless one is given",
     )
@@ -50,13 +52,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         metavar="N",
-        type=int,
+        type=arguments.whole(),
         help="trace N steps into the folder 'profile' of the run (docs/watching.md)",
     )
     parser.add_argument(
         "--profile-from",
         metavar="STEP",
-        type=int,
+        type=arguments.whole(least=0),
         help="the first step that is traced; else the first few are skipped",
     )
 
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     """
     folder = _folder(args)
     config = config_of(args, folder)
+    require_can_begin(config, folder, 0 if has_gpus() else num_devices(args))
     profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
     with cluster.joined(args, _same_everywhere(config, folder)) as peers:
         try:
@@ -95,6 +98,33 @@ def run(args: argparse.Namespace) -> int:
             _tell(error)
             return cluster.WENT_WRONG
     return _exit_code(outcome)
+
+
+def has_gpus() -> bool:
+    """Return whether jax will use what it finds, and not simulate devices on the CPU."""
+    import jax
+
+    return not (jax.config.values["jax_platforms"] or "").startswith("cpu")
+
+
+def require_can_begin(config: TrainConfig, folder: pathlib.Path | None, simulated: int) -> None:
+    """Refuse, before data is read or anything compiles, what cannot run or be written here.
+
+    Args:
+        config: the run.
+        folder: its run folder; None for a new one in `run_dir`.
+        simulated: devices that this machine would simulate; 0 if it has GPUs.
+
+    Raises:
+        ValueError: says what, and what to do.
+    """
+    here.require_filled_in(config)
+    here.require_runs_here(config, simulated)
+    if folder is None:
+        try:
+            arguments.folder(config.run_dir)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"run_dir: {error}") from None
 
 
 def _exit_code(outcome: Outcome) -> int:
@@ -132,7 +162,7 @@ def _folder(args: argparse.Namespace) -> pathlib.Path | None:
         return resumed_folder(args)
     if args.resume is not None:
         raise ValueError("--folder and --resume both name the run folder; give one of them.")
-    return pathlib.Path(args.folder)
+    return args.folder
 
 
 def resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:

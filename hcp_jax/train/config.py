@@ -24,6 +24,7 @@ import msgspec
 import yaml
 
 from hcp_jax import reading
+from hcp_jax.arguments import parse_length
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.settings import MOST, check, fixed, free, numbers
@@ -101,6 +102,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check(self)
+        self.parallel.check_model(self.model)
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
         if self.parallel.dynamic.enabled:
@@ -181,7 +183,42 @@ def load(
         value = _from_text(text, kinds[key], key)
         _require_known_keys(_nested(key, value), TrainConfig, "the command line")
         _put(values, key.split("."), value)
-    return _to_config(values, "the command line" if overrides else str(path))
+    _count_tokens(values)
+    config = _to_config(values, "the command line" if overrides else str(path))
+    _require_no_empty_texts(config)
+    return config
+
+
+_TOKENS = (
+    "seq_len",
+    "model.sliding_window",
+    "model.mlp_chunk",
+    "model.loss_chunk",
+    "model.rope_scaling.original_max_position_embeddings",
+    "parallel.dynamic.max_tokens_per_device",
+    "parallel.dynamic.max_seqlen_per_dp_cp_rank",
+    "eval.tokens",
+)
+"""Keys that count tokens: they may be written 128K or 1M."""
+
+
+def _count_tokens(values: dict[str, Any]) -> None:
+    """Put numbers where token counts are written with K, M or G."""
+    for key in _TOKENS:
+        *parts, last = key.split(".")
+        part: Any = values
+        for name in parts:
+            part = part.get(name) if isinstance(part, Mapping) else None
+        text = part.get(last) if isinstance(part, Mapping) else None
+        if isinstance(text, str) and (number := parse_length(text)) is not None:
+            part[last] = number
+
+
+def _require_no_empty_texts(config: TrainConfig) -> None:
+    """Refuse an empty path or name: it would mean the current folder, or nothing."""
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{key} is empty; give a value, null, or leave it out.")
 
 
 def dump(config: TrainConfig) -> str:

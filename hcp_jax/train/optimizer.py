@@ -35,6 +35,7 @@ class OptimizerConfig:
             `decay_share` of all steps. With the latter two a run can be made longer without a
             jump of the rate (wsd: until its decay begins).
         warmup_steps: steps over which it rises linearly; the first step has 1 / warmup_steps of it.
+            In a training that is no longer than this, it is a tenth of all steps.
         decay_share: wsd: the share of all steps, at the end, over which the rate falls.
         final_ratio: share of it that is left at the last step; constant keeps all of it.
         beta1: decay of the mean of gradients.
@@ -75,19 +76,20 @@ class OptimizerConfig:
                 )
 
 
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Return the learning rate by step, from 0 to num_steps - 1.
+def fitted_warmup(config: OptimizerConfig, num_steps: int) -> int:
+    """Return the steps of warm-up in a training of so many steps.
 
-    Raises:
-        ValueError: if the warm-up is as long as the whole training or longer.
+    Those of the config; a tenth of all, but at least one of several, if they do not fit.
     """
-    if num_steps <= config.warmup_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} must be fewer than the {num_steps} steps of the "
-            "training; lower it, or train longer."
-        )
+    if config.warmup_steps < num_steps:
+        return config.warmup_steps
+    return min(max(1, num_steps // 10), num_steps - 1)
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Return the learning rate by step, from 0 to num_steps - 1."""
     top, low = config.learning_rate, config.final_ratio * config.learning_rate
-    warmup = config.warmup_steps
+    warmup = fitted_warmup(config, num_steps)
     first = 0.0 if warmup else top
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(first, top, warmup, num_steps, low)
@@ -107,11 +109,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW under `make_schedule`.
-
-    Raises:
-        ValueError: as `make_schedule`.
-    """
+    """Return clipping, then AdamW under `make_schedule`."""
 
     def is_decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

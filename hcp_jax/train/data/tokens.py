@@ -230,6 +230,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def uses_jax(args: argparse.Namespace) -> bool:
+    """Return False: text is read on the host."""
+    return False
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp tokenize`."""
     tokenize = Tokenizer(args.tokenizer, args.bos, args.eos)

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from hcp_jax import compat, terminal
+from hcp_jax import arguments, compat, terminal
 from hcp_jax.train.hosts.peers import Peers, Place
 
 LAUNCHER = "HCP_LAUNCHER"
@@ -41,10 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find out from Slurm, Open MPI or Kubernetes what of the next three is not given",
     )
     of.add_argument(
-        "--coordinator", metavar="ADDRESS:PORT", help="where process 0 is reached by the others"
+        "--coordinator",
+        type=arguments.filled,
+        metavar="ADDRESS:PORT",
+        help="where process 0 is reached by the others",
     )
-    of.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
-    of.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    of.add_argument(
+        "--num-processes",
+        type=arguments.whole(),
+        metavar="N",
+        help="how many processes there are",
+    )
+    of.add_argument(
+        "--process-id",
+        type=arguments.whole(least=0),
+        metavar="I",
+        help="which one this is, from 0",
+    )
     add_timeouts(of)
 
 
@@ -52,14 +65,14 @@ def add_timeouts(of: argparse._ActionsContainer) -> None:
     """How long processes wait for each other."""
     of.add_argument(
         "--start-timeout",
-        type=float,
+        type=arguments.positive,
         default=300.0,
         metavar="SECONDS",
         help="how long the processes wait for each other at the start (300)",
     )
     of.add_argument(
         "--heartbeat-timeout",
-        type=float,
+        type=arguments.positive,
         default=60.0,
         metavar="SECONDS",
         help="after how long a silent process counts as dead; one that exits is noticed at once "
