@@ -83,6 +83,26 @@ def filled(text: str) -> str:
     return text
 
 
+def there(text: str) -> pathlib.Path:
+    """Return the path of a folder that exists."""
+    path = pathlib.Path(filled(text))
+    if not _exists(path):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"needs a folder, and {text} is a file")
+    return path
+
+
+def file(text: str) -> pathlib.Path:
+    """Return the path of a file that exists."""
+    path = pathlib.Path(filled(text))
+    if not _exists(path):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"needs a file, and {text} is a folder")
+    return path
+
+
 def folder(text: str) -> pathlib.Path:
     """Return the path of a folder that is there, or can be made."""
     path = pathlib.Path(filled(text))

@@ -36,10 +36,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("hcp_jax.train.command", "train a model with context parallelism"),
     "tokenize": Command("hcp_jax.train.data.tokens", "turn text into tokens, for hcp train to map"),
-    "import": Command("hcp_jax.train.hf.importing", "begin from a Hugging Face folder's weights"),
-    "export": Command("hcp_jax.train.hf.exporting", "write a run as a Hugging Face folder"),
+    "import": Command("hcp_jax.commands.importing", "begin from a Hugging Face folder's weights"),
+    "export": Command("hcp_jax.commands.export", "write a run as a Hugging Face folder"),
     "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
-    "plot": Command("hcp_jax.train.record.figures", "draw the curves of runs side by side"),
+    "plot": Command("hcp_jax.commands.plot", "draw the curves of runs side by side"),
     "verify": Command("hcp_jax.verify.command", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.commands.bench", "time attention strategies on the devices at hand"),
     "audit": Command("hcp_jax.commands.audit", "show what a compiled step moves, hides and holds"),

@@ -8,21 +8,14 @@ import argparse
 import dataclasses
 import json
 import pathlib
+from typing import TYPE_CHECKING
 
 from hcp_jax import arguments, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments, cluster
-from hcp_jax.compiled.report import Audit
-from hcp_jax.compiled.timeline import draw
-from hcp_jax.planner.audit import (
-    advice,
-    audit_attention,
-    audit_step,
-    chosen_flags,
-    duration,
-    place,
-    title,
-)
 from hcp_jax.train import config as configuration
+
+if TYPE_CHECKING:
+    from hcp_jax.compiled.report import Audit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `hcp audit`; return the exit code."""
+    from hcp_jax.compiled.timeline import draw
+    from hcp_jax.planner.audit import audit_attention, audit_step, chosen_flags, place, title
+
     config = configuration.from_arguments(args)
     if config.parallel.dynamic.enabled and not args.groups:
         raise NotImplementedError(
@@ -93,8 +89,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def tell(found: Audit, flags: dict, attention: bool) -> None:
+def tell(found: "Audit", flags: dict, attention: bool) -> None:
     """Print what was found: memory, collectives, time, advice."""
+    from hcp_jax.planner.audit import advice, duration, title
+
     console = tables.console()
     console.print(f"{title(found, attention)}; compiled in {found.compile_s:.0f} s")
     for name, value in flags.items():
@@ -131,7 +129,7 @@ def tell(found: Audit, flags: dict, attention: bool) -> None:
         console.print(f"- {line}")
 
 
-def _bound(found: Audit) -> str:
+def _bound(found: "Audit") -> str:
     parts = dict(found.schedule.compute_s) | {"waiting": found.schedule.exposed_s}
     names = {"attention": "attention", "product": "matrix products", "other": "memory bandwidth"}
     most = max(parts, key=lambda part: parts[part])

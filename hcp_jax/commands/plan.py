@@ -172,9 +172,8 @@ _NOTES = {
 def _train_config(found: Plan, candidate: Candidate, fields: dict[str, Any]) -> Any:
     from hcp_jax.models.config import ModelConfig
     from hcp_jax.parallel import ParallelConfig
-    from hcp_jax.train.checkpoint import CheckpointConfig
     from hcp_jax.train.config import FILL_IN, TrainConfig
-    from hcp_jax.train.data import DataConfig
+    from hcp_jax.train.sections import CheckpointConfig, DataConfig
 
     split = candidate.split
     names = ("dp", "tp", "cp_outer", "cp_inner", "comm_type", "fsdp")

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from hcp_jax.layout import chunk_order
-
 if TYPE_CHECKING:
     from hcp_jax.mask import Intervals
 
@@ -99,6 +97,8 @@ def pairs_by_hop(
         layout: "zigzag" or "contiguous".
         ring_size: P; each rank holds the chunks of C / P neighbouring devices.
     """
+    from hcp_jax.layout import chunk_order  # imports jax, which hcp plan --help can do without
+
     order = chunk_order(cp_size, layout)
     ordered = table[np.ix_(order, order)]
     by_rank = merge_chunks(ordered, ring_size)

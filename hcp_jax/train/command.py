@@ -5,17 +5,17 @@ import importlib.metadata
 import pathlib
 import platform
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hcp_jax import arguments, terminal
+from hcp_jax.settings import CONSENT
 from hcp_jax.train import config as configuration
-from hcp_jax.train import folder as run_folders
-from hcp_jax.train import here, resuming
+from hcp_jax.train import here
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster
-from hcp_jax.train.loop import train
-from hcp_jax.train.record.profile import ProfileSteps
-from hcp_jax.train.steps import Outcome
+
+if TYPE_CHECKING:
+    from hcp_jax.train.steps import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept",
         metavar="WORD",
         action="append",
-        choices=resuming.CONSENT,
+        choices=CONSENT,
         help="go on although something has changed since the last checkpoint: 'numbers' (settings "
         "that change what is computed) or 'data' (the text); can be given twice",
     )
@@ -76,10 +76,15 @@ def run(args: argparse.Namespace) -> int:
         0, also for a run that SIGTERM (preemption) stopped, since it is saved; 130 after Ctrl-C;
         `cluster.WENT_WRONG` if something happened that is nobody's mistake.
     """
+    from hcp_jax.train.loop import train
+    from hcp_jax.train.record.profile import ProfileSteps, check_profile
+
     folder = _folder(args)
     config = config_of(args, folder)
     require_can_begin(config, folder, 0 if has_gpus() else num_devices(args))
     profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
+    if folder is None:
+        check_profile(profile, 0, config.steps)
     with cluster.joined(args, _same_everywhere(config, folder)) as peers:
         try:
             outcome = train(
@@ -127,7 +132,7 @@ def require_can_begin(config: TrainConfig, folder: pathlib.Path | None, simulate
             raise ValueError(f"run_dir: {error}") from None
 
 
-def _exit_code(outcome: Outcome) -> int:
+def _exit_code(outcome: "Outcome") -> int:
     return 130 if outcome.stopped_by == signal.SIGINT else 0
 
 
@@ -181,6 +186,8 @@ def resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"--resume: {folder} is no run folder: it has no config.yaml.")
         return folder
+    from hcp_jax.train import folder as run_folders
+
     return run_folders.latest(configuration.from_arguments(args).run_dir)
 
 

@@ -28,11 +28,13 @@ from hcp_jax.arguments import parse_length
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
 from hcp_jax.settings import MOST, check, fixed, free, numbers
-from hcp_jax.train.checkpoint import CheckpointConfig
-from hcp_jax.train.data import DataConfig
-from hcp_jax.train.evaluation import EvalConfig
-from hcp_jax.train.record.metrics import LogConfig
-from hcp_jax.train.step import OptimizerConfig
+from hcp_jax.train.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    OptimizerConfig,
+)
 
 _SHOWN = 100  # characters of a key or value in a message
 

@@ -25,11 +25,8 @@ import time
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-import jax
-
 from hcp_jax import arguments, terminal
 from hcp_jax.train import command
-from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster
 from hcp_jax.train.hosts.peers import GONE
@@ -103,6 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp launch`; returns the exit code of the process that ended first, if not 0."""
+    from hcp_jax.train import folder as run_folders
+
     folder = command.resumed_folder(args)
     config = command.config_of(args, folder)
     command.require_can_begin(
@@ -229,7 +228,7 @@ def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]
 def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[str, str]]:
     """What each process sees of the machine's devices."""
     processes, wanted = args.num_processes, config.parallel.num_devices
-    gpus = [] if jax.config.values["jax_platforms"] == "cpu" else _gpus()
+    gpus = _gpus() if command.has_gpus() else []
     each = args.devices_per_process or (len(gpus) or wanted) // processes or 1
     if each * processes != wanted:
         raise ValueError(

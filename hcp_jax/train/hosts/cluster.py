@@ -16,9 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
-from hcp_jax import arguments, compat, terminal
+from hcp_jax import arguments, terminal
 from hcp_jax.train.hosts.peers import Peers, Place
 
 LAUNCHER = "HCP_LAUNCHER"
@@ -113,6 +111,8 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
     try:
         _name_host_in_logs(place)
         peers.agree(same)
+        import jax
+
         jax.distributed.initialize(
             place.address,
             place.processes,
@@ -131,6 +131,8 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
 
 def _find(args: argparse.Namespace) -> tuple[Place, list[int] | None] | None:
     """Where this process stands, and which GPUs of its host are its own if not all."""
+    from hcp_jax import compat
+
     given = compat.Detected(args.coordinator, args.num_processes, args.process_id, None)
     if args.distributed:
         try:
