@@ -6,7 +6,6 @@ can close over it.
 """
 
 import dataclasses
-import difflib
 import functools
 import logging
 from typing import Any
@@ -23,6 +22,7 @@ from hcp_jax.dynamic.groups import check_layout
 from hcp_jax.layout import LAYOUTS, global_index, padded_length
 from hcp_jax.mask import Mask, Placement
 from hcp_jax.mesh import as_tuple
+from hcp_jax.names import require_known
 from hcp_jax.placing import Gathered
 from hcp_jax.roll import roll_local
 
@@ -318,14 +318,6 @@ class ContextParallel:
     def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
         axes = (getattr(self, field) for field in fields)
         return tuple(axis for axis in axes if axis is not None)
-
-
-def require_known(what: str, name: str, known: tuple[str, ...]) -> None:
-    """Raise a ValueError that names what there is, and the nearest, unless `name` is known."""
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown {what} {name!r}: there are {', '.join(known)}{hint}")
 
 
 @functools.lru_cache(maxsize=256)

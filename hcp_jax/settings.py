@@ -23,6 +23,10 @@ MOST = 2**31 - 1
 """The greatest size or count that makes sense: devices count in int32."""
 
 
+CONSENT = ("numbers", "data")
+"""The words by which a person agrees to what changes the numbers, or the text."""
+
+
 class Bounds(NamedTuple):
     """What a number may be; None where there is no bound on that side.
 

@@ -27,7 +27,9 @@ FLOORS = [
     ["dynamic"],
     ["cost"],
     ["hardware"],
-    ["layout", "mask", "dense_mask", "compat", "host_memory", "checks", "settings"],
+    ["tables"],
+    ["layout", "mask", "dense_mask", "compat", "host_memory", "arguments", "names", "settings"],
+    ["checks", "reading", "terminal"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

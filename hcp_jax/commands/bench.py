@@ -16,6 +16,8 @@ import subprocess
 import time
 from typing import Any, NamedTuple
 
+from hcp_jax import arguments, tables, terminal
+
 CONTESTANTS = ("mosaic", "triton", "blockwise", "cudnn", "xla")
 MASKS = ("causal", "full", "packed")
 _LONGEST_ON_CPU = 2048
@@ -45,28 +47,48 @@ class Row(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hcp bench`."""
     parser.add_argument("what", choices=("attention",), help="what to time")
-    parser.add_argument("--length", type=int, default=16384, help="tokens, dense masks")
-    parser.add_argument("--stream", type=int, default=65536, help="tokens, packed documents")
-    parser.add_argument("--document", type=int, default=4096, help="tokens of a packed document")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=16)
-    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument(
+        "--length", type=arguments.length, default=16384, help="tokens, dense masks"
+    )
+    parser.add_argument(
+        "--stream", type=arguments.length, default=65536, help="tokens, packed documents"
+    )
+    parser.add_argument(
+        "--document", type=arguments.length, default=4096, help="tokens of a packed document"
+    )
+    parser.add_argument("--heads", type=arguments.whole(most=2**16), default=16)
+    parser.add_argument("--kv-heads", type=arguments.whole(most=2**16), default=16)
+    parser.add_argument("--head-size", type=arguments.whole(most=2**16), default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument(
-        "--repeats", type=int, default=30, help="timings of which the median counts"
+        "--repeats",
+        type=arguments.whole(most=10**6),
+        default=30,
+        help="timings of which the median counts (30)",
     )
     parser.add_argument(
         "--sweep", action="store_true", help="time alternative Triton tiles instead"
     )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument(
+        "--output",
+        type=arguments.folder,
+        default=pathlib.Path("benchmarks/results"),
+        help="the folder that the table and its plot are written to",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Time, print the table, and write it as JSON and as a plot."""
     import jax
 
+    if args.heads % args.kv_heads:
+        raise ValueError(
+            f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}: query heads "
+            "share kv heads in equal groups."
+        )
+    settings = [_setting(args, mask) for mask in args.masks]
     device = jax.devices()[0]
     longest = max(args.stream if mask == "packed" else args.length for mask in args.masks)
     if device.platform == "cpu" and longest > _LONGEST_ON_CPU:
@@ -74,10 +96,11 @@ def run(args: argparse.Namespace) -> int:
             f"there is no GPU, and {longest} tokens would take hours on a CPU; to try the command "
             f"out, give --length and --stream of at most {_LONGEST_ON_CPU} (and --document)."
         )
-    settings = [_setting(args, mask) for mask in args.masks]
     time_rows = _sweep if args.sweep else _compare
     rows = time_rows(args, settings)
-    print(f"{device.device_kind}, jax {jax.__version__}, {args.dtype}, head size {args.head_size}")
+    terminal.say(
+        f"{device.device_kind}, jax {jax.__version__}, {args.dtype}, head size {args.head_size}"
+    )
     _print(rows)
     args.output.mkdir(parents=True, exist_ok=True)
     kind = device.device_kind.replace(" ", "-").lower()
@@ -92,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     }
     path.write_text(json.dumps(facts | {"rows": [row._asdict() for row in rows]}, indent=1) + "\n")
     _plot(rows, path.with_suffix(".png"), device.device_kind)
-    print(f"written: {path} and {path.with_suffix('.png')}")
+    terminal.say(f"written: {path} and {path.with_suffix('.png')}")
     return 0
 
 
@@ -218,21 +241,21 @@ def _seconds(function: Any, args: argparse.Namespace, setting: Setting, gradient
 
 
 def _print(rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "mask", "tokens", "forward ms", "backward ms", "forward", "backward")
-    table.caption = "forward and backward in TFLOP/s of what the mask asks for"
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             *(row.contestant, row.mask, str(row.length)),
             *(_figure(x, 1e3) for x in (row.forward_seconds, row.backward_seconds)),
             *(_figure(x, 1) for x in (row.forward_tflops, row.backward_tflops)),
         )
-    Console().print(table)
+        for row in rows
+    ]
+    headings = ("", "mask", "tokens", "forward ms", "backward ms", "forward", "backward")
+    console = tables.console()
+    tables.show(console, headings, cells, left=("", "mask"), drop=("tokens", "mask"))
+    console.print("forward and backward in TFLOP/s of what the mask asks for")
     for row in rows:
         if row.note:
-            print(f"{row.contestant}, {row.mask}: {row.note}")
+            terminal.say(f"{row.contestant}, {row.mask}: {row.note}")
 
 
 def _figure(x: float | None, factor: float) -> str:

@@ -38,7 +38,8 @@ def devices(cluster: Cluster) -> list[jax.Device]:
     if not any(_installed(plugin) for plugin in _PLUGINS):
         raise NotImplementedError(
             "compiling for GPUs needs the CUDA plugin of jax (no GPU and no CUDA libraries): "
-            "pip install 'hcp_jax[aot]'"
+            f"pip install 'jax-cuda13-plugin~={jax.__version__}' "
+            f"'jax-cuda13-pjrt~={jax.__version__}'"
         )
     topology = topologies.get_topology_desc(
         platform="cuda",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hcp_jax import terminal
 from hcp_jax.cost.models import MODELS
 from hcp_jax.dynamic import baselines, gantt
 from hcp_jax.dynamic.baselines import Outcome
@@ -168,13 +169,12 @@ def _mean(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from hcp_jax.dynamic.groups import describe
 
     # A table in a file is not broken to the width of a terminal that is not there.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal.console(width=None if sys.stdout.isatty() else 160)
     for record in records:
         table = Table(
             title=f"{record['devices']} devices × {record['max_tokens_per_device']} tokens, "

@@ -2,12 +2,13 @@
 
 import dataclasses
 from dataclasses import field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from hcp_jax.mask import Mask, causal, documents
-from hcp_jax.mask import sliding_window as window_mask
-from hcp_jax.models.rope import RopeScaling
+from hcp_jax.models.rope_scaling import RopeScaling
 from hcp_jax.settings import MOST, check, fixed, free, numbers
+
+if TYPE_CHECKING:
+    from hcp_jax.mask import Mask
 
 Remat = Literal["none", "attention", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -105,16 +106,18 @@ class ModelConfig:
         """H, whether it was given or not."""
         return self.head_size or self.hidden_size // self.num_heads
 
-    def mask(self, segment_ids=None) -> Mask:
+    def mask(self, segment_ids=None) -> "Mask":
         """The mask this model attends with, in natural order.
 
         Args:
             segment_ids: int32 `[B, T]`, equal for the tokens of one document; None for streams that
                 are one document each.
         """
+        from hcp_jax.mask import causal, documents, sliding_window
+
         mask = causal()
         if segment_ids is not None:
             mask = mask & documents(segment_ids)
         if self.sliding_window is not None:
-            mask = mask & window_mask(self.sliding_window)
+            mask = mask & sliding_window(self.sliding_window)
         return mask

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.rope import RopeScaling
+from hcp_jax.models.rope_scaling import RopeScaling
 
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "Llama 2, 3, 3.1 and others of their shape"),

@@ -23,49 +23,19 @@ import pathlib
 import shutil
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hcp_jax.settings import MOST, check, free
 from hcp_jax.train import checksums, parts, sealed
 from hcp_jax.train.hosts.words import Words, in_words
+from hcp_jax.train.sections import CheckpointConfig
 
 StateT = TypeVar("StateT")
 
 _log = logging.getLogger("hcp_jax")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save.
-
-    Attributes:
-        every: steps between two checkpoints; None: only one at the end (and on Ctrl-C or SIGTERM).
-        keep: how many of the newest are kept.
-        keep_every: those of steps that are a multiple of this are kept for good, too.
-        on_error: what to do if one cannot be written (the disk is full): "stop", or "continue" and
-            try again when the next one is due. Those that are there stay. A run whose last one
-            cannot be written ends with that error either way.
-    """
-
-    every: int | None = field(default=None, metadata=free(least=1, most=MOST))
-    keep: int = field(default=2, metadata=free(least=1, most=MOST))
-    keep_every: int | None = field(default=None, metadata=free(least=1, most=MOST))
-    on_error: Literal["stop", "continue"] = field(default="stop", metadata=free())
-
-    def __post_init__(self):
-        check(self, "checkpoint.")
-        if self.on_error not in ("stop", "continue"):
-            raise ValueError(
-                f"checkpoint.on_error must be 'stop' or 'continue', got {self.on_error!r}."
-            )
-
-    def is_due(self, done: int) -> bool:
-        """Whether to save after so many steps, apart from the end of a run."""
-        return self.every is not None and done % self.every == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import field
 from typing import Any
 
 import jax
@@ -37,36 +36,9 @@ from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.loss import cross_entropy_by_bin
 from hcp_jax.models.transformer import abstract_model
-from hcp_jax.settings import MOST, check, free, numbers
 from hcp_jax.train import data
-from hcp_jax.train.data import Corpus, DataConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Held-out loss while a run goes on.
-
-    Attributes:
-        every: steps between two evaluations; there is one before the first step and one after the
-            last, too. None: no evaluation.
-        path: held-out text, of any kind that `data.path` takes (with `data`'s field and tokenizer).
-            None: some documents of the training text are held out, and not trained on.
-        holdout: the share of the documents that is held out where there is no path; they are taken
-            evenly over the whole text.
-        tokens: evaluate on about as many, taken evenly over the held-out text. None: on all of it.
-    """
-
-    every: int | None = field(default=None, metadata=free(least=1, most=MOST))
-    path: str | None = field(default=None, metadata=free())
-    holdout: float = field(default=0.01, metadata=numbers(above=0, most=0.999999))
-    tokens: int | None = field(default=1_048_576, metadata=free(least=1, most=2**53))
-
-    def __post_init__(self):
-        check(self, "eval.")
-
-    def is_due(self, done: int, steps: int) -> bool:
-        """Whether a run evaluates when it has done so many of its steps."""
-        return self.every is not None and (done % self.every == 0 or done == steps)
+from hcp_jax.train.data import Corpus
+from hcp_jax.train.sections import DataConfig, EvalConfig
 
 
 def open_corpora(

@@ -22,7 +22,7 @@ from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluation
 from hcp_jax.train.hosts.words import Words
 from hcp_jax.train.program import Program
-from hcp_jax.train.record import figures, metrics
+from hcp_jax.train.record import metrics
 from hcp_jax.train.step import TrainState
 
 _log = logging.getLogger("hcp_jax")
@@ -70,6 +70,8 @@ class RunFolder:
                 _log.warning(str(also))
         if self._recorder is not None:
             self._recorder.close()
+            from hcp_jax.train.record import figures  # matplotlib takes a second to import
+
             figures.draw_run(self.path, self._title)
 
     def record(self, step: int, values: dict[str, float]) -> None:

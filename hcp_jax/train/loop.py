@@ -14,6 +14,7 @@ from collections.abc import Collection
 import jax
 import rich.console
 
+from hcp_jax import terminal
 from hcp_jax.context import ContextParallel
 from hcp_jax.train import data, evaluation, folder, lock
 from hcp_jax.train.config import TrainConfig
@@ -23,6 +24,7 @@ from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.hf import weights
 from hcp_jax.train.hosts.peers import Peers
+from hcp_jax.train.optimizer import fitted_warmup
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.record.meter import Meter
 from hcp_jax.train.record.profile import Profiler, ProfileSteps, check_profile
@@ -61,7 +63,7 @@ def train(
             process trains in the folder.
         FloatingPointError: if too many steps in a row had a loss or gradient that is not finite.
     """
-    console = console or rich.console.Console(highlight=False)
+    console = console or terminal.console()
     console.quiet = console.quiet or jax.process_index() != 0
     vocab_size = config.model.vocab_size
     corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)
@@ -162,6 +164,16 @@ def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: data.Corpus) 
     )
 
 
+def _about_warmup(config: TrainConfig) -> list[str]:
+    wanted, fitted = config.optimizer.warmup_steps, fitted_warmup(config.optimizer, config.steps)
+    if wanted == fitted:
+        return []
+    return [
+        f"warm-up: {fitted} step{'s' * (fitted != 1)}, since {wanted} do not fit into a training "
+        f"of {config.steps}"
+    ]
+
+
 def _print(console: rich.console.Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
@@ -181,6 +193,7 @@ def _introduction(
             f"model: {model.num_layers} layers, {num_params / 1e6:,.2f} M parameters, "
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
             f"data: {corpus}",
+            *_about_warmup(config),
             *program.describe(num_params),
         ]
     )

@@ -6,88 +6,30 @@ types of what it makes where each array belongs, and the step fetches them for t
 (`fetched`, `put_back`).
 """
 
-import dataclasses
-from dataclasses import field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float
 
-from hcp_jax.settings import MOST, check, fixed, free, numbers
-
-MomentsDtype = Literal["float32", "bfloat16"]
-Schedule = Literal["cosine", "constant", "wsd"]
+from hcp_jax.train.sections import OptimizerConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, 2019) with warm-up, a schedule and clipping.
+def fitted_warmup(config: OptimizerConfig, num_steps: int) -> int:
+    """Return the steps of warm-up in a training of so many steps.
 
-    Weight decay is on the matrices of the layers (every `kernel`), not on norms, biases, sinks, the
-    embedding or the output head.
-
-    Attributes:
-        learning_rate: at the top, after the warm-up.
-        schedule: of the learning rate after the warm-up: "cosine" falls until the last step;
-            "constant" stays; "wsd" (warm-up, stable, decay) stays, then falls linearly over
-            `decay_share` of all steps. With the latter two a run can be made longer without a
-            jump of the rate (wsd: until its decay begins).
-        warmup_steps: steps over which it rises linearly; the first step has 1 / warmup_steps of it.
-        decay_share: wsd: the share of all steps, at the end, over which the rate falls.
-        final_ratio: share of it that is left at the last step; constant keeps all of it.
-        beta1: decay of the mean of gradients.
-        beta2: decay of the mean of their squares.
-        eps: added to the root of the latter.
-        weight_decay: per unit of learning rate.
-        clip_norm: greatest norm of all gradients together; None for no limit.
-        moments_dtype: what the two means are kept in. "bfloat16" halves them; they are rounded up
-            or down by chance, since to the nearest, a change of less than 1 in 256 would be lost
-            every time.
-        offload: whether they lie in the host's memory between two steps.
-        max_skipped: steps in a row that may be skipped, because their loss or their gradient is not
-            finite, before training stops.
+    Those of the config; a tenth of all, but at least one of several, if they do not fit.
     """
-
-    learning_rate: float = field(default=3e-4, metadata=numbers(above=0, most=1e3))
-    schedule: Schedule = field(default="cosine", metadata=numbers())
-    warmup_steps: int = field(default=100, metadata=numbers(least=0, most=MOST))
-    decay_share: float = field(default=0.2, metadata=numbers(least=0, most=1))
-    final_ratio: float = field(default=0.1, metadata=numbers(least=0, most=1))
-    # In float32, 1 - beta must not round to 0, nor eps: either would make 0 / 0.
-    beta1: float = field(default=0.9, metadata=numbers(least=0, most=0.999999))
-    beta2: float = field(default=0.95, metadata=numbers(least=0, most=0.999999))
-    eps: float = field(default=1e-8, metadata=numbers(least=1e-30, most=1))
-    weight_decay: float = field(default=0.1, metadata=numbers(least=0, most=1e3))
-    clip_norm: float | None = field(default=1.0, metadata=numbers(above=0, most=1e18))
-    moments_dtype: MomentsDtype = field(default="float32", metadata=fixed())
-    offload: bool = field(default=False, metadata=free())
-    max_skipped: int = field(default=10, metadata=free(least=1, most=MOST))
-
-    def __post_init__(self):
-        check(self, "optimizer.")
-        for name, choices in (("moments_dtype", MomentsDtype), ("schedule", Schedule)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(choices))}, got "
-                    f"{getattr(self, name)!r}."
-                )
+    if config.warmup_steps < num_steps:
+        return config.warmup_steps
+    return min(max(1, num_steps // 10), num_steps - 1)
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Return the learning rate by step, from 0 to num_steps - 1.
-
-    Raises:
-        ValueError: if the warm-up is as long as the whole training or longer.
-    """
-    if num_steps <= config.warmup_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} must be fewer than the {num_steps} steps of the "
-            "training; lower it, or train longer."
-        )
+    """Return the learning rate by step, from 0 to num_steps - 1."""
     top, low = config.learning_rate, config.final_ratio * config.learning_rate
-    warmup = config.warmup_steps
+    warmup = fitted_warmup(config, num_steps)
     first = 0.0 if warmup else top
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(first, top, warmup, num_steps, low)
@@ -107,11 +49,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW under `make_schedule`.
-
-    Raises:
-        ValueError: as `make_schedule`.
-    """
+    """Return clipping, then AdamW under `make_schedule`."""
 
     def is_decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

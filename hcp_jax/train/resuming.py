@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 
 from hcp_jax import settings
-from hcp_jax.settings import Change
+from hcp_jax.settings import CONSENT, Change
 from hcp_jax.train.checkpoint import Restored
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import fingerprint
 from hcp_jax.train.optimizer import OptimizerConfig, make_schedule
 from hcp_jax.train.program import Program
 from hcp_jax.train.step import TrainState, updates_made
-
-CONSENT = ("numbers", "data")
-"""The words by which a person agrees to what changes the numbers, or the text."""
 
 
 @dataclasses.dataclass(frozen=True)

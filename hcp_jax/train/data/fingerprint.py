@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hcp_jax.train.data import text, tokens
-from hcp_jax.train.data.corpus import DataConfig
+from hcp_jax.train.sections import DataConfig
 
 FULL = 2**32
 """Bytes that are read in full; of larger corpora, about as many are sampled."""

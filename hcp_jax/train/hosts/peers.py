@@ -27,6 +27,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from hcp_jax import terminal
+
 GONE = 75
 """Exit code of a process that ends because of another one (EX_TEMPFAIL: try again)."""
 
@@ -341,7 +343,7 @@ class Peers:
                 line.send(end=why)
             me = f"process {self.place.process} on {socket.gethostname()}"
             sys.stdout.flush()
-            print(f"hcp: {why}; so {me} ends too.", file=sys.stderr, flush=True)
+            terminal.say_error(f"hcp: {why}; so {me} ends too.")
             self._let_others_hear()
             # Nothing else reaches the main thread while it waits for a collective.
             os._exit(GONE)
