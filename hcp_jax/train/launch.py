@@ -15,6 +15,7 @@ import os
 import pathlib
 import queue
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -28,7 +29,7 @@ from typing import IO, NamedTuple
 from hcp_jax import arguments, terminal
 from hcp_jax.train import command
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.hosts import cluster
+from hcp_jax.train.hosts import cluster, meeting
 from hcp_jax.train.hosts.peers import GONE
 
 GRACE = 30.0
@@ -237,13 +238,15 @@ def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[st
         )
     if not gpus:
         simulated = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)}
-        return [_told_of_launcher() | simulated for _ in range(processes)]
+        return [_from_launcher() | simulated] * processes
     if len(gpus) < wanted:
         raise ValueError(
             f"{processes} processes of {each} GPUs need {wanted}, but this machine has {len(gpus)}."
         )
     parts = [gpus[i * each : (i + 1) * each] for i in range(processes)]
-    return [_told_of_launcher() | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+    # NCCL, too, listens on loopback alone, unless somebody chose an interface.
+    common = _from_launcher() | {"NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo")}
+    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
 def _gpus() -> list[str]:
@@ -261,8 +264,10 @@ def _gpus() -> list[str]:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
 
 
-def _told_of_launcher() -> dict[str, str]:
-    return {cluster.LAUNCHER: str(os.getpid())}
+def _from_launcher() -> dict[str, str]:
+    """Return what all processes of a launch know, and nobody else."""
+    secret = meeting.secret() or secrets.token_hex(16)
+    return {cluster.LAUNCHER: str(os.getpid()), meeting.SECRET: secret}
 
 
 def _free_port() -> int:

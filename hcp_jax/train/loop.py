@@ -77,7 +77,7 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
     if resume is None and config.init_from is not None:
-        _print(console, weights.check(config.model, config.init_from))
+        _print(console, weights.check(config.model, config.init_from, config.seq_len))
 
     program: Program = (
         DynamicProgram(config, cp, corpus, console)

@@ -63,7 +63,7 @@ def _origin(run_folder: pathlib.Path, config: TrainConfig) -> pathlib.Path | Non
 def _dtype(like: dict[str, Any] | None) -> str:
     """What the tensors were when they came; float32, as they are in training, if they did not."""
     named = (like or {}).get("torch_dtype") or (like or {}).get("dtype")
-    return named if named in hf_write.NUMPY_DTYPES else "float32"
+    return named if isinstance(named, str) and named in hf_write.NUMPY_DTYPES else "float32"
 
 
 def _latest(run_folder: pathlib.Path, config: TrainConfig) -> int | None:

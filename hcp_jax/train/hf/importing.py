@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from hcp_jax import terminal
-from hcp_jax.models import hf, hf_config
+from hcp_jax.models import hf, hf_config, hf_folder
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train import config as configuration
 from hcp_jax.train.config import SMALL_MODEL
@@ -23,6 +23,7 @@ from hcp_jax.train.hf import weights
 
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp import`."""
+    hf_folder.require(args.folder)  # before it is absolute: names of the Hub are told
     folder = args.folder.absolute()
     model = hf_config.model_config(hf_config.read_raw(folder), f"{folder}/config.json")
     told = weights.check(model, str(folder))

@@ -122,6 +122,7 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
             initialization_timeout=math.ceil(args.start_timeout),
             # Behind our own watch, should that fail itself.
             heartbeat_timeout_seconds=max(10, math.ceil(2 * args.heartbeat_timeout)),
+            coordinator_bind_address=_bind_address(place),
         )
         yield peers
         peers.close()
@@ -154,6 +155,14 @@ def _find(args: argparse.Namespace) -> tuple[Place, list[int] | None] | None:
     if given.local_devices is None or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return place, None  # all, or those that jax is told of there
     return place, list(given.local_devices)
+
+
+def _bind_address(place: Place) -> str | None:
+    """Return where jax's service listens, as the meeting did; None for jax's choice, everywhere."""
+    host = place.bind_host
+    if not host:
+        return None
+    return f"[{host}]:{place.port}" if ":" in host else f"{host}:{place.port}"
 
 
 def _end_with_launcher() -> None:
