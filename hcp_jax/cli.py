@@ -139,7 +139,8 @@ def _gpu_kind() -> str | None:
             file=sys.stderr,
         )
         return None
-    return listed.splitlines()[0] if listed else "NVIDIA GPU"
+    # Old drivers name a GPU without its brand.
+    return f"NVIDIA {(listed or 'GPU').splitlines()[0].removeprefix('NVIDIA ')}"
 
 
 def _in_one_line(error: Exception) -> str:

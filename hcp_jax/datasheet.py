@@ -27,6 +27,11 @@ PEAK_FLOPS: dict[str, float] = {
 }
 """FLOP/s of dense bfloat16 products at boost clock, by `jax.Device.device_kind`."""
 
+GPU_NAMES: tuple[str, ...] = tuple(
+    dict.fromkeys(kind.split()[1].split("-")[0].lower() for kind in PEAK_FLOPS)
+)
+"""Short names of these GPUs, such as "h200", as `--gpu` takes them."""
+
 
 def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of dense bfloat16 products by data sheet; None for a device whose sheet is not here.
