@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hcp_jax import plan as plan
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
+    from hcp_jax.cli import set_up_platform as set_up_platform
     from hcp_jax.context import ContextParallel as ContextParallel
     from hcp_jax.mask import Mask as Mask
     from hcp_jax.mask import bidirectional as bidirectional
@@ -48,6 +49,7 @@ _HOME = {
     "place_microbatch": "microbatch",
     "plan": "plan",
     "prefix_lm": "mask",
+    "set_up_platform": "cli",
     "sliding_window": "mask",
     "xla_flags": "mesh",
 }
