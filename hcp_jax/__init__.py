@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hcp_jax import dynamic as dynamic
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
+    from hcp_jax.cli import set_up_platform as set_up_platform
     from hcp_jax.context import ContextParallel as ContextParallel
     from hcp_jax.dense_mask import from_dense as from_dense
     from hcp_jax.mask import Mask as Mask
@@ -51,6 +52,7 @@ _HOME = {
     "place_microbatch": "microbatch",
     "plan": "planner.search",
     "prefix_lm": "mask",
+    "set_up_platform": "cli",
     "sliding_window": "mask",
     "xla_flags": "mesh",
 }

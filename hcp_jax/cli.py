@@ -142,13 +142,22 @@ def _run(argv: list[str]) -> int:
     return module.run(args)
 
 
-def set_up_platform(num_devices: int | None) -> None:
-    """Chooses the platform before jax starts: the GPUs if they can be used, else simulated devices.
+def set_up_platform(num_devices: int | None = None) -> None:
+    """Choose NVIDIA GPUs if they can be used, else devices simulated on the CPU.
 
-    What the user chose in JAX_PLATFORMS, JAX_NUM_CPU_DEVICES or XLA_FLAGS stays as it is.
+    Call it before jax starts: before the first array, or the first call of `jax.devices`. On GPUs
+    it adds `hcp.xla_flags` to XLA_FLAGS. What the user chose in JAX_PLATFORMS,
+    JAX_NUM_CPU_DEVICES or XLA_FLAGS stays as it is. On a machine without a GPU it also keeps
+    jax's CUDA plugin, if one is installed, from printing a traceback.
 
     Args:
         num_devices: how many devices to simulate on the CPU; None for jax's default, one.
+
+    Raises:
+        RuntimeError: from jax, if it has started and has another number of devices.
+
+    >>> import hcp_jax as hcp
+    >>> hcp.set_up_platform(8)
     """
     import jax
 
@@ -189,7 +198,8 @@ def _gpu_kind() -> str | None:
             file=sys.stderr,
         )
         return None
-    return listed.splitlines()[0] if listed else "NVIDIA GPU"
+    # Old drivers name a GPU without its brand.
+    return f"NVIDIA {(listed or 'GPU').splitlines()[0].removeprefix('NVIDIA ')}"
 
 
 def _in_one_line(error: Exception) -> str:

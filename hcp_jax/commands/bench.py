@@ -150,8 +150,8 @@ def _compare(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
 
 
 def _sweep(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
-    """Each tile in turn for all three kernels: forward and backward are told apart by the table."""
-    from hcp_jax.kernels.tiles import Tile, Tiles, trial
+    """Time each tile for all three kernels; the table tells forward and backward apart."""
+    from hcp_jax.kernels.tiles import Tile, Tiles
 
     rows = []
     for block_q, block_k in ((64, 64), (64, 128), (128, 32), (128, 64), (128, 128)):
@@ -159,16 +159,18 @@ def _sweep(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
             for stages in (2, 3):
                 tile = Tile(block_q, block_k, warps, stages)
                 name = f"{block_q}×{block_k}, {warps} warps, {stages} stages"
-                with trial(Tiles(tile, tile, tile)):
-                    rows += [_row(args, setting, "triton", name) for setting in settings]
+                tiles = Tiles(tile, tile, tile)
+                rows += [_row(args, setting, "triton", name, tiles) for setting in settings]
     return rows
 
 
-def _row(args: argparse.Namespace, setting: Setting, contestant: str, name: str) -> Row:
+def _row(
+    args: argparse.Namespace, setting: Setting, contestant: str, name: str, tiles: Any = None
+) -> Row:
     import jax
 
     try:
-        attention = _attention(args, setting, contestant)
+        attention = _attention(args, setting, contestant, tiles)
         forward = _seconds(jax.jit(attention), args, setting)
         both = _seconds(jax.jit(_with_gradients(attention)), args, setting, gradients=True)
     except Exception as error:  # a contestant that cannot is a line of the table, not the end of it
@@ -182,8 +184,8 @@ def _row(args: argparse.Namespace, setting: Setting, contestant: str, name: str)
     )
 
 
-def _attention(args: argparse.Namespace, setting: Setting, contestant: str):
-    """A function of q, k and v."""
+def _attention(args: argparse.Namespace, setting: Setting, contestant: str, tiles: Any):
+    """Return a function of q, k and v; `tiles` of the kernels, those of the table if None."""
     import jax
     import numpy as np
 
@@ -196,6 +198,8 @@ def _attention(args: argparse.Namespace, setting: Setting, contestant: str):
         if setting.mask == "packed":
             ids = np.repeat(np.arange(setting.length // args.document), args.document)
             mask = mask & hcp.documents(ids)
+        if tiles is not None:
+            return functools.partial(_with_tiles, contestant, tiles, mask)
         return functools.partial(hcp.dot_product_attention, mask=mask, implementation=contestant)
     if setting.mask == "packed":
         raise NotImplementedError("jax.nn takes packed documents only as a dense T² mask")
@@ -204,6 +208,28 @@ def _attention(args: argparse.Namespace, setting: Setting, contestant: str):
         is_causal=setting.mask == "causal",
         implementation=contestant,
     )
+
+
+def _with_tiles(implementation: str, tiles: Any, mask: Any, q, k, v):
+    """Return what the public op returns on one device, computed with these tiles."""
+    import jax
+    import jax.numpy as jnp
+
+    from hcp_jax.attention.local import LocalSpec, attention
+    from hcp_jax.kernels.core import CoreSpec
+
+    device = jax.devices()[0]
+    core = CoreSpec(
+        implementation=implementation,
+        scale=q.shape[3] ** -0.5,
+        device_kind=device.device_kind,
+        interpret=device.platform == "cpu",
+        tiles=tiles,
+    )
+    length = k.shape[1]
+    intervals = mask.intervals(q.shape[1], length, xp=jnp)
+    spec = LocalSpec(core=core, key_length=length)
+    return attention(spec, q, k, v, intervals, None, return_residual=False)[0]
 
 
 def _with_gradients(attention):
