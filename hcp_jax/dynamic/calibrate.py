@@ -17,7 +17,8 @@ import json
 from pathlib import Path
 
 from hcp_jax import reading, terminal
-from hcp_jax.dynamic.cost import MODELS, Cost, TimedMicrobatch, model_cost
+from hcp_jax.cost.models import MODELS
+from hcp_jax.dynamic.cost import Cost, TimedMicrobatch, model_cost
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if the file has no rows, or one of them is not as described.
     """
     rows = read_rows(args.rows)
-    before = dataclasses.replace(model_cost(args.model), devices_per_host=args.devices_per_host)
+    before = model_cost(args.model, devices_per_host=args.devices_per_host)
     after = before.calibrate(rows)
     for field in dataclasses.fields(Cost):
         old, new = getattr(before, field.name), getattr(after, field.name)

@@ -15,7 +15,7 @@ from hcp_jax.models import hf_fields, hf_folder
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.hf_fields import Fields
 from hcp_jax.models.hf_folder import CONFIG
-from hcp_jax.models.rope import RopeScaling
+from hcp_jax.models.rope_scaling import RopeScaling
 from hcp_jax.terminal import printable
 
 FAMILIES = {

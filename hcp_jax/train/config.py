@@ -16,6 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 import docstring_parser
@@ -23,13 +24,17 @@ import msgspec
 import yaml
 
 from hcp_jax import reading
+from hcp_jax.arguments import parse_length
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
-from hcp_jax.train.checkpoint import CheckpointConfig
-from hcp_jax.train.data import DataConfig
-from hcp_jax.train.evaluation import EvalConfig
-from hcp_jax.train.record.metrics import LogConfig
-from hcp_jax.train.step import OptimizerConfig
+from hcp_jax.settings import MOST, check, fixed, free, numbers
+from hcp_jax.train.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    OptimizerConfig,
+)
 
 _SHOWN = 100  # characters of a key or value in a message
 
@@ -46,6 +51,10 @@ SMALL_MODEL = ModelConfig(
 """A decoder for bytes that learns within minutes on a CPU; the model of configs that name none."""
 
 
+FILL_IN = "FILL_IN"
+"""What `hcp plan --write` puts where only the user knows the value; `hcp train` refuses it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
@@ -60,6 +69,8 @@ class TrainConfig:
         accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own.
         seed: of the initial parameters and of the order of the documents.
         run_dir: where run folders are made.
+        made_for: the GPUs that the config was made for, such as "8 x 8 H200" (`hcp plan --write`
+            says so): hcp train then refuses to simulate the run on a CPU. None: any devices.
         init_from: a Hugging Face folder whose weights training begins from (`hcp import` writes a
             config that fits it); None for random ones.
         model: the decoder.
@@ -74,26 +85,26 @@ class TrainConfig:
         ValueError: for numbers that do not fit each other.
     """
 
-    name: str = "run"
-    steps: int = 200
-    batch_size: int = 2
-    seq_len: int = 1024
-    accumulation: int = 1
-    seed: int = 0
-    run_dir: str = "runs"
-    init_from: str | None = None
+    name: str = field(default="run", metadata=free())
+    steps: int = field(default=200, metadata=free(least=1, most=MOST))
+    batch_size: int = field(default=2, metadata=numbers(least=1, most=MOST))
+    seq_len: int = field(default=1024, metadata=fixed(least=1, most=MOST))
+    accumulation: int = field(default=1, metadata=free(least=1, most=MOST))
+    seed: int = field(default=0, metadata=fixed(least=0, most=2**32 - 1))
+    run_dir: str = field(default="runs", metadata=free())
+    made_for: str | None = field(default=None, metadata=free())
+    init_from: str | None = field(default=None, metadata=fixed())
     model: ModelConfig = SMALL_MODEL
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check(self)
+        self.parallel.check_model(self.model)
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
         if self.parallel.dynamic.enabled:
@@ -174,7 +185,42 @@ def load(
         value = _from_text(text, kinds[key], key)
         _require_known_keys(_nested(key, value), TrainConfig, "the command line")
         _put(values, key.split("."), value)
-    return _to_config(values, "the command line" if overrides else str(path))
+    _count_tokens(values)
+    config = _to_config(values, "the command line" if overrides else str(path))
+    _require_no_empty_texts(config)
+    return config
+
+
+_TOKENS = (
+    "seq_len",
+    "model.sliding_window",
+    "model.mlp_chunk",
+    "model.loss_chunk",
+    "model.rope_scaling.original_max_position_embeddings",
+    "parallel.dynamic.max_tokens_per_device",
+    "parallel.dynamic.max_seqlen_per_dp_cp_rank",
+    "eval.tokens",
+)
+"""Keys that count tokens: they may be written 128K or 1M."""
+
+
+def _count_tokens(values: dict[str, Any]) -> None:
+    """Put numbers where token counts are written with K, M or G."""
+    for key in _TOKENS:
+        *parts, last = key.split(".")
+        part: Any = values
+        for name in parts:
+            part = part.get(name) if isinstance(part, Mapping) else None
+        text = part.get(last) if isinstance(part, Mapping) else None
+        if isinstance(text, str) and (number := parse_length(text)) is not None:
+            part[last] = number
+
+
+def _require_no_empty_texts(config: TrainConfig) -> None:
+    """Refuse an empty path or name: it would mean the current folder, or nothing."""
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{key} is empty; give a value, null, or leave it out.")
 
 
 def dump(config: TrainConfig) -> str:
@@ -285,13 +331,13 @@ def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted key, type, what it is) of every value that can be given."""
     kinds = typing.get_type_hints(cls)
     texts = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
-    for field in dataclasses.fields(cls):
-        part = _part(kinds[field.name])
-        if part is not kinds[field.name]:
-            text = " ".join((texts.get(field.name) or "").split())
-            yield f"{prefix}{field.name}", kinds[field.name], text
+    for name in (one.name for one in dataclasses.fields(cls)):
+        part = _part(kinds[name])
+        if part is not kinds[name]:
+            text = " ".join((texts.get(name) or "").split())
+            yield f"{prefix}{name}", kinds[name], text
         if part is not None:
-            yield from _keys(part, f"{prefix}{field.name}.")
+            yield from _keys(part, f"{prefix}{name}.")
 
 
 def _part(kind: Any) -> type | None:

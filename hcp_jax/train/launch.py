@@ -26,11 +26,8 @@ import time
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-import jax
-
-from hcp_jax import terminal
+from hcp_jax import arguments, terminal
 from hcp_jax.train import command
-from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster, meeting
 from hcp_jax.train.hosts.peers import GONE
@@ -79,16 +76,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hcp launch`: those of `hcp train`, and how many processes."""
     command.add_run_arguments(parser)
     of = parser.add_argument_group("processes")
-    of.add_argument("--num-processes", type=int, required=True, metavar="N", help="how many")
+    of.add_argument(
+        "--num-processes",
+        type=arguments.whole(most=1024),
+        required=True,
+        metavar="N",
+        help="how many",
+    )
     of.add_argument(
         "--devices-per-process",
-        type=int,
+        type=arguments.whole(most=1024),
         metavar="D",
         help="GPUs, or simulated devices, of each; all there are, shared out, if not given",
     )
     of.add_argument(
         "--restarts",
-        type=int,
+        type=arguments.whole(least=0),
         default=0,
         metavar="R",
         help="how often to start all of them again, from the last checkpoint, when one dies (0)",
@@ -98,10 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp launch`; returns the exit code of the process that ended first, if not 0."""
-    if args.num_processes < 1 or args.restarts < 0:
-        raise ValueError("--num-processes must be at least 1, and --restarts at least 0.")
+    from hcp_jax.train import folder as run_folders
+
     folder = command.resumed_folder(args)
     config = command.config_of(args, folder)
+    command.require_can_begin(
+        config, folder, 0 if command.has_gpus() else config.parallel.num_devices
+    )
     environments = _environments(args, config)
     made = folder is None
     folder = folder or run_folders.make_numbered(config)
@@ -207,6 +213,7 @@ def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]
     common = [sys.executable, "-m", "hcp_jax.cli", "train"]
     common += [] if args.config is None else [str(args.config)]
     common += [part for key, text in args.overrides or () for part in (f"--{key}", text)]
+    common += [f"--accept={word}" for word in args.accept or ()]
     common += [f"--folder={folder}"]
     if args.num_processes == 1:
         return [common]
@@ -222,7 +229,7 @@ def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]
 def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[str, str]]:
     """What each process sees of the machine's devices."""
     processes, wanted = args.num_processes, config.parallel.num_devices
-    gpus = [] if jax.config.values["jax_platforms"] == "cpu" else _gpus()
+    gpus = _gpus() if command.has_gpus() else []
     each = args.devices_per_process or (len(gpus) or wanted) // processes or 1
     if each * processes != wanted:
         raise ValueError(

@@ -26,6 +26,9 @@ from jaxtyping import Int64, Integer
 from hcp_jax import terminal
 from hcp_jax.train.data import text
 
+FILES = ("tokens.npy", "offsets.npy", "meta.json")
+"""What a tokenised folder is made of."""
+
 _TEXT_AT_ONCE = 2**22
 """Bytes that are turned into tokens together, by all cores."""
 
@@ -225,6 +228,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"the token that {does} a text, if no tokenizer_config.json beside the tokenizer "
             "says so",
         )
+
+
+def uses_jax(args: argparse.Namespace) -> bool:
+    """Return False: text is read on the host."""
+    return False
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,20 +23,6 @@ from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hf import weights
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp export`."""
-    parser.add_argument("run", type=pathlib.Path, help="a run folder")
-    parser.add_argument("out", type=pathlib.Path, help="a new folder")
-    parser.add_argument(
-        "--dtype",
-        choices=list(hf_write.NUMPY_DTYPES),
-        help="of the tensors (as in the folder that the run began from; else float32)",
-    )
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, help="gigabytes that one file may hold (5)"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp export`."""
     if not (args.run / "config.yaml").is_file():

@@ -21,21 +21,6 @@ from hcp_jax.train.config import SMALL_MODEL
 from hcp_jax.train.hf import weights
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp import`."""
-    parser.add_argument(
-        "folder",
-        type=pathlib.Path,
-        help="a Hugging Face folder: config.json, safetensors, tokenizer.json",
-    )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        metavar="RUNFOLDER",
-        help="write config.yaml there, for hcp train; without, show it",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp import`."""
     hf_folder.require(args.folder)  # before it is absolute: names of the Hub are told

@@ -16,9 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
-from hcp_jax import compat, terminal
+from hcp_jax import arguments, terminal
 from hcp_jax.train.hosts.peers import Peers, Place
 
 LAUNCHER = "HCP_LAUNCHER"
@@ -41,10 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find out from Slurm, Open MPI or Kubernetes what of the next three is not given",
     )
     of.add_argument(
-        "--coordinator", metavar="ADDRESS:PORT", help="where process 0 is reached by the others"
+        "--coordinator",
+        type=arguments.filled,
+        metavar="ADDRESS:PORT",
+        help="where process 0 is reached by the others",
     )
-    of.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
-    of.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    of.add_argument(
+        "--num-processes",
+        type=arguments.whole(),
+        metavar="N",
+        help="how many processes there are",
+    )
+    of.add_argument(
+        "--process-id",
+        type=arguments.whole(least=0),
+        metavar="I",
+        help="which one this is, from 0",
+    )
     add_timeouts(of)
 
 
@@ -52,14 +63,14 @@ def add_timeouts(of: argparse._ActionsContainer) -> None:
     """How long processes wait for each other."""
     of.add_argument(
         "--start-timeout",
-        type=float,
+        type=arguments.positive,
         default=300.0,
         metavar="SECONDS",
         help="how long the processes wait for each other at the start (300)",
     )
     of.add_argument(
         "--heartbeat-timeout",
-        type=float,
+        type=arguments.positive,
         default=60.0,
         metavar="SECONDS",
         help="after how long a silent process counts as dead; one that exits is noticed at once "
@@ -100,6 +111,8 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
     try:
         _name_host_in_logs(place)
         peers.agree(same)
+        import jax
+
         jax.distributed.initialize(
             place.address,
             place.processes,
@@ -119,6 +132,8 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
 
 def _find(args: argparse.Namespace) -> tuple[Place, list[int] | None] | None:
     """Where this process stands, and which GPUs of its host are its own if not all."""
+    from hcp_jax import compat
+
     given = compat.Detected(args.coordinator, args.num_processes, args.process_id, None)
     if args.distributed:
         try:

@@ -50,25 +50,9 @@ class Run:
         return np.asarray([line[name] for line in self.steps])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp plot`."""
-    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="a run folder")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("runs.png"),
-        help="the picture (runs.png); .pdf and .svg work, too",
-    )
-    parser.add_argument(
-        "--against", choices=("step", "tokens"), default="step", help="the axis of all curves"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp plot`."""
     runs = [read_run(folder) for folder in args.runs]
-    if args.out.suffix.lstrip(".") not in Figure().canvas.get_supported_filetypes():
-        raise ValueError(f"--out {args.out}: give a name that ends in .png, .pdf or .svg.")
     draw_runs(runs, args.against).savefig(args.out)
     terminal.say(args.out)
     return 0
