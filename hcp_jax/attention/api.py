@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from hcp_jax.attention import grouped
 from hcp_jax.attention.heads import Exchange
 from hcp_jax.attention.local import LocalSpec, attention
+from hcp_jax.attention.refusals import require_whole_call
 from hcp_jax.attention.ring import Rings
 from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
@@ -74,6 +75,7 @@ def dot_product_attention(
     (1, 64, 8, 16)
     """
     _require_fitting(q, k, v, sinks)
+    require_whole_call(cp, mask, q, k, v)
     if cp is None:
         device = _device_of(q)
         platform, device_kind = device.platform, device.device_kind
