@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train import lock, loop
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.parallel import ParallelConfig
 from hcp_jax.train.data import DataConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
