@@ -282,7 +282,8 @@ def _from_text(text: str, kind: Any, key: str) -> Any:
     options = typing.get_args(kind)
     if text in ("null", "~") and type(None) in options:
         return None
-    if kind is not str and text.lstrip()[:1] in ("[", "{"):
+    nested = _part(kind) is not None or any(typing.get_origin(option) is list for option in options)
+    if nested and text.lstrip()[:1] in ("[", "{"):
         return reading.parse_yaml(text, f"the command line: {key}")
     return text
 
