@@ -5,10 +5,12 @@ from hcp_jax.train.data.corpus import (
     VOCAB_SIZE,
     Corpus,
     DataConfig,
+    describe_packing,
     evenly,
     held_out_batches,
     make_batches,
     open_corpus,
+    packing_metrics,
 )
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "VOCAB_SIZE",
     "Corpus",
     "DataConfig",
+    "describe_packing",
     "evenly",
     "held_out_batches",
     "make_batches",
     "open_corpus",
+    "packing_metrics",
 ]

@@ -27,8 +27,9 @@ import dataclasses
 import operator
 import pathlib
 import sys
+import typing
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import grain
@@ -39,7 +40,7 @@ from jaxtyping import Int32, Int64, Integer
 from hcp_jax.mask import Mask, causal, documents
 from hcp_jax.placing import Gathered
 from hcp_jax.train.data import text, tokens
-from hcp_jax.train.data.streams import Segments, Stream, Streams
+from hcp_jax.train.data.streams import Packing, Segments, Stream, Streams
 
 SEPARATOR = 256
 """The token before the first and after the last byte of a document."""
@@ -60,15 +61,20 @@ class DataConfig:
         field: the field of a JSONL line that holds its text.
         tokenizer: a tokenizer.json, which makes tokens of text before training begins; of a
             tokenised folder, the one it must have been made with. None: text stays bytes.
+        packing: "whole" keeps documents whole that fit seq_len, at the price of a little padding;
+            "dense" fills every place and cuts documents wherever a stream ends.
         prefetch: batches that a thread prepares ahead of the step.
     """
 
     path: str | None = None
     field: str = "text"
     tokenizer: str | None = None
+    packing: Packing = "whole"
     prefetch: int = 2
 
     def __post_init__(self):
+        if self.packing not in typing.get_args(Packing):
+            raise ValueError(f"data.packing must be 'whole' or 'dense', got {self.packing!r}.")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch must be at least 1, got {self.prefetch}.")
 
@@ -148,13 +154,28 @@ class Corpus:
         return self._ids[self._begins[at] : self._ends[at]]
 
     def places(self, index: SupportsIndex, begin: int, end: int) -> Int64[np.ndarray, "n"]:
-        """The places of tokens `begin` to `end` of a document that begins with its separator."""
-        at = operator.index(index)
-        places = 4 * (1 + np.arange(self._begins[at] + begin, self._begins[at] + end))
-        if begin == 0:
-            places[0] += 2
-        if end == self._ends[at] - self._begins[at] + 1:
-            places[-1] += 1
+        """Return the places of tokens `begin` to `end` of a document; see `places_of`."""
+        return self.places_of(*np.array([[operator.index(index)], [begin], [end]]))
+
+    def places_of(
+        self,
+        documents: Int64[np.ndarray, "p"],
+        begins: Int64[np.ndarray, "p"],
+        ends: Int64[np.ndarray, "p"],
+    ) -> Int64[np.ndarray, "n"]:
+        """Return the places of parts of documents, end to end.
+
+        Args:
+            documents: the number of the document that each part is of.
+            begins: the first token of each part; token 0 of a document is its separator.
+            ends: the token behind the last one of each part.
+        """
+        sizes = ends - begins
+        stops = np.cumsum(sizes)
+        within = np.arange(stops[-1] if stops.size else 0) - np.repeat(stops - sizes, sizes)
+        places = 4 * (1 + within + np.repeat(self._begins[documents] + begins, sizes))
+        places[(stops - sizes)[begins == 0]] += 2
+        places[(stops - 1)[ends == (self._ends - self._begins)[documents] + 1]] += 1
         return places
 
     def tokens_at(self, places: Int64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
@@ -173,6 +194,10 @@ class Corpus:
         # Behind the last token's target, the end, the next document begins.
         within = places // 4 - 1 - ((places & 1) > (places & 2) // 2)
         return np.searchsorted(self._offsets, within, side="right") - 1
+
+    def sizes_at(self, places: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
+        """Return the sizes of the documents at these places; see `documents_at`."""
+        return np.diff(self._offsets)[self.documents_at(places)]
 
     def _read(
         self, index: np.ndarray, special: np.ndarray, token: int, places: np.ndarray
@@ -261,6 +286,42 @@ def evenly(number: int) -> Int64[np.ndarray, "n"]:
     return np.argsort(np.arange(number, dtype=np.uint64) * golden, kind="stable")
 
 
+def describe_packing(corpus: Corpus, *, seq_len: int, seed: int, packing: Packing) -> str:
+    """Return how full streams are and how many documents stay whole in them, in words.
+
+    Args:
+        corpus: the documents.
+        seq_len: T, tokens per stream.
+        seed: as in `make_batches`.
+        packing: likewise.
+    """
+    return Streams(Segments(corpus, seq_len), seed, packing=packing).describe()
+
+
+def packing_metrics(corpus: Corpus, batch: Mapping[str, Any]) -> dict[str, float]:
+    """Return how a batch of `make_batches` is packed.
+
+    Args:
+        corpus: the documents.
+        batch: before it is put on devices.
+
+    Returns:
+        "fill", the share of the places that hold a token, and "whole_documents": of the documents
+        that would fit a stream, the share that is whole; a document that is cut counts in the
+        batch where it begins. 1 if there is none.
+    """
+    places, positions = batch["tokens"].places, batch["positions"]
+    used = places > 0
+    begins = used & (positions == 0)
+    ends = used & np.pad((positions == 0)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    first, last = places[begins], places[ends]
+    from_start = first & 2 > 0
+    fits = corpus.sizes_at(first[from_start]) < positions.shape[1]
+    whole = last[from_start] & 1 > 0
+    share = float(whole[fits].mean()) if fits.any() else 1.0
+    return {"fill": float(used.mean()), "whole_documents": share}
+
+
 def _in_documents(segment_ids: Int32[np.ndarray, "B T"]) -> Mask:
     return causal() & documents(segment_ids, padding_id=0)
 
@@ -274,6 +335,7 @@ def make_batches(
     mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
     prefetch: int = 2,
     place: Callable[[dict[str, Any]], Any] = lambda batch: batch,
+    packing: Packing = "whole",
 ) -> grain.DatasetIterator:
     """Batches of packed streams, in natural order, without end.
 
@@ -289,12 +351,14 @@ def make_batches(
             (`ModelConfig.mask`).
         prefetch: batches prepared ahead by a thread.
         place: what that thread does with each batch, such as `ContextParallel.shard_batch`.
+        packing: whether documents stay whole or every place is filled; see `DataConfig`.
     """
 
     def prepare(rows: Stream) -> Any:
         return place(_batch(corpus, rows, mask))
 
-    batches = Streams(Segments(corpus, seq_len), seed).batch(batch_size).map(prepare)
+    streams = Streams(Segments(corpus, seq_len), seed, packing=packing)
+    batches = streams.batch(batch_size).map(prepare)
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
     return iter(ahead)
 
