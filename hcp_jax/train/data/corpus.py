@@ -12,7 +12,7 @@ not all of one document. Every token has its true target, also the last one befo
 cut, positions begin at 0 again, and the batch's mask lets no token see past the beginning of its
 segment, still less of its document.
 
-Text is held in memory; a tokenised folder is mapped from its files and read where it is used.
+Text is held in memory, and read in pieces; a tokenised folder is read where it is used.
 Nothing is random but the seed, so a pipeline's state is a few integers: they are saved with a
 checkpoint, and the batches after it are the same ones.
 
@@ -22,14 +22,14 @@ its *place* in the corpus, and `ContextParallel.shard_batch` has tokens read at 
 on a process's own devices, and no others.
 """
 
+import array
 import copy
 import dataclasses
 import operator
 import pathlib
-import sys
 import typing
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import grain
@@ -39,8 +39,12 @@ from jaxtyping import Int32, Int64, Integer
 
 from hcp_jax.mask import Mask, causal, documents
 from hcp_jax.placing import Gathered
-from hcp_jax.train.data import text, tokens
+from hcp_jax.train.data import tokens
+from hcp_jax.train.data.background import Work, in_background
+from hcp_jax.train.data.formats import Piece
 from hcp_jax.train.data.streams import Packing, Segments, Stream, Streams
+from hcp_jax.train.data.text import SKIPPED, BadLines, Texts
+from hcp_jax.train.data.tokenizer import SpecialTokens, Tokenizer
 
 SEPARATOR = 256
 """The token before the first and after the last byte of a document."""
@@ -54,13 +58,17 @@ class DataConfig:
     """Where the text comes from.
 
     Attributes:
-        path: a .jsonl file (one document a line), any other text file (one document), a folder of
-            them, searched to its depth without hidden files, or a folder that `hcp tokenize` made.
-            None: the source files of the running Python's standard library, which every machine
-            has.
-        field: the field of a JSONL line that holds its text.
+        path: a file of text (one document), JSON lines, a JSON array, CSV or Parquet (a document a
+            record), also compressed (.gz, .bz2, .xz, .zst); a folder of them, searched to its
+            depth without hidden files; or a folder that `hcp tokenize` made. None: the source
+            files of the running Python's standard library, which every machine has.
+        field: the field, or the column, that holds the text of a record.
+        bad_lines: "refuse" lines and records that cannot be read, or "skip" and count them.
+        skip: patterns of the names of files in a folder that hold no documents.
         tokenizer: a tokenizer.json, which makes tokens of text before training begins; of a
             tokenised folder, the one it must have been made with. None: text stays bytes.
+        special_tokens: whether text that spells a special token of the tokenizer, such as "</s>",
+            stays "text" or becomes the "control" token.
         packing: "whole" keeps documents whole that fit seq_len, at the price of a little padding;
             "dense" fills every place and cuts documents wherever a stream ends.
         prefetch: batches that a thread prepares ahead of the step.
@@ -68,13 +76,23 @@ class DataConfig:
 
     path: str | None = None
     field: str = "text"
+    bad_lines: BadLines = "refuse"
+    skip: tuple[str, ...] = SKIPPED
     tokenizer: str | None = None
+    special_tokens: SpecialTokens = "text"
     packing: Packing = "whole"
     prefetch: int = 2
 
     def __post_init__(self):
-        if self.packing not in typing.get_args(Packing):
-            raise ValueError(f"data.packing must be 'whole' or 'dense', got {self.packing!r}.")
+        for name, kind in (
+            ("packing", Packing),
+            ("bad_lines", BadLines),
+            ("special_tokens", SpecialTokens),
+        ):
+            value, choices = getattr(self, name), typing.get_args(kind)
+            if value not in choices:
+                words = " or ".join(map(repr, choices))
+                raise ValueError(f"data.{name} must be {words}, got {value!r}.")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch must be at least 1, got {self.prefetch}.")
 
@@ -92,27 +110,45 @@ class Corpus:
 
     Attributes:
         source: as given.
+        report: what was read, and left out, and which tokens frame a document, in lines.
         separator: the id before the first one of every document.
         end: the id that the last one of every document is followed by.
         vocab_size: no id is as great as this.
     """
 
     def __init__(self, texts: Sequence[bytes], source: str):
+        self._fill((Piece(text, True) for text in texts), source)
+
+    def _fill(self, pieces: Iterable[Piece], source: str) -> None:
         self.source = source
+        self.report: list[str] = []
         self.separator = self.end = SEPARATOR
         self.vocab_size = VOCAB_SIZE
         self._unit = "bytes"
-        self._ids: np.ndarray = np.frombuffer(b"".join(texts), np.uint8)
-        self._set_offsets(np.cumsum([0, *(len(t) for t in texts)], dtype=np.int64))
+        held, offsets = bytearray(), array.array("q", [0])
+        for text, ends in pieces:
+            held += text
+            if ends:
+                offsets.append(len(held))
+        self._ids: np.ndarray | tokens.TokenFile = np.frombuffer(held, np.uint8)
+        self._set_offsets(np.frombuffer(offsets, np.int64))
 
     @classmethod
-    def of_tokens(cls, tokenised: "tokens.Tokenised", source: str) -> "Corpus":
-        """Documents that a tokenizer made tokens of."""
+    def from_pieces(cls, pieces: Iterable[Piece], source: str) -> "Corpus":
+        """Make a corpus of documents that stay bytes and come in pieces."""
+        corpus = cls.__new__(cls)
+        corpus._fill(pieces, source)
+        return corpus
+
+    @classmethod
+    def from_tokens(cls, tokenised: "tokens.Tokenised", source: str) -> "Corpus":
+        """Make a corpus of documents that a tokenizer made tokens of."""
         corpus = cls([], source)
         corpus._ids = tokenised.ids
         corpus._set_offsets(tokenised.offsets)
         corpus.separator, corpus.end = tokenised.meta.bos_id, tokenised.meta.eos_id
         corpus.vocab_size, corpus._unit = tokenised.meta.vocab_size, "tokens"
+        corpus.report = tokenised.report
         return corpus
 
     def _set_offsets(self, offsets: Int64[np.ndarray, "D+1"]) -> None:
@@ -213,7 +249,9 @@ class Corpus:
 
 
 def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
-    """Opens, and checks, all that the config names: text is read, a tokenised folder is mapped.
+    """Open, and check, all that the config names: text is read, a tokenised folder is opened.
+
+    Ctrl-C ends it at any time: the work is done in a thread.
 
     Args:
         config: where it is.
@@ -221,10 +259,10 @@ def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
 
     Raises:
         ValueError: if the path does not exist, holds no text, or holds something that is not UTF-8
-            text or not JSONL with the field (names the file and the line); if a tokenised folder is
+            text or has no text in the field (names the file and the line); if a tokenised folder is
             damaged or of another tokenizer; if the model knows fewer ids than there are.
     """
-    corpus = _open(config)
+    corpus = in_background(lambda work: _open(config, work))
     if vocab_size is not None and corpus.vocab_size > vocab_size:
         ids = "bytes and the separator are" if corpus._unit == "bytes" else "the tokenizer has"
         raise ValueError(
@@ -233,18 +271,34 @@ def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
     return corpus
 
 
-def _open(config: DataConfig) -> Corpus:
+def corpus_files(config: DataConfig) -> list[pathlib.Path]:
+    """Return the files that a corpus is read from, always in the same order.
+
+    Raises:
+        ValueError: as `Texts` does.
+    """
     path = None if config.path is None else pathlib.Path(config.path)
     if path is not None and tokens.is_tokenised(path):
-        return Corpus.of_tokens(tokens.read(path, config.tokenizer), str(path))
-    if path is None:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        texts, source = text.standard_library(), f"Python {version}'s standard library"
+        return [path / name for name in ("meta.json", "offsets.npy", "tokens.npy")]
+    return Texts(path, config.field, config.bad_lines, config.skip).files
+
+
+def _open(config: DataConfig, work: Work) -> Corpus:
+    path = None if config.path is None else pathlib.Path(config.path)
+    if path is not None and tokens.is_tokenised(path):
+        return Corpus.from_tokens(tokens.read(path, config.tokenizer), str(path))
+    tokenizer = None
+    if config.tokenizer is not None:
+        # Made first: what is wrong with it is told before a large text is read.
+        tokenizer = Tokenizer(pathlib.Path(config.tokenizer), special_tokens=config.special_tokens)
+    texts = Texts(path, config.field, config.bad_lines, config.skip)
+    if tokenizer is None:
+        corpus = Corpus.from_pieces(work.through(texts.pieces()), texts.source)
     else:
-        texts, source = text.documents(path, config.field), str(path)
-    if config.tokenizer is None:
-        return Corpus(list(texts), source)
-    return Corpus.of_tokens(tokens.tokenise(texts, pathlib.Path(config.tokenizer)), source)
+        made = tokens.tokenise(work.through(texts.documents()), tokenizer)
+        corpus = Corpus.from_tokens(made, texts.source)
+    corpus.report = [*texts.report(), *corpus.report]
+    return corpus
 
 
 def held_out_batches(

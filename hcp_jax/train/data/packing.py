@@ -228,7 +228,8 @@ def _fill_streams(sizes: Int64[np.ndarray, "n"], seq_len: int) -> Iterator[list[
     """Yield the numbers of the groups that make each stream; `sizes` ascend."""
     left, index = sizes, np.arange(sizes.size)
     while left.size:
-        chosen, room = [], seq_len
+        chosen: list[int] = []
+        room = seq_len
         while left.size and left[0] <= room:
             fit = int(np.searchsorted(left, room, side="right")) - 1
             taken = [fit]

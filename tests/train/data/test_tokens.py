@@ -7,12 +7,13 @@ import pytest
 import tokenizers
 
 from hcp_jax import cli
-from hcp_jax.train.data import DataConfig, open_corpus, tokens
+from hcp_jax.train.data import DataConfig, background, command, open_corpus, tokenizer, tokens
 from hcp_jax.train.data.streams import Segments, Streams
 
 TEXTS = ["a b c", "c b", "a <s> zebra b", "c" * 5]
 WORDS = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "c": 5, "ccccc": 9}
-IDS = [[3, 4, 5], [5, 4], [3, 0, 2, 4], [9]]
+# "<s>" in a text is cut into "<" and "s>", which this tokenizer does not know.
+IDS = [[3, 4, 5], [5, 4], [3, 2, 2, 2, 4], [9]]
 
 
 @pytest.fixture
@@ -39,13 +40,12 @@ def read(folder, **options):
     return open_corpus(DataConfig(path=str(folder / "out"), **options))
 
 
-def test_a_folder_of_tokens_is_mapped_and_holds_what_the_tokenizer_says(folder, capsys):
+def test_a_folder_of_tokens_holds_what_the_tokenizer_says(folder, capsys):
     assert tokenize(folder) == 0
-    assert "4 documents, 10 tokens as uint16, vocabulary of 10" in capsys.readouterr().out
+    assert "4 documents, 11 tokens as uint16, vocabulary of 10" in capsys.readouterr().out
     corpus = read(folder, tokenizer=str(folder / "tokenizer.json"))
     assert [ids.tolist() for ids in corpus] == IDS
-    assert corpus.sizes.tolist() == [3, 2, 4, 1]
-    assert isinstance(corpus[2].base, np.memmap)
+    assert corpus.sizes.tolist() == [3, 2, 5, 1]
     assert (corpus.separator, corpus.end, corpus.vocab_size) == (0, 1, 10)
 
 
@@ -59,7 +59,7 @@ def test_text_with_a_tokenizer_gives_the_tokens_of_the_folder(folder):
 def test_documents_begin_with_bos_and_their_last_target_is_eos(folder):
     tokenize(folder)
     corpus = read(folder)
-    [stream] = Streams(Segments(corpus, 14), 0, 1)
+    [stream] = Streams(Segments(corpus, 15), 0, 1)
     rows = {}
     for i in range(1, 5):
         places = stream.places[stream.segment_ids == i]
@@ -91,7 +91,7 @@ def test_more_than_65536_ids_take_four_bytes(folder, monkeypatch):
 
 
 def test_long_texts_are_tokenised_in_portions_that_change_nothing(folder, monkeypatch):
-    monkeypatch.setattr(tokens, "_TEXT_AT_ONCE", 4)
+    monkeypatch.setattr(tokenizer, "_TEXT_AT_ONCE", 4)
     tokenize(folder)
     assert [ids.tolist() for ids in read(folder)] == IDS
 
@@ -100,8 +100,8 @@ def test_long_texts_are_tokenised_in_portions_that_change_nothing(folder, monkey
     ("break_it", "says"),
     [
         (lambda out: (out / "meta.json").unlink(), "did not finish"),
-        (lambda out: np.save(out / "offsets.npy", np.array([0, 3, 2, 9, 10])), "is damaged"),
-        (lambda out: np.save(out / "tokens.npy", np.zeros(9, np.uint16)), r"\(9 tokens\)"),
+        (lambda out: np.save(out / "offsets.npy", np.array([0, 3, 2, 9, 11])), "is damaged"),
+        (lambda out: np.save(out / "tokens.npy", np.zeros(9, np.uint16)), "has 9 tokens"),
         (lambda out: (out / "tokens.npy").write_bytes(b"short"), "is damaged"),
         (lambda out: (out / "meta.json").write_text("{}"), "is damaged"),
     ],
