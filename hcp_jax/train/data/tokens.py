@@ -56,6 +56,7 @@ class Meta:
         offsets_crc32: of the numbers in offsets.npy; None in folders of older versions.
         tokens_crc32: of each 64 MiB of the numbers in tokens.npy; none in folders of older
             versions.
+        crc32: of all of the above; None in folders of older versions.
     """
 
     vocab_size: int
@@ -70,6 +71,7 @@ class Meta:
     special_tokens: str = "control"
     offsets_crc32: int | None = None
     tokens_crc32: tuple[int, ...] = ()
+    crc32: int | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "bos_id", "eos_id", "documents", "tokens"):
@@ -83,6 +85,13 @@ class Meta:
                 )
         if self.vocab_size > 2**31:
             raise ValueError(f"vocab_size={self.vocab_size} is more than int32 can number")
+        if self.crc32 is not None and self.crc32 != self.checksum():
+            raise ValueError("meta.json does not say what was written")
+
+    def checksum(self) -> int:
+        """Return what `crc32` must be."""
+        values = {**dataclasses.asdict(self), "crc32": None}
+        return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 class TokenFile:
@@ -103,20 +112,10 @@ class TokenFile:
     def __init__(self, path: pathlib.Path, vocab_size: int):
         self._path, self._vocab_size = path, vocab_size
         with path.open("rb") as file:
-            shape, self.dtype = _read_header(file)
+            self.size, self.dtype = _read_header(file, ("<u2", "<u4"))
             self._begin = file.tell()
-            length = os.fstat(file.fileno()).st_size
             self._file = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._file)
-        if self.dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
-            raise ValueError(
-                f"tokens.npy holds {self.dtype} of shape {shape}; it must be a row of uint16 or "
-                "uint32"
-            )
-        self.size = int(shape[0])
-        expected = self._begin + self.size * self.dtype.itemsize
-        if length != expected:
-            raise ValueError(f"tokens.npy has {length} bytes, but should have {expected}")
 
     def __getitem__(self, key: slice | Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
         """Return ids; consecutive ones are read together.
@@ -129,10 +128,10 @@ class TokenFile:
             begin, end, _ = key.indices(self.size)
             runs = [(begin, max(end, begin))]
         else:
-            stops = np.append(np.flatnonzero(np.diff(key) != 1), key.size - 1)
-            begins = np.append(0, stops[:-1] + 1)
-            runs = list(zip(key[begins].tolist(), (key[stops] + 1).tolist(), strict=True))
-            runs = runs if key.size else []
+            borders = np.flatnonzero(np.diff(key) != 1) + 1
+            begins = key[np.append(0, borders)[: key.size]]
+            ends = key[np.append(borders, key.size)[: key.size] - 1] + 1
+            runs = list(zip(begins.tolist(), ends.tolist(), strict=True))
         ids = np.empty(sum(end - begin for begin, end in runs), self.dtype)
         at = 0
         for begin, end in runs:
@@ -307,6 +306,7 @@ def write(
         offsets_crc32=zlib.crc32(offsets.tobytes()),
         tokens_crc32=tuple(_block_checksums(folder / "tokens.npy", begin)),
     )
+    meta = dataclasses.replace(meta, crc32=meta.checksum())
     _write_json(folder / "meta.json", dataclasses.asdict(meta))
     for name in ("progress.json", "ends.part"):
         (folder / name).unlink()
@@ -376,25 +376,38 @@ def _lock(file: BinaryIO, folder: pathlib.Path) -> None:
             ) from None
 
 
-def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and dtype of a .npy file; it stands behind its header then."""
+def _read_header(file: BinaryIO, dtypes: tuple[str, ...]) -> tuple[int, np.dtype]:
+    """Return length and dtype of a row in a .npy file; the file stands behind its header then.
+
+    Raises:
+        ValueError: if it is no row of one of these dtypes, or not as long as it says.
+    """
+    name = pathlib.Path(file.name).name
     version = np.lib.format.read_magic(file)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     if version not in readers:
-        raise ValueError(f"a .npy file of version {version}")
+        raise ValueError(f"{name} is a .npy file of version {version}")
     shape, _, dtype = readers[version](file)
-    return shape, dtype
+    if dtype.str not in dtypes or len(shape) != 1:
+        names = " or ".join(str(np.dtype(x)) for x in dtypes)
+        raise ValueError(f"{name} holds {dtype} of shape {shape}; it must be a row of {names}")
+    length = os.fstat(file.fileno()).st_size
+    expected = file.tell() + int(shape[0]) * dtype.itemsize
+    if length != expected:
+        raise ValueError(f"{name} has {length} bytes, but should have {expected}")
+    return int(shape[0]), dtype
 
 
 def _read_offsets(path: pathlib.Path, meta: Meta) -> Int64[np.ndarray, "D+1"]:
-    offsets = np.load(path, allow_pickle=False)
-    if offsets.dtype != np.dtype("<i8") or offsets.shape != (meta.documents + 1,):
+    with path.open("rb") as file:
+        size, dtype = _read_header(file, ("<i8",))
+        offsets = np.frombuffer(file.read(), dtype)
+    if size != meta.documents + 1:
         raise ValueError(
-            f"offsets.npy holds {offsets.dtype} of shape {offsets.shape}; for {meta.documents} "
-            f"documents it must be a row of {meta.documents + 1} int64"
+            f"offsets.npy has {size} numbers; {meta.documents} documents need {meta.documents + 1}"
         )
     if offsets[0] != 0 or np.any(np.diff(offsets) < 0):
         raise ValueError("the numbers in offsets.npy must ascend from 0")
