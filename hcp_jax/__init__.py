@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hcp_jax.mesh import xla_flags as xla_flags
     from hcp_jax.microbatch import place_microbatch as place_microbatch
     from hcp_jax.planner.search import plan as plan
+    from hcp_jax.verify.check import check as check
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOME = {
     "attention_fn": "attention.flax",
     "bidirectional": "mask",
     "causal": "mask",
+    "check": "verify.check",
     "chunked_local": "mask",
     "documents": "mask",
     "dot_product_attention": "attention.api",

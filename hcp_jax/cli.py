@@ -35,7 +35,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("hcp_jax.train.command", "train a model with context parallelism"),
-    "tokenize": Command("hcp_jax.train.data.tokens", "turn text into tokens, for hcp train to map"),
+    "tokenize": Command("hcp_jax.train.data.command", "turn text into tokens, for hcp train"),
     "import": Command("hcp_jax.commands.importing", "begin from a Hugging Face folder's weights"),
     "export": Command("hcp_jax.commands.export", "write a run as a Hugging Face folder"),
     "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),

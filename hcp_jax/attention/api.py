@@ -14,6 +14,7 @@ from hcp_jax.attention import door, grouped
 from hcp_jax.attention.derivatives import reverse_only
 from hcp_jax.attention.heads import Exchange
 from hcp_jax.attention.local import LocalSpec, attention
+from hcp_jax.attention.refusals import require_whole_call
 from hcp_jax.attention.ring import Rings
 from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
@@ -92,6 +93,7 @@ def dot_product_attention(
     """
     door.require_arrays(q, k, v, sinks)
     door.require_options(cp, implementation, is_causal=is_causal, return_residual=return_residual)
+    require_whole_call(cp, mask, q, k, v)
     if bias is not None:
         raise ValueError(door.NO_BIAS)
     batch = q.shape[:-3]
