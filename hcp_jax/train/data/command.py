@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             meta = in_background(write)
     except (KeyboardInterrupt, _TerminatedError) as stop:
         how = "hcp: stopped; the same command goes on where it stopped"
-        print(f"{how} ({shown(args.out)}).", file=sys.stderr)
+        terminal.say_error(f"{how} ({shown(args.out)}).")
         return 130 if isinstance(stop, KeyboardInterrupt) else 0
     seconds = time.perf_counter() - began
     for line in texts.report():

@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
+from hcp_jax.terminal import printable as shown
+
 PIECE = 2**20
 """Bytes that are read at a time."""
 
@@ -48,12 +50,6 @@ class Piece(NamedTuple):
 
 class NoRecordsError(ValueError):
     """A JSON file is no list of documents; in a folder, such a file is left out."""
-
-
-def shown(text: object) -> str:
-    """Return a name as messages show it: quoted if it has characters that a terminal acts on."""
-    words = str(text)
-    return words if words.isprintable() else repr(words)
 
 
 def format_of(file: pathlib.Path, field: str) -> str:

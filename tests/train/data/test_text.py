@@ -172,7 +172,7 @@ BAD = [
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}', r"byte 0xff at offset 24 \(line 2\)"),
     ("a.jsonl", b'{"text": "a"}\n' + b"[" * 99_999 + b'\n{"text": "b"}', "line 2: not JSON"),
     ("a.jsonl", b'{"text": "a"}\n{"x\x1b[2J": 1}\n{"text": "b"}', "line 2: not JSON"),
-    ("a.jsonl", b'{"text": "a"}\n{"x\\u001b[2J": 1}\n{"text": "b"}', r"it has: 'x\\x1b\[2J'"),
+    ("a.jsonl", b'{"text": "a"}\n{"x\\u001b[2J": 1}\n{"text": "b"}', r"it has: x\\x1b\[2J"),
     ("a.json", b'[{"text": "a"}, {"body": 1}, {"text": "b"}]', "record 2: no text in field"),
     ("a.csv", b"id,text\n1,a\n2\n3,b\n", "line 3: 1 values, but 2 columns"),
     ("a.csv", b'id,text\n1,a\n2,"x"y\n3,b\n', "line 3: not CSV"),
