@@ -37,11 +37,19 @@ class Intervals(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """The layout that a placed mask's queries are in, so that no other takes it by mistake."""
+    """Where a placed mask's queries lie, and for which keys it was placed.
+
+    Attributes:
+        layout: the order of the queries.
+        cp_size: the number of devices that they are cut over.
+        groups: the sizes of the groups of devices, under dynamic context parallelism.
+        key_length: padded number of keys that the mask was placed for; None under groups.
+    """
 
     layout: str
     cp_size: int
     groups: tuple[int, ...] | None = None
+    key_length: int | None = None
 
 
 class _Term:
@@ -51,6 +59,11 @@ class _Term:
     def length(self) -> int | None:
         """The number of queries that it was written for; None if it fits any."""
         return None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a query may see keys behind it of which the term does not say that they exist."""
+        return False
 
     def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         """(start, end) of the queries `index`; each broadcasts against `[B1, T]`."""
@@ -89,6 +102,10 @@ class _SlidingWindow(_Term):
 class _ChunkedLocal(_Term):
     chunk: int = _static()
 
+    @property
+    def looks_ahead(self):
+        return True
+
     def bounds(self, index, xp):
         start = index - index % self.chunk
         return start, start + self.chunk
@@ -97,6 +114,10 @@ class _ChunkedLocal(_Term):
 @_term
 class _PrefixLM(_Term):
     prefix_length: Any  # [B1, 1]
+
+    @property
+    def looks_ahead(self):
+        return True
 
     def bounds(self, index, xp):
         return 0, xp.maximum(index + 1, self.prefix_length)
@@ -194,6 +215,14 @@ class Mask:
             )
         return sizes.pop() if sizes else None
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether queries may see keys that only pad the stream.
+
+        That is so unless some part of the mask ends before them: `causal`, say, or `lengths`.
+        """
+        return all(term.looks_ahead for term in self.terms)
+
     def intervals(
         self, length: int, key_length: int | None = None, *, xp: ModuleType = np
     ) -> Intervals:
@@ -201,7 +230,8 @@ class Mask:
 
         Args:
             length: T. Queries past the mask's own length (padding) get empty intervals.
-            key_length: S, the number of keys; those of the queries if None.
+            key_length: S, the number of keys; `length` if None. A mask from `intervals` sees the
+                keys that it was given, up to S, whatever the number of its own queries.
             xp: `numpy` (on the host), or `jax.numpy` (where leaves are traced).
 
         Returns:
@@ -211,9 +241,7 @@ class Mask:
             ValueError: if the mask was written for more than `length` queries.
         """
         own = self.length
-        if key_length in (None, length):
-            # Self-attention: what pads the queries pads the keys.
-            key_length = length if own is None else min(own, length)
+        key_length = length if key_length is None else key_length
         if own is not None and own > length:
             raise ValueError(
                 f"the mask was written for {own} queries, but there are only {length}; "
