@@ -83,7 +83,10 @@ def untracked(function: Callable, *args: Any) -> Any:
     extend = importlib.import_module("jax.extend.core")
     with _config()._check_vma(False):
         traced, out = jax.make_jaxpr(function, return_shape=True)(*shapes)
-        leaves = jax.jit(extend.jaxpr_as_fun(traced))(*jax.tree.leaves(args))
+        # What any operation makes here varies over nothing, as what was traced expects.
+        leaves = [jax.lax.expand_dims(x, (0,)) for x in jax.tree.leaves(args)]
+        leaves = [jax.lax.squeeze(x, (0,)) for x in leaves]
+        leaves = jax.jit(extend.jaxpr_as_fun(traced))(*leaves)
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from hcp_jax import placing, spmd
@@ -49,7 +49,8 @@ class ContextParallel:
     """How sequences are split over a mesh; frozen and hashable.
 
     Attributes:
-        mesh: any mesh that has the axes named below; its other axes are left alone.
+        mesh: any mesh that has the axes named below, in any order, Auto or Explicit; its other axes
+            are left alone.
         comm_type: what the two cp axes do: "p2p", "all_gather", "a2a", "a2a+p2p" or
             "a2a+all_gather"; or a tuple with one per layer (`for_layer` picks).
         layout: the order in which streams are cut, "zigzag" or "contiguous".
@@ -67,8 +68,8 @@ class ContextParallel:
             `hcp.place_microbatch` brings. None: one stream over the cp axes for each dp device.
 
     Raises:
-        ValueError: for an axis that the mesh lacks, for an unknown comm type or layout, and for
-            groups that do not add up to the dp and cp devices.
+        ValueError: for an axis that the mesh lacks or that has two roles, for an unknown comm type
+            or layout, and for groups that do not add up to the dp and cp devices.
         NotImplementedError: for groups with a comm type that gathers K and V.
 
     >>> import hcp_jax as hcp
@@ -88,20 +89,22 @@ class ContextParallel:
     groups: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        for field in ("dp", "tp", "cp_outer", "cp_inner"):
-            for axis in as_tuple(getattr(self, field)):
-                if axis not in self.mesh.axis_names:
-                    raise ValueError(
-                        f"{field}={axis!r} is not an axis of the mesh, which has "
-                        f"{self.mesh.axis_names}. Name the mesh's own axis, or pass {field}=None."
-                    )
-        if isinstance(self.comm_type, list):
-            object.__setattr__(self, "comm_type", tuple(self.comm_type))
+        _require_mesh(self.mesh)
+        for field in ("dp", "tp", "comm_type", "groups"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        self._check_axes()
+        if not isinstance(self.comm_type, str | tuple) or not self.comm_type:
+            raise ValueError(
+                f"comm_type must be one name, or a list with one per layer, got {self.comm_type!r}."
+            )
         for comm_type in as_tuple(self.comm_type):
             require_known("comm_type", comm_type, tuple(STRATEGIES))
         require_known("layout", self.layout, LAYOUTS)
-        if self.head_groups < 1:
-            raise ValueError(f"head_groups must be at least 1, got {self.head_groups}.")
+        number = self.head_groups
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+            raise ValueError(f"head_groups must be an integer of at least 1, got {number!r}.")
+        object.__setattr__(self, "head_groups", int(number))
         if self.groups is not None:
             self._check_groups()
             return
@@ -322,8 +325,34 @@ class ContextParallel:
         """The mesh of this place of the program, which is `mesh` but for the types of its axes."""
         return spmd.mesh_here(self.mesh, self.axes)
 
+    def _check_axes(self) -> None:
+        """Refuse axes that the mesh lacks, and one axis in two roles."""
+        roles: dict[str, str] = {}
+        for field in ("dp", "tp", "cp_outer", "cp_inner"):
+            value = getattr(self, field)
+            names = as_tuple(value) if isinstance(value, str | tuple | None) else (value,)
+            if not all(isinstance(name, str) for name in names) or (
+                field.startswith("cp") and isinstance(value, tuple)
+            ):
+                kinds = "the name of one mesh axis" if field.startswith("cp") else "names of axes"
+                raise ValueError(f"{field} must be {kinds}, or None, got {value!r}.")
+            for axis in names:
+                if axis not in self.mesh.axis_names:
+                    raise ValueError(
+                        f"{field}={axis!r} is not an axis of the mesh, which has "
+                        f"{self.mesh.axis_names}. Name the mesh's own axis, or pass {field}=None."
+                    )
+                if axis in roles:
+                    raise ValueError(
+                        f"the mesh axis {axis!r} has two roles, {roles[axis]} and {field}: every "
+                        "axis can have one. Give each role an axis of its own, or None."
+                    )
+                roles[axis] = field
+
     def _check_groups(self) -> None:
-        layout = check_layout(self.groups or (), self.axis_size(self.flat_axes))
+        if not isinstance(self.groups, tuple):
+            raise ValueError(f"groups must be a tuple of sizes, or None, got {self.groups!r}.")
+        layout = check_layout(self.groups, self.axis_size(self.flat_axes))
         object.__setattr__(self, "groups", layout)
         gathers = [c for c in as_tuple(self.comm_type) if STRATEGIES[c].by == "gather"]
         if gathers:
@@ -342,6 +371,29 @@ class ContextParallel:
     def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
         axes = (getattr(self, field) for field in fields)
         return tuple(axis for axis in axes if axis is not None)
+
+
+def _require_mesh(mesh: Any) -> None:
+    if isinstance(mesh, AbstractMesh):
+        raise ValueError(
+            "mesh is an AbstractMesh, which has no devices; pass the jax.sharding.Mesh itself "
+            "(jax.sharding.get_mesh() gives that of jax.set_mesh)."
+        )
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            "mesh must be a jax.sharding.Mesh (hcp.make_mesh makes one), got "
+            f"{type(mesh).__name__}."
+        )
+    manual = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Manual
+    ]
+    if manual:
+        raise ValueError(
+            f"the mesh's axes {', '.join(manual)} are of type Manual; make it of Auto or Explicit "
+            "ones. A shard_map around a call makes them Manual where it has to."
+        )
 
 
 def require_known(what: str, name: str, known: tuple[str, ...]) -> None:

@@ -136,16 +136,27 @@ def roll(cp: "ContextParallel", x: jax.Array, shift: int, dim: int) -> jax.Array
     return _roll(x, cp, int(shift), dim)
 
 
-@functools.lru_cache(maxsize=1024)
-def warn_of_padding(cp: "ContextParallel", key_length: int) -> None:
-    """Warn, once, if keys of this padded length came from `shard` with padding among them."""
-    lengths = sorted(_padded.get((cp.size, cp.layout, key_length), ()))
-    if lengths:
+def warn_of_padding(cp: "ContextParallel", mask: Mask, length: int, key_length: int) -> None:
+    """Warn, once per shape, if a mask shows keys that `shard` has padded a stream with.
+
+    Args:
+        cp: the context parallelism.
+        mask: in natural order.
+        length: T, padded.
+        key_length: S, padded.
+    """
+    shape = cp.size, cp.layout, key_length
+    for real in sorted(_padded.get(shape, set()) - _warned.get(shape, set())):
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask)):
+            start, end = mask.intervals(length, key_length)
+            if not np.any((end > np.maximum(start, real))[:, :real]):
+                continue
+        _warned.setdefault(shape, set()).add(real)
         warnings.warn(
-            f"attention with a mask that looks ahead (such as mask=None) also attends to padding: "
-            f"cp.shard padded {' and '.join(map(str, lengths))} tokens to {key_length}. Join the "
-            f"mask with hcp.lengths({lengths[-1]}), or place it with cp.place(mask, {lengths[-1]}).",
-            stacklevel=2,
+            f"attention with this mask also sees padding: cp.shard has padded {real} tokens to "
+            f"{key_length}, and the mask does not say where the stream ends. Join it with "
+            f"hcp.lengths({real}), or place it with cp.place(mask, {real}).",
+            stacklevel=3,
         )
 
 
@@ -174,9 +185,10 @@ def _require_batch(cp: "ContextParallel", rows: int, what: str) -> None:
         )
 
 
-# (C, layout, padded length) -> the lengths that `shard` has padded to it: arrays do not remember
-# them, and attention must not see padding in silence.
+# (C, layout, padded length) -> the lengths that `shard` has padded to it, and those that have been
+# warned of. Arrays do not remember them, and attention must not see padding in silence.
 _padded: dict[tuple[int, str, int], set[int]] = {}
+_warned: dict[tuple[int, str, int], set[int]] = {}
 
 
 def _note_padding(length: int, padding: int, size: int, layout: str) -> None:
@@ -184,7 +196,6 @@ def _note_padding(length: int, padding: int, size: int, layout: str) -> None:
     if length in known:
         return
     known.add(length)
-    warn_of_padding.cache_clear()
     _log.info(
         "padded %d tokens with %d: a %s layout over %d devices needs a multiple of %d. The padding "
         "is never seen under a causal mask; join others with hcp.lengths(%d).",
@@ -200,8 +211,8 @@ def _note_padding(length: int, padding: int, size: int, layout: str) -> None:
 def _require_whole_streams(cp: "ContextParallel", what: str) -> None:
     if cp.on_device:
         raise ValueError(
-            f"cp.{what} was called inside a shard_map over {', '.join(cp.cp_axes)}, where arrays are "
-            f"one device's own part of a stream. Call cp.{what} outside of it."
+            f"cp.{what} was called inside a shard_map over {', '.join(cp.cp_axes)}, where arrays "
+            f"are one device's own part of a stream. Call cp.{what} outside of it."
         )
 
 

@@ -10,8 +10,8 @@ stand inside a `shard_map` already, whose axes are then Manual. No other file as
 
 The library numbers devices in the order in which it names axes ((cp_outer, cp_inner), say), as
 `axis_index`, `all_gather`, `all_to_all` (with `axis_index_groups`), `psum_scatter` and
-PartitionSpecs do. Only `ppermute` numbers them in the order of the mesh instead (from jax 0.12 on it
-refuses any other), which is why it has a function here.
+PartitionSpecs do. Only `ppermute` numbers them in the order of the mesh instead (from jax 0.12 on
+it refuses any other), which is why it has a function here.
 """
 
 import functools
@@ -42,8 +42,8 @@ def mesh_here(mesh: Mesh, axes: Iterable[str]) -> Mesh | AbstractMesh:
     wrong = [axis for axis in axes if context.shape.get(axis) != mesh.shape[axis]]
     if wrong:
         raise ValueError(
-            f"the mesh in context is {_described(context)}, but cp.mesh is {_described(mesh)}: they "
-            f"differ in {', '.join(wrong)}. Make the ContextParallel from the mesh that "
+            f"the mesh in context is {_described(context)}, but cp.mesh is {_described(mesh)}: "
+            f"they differ in {', '.join(wrong)}. Make the ContextParallel from the mesh that "
             "jax.set_mesh or the shard_map around this call uses."
         )
     return context
@@ -76,6 +76,10 @@ def run(
         specs = _only_each(out_specs, explicit)
         shardings = jax.tree.map(lambda spec: NamedSharding(here, spec), specs, is_leaf=_is_spec)
         inner = jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=shardings)
+        if isinstance(here, Mesh) and _mesh_of(args).empty:
+            # Nothing yet says which devices to run on; under Auto axes a constraint may.
+            whole = NamedSharding(Mesh(here.devices, here.axis_names), PartitionSpec())
+            args = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), args)
     else:
         inner = function
     if not compat.tracks_variation():
@@ -135,7 +139,8 @@ def inside_shard_map() -> bool:
 
 def spec_of(x: Any) -> PartitionSpec:
     """Return how the type of an array says that it is cut: over Explicit axes only."""
-    return PartitionSpec(*jax.typeof(x).sharding.spec, *[None] * x.ndim)[: x.ndim]
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return PartitionSpec(*spec, *[None] * (x.ndim - len(spec)))
 
 
 def ppermute(tree: Any, axes: tuple[str, ...], pairs: Iterable[tuple[int, int]]) -> Any:
@@ -209,7 +214,9 @@ def _untracked(function: Callable, own_axes: frozenset[str], args: tuple) -> Any
         a, b = iter(differentiable), iter(others)
         return function(*jax.tree.unflatten(tree, [next(a) if s else next(b) for s in smooth]))
 
-    split = [[x for x, s in zip(leaves, smooth, strict=True) if s == kind] for kind in (True, False)]
+    split = [
+        [x for x, s in zip(leaves, smooth, strict=True) if s == kind] for kind in (True, False)
+    ]
     return _opaque(joined, axes, *split)
 
 

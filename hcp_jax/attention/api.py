@@ -91,22 +91,24 @@ def dot_product_attention(
         interpret=platform == "cpu",
     )
     mask = _joined(mask, is_causal)
+    if cp is not None and mask.placement is None and mask.looks_ahead:
+        times = cp.size if cp.on_device else 1
+        warn_of_padding(cp, mask, times * q.shape[1], times * k.shape[1])
     out, lse = _jitted(cp, core, q, k, v, mask, sinks, return_residual)
     return (out, lse) if return_residual else out
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 7))
 def _jitted(cp: ContextParallel | None, core: CoreSpec, q, k, v, mask: Mask, sinks, residual: bool):
-    attend: Callable
+    arrays = q, k, v, mask, sinks
     if cp is None:
-        mesh, axes, heads = None, (), spmd.spec_of(q)
-        attend = functools.partial(_attend_alone, core)
+        alone = functools.partial(_attend_alone, core, residual)
+        specs = spmd.spec_of(q), PartitionSpec(*spmd.spec_of(q)[:3])
+        results = spmd.run(None, (), alone, specs[: 1 + residual], *arrays)
     else:
-        mesh, axes, heads = cp.mesh, cp.axes, PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp)
-        attend = functools.partial(_attend_over, cp, core)
-    specs = (heads, PartitionSpec(*heads[:3]))
-    attend = functools.partial(attend, residual)
-    results = spmd.run(mesh, axes, attend, specs[: 1 + residual], q, k, v, mask, sinks)
+        over = functools.partial(_attend_over, cp, core, residual)
+        specs = (PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp),) * 2
+        results = spmd.run(cp.mesh, cp.axes, over, specs[: 1 + residual], *arrays)
     return results if residual else (*results, None)
 
 
@@ -120,7 +122,7 @@ def _attend_alone(core: CoreSpec, residual: bool, q, k, v, mask: Mask, sinks) ->
 def _attend_over(
     cp: ContextParallel, core: CoreSpec, residual: bool, q, k, v, mask: Mask, sinks
 ) -> tuple:
-    # Where the cp axes are Manual already, arrays are one device's own and the mask is the stream's.
+    # Where the cp axes are Manual, arrays are one device's own, and the mask is the stream's.
     local = cp.on_device
     times = cp.size if local else 1
     length, key_length = times * q.shape[1], times * k.shape[1]
@@ -202,8 +204,6 @@ def _intervals(
     grouped_here = here is not None and here.groups is not None
     if placed is not None or grouped_here:
         _require_placed(mask, length, key_length, cp)
-    elif cp is not None and mask.looks_ahead:
-        warn_of_padding(cp, key_length)
     if grouped_here:
         key_length *= rows  # a group's stream may go on over the rows of several dp devices
     intervals = mask.intervals(length, key_length, xp=jnp)
@@ -300,6 +300,11 @@ def _require_divisible(q, k, cp: ContextParallel) -> None:
     if q.shape[0] % dp:
         raise ValueError(f"q has a batch of B={q.shape[0]}, which dp={dp} does not divide.")
     if cp.groups is not None:
+        if spmd.manual_axes(cp.mesh_in_context, cp.flat_axes):
+            raise NotImplementedError(
+                f"with groups, attention cannot run inside a shard_map over {cp.flat_axes}; leave "
+                "dp and cp axes out of its axis_names (axes of no role, such as pp, may be in)."
+            )
         _require_buffers(q, k, cp)
     times = cp.size if cp.on_device else 1
     for name, x in (("q", q), ("k", k)):
