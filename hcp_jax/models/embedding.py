@@ -130,7 +130,7 @@ def live_tp(cp: ContextParallel | None) -> tuple[str, ...]:
     manual = spmd.manual_axes(cp.mesh_in_context, as_tuple(cp.tp))
     if any(cp.mesh.shape[name] > 1 for name in manual):
         raise NotImplementedError(
-            f"the model was called inside a shard_map over its tp axis {', '.join(sorted(manual))}. "
+            f"the model was called inside a shard_map over its tp axis ({', '.join(manual)}). "
             "Leave tp out of the shard_map's axis_names; attention itself takes it."
         )
     return live_axes(cp, cp.tp)
