@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from hcp_jax import spmd
 from hcp_jax.context import ContextParallel
 from hcp_jax.models import chunks
-from hcp_jax.models.embedding import live_axes
+from hcp_jax.models.embedding import live_axes, live_tp
 
 
 def summed_cross_entropy(
@@ -33,6 +34,7 @@ def summed_cross_entropy(
     """Σ over all tokens of weight · (cross entropy in nats + z_loss · logZ²), in float32.
 
     It is a sum, so that sums over microbatches add up; divide it by the sum of all the weights.
+    Inside a `shard_map` over dp or cp axes it is the sum over the tokens that are given there.
 
     Args:
         hidden: outputs of the decoder, in cp's layout order.
@@ -48,18 +50,13 @@ def summed_cross_entropy(
     local = functools.partial(_on_device, chunk=chunk, z_loss=z_loss)
     if cp is None:
         return local(hidden, unembedding, targets, weights, sum_over=(), tp=())
-    tokens, tp = cp.spec(2), live_axes(cp, cp.tp)
+    tokens, tp = cp.spec(2), live_tp(cp)
     sum_over = live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes)
     of_device = functools.partial(local, sum_over=sum_over, tp=tp)
-    # check_vma would place the sum over devices of the matrix's gradient inside the scan, once per
-    # chunk; without it the sum is where shard_map ends.
-    return jax.shard_map(
-        of_device,
-        mesh=cp.mesh,
-        in_specs=(cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )(hidden, unembedding, targets, weights)
+    in_specs = (cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens)
+    summed = spmd.shard_map(cp.mesh, cp.axes, of_device, in_specs, PartitionSpec())
+    arrays = hidden, unembedding, targets, weights
+    return spmd.run(cp.mesh, cp.axes, summed, PartitionSpec(), *arrays)
 
 
 def cross_entropy_by_bin(
@@ -104,16 +101,13 @@ def cross_entropy_by_bin(
 
     if cp is None:
         return on_device(hidden, unembedding, targets, weights, bins, sum_over=(), tp=())
-    tokens, tp = cp.spec(2), live_axes(cp, cp.tp)
+    tokens, tp = cp.spec(2), live_tp(cp)
     of_device = functools.partial(on_device, sum_over=live_axes(cp, cp.cp_axes), tp=tp)
     rows = PartitionSpec(cp.dp, None)
-    return jax.shard_map(
-        of_device,
-        mesh=cp.mesh,
-        in_specs=(cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens, tokens),
-        out_specs=(rows, rows),
-        check_vma=False,
-    )(hidden, unembedding, targets, weights, bins)
+    in_specs = (cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens, tokens)
+    binned = spmd.shard_map(cp.mesh, cp.axes, of_device, in_specs, (rows, rows))
+    arrays = hidden, unembedding, targets, weights, bins
+    return spmd.run(cp.mesh, cp.axes, binned, (rows, rows), *arrays)
 
 
 def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, sum_over, tp):
