@@ -107,7 +107,7 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
         (["train", QUICKSTART, *_process("me", 1, 0)], "must be ADDRESS:PORT of process 0"),
         (["train", QUICKSTART, *_process("me:1", 1, 1)], "count from 0 to 0"),
         (["train", QUICKSTART, "--folder", "a", "--resume", "b"], "give one of them"),
-        (["launch", QUICKSTART, "--num-processes", "0"], "must be at least 1"),
+        (["launch", QUICKSTART, "--num-processes", "0"], "at least 1"),
         (
             ["launch", QUICKSTART, "--num-processes", "3", "--devices-per-process", "2"],
             "3 processes of 2 devices have 6, but the config's mesh needs 8",
