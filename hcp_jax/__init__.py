@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from hcp_jax import dynamic as dynamic
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
+    from hcp_jax.cli import set_up_platform as set_up_platform
     from hcp_jax.context import ContextParallel as ContextParallel
+    from hcp_jax.dense_mask import from_dense as from_dense
     from hcp_jax.mask import Mask as Mask
     from hcp_jax.mask import bidirectional as bidirectional
     from hcp_jax.mask import causal as causal
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from hcp_jax.mesh import xla_flags as xla_flags
     from hcp_jax.microbatch import place_microbatch as place_microbatch
     from hcp_jax.planner.search import plan as plan
+    from hcp_jax.verify.check import check as check
 
 __version__ = "0.1.0"
 
@@ -40,15 +43,18 @@ _HOME = {
     "attention_fn": "attention.flax",
     "bidirectional": "mask",
     "causal": "mask",
+    "check": "verify.check",
     "chunked_local": "mask",
     "documents": "mask",
     "dot_product_attention": "attention.api",
+    "from_dense": "dense_mask",
     "intervals": "mask",
     "lengths": "mask",
     "make_mesh": "mesh",
     "place_microbatch": "microbatch",
     "plan": "planner.search",
     "prefix_lm": "mask",
+    "set_up_platform": "cli",
     "sliding_window": "mask",
     "xla_flags": "mesh",
 }

@@ -12,6 +12,7 @@ ring of cp_outer, which hides behind attention, is what crosses hosts:
 The axes keep their names' order in the mesh, ("dp", "tp", "cp_outer", "cp_inner").
 """
 
+import difflib
 import logging
 import math
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
+
+from hcp_jax import checks
+from hcp_jax.hardware import GPU_NAMES
 
 AXES = ("dp", "tp", "cp_outer", "cp_inner")
 
@@ -53,8 +57,7 @@ def make_mesh(
     """
     sizes = {"dp": dp, "tp": tp, "cp_outer": cp_outer, "cp_inner": cp_inner}
     for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}.")
+        sizes[name] = checks.integer(name, size, least=1)
     devices = list(jax.devices() if devices is None else devices)
     needed = math.prod(sizes.values())
     if needed != len(devices):
@@ -99,18 +102,25 @@ def axis_link(mesh: Mesh, axis: str) -> str:
 
 
 def xla_flags(device_kind: str) -> dict[str, bool | int | str]:
-    """XLA flags that the library recommends for devices of this kind.
+    """Return the XLA flags that the library recommends for devices of this kind.
 
     They must be set before jax starts (in `XLA_FLAGS`, or as `compiler_options` of one `jit`).
     `hcp train` sets them; importing the library never does.
 
     Args:
-        device_kind: `jax.Device.device_kind`, such as "NVIDIA H200".
+        device_kind: `jax.Device.device_kind`, such as "NVIDIA H200"; or a GPU's short name, as
+            `hcp plan --gpu` takes it, such as "h200". Upper and lower case are the same.
 
     Returns:
-        Flag names without their dashes, and values; empty for devices other than GPUs.
+        Flag names without their dashes, and values; empty for CPUs, TPUs and AMD's GPUs.
+
+    Raises:
+        ValueError: for a name that is none of these.
+
+    >>> xla_flags("h200") == xla_flags("NVIDIA H200") != xla_flags("cpu") == {}
+    True
     """
-    if "NVIDIA" not in device_kind.upper():
+    if not _is_nvidia(device_kind):
         return {}
     return {
         # Schedules a collective's start early and its end late, with compute between.
@@ -118,6 +128,26 @@ def xla_flags(device_kind: str) -> dict[str, bool | int | str]:
         # K, V and their gradients travel at the same time.
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
     }
+
+
+def _is_nvidia(device_kind: str) -> bool:
+    """Return whether a device kind or short name is an NVIDIA GPU; refuse what is no device."""
+    if not isinstance(device_kind, str):
+        raise ValueError(
+            f"a device kind is a string, got {device_kind!r}; pass jax.devices()[0].device_kind."
+        )
+    first, *rest = device_kind.lower().replace("-", " ").split() or [""]
+    if first in ("cpu", "tpu", "amd"):
+        return False
+    # Drivers name GPUs that no list here knows, always after a brand.
+    if first in GPU_NAMES or (first in ("nvidia", "tesla", "quadro", "geforce") and rest):
+        return True
+    near = difflib.get_close_matches(first, (*GPU_NAMES, "cpu"), 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"unknown device kind {device_kind!r}: {hint}Pass jax.devices()[0].device_kind, such as "
+        f"'NVIDIA H200' or 'cpu', or one of {', '.join(GPU_NAMES)}."
+    )
 
 
 def host_of(device: jax.Device) -> tuple[str, int]:

@@ -35,7 +35,9 @@ FLOORS = [
     ["dynamic"],
     ["cost"],
     ["hardware"],
-    ["layout", "mask", "compat", "host_memory"],
+    ["tables"],
+    ["layout", "mask", "dense_mask", "compat", "host_memory", "arguments", "names", "settings"],
+    ["checks", "reading", "terminal"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

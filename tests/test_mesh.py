@@ -5,8 +5,10 @@ import types
 
 import jax
 import pytest
+from hcp_jax.plan.hardware import GPUS
 
 import hcp_jax as hcp
+from hcp_jax.hardware import PEAK_FLOPS
 from hcp_jax.mesh import AXES, axis_groups, axis_link
 
 
@@ -94,6 +96,34 @@ def test_sizes_that_do_not_fit_are_refused(sizes, message):
         hcp.make_mesh(**sizes)
 
 
-def test_flags_are_recommended_for_gpus_alone():
-    assert hcp.xla_flags("cpu") == {}
-    assert hcp.xla_flags("NVIDIA H200")["xla_gpu_enable_latency_hiding_scheduler"] is True
+def test_flags_are_recommended_for_gpus_by_any_of_their_names_and_for_nothing_else():
+    flags = hcp.xla_flags("NVIDIA H200")
+    assert flags["xla_gpu_enable_latency_hiding_scheduler"] is True
+    kinds = [
+        "NVIDIA H100 80GB HBM3",
+        "Tesla V100-SXM2-16GB",
+        "nvidia a10",
+        "H200",
+        "A100-PCIE-40GB",
+    ]
+    names = [name for gpu in GPUS.values() for name in (gpu.name, gpu.device_kind)]
+    for kind in [*kinds, *names, *PEAK_FLOPS]:
+        assert hcp.xla_flags(kind) == flags, kind
+    for kind in ("cpu", "CPU", "TPU v5 lite", "AMD Instinct MI300X"):
+        assert hcp.xla_flags(kind) == {}, kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("h20O", "unknown device kind 'h20O': did you mean 'h20'"),
+        ("hopper", "unknown device kind 'hopper': .* or one of a10, a100, .*h200"),
+        ("", "unknown device kind ''"),
+        ("NVIDIA", "unknown device kind 'NVIDIA'"),
+        (None, r"a device kind is a string, got None; pass jax.devices\(\)\[0\].device_kind"),
+    ],
+)
+def test_flags_for_an_unknown_device_are_refused(kind, message):
+    """Once they were silently empty: the collectives then stood exposed."""
+    with pytest.raises(ValueError, match=message):
+        hcp.xla_flags(kind)

@@ -2,6 +2,7 @@
 
 import argparse
 
+from hcp_jax import arguments
 from hcp_jax.hardware import GPUS, Cluster, gpu
 
 
@@ -9,11 +10,19 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a cluster: --gpu, --hosts and --gpus-per-host."""
     parser.add_argument(
         "--gpu",
+        type=arguments.filled,
         required=True,
         help=f"one of {', '.join(GPUS)}, or a YAML file that describes another",
     )
-    parser.add_argument("--hosts", type=int, required=True, help="number of hosts")
-    parser.add_argument("--gpus-per-host", type=int, default=8, help="GPUs in each (8)")
+    parser.add_argument(
+        "--hosts", type=arguments.whole(most=2**15), required=True, help="number of hosts"
+    )
+    parser.add_argument(
+        "--gpus-per-host",
+        type=arguments.whole(most=2**10),
+        default=8,
+        help="GPUs in each (8)",
+    )
 
 
 def cluster(args: argparse.Namespace) -> Cluster:

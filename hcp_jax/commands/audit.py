@@ -8,21 +8,14 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
+from typing import TYPE_CHECKING
 
+from hcp_jax import arguments, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments, cluster
-from hcp_jax.compiled.report import Audit
-from hcp_jax.compiled.timeline import draw
-from hcp_jax.planner.audit import (
-    advice,
-    audit_attention,
-    audit_step,
-    chosen_flags,
-    duration,
-    place,
-    title,
-)
 from hcp_jax.train import config as configuration
+
+if TYPE_CHECKING:
+    from hcp_jax.compiled.report import Audit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--groups",
-        type=int,
+        type=arguments.whole(),
         nargs="+",
         metavar="SIZE",
         help="the program of one group layout, each device with its share of seq_len as places",
@@ -49,12 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an XLA flag to set besides (or in place of) the library's own; may be repeated",
     )
     parser.add_argument("--no-flags", action="store_true", help="leave the library's flags out")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there; - for the screen")
-    parser.add_argument("--picture", metavar="FILE", help="draw the schedule there (.png or .svg)")
+    parser.add_argument(
+        "--json",
+        type=arguments.output(screen=True),
+        metavar="FILE",
+        help="write all figures there; - for the screen",
+    )
+    parser.add_argument(
+        "--picture",
+        type=arguments.output(".png", ".svg"),
+        metavar="FILE",
+        help="draw the schedule there (.png or .svg)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `hcp audit`; return the exit code."""
+    from hcp_jax.compiled.timeline import draw
+    from hcp_jax.planner.audit import audit_attention, audit_step, chosen_flags, place, title
+
     config = configuration.from_arguments(args)
     if config.parallel.dynamic.enabled and not args.groups:
         raise NotImplementedError(
@@ -75,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         draw(found.schedule, pathlib.Path(args.picture), title(found, args.attention))
     text = json.dumps({"flags": flags} | found.to_json(), indent=2)
     if args.json == "-":
-        print(text)
+        terminal.say(text)
         return 0
     if args.json:
         pathlib.Path(args.json).write_text(text + "\n")
@@ -83,13 +89,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def tell(found: Audit, flags: dict, attention: bool) -> None:
+def tell(found: "Audit", flags: dict, attention: bool) -> None:
     """Print what was found: memory, collectives, time, advice."""
-    import rich.console
-    import rich.table
+    from hcp_jax.planner.audit import advice, duration, title
 
-    width = None if sys.stdout.isatty() else 120
-    console = rich.console.Console(file=sys.stdout, highlight=False, width=width, soft_wrap=True)
+    console = tables.console()
     console.print(f"{title(found, attention)}; compiled in {found.compile_s:.0f} s")
     for name, value in flags.items():
         console.print(f"  --{name}={str(value).lower()}")
@@ -102,18 +106,18 @@ def tell(found: Audit, flags: dict, attention: bool) -> None:
     if found.memory.host_bytes:
         console.print(f"offloaded        {gib['host_bytes']:.2f} GiB to the host's memory, per GPU")
     console.print(f"ring hops        {found.ring_hops_hidden} of {found.ring_hops} hidden")
-    table = rich.table.Table(
-        "collective", "over", "link", "MiB", "count", "seconds", "hidden behind"
-    )
-    for column in (3, 4, 5):
-        table.columns[column].justify = "right"
+    rows = []
     for moved in found.collectives:
         name = f"{moved.what}: {moved.kind}" if moved.what else moved.kind
         hidden = ", ".join(moved.behind) if moved.hidden else f"exposed {duration(moved.exposed_s)}"
         size, count = f"{moved.bytes / 2**20:.1f}", str(moved.count)
         axes = " x ".join(moved.axes) or "-"
-        table.add_row(name, axes, moved.link, size, count, duration(moved.seconds), hidden)
-    console.print(table)
+        rows.append((name, axes, moved.link, size, count, duration(moved.seconds), hidden))
+    headings = ("collective", "over", "link", "MiB", "count", "seconds", "hidden behind")
+    left = ("collective", "over", "link", "hidden behind")
+    console.print()
+    tables.show(console, headings, rows, left=left, drop=("link", "count", "over", "seconds"))
+    console.print()
     compute = found.schedule.compute_s
     console.print(
         f"modelled         step {duration(found.schedule.step_s)} = attention "
@@ -125,7 +129,7 @@ def tell(found: Audit, flags: dict, attention: bool) -> None:
         console.print(f"- {line}")
 
 
-def _bound(found: Audit) -> str:
+def _bound(found: "Audit") -> str:
     parts = dict(found.schedule.compute_s) | {"waiting": found.schedule.exposed_s}
     names = {"attention": "attention", "product": "matrix products", "other": "memory bandwidth"}
     most = max(parts, key=lambda part: parts[part])

@@ -16,6 +16,8 @@ import subprocess
 import time
 from typing import Any, NamedTuple
 
+from hcp_jax import arguments, tables, terminal
+
 CONTESTANTS = ("mosaic", "triton", "blockwise", "cudnn", "xla")
 MASKS = ("causal", "full", "packed")
 _LONGEST_ON_CPU = 2048
@@ -45,28 +47,48 @@ class Row(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hcp bench`."""
     parser.add_argument("what", choices=("attention",), help="what to time")
-    parser.add_argument("--length", type=int, default=16384, help="tokens, dense masks")
-    parser.add_argument("--stream", type=int, default=65536, help="tokens, packed documents")
-    parser.add_argument("--document", type=int, default=4096, help="tokens of a packed document")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=16)
-    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument(
+        "--length", type=arguments.length, default=16384, help="tokens, dense masks"
+    )
+    parser.add_argument(
+        "--stream", type=arguments.length, default=65536, help="tokens, packed documents"
+    )
+    parser.add_argument(
+        "--document", type=arguments.length, default=4096, help="tokens of a packed document"
+    )
+    parser.add_argument("--heads", type=arguments.whole(most=2**16), default=16)
+    parser.add_argument("--kv-heads", type=arguments.whole(most=2**16), default=16)
+    parser.add_argument("--head-size", type=arguments.whole(most=2**16), default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument(
-        "--repeats", type=int, default=30, help="timings of which the median counts"
+        "--repeats",
+        type=arguments.whole(most=10**6),
+        default=30,
+        help="timings of which the median counts (30)",
     )
     parser.add_argument(
         "--sweep", action="store_true", help="time alternative Triton tiles instead"
     )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument(
+        "--output",
+        type=arguments.folder,
+        default=pathlib.Path("benchmarks/results"),
+        help="the folder that the table and its plot are written to",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Time, print the table, and write it as JSON and as a plot."""
     import jax
 
+    if args.heads % args.kv_heads:
+        raise ValueError(
+            f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}: query heads "
+            "share kv heads in equal groups."
+        )
+    settings = [_setting(args, mask) for mask in args.masks]
     device = jax.devices()[0]
     longest = max(args.stream if mask == "packed" else args.length for mask in args.masks)
     if device.platform == "cpu" and longest > _LONGEST_ON_CPU:
@@ -74,10 +96,11 @@ def run(args: argparse.Namespace) -> int:
             f"there is no GPU, and {longest} tokens would take hours on a CPU; to try the command "
             f"out, give --length and --stream of at most {_LONGEST_ON_CPU} (and --document)."
         )
-    settings = [_setting(args, mask) for mask in args.masks]
     time_rows = _sweep if args.sweep else _compare
     rows = time_rows(args, settings)
-    print(f"{device.device_kind}, jax {jax.__version__}, {args.dtype}, head size {args.head_size}")
+    terminal.say(
+        f"{device.device_kind}, jax {jax.__version__}, {args.dtype}, head size {args.head_size}"
+    )
     _print(rows)
     args.output.mkdir(parents=True, exist_ok=True)
     kind = device.device_kind.replace(" ", "-").lower()
@@ -92,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     }
     path.write_text(json.dumps(facts | {"rows": [row._asdict() for row in rows]}, indent=1) + "\n")
     _plot(rows, path.with_suffix(".png"), device.device_kind)
-    print(f"written: {path} and {path.with_suffix('.png')}")
+    terminal.say(f"written: {path} and {path.with_suffix('.png')}")
     return 0
 
 
@@ -127,8 +150,8 @@ def _compare(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
 
 
 def _sweep(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
-    """Each tile in turn for all three kernels: forward and backward are told apart by the table."""
-    from hcp_jax.kernels.tiles import Tile, Tiles, trial
+    """Time each tile for all three kernels; the table tells forward and backward apart."""
+    from hcp_jax.kernels.tiles import Tile, Tiles
 
     rows = []
     for block_q, block_k in ((64, 64), (64, 128), (128, 32), (128, 64), (128, 128)):
@@ -136,16 +159,18 @@ def _sweep(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
             for stages in (2, 3):
                 tile = Tile(block_q, block_k, warps, stages)
                 name = f"{block_q}×{block_k}, {warps} warps, {stages} stages"
-                with trial(Tiles(tile, tile, tile)):
-                    rows += [_row(args, setting, "triton", name) for setting in settings]
+                tiles = Tiles(tile, tile, tile)
+                rows += [_row(args, setting, "triton", name, tiles) for setting in settings]
     return rows
 
 
-def _row(args: argparse.Namespace, setting: Setting, contestant: str, name: str) -> Row:
+def _row(
+    args: argparse.Namespace, setting: Setting, contestant: str, name: str, tiles: Any = None
+) -> Row:
     import jax
 
     try:
-        attention = _attention(args, setting, contestant)
+        attention = _attention(args, setting, contestant, tiles)
         forward = _seconds(jax.jit(attention), args, setting)
         both = _seconds(jax.jit(_with_gradients(attention)), args, setting, gradients=True)
     except Exception as error:  # a contestant that cannot is a line of the table, not the end of it
@@ -159,8 +184,8 @@ def _row(args: argparse.Namespace, setting: Setting, contestant: str, name: str)
     )
 
 
-def _attention(args: argparse.Namespace, setting: Setting, contestant: str):
-    """A function of q, k and v."""
+def _attention(args: argparse.Namespace, setting: Setting, contestant: str, tiles: Any):
+    """Return a function of q, k and v; `tiles` of the kernels, those of the table if None."""
     import jax
     import numpy as np
 
@@ -173,6 +198,8 @@ def _attention(args: argparse.Namespace, setting: Setting, contestant: str):
         if setting.mask == "packed":
             ids = np.repeat(np.arange(setting.length // args.document), args.document)
             mask = mask & hcp.documents(ids)
+        if tiles is not None:
+            return functools.partial(_with_tiles, contestant, tiles, mask)
         return functools.partial(hcp.dot_product_attention, mask=mask, implementation=contestant)
     if setting.mask == "packed":
         raise NotImplementedError("jax.nn takes packed documents only as a dense T² mask")
@@ -181,6 +208,28 @@ def _attention(args: argparse.Namespace, setting: Setting, contestant: str):
         is_causal=setting.mask == "causal",
         implementation=contestant,
     )
+
+
+def _with_tiles(implementation: str, tiles: Any, mask: Any, q, k, v):
+    """Return what the public op returns on one device, computed with these tiles."""
+    import jax
+    import jax.numpy as jnp
+
+    from hcp_jax.attention.local import LocalSpec, attention
+    from hcp_jax.kernels.core import CoreSpec
+
+    device = jax.devices()[0]
+    core = CoreSpec(
+        implementation=implementation,
+        scale=q.shape[3] ** -0.5,
+        device_kind=device.device_kind,
+        interpret=device.platform == "cpu",
+        tiles=tiles,
+    )
+    length = k.shape[1]
+    intervals = mask.intervals(q.shape[1], length, xp=jnp)
+    spec = LocalSpec(core=core, key_length=length)
+    return attention(spec, q, k, v, intervals, None, return_residual=False)[0]
 
 
 def _with_gradients(attention):
@@ -218,21 +267,21 @@ def _seconds(function: Any, args: argparse.Namespace, setting: Setting, gradient
 
 
 def _print(rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "mask", "tokens", "forward ms", "backward ms", "forward", "backward")
-    table.caption = "forward and backward in TFLOP/s of what the mask asks for"
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             *(row.contestant, row.mask, str(row.length)),
             *(_figure(x, 1e3) for x in (row.forward_seconds, row.backward_seconds)),
             *(_figure(x, 1) for x in (row.forward_tflops, row.backward_tflops)),
         )
-    Console().print(table)
+        for row in rows
+    ]
+    headings = ("", "mask", "tokens", "forward ms", "backward ms", "forward", "backward")
+    console = tables.console()
+    tables.show(console, headings, cells, left=("", "mask"), drop=("tokens", "mask"))
+    console.print("forward and backward in TFLOP/s of what the mask asks for")
     for row in rows:
         if row.note:
-            print(f"{row.contestant}, {row.mask}: {row.note}")
+            terminal.say(f"{row.contestant}, {row.mask}: {row.note}")
 
 
 def _figure(x: float | None, factor: float) -> str:

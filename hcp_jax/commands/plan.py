@@ -11,10 +11,9 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
 
-from hcp_jax import hardware
+from hcp_jax import arguments, hardware, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments
 from hcp_jax.cost.models import MODELS, model_fields
 from hcp_jax.planner.candidate import Candidate
@@ -24,20 +23,56 @@ from hcp_jax.planner.search import Plan, plan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hcp plan`."""
     parser.add_argument(
-        "--model", required=True, help=f"one of {', '.join(MODELS)}, or a config's path"
+        "--model",
+        type=arguments.filled,
+        required=True,
+        help=f"one of {', '.join(MODELS)}, or a config's path",
     )
-    parser.add_argument("--seq-len", type=int, required=True, help="tokens of a stream")
     parser.add_argument(
-        "--batch", type=int, help="streams per step; one per dp replica if not given"
+        "--seq-len",
+        type=arguments.length,
+        required=True,
+        help="tokens of a stream: 131072, 128K or 1M",
+    )
+    parser.add_argument(
+        "--batch",
+        type=arguments.whole(),
+        help="streams per step; one per dp replica if not given",
     )
     add_cluster_arguments(parser)
-    parser.add_argument("--implementation", default="triton", help="of the attention core (triton)")
-    parser.add_argument("--top", type=int, default=10, help="how many splits to show (10)")
     parser.add_argument(
-        "--verify", type=int, default=0, metavar="K", help="compile the best K for their memory"
+        "--implementation",
+        type=arguments.filled,
+        default="triton",
+        help="of the attention core, whose rates are taken (triton)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures there; - for the screen")
-    parser.add_argument("--write", metavar="FILE", help="write the best as a config for hcp train")
+    parser.add_argument(
+        "--top", type=arguments.whole(), default=10, help="how many splits to show (10)"
+    )
+    parser.add_argument(
+        "--verify",
+        type=arguments.whole(least=0),
+        default=0,
+        metavar="K",
+        help="compile the best K for their memory",
+    )
+    parser.add_argument(
+        "--json",
+        type=arguments.output(screen=True),
+        metavar="FILE",
+        help="write all figures there; - for the screen",
+    )
+    parser.add_argument(
+        "--write",
+        type=arguments.output(".yaml", ".yml"),
+        metavar="FILE",
+        help="write the best as a config for hcp train",
+    )
+
+
+def uses_jax(args: argparse.Namespace) -> bool:
+    """Return whether something is compiled."""
+    return args.verify > 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         pathlib.Path(args.write).write_text(text)
     text = json.dumps(found.to_json(), indent=2)
     if args.json == "-":
-        print(text)
+        terminal.say(text)
         return 0
     if args.json:
         pathlib.Path(args.json).write_text(text + "\n")
@@ -67,24 +102,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+_HEADINGS = (
+    *("dp", "tp", "cp", "[in, out]", "comm type", "remat", "fsdp"),
+    *("step s", "tok/s/GPU", "MFU", "waits", "GB NVLink", "GB network", "GiB"),
+)
+_DROP = ("GB NVLink", "GB network", "fsdp", "waits", "tok/s/GPU", "MFU", "remat")
+
+
 def tell(found: Plan, top: int) -> None:
     """Print the best splits and why the first is the first."""
-    import rich.console
-    import rich.table
-
-    width = None if sys.stdout.isatty() else 120
-    console = rich.console.Console(file=sys.stdout, highlight=False, width=width, soft_wrap=True)
+    console = tables.console()
     fitting = sum(candidate.fits for candidate in found.candidates)
     console.print(
         f"{found.seq_len:,} tokens on {found.cluster}: {len(found.candidates)} splits, "
-        f"{fitting} of them fit. Times are modelled."
+        f"{fitting} of them fit. Times are modelled.\n"
     )
-    table = rich.table.Table("dp", "tp", "cp", "[in, out]", "comm type", "remat", "fsdp")
-    for name in ("step s", "tok/s/GPU", "MFU", "waits", "GB NVLink", "GB network", "GiB"):
-        table.add_column(name, justify="right")
-    for candidate in found.candidates[:top]:
-        table.add_row(*_row(candidate))
-    console.print(table)
+    rows = [_row(candidate) for candidate in found.candidates[:top]]
+    left = ("[in, out]", "comm type", "remat", "fsdp")
+    tables.show(console, _HEADINGS, rows, left=left, drop=_DROP)
+    console.print()
     for line in found.explain().splitlines():
         console.print(f"- {line}")
 
@@ -110,17 +146,36 @@ def verify(found: Plan, fields: dict[str, Any], count: int) -> Plan:
 
 
 def config_text(found: Plan, fields: dict[str, Any]) -> str:
-    """The best split as a config that `hcp train` runs."""
+    """Return the best split as a config for `hcp train`, with marked lines to fill in."""
     from hcp_jax.train import config as configuration
 
-    head = f"# {found.best.split}\n# hcp plan, for {found.seq_len} tokens on {found.cluster}.\n"
-    return head + configuration.dump(_train_config(found, found.best, fields))
+    text = configuration.dump(_train_config(found, found.best, fields))
+    lines = [f"{line}{_NOTES.get(line.strip(), '')}" for line in text.splitlines()]
+    head = [
+        f"# {found.best.split}",
+        f"# Written by hcp plan for {found.seq_len:,} tokens on {found.cluster}.",
+        "#",
+        f"# Replace every {configuration.FILL_IN} before hcp train; hcp audit and hcp verify read "
+        "the file as it is.",
+        "# Look at the lines marked with <- as well.",
+        "",
+    ]
+    return "\n".join([*head, *lines, ""])
+
+
+_NOTES = {
+    "path: FILL_IN": "  # <- a folder of text, or of tokens (hcp tokenize)",
+    "tokenizer: null": "  # <- the model's tokenizer.json, unless data.path has tokens already",
+    "run_dir: runs": "  # <- a folder that all hosts see",
+    "steps: 1000": "  # <- steps and the optimizer are where to begin, no recipe",
+}
 
 
 def _train_config(found: Plan, candidate: Candidate, fields: dict[str, Any]) -> Any:
     from hcp_jax.models.config import ModelConfig
     from hcp_jax.parallel import ParallelConfig
-    from hcp_jax.train.config import TrainConfig
+    from hcp_jax.train.config import FILL_IN, TrainConfig
+    from hcp_jax.train.sections import CheckpointConfig, DataConfig
 
     split = candidate.split
     names = ("dp", "tp", "cp_outer", "cp_inner", "comm_type", "fsdp")
@@ -131,14 +186,17 @@ def _train_config(found: Plan, candidate: Candidate, fields: dict[str, Any]) -> 
         batch_size=batch,
         accumulation=batch // split.dp,
         seq_len=found.seq_len,
+        made_for=str(found.cluster),
+        data=DataConfig(path=FILL_IN),
+        checkpoint=CheckpointConfig(every_minutes=30.0),
         model=ModelConfig(**fields | {"remat": split.remat}),
         parallel=ParallelConfig(**{name: getattr(split, name) for name in names}),
     )
 
 
 def _model(name: str) -> Any:
-    """The `ModelConfig` of a config's path; None for a name."""
-    if not name.endswith((".yaml", ".yml")):
+    """Return the `ModelConfig` of a config's path; None for a name."""
+    if not name.lower().endswith((".yaml", ".yml")) and not pathlib.Path(name).is_file():
         return None
     from hcp_jax.train import config as configuration
 

@@ -1,5 +1,6 @@
 """Compile for a cluster that is not here, from shapes alone.
 
+    hcp.set_up_platform()  # before jax starts
     cluster = Cluster(hardware.gpu("h200"), hosts=8, gpus_per_host=8)
     mesh = hcp.make_mesh(cp_outer=8, cp_inner=8, devices=devices(cluster))
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=...)      # on that mesh
@@ -33,19 +34,27 @@ def devices(cluster: Cluster) -> list[jax.Device]:
         Host by host; `process_index` tells the host.
 
     Raises:
-        NotImplementedError: if the CUDA compiler is not installed; says how to.
+        NotImplementedError: if the CUDA compiler is not installed, or jax has started without it;
+            says what to do.
     """
     if not any(_installed(plugin) for plugin in _PLUGINS):
         raise NotImplementedError(
             "compiling for GPUs needs the CUDA plugin of jax (no GPU and no CUDA libraries): "
-            "pip install 'hcp_jax[aot]'"
+            f"pip install 'jax-cuda13-plugin~={jax.__version__}' "
+            f"'jax-cuda13-pjrt~={jax.__version__}'"
         )
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=cluster.gpu.name,
-        target_config=target_config(cluster.gpu),
-        topology=f"1x{cluster.hosts}x{cluster.gpus_per_host}",
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=cluster.gpu.name,
+            target_config=target_config(cluster.gpu),
+            topology=f"1x{cluster.hosts}x{cluster.gpus_per_host}",
+        )
+    except NotImplementedError as error:  # the plugin looked for a GPU, and gave up
+        raise NotImplementedError(
+            "jax started with its CUDA plugin, which found no GPU and left: call "
+            "hcp.set_up_platform() before anything else of jax, or set JAX_PLATFORMS=cpu."
+        ) from error
     return list(topology.devices)
 
 

@@ -6,14 +6,16 @@ its intervals. With `m(x) = Σ_i min(e_i, x) - Σ_i min(s_i, x)` over some queri
 from one sort per chunk of queries, so that a million tokens take a fraction of a second.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
-from hcp_jax.layout import chunk_order
-from hcp_jax.mask import Intervals
+if TYPE_CHECKING:
+    from hcp_jax.mask import Intervals
 
 
-def chunk_pairs(intervals: Intervals, chunks: int) -> Int64[np.ndarray, "chunks chunks"]:
+def chunk_pairs(intervals: "Intervals", chunks: int) -> Int64[np.ndarray, "chunks chunks"]:
     """Count the visible pairs between every chunk of queries and every chunk of keys of a stream.
 
     Args:
@@ -44,6 +46,39 @@ def chunk_pairs(intervals: Intervals, chunks: int) -> Int64[np.ndarray, "chunks 
     return pairs
 
 
+def causal_chunk_pairs(
+    seq_len: int, chunks: int, window: int | None = None
+) -> Float64[np.ndarray, "chunks chunks"]:
+    """`chunk_pairs` of a causal mask, by formula: at once for any length.
+
+    With `g(x) = max(x, 0)`, query i sees `g(i + 1 - a) - g(i + 1 - b)` of the keys in `[a, b)`
+    before it, less as many as lie before its window. Sums of `g` over i are triangle numbers.
+
+    Args:
+        seq_len: T, a multiple of `chunks`.
+        chunks: how many equal chunks the stream is cut into.
+        window: keys that a query sees, itself included; None for all before it.
+
+    Returns:
+        Rows are chunks of queries, columns chunks of keys; exact up to 2**53 pairs a chunk.
+
+    >>> causal_chunk_pairs(8, 2)
+    array([[10.,  0.],
+           [16., 10.]])
+    """
+    borders = np.arange(chunks + 1, dtype=np.float64) * (seq_len // chunks)
+
+    def keys_below(shift: float) -> np.ndarray:
+        distance = np.maximum(borders[:, None] - borders - shift, 0.0)
+        sums = distance * (distance + 1.0) / 2.0
+        return sums[:, :-1] - sums[:, 1:]
+
+    seen = keys_below(0.0)
+    if window is not None:
+        seen = seen - keys_below(float(window))
+    return np.diff(seen, axis=0)
+
+
 def merge_chunks(
     table: Int64[np.ndarray, "fine fine"], chunks: int
 ) -> Int64[np.ndarray, "coarse coarse"]:
@@ -64,6 +99,8 @@ def pairs_by_hop(
         layout: "zigzag" or "contiguous".
         ring_size: P; each rank holds the chunks of C / P neighbouring devices.
     """
+    from hcp_jax.layout import chunk_order  # imports jax, which hcp plan --help can do without
+
     order = chunk_order(cp_size, layout)
     ordered = table[np.ix_(order, order)]
     by_rank = merge_chunks(ordered, ring_size)

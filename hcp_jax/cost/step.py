@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from hcp_jax.cost.pairs import chunk_pairs, merge_chunks, pairs_by_hop
+from hcp_jax.cost.pairs import causal_chunk_pairs, pairs_by_hop
 from hcp_jax.cost.shape import BACKWARD, ModelShape, step_flops
 from hcp_jax.cost.traffic import (
     GATHER_KV,
@@ -222,18 +222,23 @@ def path(cluster: Cluster, split: Split, axes: tuple[str, ...], kind: str) -> Pa
     along = [order.index(axis) for axis in axes]
     groups = np.moveaxis(mesh, along, range(-len(along), 0))
     groups = groups.reshape(-1, int(np.prod([mesh.shape[i] for i in along])))
-    return min((cluster.path(kind, tuple(g)) for g in groups.tolist()), key=lambda p: p.rate)
+    # Groups that spread over hosts alike have the same path: a large mesh has few kinds of them.
+    spread = groups // cluster.domain
+    kinds = {row.tobytes(): i for i, row in enumerate(spread - spread[:, :1])}
+    chosen = groups[list(kinds.values())].tolist()
+    return min((cluster.path(kind, tuple(group)) for group in chosen), key=lambda p: p.rate)
 
 
 @functools.lru_cache(maxsize=64)
 def stream_pairs(mask_of: ModelShape, seq_len: int, chunks: int) -> np.ndarray:
-    """Return `chunk_pairs` of a model's mask, from a finer table if one has been counted."""
-    finest = 1
-    while finest * 2 <= max(chunks, 256) and seq_len % (finest * 2) == 0:
-        finest *= 2
-    if chunks < finest and finest % chunks == 0:
-        return merge_chunks(stream_pairs(mask_of, seq_len, finest), chunks)
-    return chunk_pairs(mask_of.mask.intervals(seq_len), chunks)
+    """Return `chunk_pairs` of a model's mask, `[chunks, chunks]`, without touching T tokens."""
+    return causal_chunk_pairs(seq_len, chunks, mask_of.sliding_window)
+
+
+@functools.lru_cache(maxsize=256)
+def _busiest_by_hop(mask_of: ModelShape, seq_len: int, cp: int, move: int) -> np.ndarray:
+    """Return the visible pairs of the busiest ring rank at each hop, in zigzag, `[hops]`."""
+    return pairs_by_hop(stream_pairs(mask_of, seq_len, 2 * cp), cp, "zigzag", move).max(axis=0)
 
 
 class _Attention:
@@ -261,11 +266,9 @@ class _Attention:
             item_bytes=2,
             remat=split.remat,
         )
-        table = stream_pairs(model, seq_len, 2 * split.cp)
-        by_hop = pairs_by_hop(table, split.cp, "zigzag", split.move)
         per_pair = 4.0 * model.head_size * (heads // split.exchange) * rows
         # All devices wait for the one that has most to do at a hop.
-        flops = per_pair * by_hop.max(axis=0)
+        flops = per_pair * _busiest_by_hop(model, seq_len, split.cp, split.move)
         gpu = cluster.gpu
         self.forward_hops = flops / gpu.attention_rate(implementation, "forward").value
         backward = gpu.attention_rate(implementation, "backward").value

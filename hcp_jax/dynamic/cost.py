@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hcp_jax import checks
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import BACKWARD, ModelShape
 from hcp_jax.cost.traffic import GRADIENT_BYTES, ITEM_BYTES
@@ -154,13 +155,10 @@ class Cost:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"Cost.{field.name} must be finite and not negative, got {value}.")
-        if self.devices_per_host < 1 or self.devices_per_host != int(self.devices_per_host):
-            raise ValueError(
-                f"Cost.devices_per_host must be an integer >= 1, got {self.devices_per_host}."
-            )
+            value = checks.number(f"Cost.{field.name}", getattr(self, field.name))
+            if value < 0:
+                raise ValueError(f"Cost.{field.name} must be 0 or greater, got {value}.")
+        checks.integer("Cost.devices_per_host", self.devices_per_host, least=1)
 
     def crosses(self, first: int, size: int) -> bool:
         """Return whether devices `first` to `first + size - 1` are of more than one host."""

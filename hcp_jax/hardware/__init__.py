@@ -14,6 +14,7 @@ from hcp_jax.hardware.gpu import Direction as Direction
 from hcp_jax.hardware.gpu import Link as Link
 from hcp_jax.hardware.gpu import Path as Path
 from hcp_jax.hardware.gpu import Rate as Rate
+from hcp_jax.hardware.table import GPU_NAMES as GPU_NAMES
 from hcp_jax.hardware.table import GPUS as GPUS
 from hcp_jax.hardware.table import PEAK_FLOPS as PEAK_FLOPS
 from hcp_jax.hardware.table import gpu as gpu

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from hcp_jax import reading
 from hcp_jax.hardware.gpu import GPU, Link, Rate, infiniband, nvlink
 
 _LINKS = {"nvlink": nvlink, "network": infiniband}
@@ -55,12 +56,10 @@ def read_gpu(path: pathlib.Path, table: Mapping[str, GPU]) -> GPU:
 
 
 def _fields(path: pathlib.Path) -> dict[Any, Any]:
-    import yaml
-
     try:
-        fields = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the GPU's description {path}: {error}") from None
+        fields = reading.read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the GPU's description: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold the fields of a GPU, one `name: value` a line.")
     return fields

@@ -153,6 +153,11 @@ _A800 = dataclasses.replace(
     nvlink=nvlink("NVLink 3, 400 GB/s both ways", 200e9),
 )
 
+GPU_NAMES: tuple[str, ...] = tuple(
+    dict.fromkeys(kind.split()[1].split("-")[0].lower() for kind in PEAK_FLOPS)
+)
+"""Short names of all GPUs whose peak is known, such as "h20"; `GPUS` describes some of them."""
+
 GPUS: dict[str, GPU] = {g.name: g for g in (_A100, _A800, _H100, _H200, _B200, _GB200)}
 """The GPUs by short name."""
 

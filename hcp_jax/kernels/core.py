@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from hcp_jax.kernels import tiles
 from hcp_jax.kernels.merge import Partial
+from hcp_jax.kernels.tiles import Tiles
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
@@ -42,6 +43,7 @@ class CoreSpec:
         logits_soft_cap: c, if logits are to be `c · tanh(logits / c)`.
         device_kind: `jax.Device.device_kind` of the devices it will run on: tile sizes.
         interpret: run a Pallas kernel in its interpreter (CPU devices).
+        tiles: tile sizes of the Pallas kernels; those of the device kind's table if None.
     """
 
     implementation: str
@@ -49,6 +51,7 @@ class CoreSpec:
     logits_soft_cap: float | None = None
     device_kind: str = ""
     interpret: bool = False
+    tiles: Tiles | None = None
 
 
 @dataclasses.dataclass(frozen=True)

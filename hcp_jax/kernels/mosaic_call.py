@@ -68,12 +68,13 @@ class Facts:
     def of(cls, spec: CoreSpec, q, k, intervals: Intervals, runs: KeyRuns, kernel: str) -> "Facts":
         """The facts of calling `kernel`, a field of `Tiles`, with these arguments."""
         b, t, n, h = q.shape
+        tiles = spec.tiles or mosaic_tiles_for(spec.device_kind, h)
         return cls(
             *(b, t, k.shape[1], n, k.shape[2], h),
             masks=intervals.start.shape[0],
             one_run=runs.starts.shape[0] == 1,
             dtype=q.dtype,
-            tile=getattr(mosaic_tiles_for(spec.device_kind, h), kernel),
+            tile=getattr(tiles, kernel),
             spec=spec,
         )
 

@@ -7,10 +7,7 @@ arithmetic grows with its area and its loads with its edge. `hcp bench attention
 alternatives.
 """
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +79,11 @@ MOSAIC_HEAD_SIZES = tuple(_MOSAIC)
 # The least that wgmma takes.
 _MOSAIC_INTERPRETER = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
 
-_trial: contextvars.ContextVar[Tiles | None] = contextvars.ContextVar("trial", default=None)
-
 _TABLES = {"A100": _AMPERE, "H100": _HOPPER, "H200": _HOPPER, "B200": _HOPPER}
 
 
 def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) -> Tiles:
-    """The tiles for a call.
+    """Return the tiles for a call.
 
     Args:
         device_kind: `jax.Device.device_kind`; `cpu` or nothing for the interpreter.
@@ -96,9 +91,6 @@ def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) ->
         head_size: of q and k, at most 256.
         v_head_size: of v, at most 256.
     """
-    on_trial = _trial.get()
-    if on_trial is not None:
-        return on_trial
     if device_kind in ("", "cpu"):
         return _INTERPRETER
     known = _known(device_kind)
@@ -107,10 +99,7 @@ def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) ->
 
 
 def mosaic_tiles_for(device_kind: str, head_size: int) -> Tiles:
-    """The tiles for a call of the Mosaic kernels; arguments as in `tiles_for`."""
-    on_trial = _trial.get()
-    if on_trial is not None:
-        return on_trial
+    """Return the tiles for a call of the Mosaic kernels; arguments as in `tiles_for`."""
     return _MOSAIC_INTERPRETER if device_kind in ("", "cpu") else _MOSAIC[head_size]
 
 
@@ -124,16 +113,6 @@ def processors(device_kind: str) -> int:
     if device_kind in ("", "cpu"):
         return 2
     return 114 if "PCIe" in device_kind else 132
-
-
-@contextlib.contextmanager
-def trial(tiles: Tiles) -> Iterator[None]:
-    """Give every call traced within `tiles`, whatever the device: for measuring them."""
-    token = _trial.set(tiles)
-    try:
-        yield
-    finally:
-        _trial.reset(token)
 
 
 def describe(device_kind: str) -> str:

@@ -60,7 +60,7 @@ class Call:
     ) -> "Call":
         """The facts of calling `kernel`, a field of `Tiles`, with these arguments."""
         b, t, n, h = q.shape
-        tiles = tiles_for(spec.device_kind, str(q.dtype), h, v.shape[3])
+        tiles = spec.tiles or tiles_for(spec.device_kind, str(q.dtype), h, v.shape[3])
         return cls(
             *(b, t, k.shape[1], n, k.shape[2], h, v.shape[3]),
             one_run=runs.starts.shape[0] == 1,

@@ -51,7 +51,8 @@ def chosen_flags(
     Raises:
         ValueError: if one is not of the form NAME=VALUE.
     """
-    flags = xla_flags(cluster.gpu.device_kind) if library else {}
+    # Clusters have NVIDIA GPUs, also those that a YAML file describes under a name of its own.
+    flags = xla_flags(f"NVIDIA {cluster.gpu.device_kind}") if library else {}
     for pair in given:
         name, equals, value = pair.lstrip("-").partition("=")
         if not equals:

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from hcp_jax import hardware
+from hcp_jax import checks, hardware
+from hcp_jax.arguments import MOST_TOKENS
 from hcp_jax.cost.memory import estimate_memory
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape
@@ -22,6 +23,7 @@ from hcp_jax.planner.candidate import USABLE, Candidate
 from hcp_jax.planner.explain import explain
 
 REMATS: tuple[Remat, ...] = get_args(Remat)
+MOST_GPUS = 2048  # tables of (2 cp)² chunks of the stream grow with the square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +97,16 @@ def plan(
     True
     """
     shape = model_shape(model)
+    hosts = checks.integer("hosts", hosts, least=1)
+    gpus_per_host = checks.integer("gpus_per_host", gpus_per_host, least=1)
+    seq_len = checks.integer("seq_len", seq_len, least=1, most=MOST_TOKENS)  # positions are int32
+    batch = None if batch is None else checks.integer("batch", batch, least=1)
     cluster = Cluster(hardware.gpu(gpu), hosts, gpus_per_host)
-    if not isinstance(seq_len, int) or seq_len < 1:
-        raise ValueError(f"seq_len must be a positive integer, got {seq_len!r}.")
+    if cluster.size > MOST_GPUS:
+        raise NotImplementedError(
+            f"{cluster} are {cluster.size:,} GPUs; the planner ranks at most {MOST_GPUS:,}. Plan "
+            "for a part of the cluster, and multiply dp."
+        )
     found = _ranked(shape, cluster, seq_len, batch, implementation)
     if not found or not found[0].fits:
         raise ValueError(_nothing_fits(shape, cluster, seq_len, found))

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import jax
 import pytest
 
 from hcp_jax.commands import bench
@@ -43,3 +44,45 @@ def test_flops_are_those_that_the_mask_asks_for(tmp_path):
 def test_a_stream_of_broken_documents_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give a stream of whole documents"):
         _run(tmp_path, "--stream", "65")
+
+
+def test_a_sweep_compiles_each_of_its_tiles(tmp_path, monkeypatch):
+    """Once it timed one tile twenty times: the jit inside the op did not see that tiles changed."""
+    compiled = []
+
+    def trace(function, args, setting, gradients=False):
+        heads = [args.heads, args.kv_heads, args.kv_heads, args.heads][: 3 + gradients]
+        shapes = [jax.ShapeDtypeStruct((1, setting.length, n, 16), args.dtype) for n in heads]
+        calls = _pallas_calls(function.trace(*shapes).jaxpr.jaxpr)
+        compiled.append([_grid_and_schedule(call) for call in calls])
+        return 1.0
+
+    monkeypatch.setattr(bench, "_seconds", trace)
+    rows = _run(tmp_path, "--sweep", "--masks", "causal", "--length", "512")
+    assert not [row["note"] for row in rows if row["note"]]
+    forward, both = compiled[::2], compiled[1::2]
+    for row, [alone], [out, dq, dkv] in zip(rows, forward, both, strict=True):
+        blocks, warps, stages = row["contestant"].split(", ")
+        block_q, block_k = map(int, blocks.split("×"))
+        schedule = int(warps.split()[0]), int(stages.split()[0])
+        assert alone == out == dq == ((512 // block_q, 2, 1), *schedule)
+        assert dkv == ((512 // block_k, 2, 1), *schedule)
+    assert len({tuple(kernels) for kernels in both}) == len(rows) == 20
+
+
+def _grid_and_schedule(call):
+    params = call.params["compiler_params"]
+    params = params["triton"] if isinstance(params, dict) else params
+    return call.params["grid_mapping"].grid, params.num_warps, params.num_stages
+
+
+def _pallas_calls(jaxpr):
+    """Yield the equations of `jaxpr` that are Pallas calls, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+            continue
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _pallas_calls(inner)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hcp_jax as hcp
-from hcp_jax.cost.pairs import chunk_pairs, merge_chunks, pairs_by_hop
+from hcp_jax.cost.pairs import causal_chunk_pairs, chunk_pairs, merge_chunks, pairs_by_hop
 from hcp_jax.layout import global_index
 from hcp_jax.mask import Intervals
 
@@ -32,6 +32,14 @@ def test_every_mask_is_counted_exactly(name, chunks):
     size = 48 // chunks
     counted = dense(intervals).reshape(chunks, size, chunks, size).sum(axis=(1, 3))
     assert (chunk_pairs(intervals, chunks) == counted).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 6, 13, 48, 60])
+@pytest.mark.parametrize("chunks", [1, 3, 8, 16, 48])
+def test_causal_pairs_by_formula_are_those_that_are_counted(chunks, window):
+    mask = hcp.causal() if window is None else hcp.causal() & hcp.sliding_window(window)
+    counted = chunk_pairs(mask.intervals(48), chunks)
+    assert (causal_chunk_pairs(48, chunks, window) == counted).all()
 
 
 @settings(max_examples=50, deadline=None)

@@ -44,7 +44,7 @@ def test_what_is_given_is_taken_as_it_is(tmp_path):
     ("text", "message"),
     [
         ("{name: x, cores: 3}", "unknown fields"),
-        ("{name: x, 3: 4}", r"unknown fields \['3'\]"),
+        ("{name: x, 3: 4}", "must be a word"),
         ("{like: h100}", "no field `name`"),
         ("{name: 3}", "name must be a text"),
         ("{name: x, like: h1}", "`like` must be one of"),

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hcp_jax import hardware
 from hcp_jax.compiled import aot
 from hcp_jax.kernels import core
+from hcp_jax.kernels.tiles import Tiles
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
@@ -20,6 +21,7 @@ def compile_attention(
     dtype: str,
     cap: float | None = None,
     flags: dict | None = None,
+    tiles: Tiles | None = None,
 ) -> None:
     """Forward and gradients of 1024 tokens, 8 query heads and 2 kv heads, of `sizes` H and Hv.
 
@@ -36,7 +38,7 @@ def compile_attention(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     (h, hv), t, s, n, k = sizes, 1024, 1024, 8, 2
-    spec = core.CoreSpec(implementation, h**-0.5, cap, devices[0].device_kind, False)
+    spec = core.CoreSpec(implementation, h**-0.5, cap, devices[0].device_kind, False, tiles)
     arrays = [like(rows, (2, t, n, h)), like(rows, (2, s, k, h)), like(rows, (2, s, k, hv))]
     arrays += [like(rows, (2, t, n, hv)), *[like(rows, (2, t, n), jnp.float32)] * 2]
     bound, ints = like(everywhere, (1, t), jnp.int32), jnp.int32

@@ -13,11 +13,11 @@ from hcp_jax.kernels import tiles
 from tests.kernels.compiled import compile_attention
 
 
-def _dump(monkeypatch, capfd, h: int, dtype: str, cap: float | None) -> str:
+def _dump(monkeypatch, capfd, h: int, dtype: str, cap: float | None, own=None) -> str:
     """What is told of compiling."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    compile_attention("mosaic", "h200", (h, h), dtype, cap)
+    compile_attention("mosaic", "h200", (h, h), dtype, cap, tiles=own)
     return "".join(capfd.readouterr())
 
 
@@ -63,8 +63,7 @@ def test_no_kernel_spills_and_all_use_wgmma_and_tma(h, dtype, cap, monkeypatch, 
 def test_a_tile_that_spills_is_noticed(monkeypatch, capfd):
     """Or the test above could not fail."""
     tile = tiles.Tile(128, 128, 8, 1)
-    with tiles.trial(tiles.Tiles(tile, tile, tile)):
-        dumped = _dump(monkeypatch, capfd, 128, "bfloat16", None)
+    dumped = _dump(monkeypatch, capfd, 128, "bfloat16", None, tiles.Tiles(tile, tile, tile))
     assert any(_kernels(dumped).values())
     assert "serialized" in dumped
 
@@ -73,5 +72,5 @@ def test_a_tile_that_does_not_fit_is_noticed():
     """Or that all tiles fit the shared memory would say nothing."""
     own = tiles.mosaic_tiles_for("H200", 128)
     too_deep = dataclasses.replace(own, forward=dataclasses.replace(own.forward, stages=4))
-    with tiles.trial(too_deep), pytest.raises(ValueError, match="shared memory"):
-        compile_attention("mosaic", "h200", (128, 128), "bfloat16")
+    with pytest.raises(ValueError, match="shared memory"):
+        compile_attention("mosaic", "h200", (128, 128), "bfloat16", tiles=too_deep)

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from hcp_jax import hardware
-from hcp_jax.kernels.tiles import Tile, Tiles, describe, tiles_for, trial
+from hcp_jax.kernels.tiles import Tile, Tiles, describe, tiles_for
 from tests.kernels.compiled import compile_attention
 
 KERNELS = ("attention_forward", "attention_dq", "attention_dkv")
@@ -21,7 +21,7 @@ LEAST_SHARED_MEMORY = 101_376  # per block, of any GPU since Ampere
 SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
-def _compile(name: str, sizes: tuple[int, int], dtype: str, cap: float | None = None):
+def _compile(name: str, sizes: tuple[int, int], dtype: str, cap: float | None = None, tiles=None):
     """(assembly, bytes of shared memory) of each kernel, in a program for two GPUs."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {
@@ -31,7 +31,7 @@ def _compile(name: str, sizes: tuple[int, int], dtype: str, cap: float | None = 
         }
         if jax.__version_info__ >= (0, 11):  # before, the assembly is dumped unasked
             flags["xla_dump_emitter_re"] = ".*"
-        compile_attention("triton", name, sizes, dtype, cap, flags)
+        compile_attention("triton", name, sizes, dtype, cap, flags, tiles)
         return {name: _dumped(name, pathlib.Path(folder)) for name in KERNELS}
 
 
@@ -76,11 +76,8 @@ def test_no_kernel_spills_registers_and_all_fit_the_shared_memory(name, sizes, d
 def test_a_tile_that_spills_is_noticed():
     """Or the test above could not fail."""
     tile = Tile(128, 64, 4, 2)
-    with (
-        trial(Tiles(tile, tile, tile)),
-        pytest.raises(jax.errors.JaxRuntimeError, match="register spilling"),
-    ):
-        _compile("h200", (128, 128), "bfloat16")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="register spilling"):
+        _compile("h200", (128, 128), "bfloat16", tiles=Tiles(tile, tile, tile))
 
 
 def test_h100_and_h200_are_one_to_the_compiler():

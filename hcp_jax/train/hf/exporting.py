@@ -5,35 +5,23 @@ not been trained yet, from the folder that it begins from.
 """
 
 import argparse
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from hcp_jax import terminal
 from hcp_jax.models import hf, hf_config, hf_write
 from hcp_jax.models.hf import Slot
+from hcp_jax.train import checksums, sealed
 from hcp_jax.train import config as configuration
-from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hf import weights
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp export`."""
-    parser.add_argument("run", type=pathlib.Path, help="a run folder")
-    parser.add_argument("out", type=pathlib.Path, help="a new folder")
-    parser.add_argument(
-        "--dtype",
-        choices=list(hf_write.NUMPY_DTYPES),
-        help="of the tensors (as in the folder that the run began from; else float32)",
-    )
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, help="gigabytes that one file may hold (5)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     config = configuration.load(args.run / "config.yaml")
     origin = _origin(args.run, config)
     like = None if origin is None else hf_config.read_raw(origin)
-    step = _latest(args.run, config)
+    step = next(iter(sealed.steps(args.run)), None)
     values_of, source = _source(args.run, config, step)
     dtype = args.dtype or _dtype(like)
     trained = config.seq_len if step else 0
@@ -58,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     )
     copied = _copy_tokenizer(origin, config, args.out)
     rounded = ", rounded from float32" if step and dtype != "float32" else ""
-    print(
+    terminal.say(
         f"{args.out}: {source} as {raw['model_type']}, {files} file{'s' if files > 1 else ''} of "
         f"{dtype}{rounded}; {', '.join(['config.json', *copied])}"
     )
@@ -76,17 +64,7 @@ def _origin(run_folder: pathlib.Path, config: TrainConfig) -> pathlib.Path | Non
 def _dtype(like: dict[str, Any] | None) -> str:
     """What the tensors were when they came; float32, as they are in training, if they did not."""
     named = (like or {}).get("torch_dtype") or (like or {}).get("dtype")
-    return named if named in hf_write.NUMPY_DTYPES else "float32"
-
-
-def _latest(run_folder: pathlib.Path, config: TrainConfig) -> int | None:
-    if not (run_folder / "checkpoints").is_dir():
-        return None
-    checkpoints = Checkpoints(run_folder, dataclasses.asdict(config.model))
-    try:
-        return checkpoints.latest()
-    finally:
-        checkpoints.close()
+    return named if isinstance(named, str) and named in hf_write.NUMPY_DTYPES else "float32"
 
 
 def _source(
@@ -94,8 +72,8 @@ def _source(
 ) -> tuple[Callable[[Slot], np.ndarray], str]:
     """What has the values of a slot, and where they are from, in words."""
     if step is not None:
-        state = (run_folder / "checkpoints" / str(step) / "state").absolute()
-        return _OfCheckpoint(state), f"the weights of step {step}"
+        folder = (run_folder / "checkpoints" / str(step)).absolute()
+        return _OfCheckpoint(folder), f"the weights of step {step}"
     if config.init_from is None:
         raise ValueError(f"{run_folder} has no checkpoint and no init_from: nothing to export.")
     folder = pathlib.Path(config.init_from)
@@ -107,18 +85,42 @@ class _OfCheckpoint:
     """The values of a slot in a checkpoint.
 
     The parameter that was read last is kept, since slots come parameter by parameter.
+
+    Raises:
+        ValueError: if the checkpoint, or a parameter in it, is damaged.
     """
 
-    def __init__(self, state: pathlib.Path):
-        self._state = state
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        try:
+            self._arrays = sealed.read(epath.Path(folder))[0]["arrays"]
+        except Exception as error:  # Whatever a reader makes of a file that is not whole.
+            raise self._damage(error) from error
         self._path: tuple[str, ...] = ()
         self._values = np.zeros(())
 
     def __call__(self, slot: Slot) -> np.ndarray:
         if slot.path != self._path:
             self._values = np.zeros(())  # Let go of the one before, first.
-            self._values, self._path = _restore(self._state, slot.path), slot.path
+            self._values, self._path = self._restore(slot.path), slot.path
         return self._values if slot.layer is None else self._values[slot.layer]
+
+    def _restore(self, path: tuple[str, ...]) -> np.ndarray:
+        name = ".".join(("params", *path))
+        try:
+            values = _restore(self._folder / "state", path)
+            found = checksums.sum_arrays({name: jnp.asarray(values)})[name]
+        except Exception as error:
+            raise self._damage(error) from error
+        if found != self._arrays[name][2]:
+            raise self._damage(f"the bits of {name} are not those that were saved")
+        return values
+
+    def _damage(self, why: object) -> ValueError:
+        return ValueError(
+            f"the checkpoint {self._folder} is damaged ({why}); hcp train --resume puts it aside "
+            "and goes on from the one before, or move it away to export that one."
+        )
 
 
 def _restore(state: pathlib.Path, path: tuple[str, ...]) -> np.ndarray:

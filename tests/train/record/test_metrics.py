@@ -7,7 +7,8 @@ import pytest
 
 from hcp_jax.train.evaluation import Evaluation, Means
 from hcp_jax.train.record import metrics
-from hcp_jax.train.record.metrics import LogConfig, Recorder
+from hcp_jax.train.record.metrics import Recorder
+from hcp_jax.train.sections import LogConfig
 
 
 def write(folder, steps, loss=lambda step: 1.0 / (step + 1), tensorboard=False):
@@ -77,3 +78,19 @@ def test_a_line_every_zero_steps_is_refused():
 def test_each_line_is_json_on_its_own(tmp_path):
     write(tmp_path, range(2))
     assert [json.loads(s) for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[]", "must hold keys and values, got list"),
+        ('{"loss": 1}', "step must be a number, got None"),
+        ('{"step": 1, "loss": "\\u001b[2J"}', r"loss must be a number, got '\\x1b\[2J'"),
+        ('{"step": 1, "loss": 1, "loss": 2}', "key 'loss' twice"),
+        ("[" * 9999, "nested too deeply"),
+    ],
+)
+def test_a_line_that_is_none_is_named(tmp_path, line, says):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0, "loss": 3.0}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"metrics.jsonl:2 .*{says}|metrics.jsonl:2: {says}"):
+        metrics.read(tmp_path)

@@ -1,0 +1,73 @@
+"""What a call of attention shows of mistakes that would give wrong numbers without a word.
+
+A module of its own, because `hcp.check` tells these mistakes apart by their errors.
+"""
+
+from typing import Any
+
+import jax
+
+from hcp_jax.context import ContextParallel
+from hcp_jax.mask import Mask
+
+
+class CutSequenceError(ValueError):
+    """Attention was called without `cp` on arrays that are cut along the sequence."""
+
+
+class MaskLengthError(ValueError):
+    """A mask was written for fewer queries than there are, and padding does not explain it."""
+
+
+def require_whole_call(
+    cp: ContextParallel | None, mask: Mask | None, q: Any, k: Any, v: Any
+) -> None:
+    """Refuse a call whose shardings or lengths show a mistake.
+
+    Args:
+        cp: as in `dot_product_attention`.
+        mask: as in `dot_product_attention`.
+        q: queries `[*B, T, N, H]`; shardings are known of arrays, and of tracers over Explicit
+            axes.
+        k: keys, likewise.
+        v: values, likewise.
+
+    Raises:
+        CutSequenceError: if `cp` is None and the sequence is cut over several devices.
+        MaskLengthError: if an unplaced mask is for another length than the queries had before
+            `cp.shard` padded them.
+    """
+    if cp is None:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if _is_cut(x, x.ndim - 3):
+                raise CutSequenceError(
+                    f"{name} is cut along its sequence over several devices, but attention was "
+                    "called without cp, which takes tokens to be in natural order on one device. "
+                    "Pass cp=cp; or bring the arrays back first with cp.unshard."
+                )
+    if not isinstance(mask, Mask) or mask.placement is not None or mask.length is None:
+        return
+    if cp is not None and (cp.groups is not None or _inside_shard_map(cp)):
+        return  # lengths there are a device's own, or those of buffers
+    length, written = q.shape[-3], mask.length
+    expected = written if cp is None else cp.padded_length(written)
+    if written < length != expected:
+        padded = "" if cp is None else f", which cp.shard pads to {expected}"
+        raise MaskLengthError(
+            f"the mask was written for {written} queries{padded}, but q has {length}. Make it "
+            f"from ids of all {length} tokens (padding has an id of its own: "
+            "hcp.documents(ids, padding_id=...)), or give q the tokens that the mask is for."
+        )
+
+
+def _is_cut(x: Any, dim: int) -> bool:
+    """Return whether several devices hold different parts of `x` along `dim`, if that is known."""
+    if not isinstance(x, jax.Array):
+        return False
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    return sharding.shard_shape(x.shape)[dim] < x.shape[dim]
+
+
+def _inside_shard_map(cp: ContextParallel) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and bool(set(cp.cp_axes) & set(mesh.manual_axes))
