@@ -29,6 +29,10 @@ steps_before=$(wc -l <"$folder/metrics.jsonl" 2>/dev/null || echo 0)
 gpus=$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:-8} - 1)))
 export JAX_LOCAL_DEVICE_IDS=$gpus
 
+# Whoever does not know it is sent away where the processes meet (docs/runs.md).
+HCP_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export HCP_SECRET
+
 srun --kill-on-bad-exit=1 --label \
     hcp train "$config" --distributed --folder "$folder" "$@"
 
