@@ -78,6 +78,7 @@ def attention_fn(
                 f"{getattr(mask, 'shape', '?')}: write nn.make_causal_mask as hcp.causal(), "
                 "segment masks as hcp.documents(segment_ids)."
             )
+        _require_layout(cp, query.shape[-3])
         joined = mask if fixed is None else fixed if mask is None else fixed & mask
         batch = query.shape[:-3]
         q, k, v = (
@@ -97,3 +98,15 @@ def attention_fn(
         return out.reshape(*batch, *out.shape[1:])
 
     return attend
+
+
+def _require_layout(cp: ContextParallel | None, tokens: int) -> None:
+    """Refuse a length that no layout has, in the words of somebody who calls a module's `init`."""
+    if cp is None or cp.groups is not None or tokens == cp.padded_length(tokens):
+        return
+    raise ValueError(
+        f"the module's input has {tokens} tokens, which do not fit a {cp.layout} layout over "
+        f"{cp.size} devices: put it there with cp.shard(x, dim=1), which pads it to "
+        f"{cp.padded_length(tokens)}. The input of `init` needs such a length, too: give it "
+        f"{cp.padded_length(tokens)} tokens of zeros."
+    )

@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int64, Integer
 
-from hcp_jax import terminal
+from hcp_jax import arguments, terminal
 from hcp_jax.train.data import text
 
 FILES = ("tokens.npy", "offsets.npy", "meta.json")
@@ -215,12 +215,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data", type=pathlib.Path, help="a .jsonl or text file, or a folder of them"
     )
     parser.add_argument(
-        "--tokenizer", type=pathlib.Path, required=True, help="the model's tokenizer.json"
+        "--tokenizer", type=arguments.file, required=True, help="the model's tokenizer.json"
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, required=True, help="a new folder, to be named in data.path"
+        "--out", type=arguments.folder, required=True, help="a new folder, to be named in data.path"
     )
-    parser.add_argument("--field", default="text", help="field of a JSONL line (text)")
+    parser.add_argument(
+        "--field", type=arguments.filled, default="text", help="field of a JSONL line (text)"
+    )
     for name, does in (("bos", "begins"), ("eos", "ends")):
         parser.add_argument(
             f"--{name}",
