@@ -76,12 +76,13 @@ def run(args: argparse.Namespace) -> int:
         0, also for a run that SIGTERM (preemption) stopped, since it is saved; 130 after Ctrl-C;
         `cluster.WENT_WRONG` if something happened that is nobody's mistake.
     """
-    from hcp_jax.train.loop import train
-    from hcp_jax.train.record.profile import ProfileSteps, check_profile
-
     folder = _folder(args)
     config = config_of(args, folder)
     require_can_begin(config, folder, 0 if has_gpus() else num_devices(args))
+
+    from hcp_jax.train.loop import train
+    from hcp_jax.train.record.profile import ProfileSteps, check_profile
+
     profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
     if folder is None:
         check_profile(profile, 0, config.steps)
