@@ -124,8 +124,11 @@ def rotation(
     frequency = rope_frequencies(head_size, theta, scaling)
     of_low = frequency.astype(np.float32)
     of_high = np.mod(_SPLIT * frequency, 2 * np.pi).astype(np.float32)
-    low, high = positions % _SPLIT, positions // _SPLIT
-    angle = low[..., None, None] * of_low + high[..., None, None] * of_high
+    of_low, of_high = of_low[(None,) * 3], of_high[(None,) * 3]
+    low, high = (
+        x.astype(np.float32)[..., None, None] for x in (positions % _SPLIT, positions // _SPLIT)
+    )
+    angle = low * of_low + high * of_high
     factor = _attention_factor(scaling)
     return Rotation(factor * jnp.cos(angle), factor * jnp.sin(angle))
 
