@@ -91,7 +91,8 @@ def cross_entropy_by_bin(
             hidden, targets, weights, bins = block
             log_z, of_target = _log_z_and_target(hidden, unembedding, targets, tp)
             # Compared, not scattered: the order of the sums is then always the same.
-            in_bin = weights[..., None] * (bins[..., None] == jnp.arange(num_bins))
+            own = bins[..., None] == jnp.arange(num_bins, dtype=bins.dtype)[None, None]
+            in_bin = jnp.where(own, weights[..., None], 0)
             loss = (log_z - of_target)[..., None]
             return jnp.sum(in_bin * loss, axis=1), jnp.sum(in_bin, axis=1)
 
@@ -150,5 +151,5 @@ def _logit_of(targets, logits: Float[Array, "B t V"], tp: tuple[str, ...]) -> Fl
     """The target's logit, which one of the tp devices holds."""
     first = jax.lax.axis_index(tp) * logits.shape[-1] if tp else 0
     token = first + jnp.arange(logits.shape[-1], dtype=targets.dtype)
-    here = jnp.sum(jnp.where(token == targets[..., None], logits, 0), axis=-1)
+    here = jnp.sum(jnp.where(token[None, None] == targets[..., None], logits, 0), axis=-1)
     return jax.lax.psum(here, tp) if tp else here

@@ -69,8 +69,10 @@ def rotation(
     frequency = rope_frequencies(head_size, theta, scaling)
     per_low = frequency.astype(np.float32)[None, None, None]
     per_high = np.mod(_SPLIT * frequency, 2 * np.pi).astype(np.float32)[None, None, None]
-    low, high = positions % _SPLIT, positions // _SPLIT
-    angle = low[..., None, None] * per_low + high[..., None, None] * per_high
+    low, high = (
+        x.astype(np.float32)[..., None, None] for x in (positions % _SPLIT, positions // _SPLIT)
+    )
+    angle = low * per_low + high * per_high
     factor = _attention_factor(scaling)
     return Rotation(factor * jnp.cos(angle), factor * jnp.sin(angle))
 
