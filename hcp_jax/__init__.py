@@ -14,11 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hcp_jax import plan as plan
+    from hcp_jax import dynamic as dynamic
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
     from hcp_jax.cli import set_up_platform as set_up_platform
     from hcp_jax.context import ContextParallel as ContextParallel
+    from hcp_jax.dense_mask import from_dense as from_dense
     from hcp_jax.mask import Mask as Mask
     from hcp_jax.mask import bidirectional as bidirectional
     from hcp_jax.mask import causal as causal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hcp_jax.mesh import make_mesh as make_mesh
     from hcp_jax.mesh import xla_flags as xla_flags
     from hcp_jax.microbatch import place_microbatch as place_microbatch
+    from hcp_jax.planner.search import plan as plan
     from hcp_jax.verify.check import check as check
 
 __version__ = "0.1.0"
@@ -45,29 +47,32 @@ _HOME = {
     "chunked_local": "mask",
     "documents": "mask",
     "dot_product_attention": "attention.api",
+    "from_dense": "dense_mask",
     "intervals": "mask",
     "lengths": "mask",
     "make_mesh": "mesh",
     "place_microbatch": "microbatch",
-    "plan": "plan",
+    "plan": "planner.search",
     "prefix_lm": "mask",
     "set_up_platform": "cli",
     "sliding_window": "mask",
     "xla_flags": "mesh",
 }
 
-__all__ = sorted(_HOME)
+_ROOMS = ("dynamic",)
+
+__all__ = sorted([*_HOME, *_ROOMS])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"hcp_jax.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'hcp_jax' has no attribute {name!r}")
-    module = importlib.import_module(f"hcp_jax.{_HOME[name]}")
-    # `plan` is a package that can be called: it goes by its own name.
-    value = module if _HOME[name] == name else getattr(module, name)
+    value = getattr(importlib.import_module(f"hcp_jax.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return __all__

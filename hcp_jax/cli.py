@@ -1,8 +1,10 @@
 """The `hcp` command: a table of subcommands, the platform they start on, and how errors are told.
 
 A subcommand is a module with two functions, `add_arguments(parser)` and `run(args) -> exit code`,
-and, if it runs on the devices of a mesh, `num_devices(args)`. It is imported when it is called for,
-so that `hcp --help` imports no jax, and it is listed once its module exists.
+and may have two more: `num_devices(args)`, if it runs on the devices of a mesh, and
+`uses_jax(args)`, if it can do without jax. It is imported when it is called for, so that
+`hcp --help` imports nothing else, and imports jax no sooner than in one of these functions, so that
+`hcp COMMAND --help` and the refusal of an option need no jax.
 
 An error of the user's is one line on standard error and exit code 2; a run that goes wrong
 (a loss that is no number) is one line and exit code 1. With HCP_DEBUG=1 they are tracebacks.
@@ -15,12 +17,13 @@ import importlib
 import importlib.util
 import logging
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
+
+from hcp_jax import terminal
 
 
 class Command(NamedTuple):
@@ -33,39 +36,77 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("hcp_jax.train.command", "train a model with context parallelism"),
     "tokenize": Command("hcp_jax.train.data.tokens", "turn text into tokens, for hcp train to map"),
-    "import": Command("hcp_jax.train.hf.importing", "begin from a Hugging Face folder's weights"),
-    "export": Command("hcp_jax.train.hf.exporting", "write a run as a Hugging Face folder"),
+    "import": Command("hcp_jax.commands.importing", "begin from a Hugging Face folder's weights"),
+    "export": Command("hcp_jax.commands.export", "write a run as a Hugging Face folder"),
     "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
-    "plot": Command("hcp_jax.train.record.figures", "draw the curves of runs side by side"),
+    "plot": Command("hcp_jax.commands.plot", "draw the curves of runs side by side"),
     "verify": Command("hcp_jax.verify.command", "prove that it computes what one device computes"),
-    "bench": Command("hcp_jax.plan.bench", "time attention strategies on the devices at hand"),
-    "audit": Command("hcp_jax.plan.audit", "show what a compiled step moves, hides and holds"),
-    "plan": Command("hcp_jax.plan.planner", "rank the meshes and comm types for a cluster"),
+    "bench": Command("hcp_jax.commands.bench", "time attention strategies on the devices at hand"),
+    "audit": Command("hcp_jax.commands.audit", "show what a compiled step moves, hides and holds"),
+    "plan": Command("hcp_jax.commands.plan", "rank the meshes and comm types for a cluster"),
+    "longest": Command("hcp_jax.commands.longest", "find the longest sequence that fits"),
     "dynamic": Command("hcp_jax.dynamic.command", "schedule documents of uneven lengths"),
-    "generate": Command("hcp_jax.models.generate", "continue a text with a trained model"),
 }
 
 
+MOST_SIMULATED = 1024
+"""Devices that one process may simulate: each costs memory and threads."""
+
+
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, with the nearest right option."""
+    """An argument parser that says what is wrong in one line, with the nearest right option.
+
+    Options may be written with `-` or with `_`: `--seq-len` is `--seq_len`.
+    """
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+    def parse_known_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else list(args)
+        parsed, unknown = super().parse_known_args(self._spelt(given), namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            self.error(f"there is no argument {unknown[0]!r}{_hint(unknown[0], known)}")
-        return parsed
+            what = "option" if unknown[0].startswith("-") else "argument"
+            hint = _hint(unknown[0], self._options()) if what == "option" else "; see --help."
+            self.error(f"there is no {what} {unknown[0]!r}{hint}")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def _options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
+    def _spelt(self, args: list[str]) -> list[str]:
+        """Return `args` with each option spelt as it is known, and -1e-3 joined to its option."""
+        known = {_one_spelling(option): option for option in self._options()}
+        spelt: list[str] = []
+        for arg in args:
+            name, equals, value = arg.partition("=")
+            if spelt and spelt[-1] in known.values() and _is_negative_number(arg):
+                spelt[-1] = f"{spelt[-1]}={arg}"  # argparse would take -1e-3 for an option
+            elif name.startswith("--") and len(name) > 2:
+                spelt.append(known.get(_one_spelling(name), name) + equals + value)
+            else:
+                spelt.append(arg)
+        return spelt
+
+
+def _one_spelling(option: str) -> str:
+    return option.replace("_", "-").lower()
+
+
+def _is_negative_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.startswith("-")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (`sys.argv` if None); returns the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[terminal.log_handler()], level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
@@ -75,26 +116,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if os.environ.get("HCP_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"hcp: {_in_one_line(error)}", file=sys.stderr)
+        terminal.say_error(f"hcp: {_in_one_line(error)}")
         return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def _run(argv: list[str]) -> int:
-    available = {n: c for n, c in COMMANDS.items() if _exists(c.module)}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_help(available))
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        terminal.say(_help())
         return 0 if argv else 2
     name, *rest = argv
     if name == "--version":
-        print(importlib.import_module("hcp_jax").__version__)
+        terminal.say(importlib.import_module("hcp_jax").__version__)
         return 0
-    if name not in available:
-        raise ValueError(f"there is no command {name!r}{_hint(name, available)}")
-    module = importlib.import_module(available[name].module)
-    parser = _Parser(prog=f"hcp {name}", description=f"{available[name].summary.capitalize()}.")
+    if name not in COMMANDS:
+        hint = _hint(name, COMMANDS, "hcp --help")
+        raise ValueError(f"there is no command {name!r}{hint}")
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+    parser = _Parser(prog=f"hcp {name}", description=summary)
     module.add_arguments(parser)
     args = parser.parse_args(rest)
-    set_up_platform(module.num_devices(args) if hasattr(module, "num_devices") else None)
+    if not hasattr(module, "uses_jax") or module.uses_jax(args):
+        set_up_platform(module.num_devices(args) if hasattr(module, "num_devices") else None)
     return module.run(args)
 
 
@@ -127,6 +171,12 @@ def set_up_platform(num_devices: int | None = None) -> None:
         ours = [f"--{k}={str(v).lower()}" for k, v in flags.items() if f"--{k}" not in given]
         os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
     simulated = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in given
+    if gpu is None and num_devices is not None and num_devices > MOST_SIMULATED:
+        raise ValueError(
+            f"the mesh has {num_devices:,} devices; without GPUs at most {MOST_SIMULATED:,} can be "
+            "simulated. Make the sizes under `parallel` smaller; hcp audit compiles for a cluster "
+            "that is not here."
+        )
     if num_devices not in (None, jax.config.values["jax_num_cpu_devices"]) and not simulated:
         jax.config.update("jax_num_cpu_devices", num_devices)
 
@@ -144,7 +194,7 @@ def _gpu_kind() -> str | None:
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         print(
             "hcp: there is an NVIDIA GPU, but no CUDA plugin for jax: pip install "
-            "'hcp_jax[cuda13]' (or [cuda12]) to use it. Simulating on the CPU.",
+            "'jax[cuda13]' (or [cuda12]) to use it. Simulating on the CPU.",
             file=sys.stderr,
         )
         return None
@@ -158,14 +208,8 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _exists(module: str) -> bool:
-    # Asked of the files: find_spec would import the packages above it, and those NumPy.
-    path = pathlib.Path(__file__).parents[1].joinpath(*module.split("."))
-    return path.with_suffix(".py").is_file()
-
-
-def _help(available: dict[str, Command]) -> str:
-    lines = [f"  {name:<10} {command.summary}" for name, command in available.items()]
+def _help() -> str:
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: hcp COMMAND ...",
@@ -179,9 +223,17 @@ def _help(available: dict[str, Command]) -> str:
     )
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.split("=")[0], list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else "; see --help."
+def _hint(name: str, known: Iterable[str], see: str = "--help") -> str:
+    """Return the end of a message: the nearest known name, or an option whose key ends so."""
+    name, options = _one_spelling(name.split("=")[0]), list(known)
+    spelt = {_one_spelling(option): option for option in options}
+    # `--context-parallel-size` is the last part of `--parallel.context_parallel_size`.
+    ends = [o for s, o in spelt.items() if s.rpartition(".")[2] == name.lstrip("-") and "." in s]
+    near = ends or [spelt[s] for s in difflib.get_close_matches(name, spelt, 1)]
+    if not near:
+        last = {s.rpartition(".")[2].lstrip("-"): o for s, o in spelt.items()}
+        near = [last[s] for s in difflib.get_close_matches(name.lstrip("-"), last, 1, 0.75)]
+    return f"; did you mean {near[0]!r}?" if near else f"; see {see}."
 
 
 if __name__ == "__main__":

@@ -6,43 +6,27 @@ can close over it.
 """
 
 import dataclasses
-import difflib
 import functools
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from hcp_jax import placing
+from hcp_jax import checks, placing
+from hcp_jax.cost.traffic import STRATEGIES, Strategy
 from hcp_jax.describe import collapse, describe
 from hcp_jax.dynamic.groups import check_layout
 from hcp_jax.layout import LAYOUTS, global_index, padded_length
 from hcp_jax.mask import Mask, Placement
 from hcp_jax.mesh import as_tuple
+from hcp_jax.names import require_known
 from hcp_jax.placing import Gathered
 from hcp_jax.roll import roll_local
 
 _log = logging.getLogger("hcp_jax")
-
-
-class Strategy(NamedTuple):
-    """Exchange heads for sequence over some axes, then move K and V over the others."""
-
-    exchange: tuple[str, ...]
-    move: tuple[str, ...]
-    by: Literal["ring", "gather"] = "ring"
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "p2p": Strategy((), ("cp_outer", "cp_inner"), "ring"),
-    "all_gather": Strategy((), ("cp_outer", "cp_inner"), "gather"),
-    "a2a": Strategy(("cp_outer", "cp_inner"), ()),
-    "a2a+p2p": Strategy(("cp_inner",), ("cp_outer",), "ring"),
-    "a2a+all_gather": Strategy(("cp_inner",), ("cp_outer",), "gather"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +91,8 @@ class ContextParallel:
         for comm_type in as_tuple(self.comm_type):
             require_known("comm_type", comm_type, tuple(STRATEGIES))
         require_known("layout", self.layout, LAYOUTS)
-        if self.head_groups < 1:
-            raise ValueError(f"head_groups must be at least 1, got {self.head_groups}.")
+        head_groups = checks.integer("head_groups", self.head_groups, least=1)
+        object.__setattr__(self, "head_groups", head_groups)
         if self.groups is not None:
             self._check_groups()
             return
@@ -145,6 +129,7 @@ class ContextParallel:
         Raises:
             ValueError: if there are comm types for fewer layers.
         """
+        layer = checks.integer("layer", layer, least=0)
         if isinstance(self.comm_type, str):
             return self
         if layer >= len(self.comm_type):
@@ -171,6 +156,8 @@ class ContextParallel:
 
     def spec(self, ndim: int, dim: int = 1) -> PartitionSpec:
         """How an array is cut: batch (dim 0) over dp, the sequence dim over the cp axes."""
+        ndim = checks.integer("ndim", ndim, least=1)
+        dim = checks.dimension("dim", dim, ndim)
         axes: list[Any] = [None] * ndim
         if dim != 0:
             axes[0] = self.dp
@@ -191,6 +178,7 @@ class ContextParallel:
 
     def padded_length(self, length: int) -> int:
         """The length that a stream of `length` tokens has in this layout."""
+        length = checks.integer("length", length, least=0)
         return padded_length(length, self.size, self.layout)
 
     def shard(self, x: Array | np.ndarray | Gathered, dim: int = 1) -> jax.Array:
@@ -269,7 +257,8 @@ class ContextParallel:
             dim: the sequence dim.
         """
         self._require_one_stream("roll")
-        dim %= x.ndim
+        shift = checks.integer("shift", shift)
+        dim = checks.dimension("dim", dim, x.ndim)
         if x.shape[dim] != self.padded_length(x.shape[dim]):
             raise ValueError(
                 f"dim {dim} has {x.shape[dim]} tokens, which is not a whole layout over "
@@ -329,14 +318,6 @@ class ContextParallel:
     def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
         axes = (getattr(self, field) for field in fields)
         return tuple(axis for axis in axes if axis is not None)
-
-
-def require_known(what: str, name: str, known: tuple[str, ...]) -> None:
-    """Raise a ValueError that names what there is, and the nearest, unless `name` is known."""
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown {what} {name!r}: there are {', '.join(known)}{hint}")
 
 
 @functools.lru_cache(maxsize=256)

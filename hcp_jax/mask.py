@@ -18,11 +18,13 @@ from typing import Any, NamedTuple, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
+from hcp_jax import checks
 from hcp_jax.layout import KeyRuns
 
-_NO_LIMIT = np.iinfo(np.int32).max
+# Greater than the index of any key.
+NO_LIMIT = np.iinfo(np.int32).max
 
 
 class Intervals(NamedTuple):
@@ -79,10 +81,12 @@ class _Causal(_Term):
 
 @_term
 class _SlidingWindow(_Term):
-    window: int = _static()
+    left: int = _static()  # keys before the query, at most NO_LIMIT - 1
+    right: int = _static()  # keys after it
 
     def bounds(self, index, xp):
-        return index - (self.window - 1), index + 1
+        # Written so that no sum passes int32, however wide the window is.
+        return index - self.left, xp.minimum(index, NO_LIMIT - 1 - self.right) + (self.right + 1)
 
 
 @_term
@@ -91,7 +95,7 @@ class _ChunkedLocal(_Term):
 
     def bounds(self, index, xp):
         start = index - index % self.chunk
-        return start, start + self.chunk
+        return start, xp.minimum(start, NO_LIMIT - self.chunk) + self.chunk
 
 
 @_term
@@ -104,16 +108,17 @@ class _PrefixLM(_Term):
 
 @_term
 class _Lengths(_Term):
-    lengths: Any  # [B1, 1]
+    queries: Any  # [B1, 1]
+    keys: Any  # [B1, 1]
 
     def bounds(self, index, xp):
         # A query past the end is padding too: its interval is empty.
-        return 0, xp.where(index < self.lengths, self.lengths, 0)
+        return 0, xp.where(index < self.queries, self.keys, 0)
 
 
 @_term
 class _Documents(_Term):
-    segment_ids: Any  # [B1, T]
+    segment_ids: Any  # [B1, T], any integers
     padding_id: int | None = _static()
 
     @property
@@ -122,11 +127,11 @@ class _Documents(_Term):
 
     def bounds(self, index, xp):
         ids = xp.asarray(self.segment_ids)
-        place = xp.arange(ids.shape[1], dtype=np.int32)
+        place = xp.arange(ids.shape[1], dtype=np.int32)[None]
         differs = ids[:, 1:] != ids[:, :-1]
-        edge = xp.ones((ids.shape[0], 1), bool)
+        edge = xp.ones((ids.shape[0], min(1, ids.shape[1])), bool)
         first = xp.where(xp.concatenate([edge, differs], axis=1), place, 0)
-        last = xp.where(xp.concatenate([differs, edge], axis=1), place + 1, _NO_LIMIT)
+        last = xp.where(xp.concatenate([differs, edge], axis=1), place + 1, NO_LIMIT)
         start = _accumulate_max(first, xp)
         end = -_accumulate_max(-last[:, ::-1], xp)[:, ::-1]
         if self.padding_id is not None:
@@ -135,15 +140,28 @@ class _Documents(_Term):
 
 
 @_term
-class _Given(_Term):
+class Given(_Term):
+    """Intervals as numbers, one per query."""
+
     start: Any  # [B1, T]
     end: Any
 
     @property
-    def length(self):
+    def length(self):  # noqa: D102
         return self.start.shape[1]
 
-    def bounds(self, index, xp):
+    def bounds(self, index, xp):  # noqa: D102
+        return xp.asarray(self.start), xp.asarray(self.end)
+
+
+@_term
+class Alike(_Term):
+    """All queries of a row see the same keys, however many queries there are."""
+
+    start: Any  # [B1, 1]
+    end: Any
+
+    def bounds(self, index, xp):  # noqa: D102
         return xp.asarray(self.start), xp.asarray(self.end)
 
 
@@ -153,7 +171,7 @@ class Mask:
     """A conjunction of interval masks; a pytree, so that it passes through `jit`.
 
     Build one with `causal`, `documents`, `sliding_window`, `prefix_lm`, `chunked_local`,
-    `bidirectional`, `lengths` or `intervals`, and join them with `&`.
+    `bidirectional`, `lengths`, `intervals` or `from_dense`, and join them with `&`.
 
     >>> (causal() & sliding_window(2)).intervals(4).start.tolist()
     [[0, 0, 1, 2]]
@@ -210,6 +228,9 @@ class Mask:
         Raises:
             ValueError: if the mask was written for more than `length` queries.
         """
+        length = checks.integer("length", length, least=0)
+        if key_length is not None:
+            key_length = checks.integer("key_length", key_length, least=0)
         own = self.length
         if key_length in (None, length):
             # Self-attention: what pads the queries pads the keys.
@@ -241,13 +262,21 @@ def bidirectional() -> Mask:
     return Mask()
 
 
-def sliding_window(window: int) -> Mask:
-    """Query i sees itself and the `window - 1` keys before it: `[i-window+1, i+1)`.
+def sliding_window(window: int, *, right: int = 0) -> Mask:
+    """Query i sees itself, the `window - 1` keys before it and the `right` keys after it.
+
+    That is `[i - window + 1, i + right + 1)`. The window of `jax.nn.dot_product_attention`,
+    `local_window_size=(left, right)`, is `sliding_window(left + 1, right=right)`.
 
     Raises:
-        ValueError: if `window` is less than 1.
+        ValueError: if `window` is less than 1 or `right` less than 0.
+
+    >>> sliding_window(2, right=1).intervals(4).end.tolist()
+    [[2, 3, 4, 4]]
     """
-    return Mask((_SlidingWindow(_positive("sliding_window", "window", window)),))
+    window = checks.integer("window of sliding_window", window, least=1)
+    right = checks.integer("right of sliding_window", right, least=0)
+    return Mask((_SlidingWindow(min(window, NO_LIMIT) - 1, min(right, NO_LIMIT - 1)),))
 
 
 def chunked_local(chunk: int) -> Mask:
@@ -258,7 +287,8 @@ def chunked_local(chunk: int) -> Mask:
     Raises:
         ValueError: if `chunk` is less than 1.
     """
-    return Mask((_ChunkedLocal(_positive("chunked_local", "chunk", chunk)),))
+    chunk = checks.integer("chunk of chunked_local", chunk, least=1)
+    return Mask((_ChunkedLocal(min(chunk, NO_LIMIT)),))
 
 
 def prefix_lm(prefix_length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
@@ -266,91 +296,169 @@ def prefix_lm(prefix_length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
 
     Args:
         prefix_length: one number, or one per row.
+
+    Raises:
+        ValueError: unless they are integers, 0 or greater (not checked where they are traced).
     """
-    return Mask((_PrefixLM(_per_row("prefix_lm", prefix_length)),))
+    return Mask((_PrefixLM(_per_row("prefix_length of prefix_lm", prefix_length)),))
 
 
-def lengths(length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
+def lengths(
+    length: int | Int32[jax.Array | np.ndarray, "B"],
+    key_length: int | Int32[jax.Array | np.ndarray, "B"] | None = None,
+) -> Mask:
     """Only the first `length` tokens are real: none sees the others, and those see nothing.
 
     Args:
         length: one number, or one per row.
+        key_length: of the keys, where they are another sequence than the queries; `length` if
+            None.
+
+    Raises:
+        ValueError: unless they are integers, 0 or greater (not checked where they are traced).
+
+    >>> lengths(2, 3).intervals(4, 8).end.tolist()
+    [[3, 3, 0, 0]]
     """
-    return Mask((_Lengths(_per_row("lengths", length)),))
+    queries = _per_row("length of lengths", length)
+    if key_length is None:
+        return Mask((_Lengths(queries, queries),))
+    return Mask((_Lengths(queries, _per_row("key_length of lengths", key_length)),))
 
 
 def documents(
-    segment_ids: Int32[jax.Array | np.ndarray, "B1 T"] | Int32[jax.Array | np.ndarray, "T"],
+    segment_ids: Integer[jax.Array | np.ndarray, "B1 T"] | Integer[jax.Array | np.ndarray, "T"],
     *,
     padding_id: int | None = None,
 ) -> Mask:
     """Documents packed one behind the other; a query sees the keys of its own document.
 
     Args:
-        segment_ids: equal for the tokens of one document, which stand side by side. Documents may
-            have any length; ids need not be sorted, only not come again.
-        padding_id: the id of tokens that belong to no document (0 in grain's and Flax's packing);
-            they see nothing.
+        segment_ids: integers of any size and sign, equal for the tokens of one document, which
+            stand side by side. Documents may have any length; ids need not be sorted, only not
+            come again.
+        padding_id: the id of tokens that belong to no document (0 in the packing of grain, Flax,
+            Megatron and Transformer Engine). They see nothing and no token sees them. They may
+            stand anywhere between documents and come as often as you like.
 
     Raises:
-        ValueError: if an id comes again after another one (checked unless `segment_ids` is traced).
+        ValueError: if `segment_ids` are no integers, if an id comes again after another one
+            (checked unless `segment_ids` is traced), or if the ids' dtype cannot hold
+            `padding_id`.
+
+    >>> documents([1, 1, 0, 2], padding_id=0).intervals(4).end.tolist()
+    [[2, 2, 2, 4]]
     """
-    ids = segment_ids if isinstance(segment_ids, jax.Array) else np.asarray(segment_ids)
-    if ids.ndim == 1:
-        ids = ids[None]
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+    ids = _integers("segment_ids", segment_ids)
+    if ids.ndim not in (1, 2):
         raise ValueError(
-            f"segment_ids must be integers of shape [T] or [B, T], got {ids.dtype} of shape "
-            f"{tuple(segment_ids.shape)}."
+            f"segment_ids must have shape [T] or [B, T], got {ids.dtype} of shape {ids.shape}."
+        )
+    ids = ids[None] if ids.ndim == 1 else ids
+    if padding_id is not None:
+        info = np.iinfo(ids.dtype)
+        padding_id = checks.integer(
+            f"padding_id of documents with ids of {ids.dtype}",
+            padding_id,
+            least=int(info.min),
+            most=int(info.max),
         )
     if not isinstance(ids, jax.core.Tracer):
-        _require_runs(np.asarray(ids))
+        # Numbers of our own: ids of 64 bits would be cut to 32 on their way to a device.
+        ids = _renumbered(np.asarray(ids), padding_id)
+        padding_id = None if padding_id is None else _PADDING_ID
     return Mask((_Documents(ids, padding_id),))
 
 
 def intervals(
-    start: Int32[jax.Array | np.ndarray, "B1 T"], end: Int32[jax.Array | np.ndarray, "B1 T"]
+    start: Integer[jax.Array | np.ndarray, "B1 T"], end: Integer[jax.Array | np.ndarray, "B1 T"]
 ) -> Mask:
     """Any mask of this kind, given as numbers: query i sees keys `[start_i, end_i)`.
 
+    Args:
+        start: arrays or nested lists of integers; those beyond int32 count as its limits.
+        end: likewise; a query with `end <= start` sees nothing.
+
     Raises:
         ValueError: if the two are not integers of one shape, `[B, T]` or `[1, T]`.
+
+    >>> intervals([[0, 0]], [[1, 2]]).intervals(2).end.tolist()
+    [[1, 2]]
     """
+    start, end = _integers("start", start), _integers("end", end)
     if start.shape != end.shape or len(start.shape) != 2:
         raise ValueError(
             "start and end must have one shape [B, T] or [1, T], got "
             f"{start.shape} and {end.shape}."
         )
-    for name, x in (("start", start), ("end", end)):
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got {x.dtype}.")
-    return Mask((_Given(start, end),))
+    return Mask((Given(_to_int32(start), _to_int32(end)),))
 
 
 def _accumulate_max(x, xp):
     return np.maximum.accumulate(x, axis=1) if xp is np else jax.lax.cummax(x, axis=1)
 
 
-def _positive(name: str, argument: str, value: int) -> int:
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} needs {argument} >= 1, got {value!r}.")
-    return int(value)
+# The id of padding in `documents` that were renumbered.
+_PADDING_ID = -1
 
 
-def _per_row(name: str, value: Any) -> Any:
-    value = value if isinstance(value, jax.Array) else np.asarray(value, np.int32)
-    if value.ndim > 1:
-        raise ValueError(f"{name} needs one number, or one per row, got shape {value.shape}.")
-    return value.reshape(-1, 1)
+def _renumbered(ids: np.ndarray, padding_id: int | None) -> np.ndarray:
+    """Return the ids `[B, T]` as the number of their document in the row, -1 for padding.
 
-
-def _require_runs(ids: np.ndarray) -> None:
-    for row, of_row in enumerate(ids):
-        firsts = of_row[np.flatnonzero(np.concatenate([[True], of_row[1:] != of_row[:-1]]))]
-        values, counts = np.unique(firsts, return_counts=True)
+    Raises:
+        ValueError: if the tokens of a document are not side by side.
+    """
+    new = np.ones(ids.shape, bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    padding = np.zeros(ids.shape, bool) if padding_id is None else ids == padding_id
+    for row, (of_row, first) in enumerate(zip(ids, new & ~padding, strict=True)):
+        values, counts = np.unique(of_row[first], return_counts=True)
         if np.any(counts > 1):
+            hint = (
+                f"If {values[counts > 1][0]} is the id of padding, pass it as padding_id."
+                if padding_id is None
+                else "Padding inside a document is not supported: it would be seen."
+            )
             raise ValueError(
                 f"segment_ids of row {row} are not sorted into runs: id {values[counts > 1][0]} "
                 "comes again after another one. Put the tokens of a document side by side, or give "
-                "the second stretch an id of its own."
+                f"the second stretch an id of its own. {hint}"
             )
+    return np.where(padding, _PADDING_ID, np.cumsum(new, axis=1)).astype(np.int32)
+
+
+def _integers(name: str, value: Any) -> Any:
+    """Return an array of integers; what is no array yet becomes one.
+
+    Raises:
+        ValueError: for other dtypes, booleans among them.
+    """
+    try:
+        x = value if isinstance(value, jax.Array) else np.asarray(value)
+    except (TypeError, ValueError) as error:  # lists of unequal lengths
+        raise ValueError(f"{name} must be integers of one shape: {error}") from None
+    if not isinstance(value, jax.Array | np.ndarray) and x.size == 0:
+        x = x.astype(np.int32)  # an empty list has no dtype of its own
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {x.dtype} of shape {x.shape}.")
+    return x
+
+
+def _to_int32(x: Any) -> Any:
+    """Return integers as int32, those beyond it as its limits."""
+    if x.dtype == np.int32:
+        return x
+    xp, own, wanted = jnp if isinstance(x, jax.Array) else np, np.iinfo(x.dtype), np.iinfo(np.int32)
+    least, most = max(int(own.min), int(wanted.min)), min(int(own.max), int(wanted.max))
+    return xp.clip(x, least, most).astype(np.int32)
+
+
+def _per_row(name: str, value: Any) -> Any:
+    """Return one number, or one per row, as int32 of shape `[B1, 1]`."""
+    x = _integers(name, value)
+    if x.ndim > 1:
+        raise ValueError(f"{name} must be one number, or one per row, got shape {x.shape}.")
+    known = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    if known and np.any(np.asarray(x) < 0):
+        raise ValueError(f"{name} must be 0 or greater, got {np.asarray(x).min()}.")
+    return _to_int32(x).reshape(-1, 1)

@@ -21,7 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from hcp_jax.datasheet import GPU_NAMES
+from hcp_jax import checks
+from hcp_jax.hardware import GPU_NAMES
 
 AXES = ("dp", "tp", "cp_outer", "cp_inner")
 
@@ -56,8 +57,7 @@ def make_mesh(
     """
     sizes = {"dp": dp, "tp": tp, "cp_outer": cp_outer, "cp_inner": cp_inner}
     for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}.")
+        sizes[name] = checks.integer(name, size, least=1)
     devices = list(jax.devices() if devices is None else devices)
     needed = math.prod(sizes.values())
     if needed != len(devices):

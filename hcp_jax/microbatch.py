@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
+from hcp_jax import checks
 from hcp_jax.context import ContextParallel
 from hcp_jax.dynamic.packing import PackedMicrobatch, max_runs
 from hcp_jax.layout import KeyRuns
@@ -101,7 +102,8 @@ def place_microbatch(
             )
     start = packed.start
     if sliding_window is not None:
-        start = np.maximum(start, packed.end - sliding_window)
+        window = checks.integer("sliding_window", sliding_window, least=1)
+        start = np.maximum(start, packed.end - min(window, np.iinfo(np.int32).max))
     first, places = packed.devices.start, packed.position.shape[1]
 
     def placed(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -5,12 +5,18 @@ are any.
 """
 
 import dataclasses
+import math
+from dataclasses import field
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from hcp_jax.context import STRATEGIES, ContextParallel, require_known
 from hcp_jax.dynamic.config import DynamicConfig
-from hcp_jax.mesh import make_mesh
+from hcp_jax.names import COMM_TYPES, LAYOUTS, require_known
+from hcp_jax.settings import MOST, check, free
+
+if TYPE_CHECKING:
+    import jax
+
+    from hcp_jax.context import ContextParallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +38,26 @@ class ParallelConfig:
         hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
     """
 
-    dp: int = 1
-    tp: int = 1
-    cp_outer: int = 1
-    cp_inner: int = 1
-    comm_type: str | list[str] = "a2a+p2p"
-    layout: str = "zigzag"
-    fsdp: bool = False
-    head_groups: int = 1
-    dynamic: DynamicConfig = dataclasses.field(default_factory=DynamicConfig)
-    context_parallel_size: int | None = None
-    cp_comm_type: str | list[str] | None = None
-    hierarchical_context_parallel_sizes: list[int] | None = None
+    dp: int = field(default=1, metadata=free(least=1, most=MOST))
+    tp: int = field(default=1, metadata=free(least=1, most=MOST))
+    cp_outer: int = field(default=1, metadata=free(least=1, most=MOST))
+    cp_inner: int = field(default=1, metadata=free(least=1, most=MOST))
+    comm_type: str | list[str] = field(default="a2a+p2p", metadata=free())
+    layout: str = field(default="zigzag", metadata=free())
+    fsdp: bool = field(default=False, metadata=free())
+    head_groups: int = field(default=1, metadata=free(least=1, most=MOST))
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    context_parallel_size: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    cp_comm_type: str | list[str] | None = field(default=None, metadata=free())
+    hierarchical_context_parallel_sizes: list[int] | None = field(
+        default=None, metadata=free(least=1, most=MOST)
+    )
+
+    def __post_init__(self):
+        check(self, "parallel.")
+        for one in (*_listed(self.comm_type), *_listed(self.cp_comm_type or ())):
+            require_known("comm_type", one, COMM_TYPES)
+        require_known("layout", self.layout, LAYOUTS)
 
     def resolve(self) -> "ParallelConfig":
         """The same run in this library's words alone.
@@ -71,9 +85,45 @@ class ParallelConfig:
         r = self.resolve()
         return r.dp * r.tp * r.cp_outer * r.cp_inner
 
+    def check_model(self, model: Any) -> None:
+        """Refuse a model whose heads or matrices these axes cannot share out.
+
+        Args:
+            model: a `ModelConfig`.
+
+        Raises:
+            ValueError: says what does not divide, and what would.
+        """
+        r = self.resolve()
+        if not isinstance(r.comm_type, str) and len(r.comm_type) != model.num_layers:
+            raise ValueError(
+                f"comm_type lists {len(r.comm_type)} layers, but the model has "
+                f"{model.num_layers}; give one comm type, or one per layer."
+            )
+        for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+            size = getattr(model, name)
+            if size % r.tp:
+                up = -(-size // r.tp) * r.tp
+                raise ValueError(
+                    f"tp={r.tp} cannot cut {name}={size}; use a tp that divides it, or {name} {up}."
+                )
+        if r.dynamic.enabled:
+            return  # each layout of groups exchanges heads among as many devices as they allow
+        heads, kv_heads = model.num_heads // r.tp, model.num_kv_heads // r.tp
+        for comm_type in dict.fromkeys(_listed(r.comm_type)):
+            exchange = _exchange_size(r, comm_type)
+            if heads % exchange:
+                raise ValueError(_heads_do_not_divide(r, model, comm_type, exchange))
+            after = math.lcm(kv_heads, exchange) // exchange
+            if after % r.head_groups:
+                raise ValueError(
+                    f"head_groups={r.head_groups} must divide the {after} kv heads that a device "
+                    f"has after the exchange; use one of {_divisors(after)}."
+                )
+
     def context_parallel(
-        self, num_layers: int | None = None, devices: list[jax.Device] | None = None
-    ) -> ContextParallel:
+        self, num_layers: int | None = None, devices: "list[jax.Device] | None" = None
+    ) -> "ContextParallel":
         """Make the mesh.
 
         Args:
@@ -83,6 +133,9 @@ class ParallelConfig:
         Raises:
             ValueError: for anything about the mesh or the comm types that cannot be.
         """
+        from hcp_jax.context import ContextParallel
+        from hcp_jax.mesh import make_mesh
+
         r = self.resolve()
         comm_type = r.comm_type if isinstance(r.comm_type, str) else tuple(r.comm_type)
         if not isinstance(comm_type, str) and num_layers not in (None, len(comm_type)):
@@ -90,8 +143,6 @@ class ParallelConfig:
                 f"comm_type lists {len(comm_type)} layers, but the model has {num_layers}; "
                 "give one comm type, or one per layer."
             )
-        for one in _listed(comm_type):
-            require_known("comm_type", one, tuple(STRATEGIES))
         mesh = make_mesh(r.dp, r.tp, r.cp_outer, r.cp_inner, devices=devices)
         return ContextParallel(
             mesh, comm_type=comm_type, layout=r.layout, head_groups=r.head_groups
@@ -134,3 +185,25 @@ def _cp_sizes(config: ParallelConfig) -> tuple[int, int]:
 
 def _listed(comm_type: str | list[str] | tuple[str, ...]) -> list[str]:
     return [comm_type] if isinstance(comm_type, str) else list(comm_type)
+
+
+def _exchange_size(r: ParallelConfig, comm_type: str) -> int:
+    """Return how many devices exchange heads with each other, in resolved words."""
+    if not comm_type.startswith("a2a"):
+        return 1
+    return r.cp_inner * (r.cp_outer if comm_type == "a2a" else 1)
+
+
+def _heads_do_not_divide(r: ParallelConfig, model: Any, comm_type: str, exchange: int) -> str:
+    heads = model.num_heads // r.tp
+    after_tp = f" ({heads} on each tp device)" if r.tp > 1 else ""
+    axes = "cp_outer * cp_inner" if comm_type == "a2a" else "cp_inner"
+    return (
+        f"comm_type {comm_type!r} exchanges heads among {axes}={exchange} devices, which must "
+        f"divide the model's num_heads={model.num_heads}{after_tp}; use comm_type 'p2p', or one "
+        f"of {_divisors(heads)} for {axes}."
+    )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from hcp_jax import checks
 from hcp_jax.layout import from_layout, runs_per_device, to_layout
 from hcp_jax.mask import Mask, intervals
 
@@ -44,7 +45,7 @@ class Gathered(NamedTuple):
 def shard(cp: "ContextParallel", x: Array | np.ndarray | Gathered, dim: int) -> jax.Array:
     """See `ContextParallel.shard`."""
     x, read = x if isinstance(x, Gathered) else (x, None)
-    dim %= x.ndim
+    dim = checks.dimension("dim", dim, x.ndim)
     length = x.shape[dim]
     padding = cp.padded_length(length) - length
     if padding:
@@ -65,8 +66,11 @@ def shard(cp: "ContextParallel", x: Array | np.ndarray | Gathered, dim: int) -> 
 
 def unshard(cp: "ContextParallel", x: jax.Array, dim: int, length: int | None) -> jax.Array:
     """See `ContextParallel.unshard`."""
-    y = _restore(x, cp, dim % x.ndim)
-    return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim % x.ndim)
+    dim = checks.dimension("dim", dim, x.ndim)
+    if length is not None:
+        length = checks.integer("length", length, least=0, most=x.shape[dim])
+    y = _restore(x, cp, dim)
+    return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim)
 
 
 def shard_batch(cp: "ContextParallel", batch: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hcp_jax.context import ContextParallel
+from hcp_jax.cost.pairs import chunk_pairs, pairs_by_hop
 from hcp_jax.layout import global_index, runs_per_device
 from hcp_jax.mask import Mask
-from hcp_jax.plan.pairs import chunk_pairs, pairs_by_hop
 
 
 def ring_pairs(cp: ContextParallel, mask: Mask, length: int) -> Int64[np.ndarray, "ring hops"]:

@@ -20,6 +20,9 @@ else:
     # The workers of pytest-xdist share the GPU: none may take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# Arrays of different ranks that broadcast by accident are an error, as in jax's own tests.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 # The time of one example says little: the first one compiles.
 hypothesis.settings.register_profile("hcp", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("hcp")

@@ -52,7 +52,6 @@ def command(monkeypatch):
         module.add_arguments = lambda parser: parser.add_argument("--number", type=int)
         module.run = run
         monkeypatch.setitem(cli.COMMANDS, "some", cli.Command("a_command", "do it"))
-        monkeypatch.setattr(cli, "_exists", lambda name: name == "a_command")
         monkeypatch.setattr(importlib, "import_module", lambda name: module)
         monkeypatch.setattr(cli, "set_up_platform", lambda num_devices: None)
 
@@ -66,13 +65,11 @@ def test_help_lists_the_commands_that_are_there_and_imports_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "\n  train " in done.stdout
-    for name, command in cli.COMMANDS.items():
-        assert (f"\n  {name} " in done.stdout) == cli._exists(command.module)
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in done.stdout
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, command in cli.COMMANDS.items() if cli._exists(command.module)]
-)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_that_is_listed_can_be_run(name):
     module = importlib.import_module(cli.COMMANDS[name].module)
     module.add_arguments(argparse.ArgumentParser())
@@ -90,7 +87,7 @@ def _process(coordinator, processes, process):
 def test_a_misspelt_command_or_option_names_the_nearest(error):
     assert "no command 'trian'; did you mean 'train'" in error("trian")
     got = error("train", QUICKSTART, "--parallel.comm_typ", "p2p")
-    assert "no argument '--parallel.comm_typ'; did you mean '--parallel.comm_type'" in got
+    assert "no option '--parallel.comm_typ'; did you mean '--parallel.comm_type'" in got
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import hcp_jax as hcp
+from hcp_jax.compiled.hlo import collectives
 from hcp_jax.context import STRATEGIES
 from hcp_jax.describe import describe_strategy
-from hcp_jax.plan.hlo import collectives
 
 LAYOUTS = ["zigzag", "contiguous"]
 

@@ -12,18 +12,24 @@ ROOT = pathlib.Path(hcp_jax.__file__).parent
 # From the top of the house to the ground; what stands on one line may import sideways.
 FLOORS = [
     ["cli"],
+    ["commands"],
     ["verify", "support", "plot"],
-    ["plan"],
+    ["planner"],
     ["train"],
     ["models"],
     ["attention"],
+    ["compiled"],
     ["parallel", "microbatch"],
     ["context", "describe", "placing"],
     ["roll"],
     ["mesh"],
     ["kernels"],
     ["dynamic"],
-    ["layout", "mask", "compat", "datasheet", "host_memory"],
+    ["cost"],
+    ["hardware"],
+    ["tables"],
+    ["layout", "mask", "dense_mask", "compat", "host_memory", "arguments", "names", "settings"],
+    ["checks", "reading", "terminal"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

@@ -5,11 +5,11 @@ import types
 
 import jax
 import pytest
+from hcp_jax.plan.hardware import GPUS
 
 import hcp_jax as hcp
-from hcp_jax.datasheet import PEAK_FLOPS
+from hcp_jax.hardware import PEAK_FLOPS
 from hcp_jax.mesh import AXES, axis_groups, axis_link
-from hcp_jax.plan.hardware import GPUS
 
 
 def test_tp_is_innermost_then_cp_inner_then_cp_outer_then_dp():

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from hcp_jax.attention import grouped
+from hcp_jax import checks
+from hcp_jax.attention import door, grouped
+from hcp_jax.attention.derivatives import reverse_only
 from hcp_jax.attention.heads import Exchange
 from hcp_jax.attention.local import LocalSpec, attention
 from hcp_jax.attention.refusals import require_whole_call
@@ -17,16 +19,14 @@ from hcp_jax.attention.ring import Rings
 from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
 from hcp_jax.layout import to_layout
-from hcp_jax.mask import Intervals, Mask, bidirectional, causal
+from hcp_jax.mask import Intervals, Mask
 from hcp_jax.mesh import as_tuple
-
-_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def dot_product_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K Hv"],
     *,
     cp: ContextParallel | None = None,
     mask: Mask | None = None,
@@ -34,26 +34,41 @@ def dot_product_attention(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
+    query_seq_lengths: Int[Array, "B"] | None = None,
+    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    bias: None = None,
     implementation: str | None = None,
     return_residual: bool = False,
-) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+) -> Float[Array, "*B T N Hv"] | tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]:
     """Exact attention over sequences that are cut over the devices of a mesh.
 
     The words are those of `jax.nn.dot_product_attention`; arrays are global, in and out of `jit`.
+    Three things differ from jax: lse has its gradient here, where jax stops it (and returns lse in
+    q's dtype); a query that sees no key gives zeros, where jax gives the mean of all values; and
+    masks are intervals.
 
     Args:
         q: queries, in `cp`'s layout order (as the layers give them when `cp.shard_batch` cut the
-            tokens, or `cp.shard(q, dim=1)`). Query head n reads kv head n // (N / K).
+            tokens, or `cp.shard(q, dim=1)`). Query head n reads kv head n // (N / K). There may be
+            no batch dim, or several; rows of masks then count over all of them.
         k: keys, likewise.
         v: values, likewise; their head size may differ from that of q and k.
         cp: the mesh, and what its axes do; None for one device.
         mask: which keys each query sees, in natural order, or as `cp.shard_batch` placed it; every
-            key if None. A query that sees none gives zeros and zero gradients.
+            key if None. A query that sees none gives zeros and zero gradients. A boolean matrix
+            becomes a mask by `hcp.from_dense`.
         is_causal: short for `mask & hcp.causal()`.
-        scale: of the logits; 1 / sqrt(H) if None.
-        logits_soft_cap: c, for logits c · tanh(logits / c).
+        scale: factor of the logits, finite; 1 / sqrt(H) if None.
+        logits_soft_cap: c > 0, for logits c · tanh(logits / c); no cap if None.
         sinks: one logit per query head that takes part in the softmax and has no value
             (gpt-oss; Xiao et al., Attention Sinks, 2023).
+        query_seq_lengths: queries of each row, in natural order, that are no padding; the others
+            see nothing.
+        key_value_seq_lengths: keys of each row, in natural order, that are no padding.
+        local_window_size: (left, right): a query sees that many keys on each side of its own
+            index; one integer for both. `hcp.sliding_window(left + 1, right=right)`.
+        bias: refused: it would have to be a T x S matrix.
         implementation: of the blockwise core: "reference", "blockwise", "triton" or "mosaic"; if
             None, the best for the mesh's devices that can do this call.
         return_residual: return lse, too.
@@ -61,11 +76,13 @@ def dot_product_attention(
     Returns:
         The output, in q's dtype; with `return_residual` also lse = log Σ exp(logits), sinks
         included, in float32 (float64 if q is), -inf for a query that sees nothing. Both have
-        correct gradients.
+        correct first gradients, in reverse mode. Without queries, keys or rows the output is
+        empty or zero.
 
     Raises:
-        ValueError: for shapes, dtypes, masks or meshes that do not fit.
-        NotImplementedError: if the implementation named cannot do this call.
+        ValueError: for shapes, dtypes, numbers, masks or meshes that do not fit, and for a bias.
+        NotImplementedError: if the implementation named cannot do this call, and for
+            derivatives in forward mode (jvp, jacfwd) or of second order (hessian, grad of grad).
 
     >>> import jax, hcp_jax as hcp
     >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
@@ -74,8 +91,13 @@ def dot_product_attention(
     >>> hcp.dot_product_attention(q, k, v, cp=cp, mask=hcp.causal()).shape
     (1, 64, 8, 16)
     """
-    _require_fitting(q, k, v, sinks)
+    door.require_arrays(q, k, v, sinks)
+    door.require_options(cp, implementation, is_causal=is_causal, return_residual=return_residual)
     require_whole_call(cp, mask, q, k, v)
+    if bias is not None:
+        raise ValueError(door.NO_BIAS)
+    batch = q.shape[:-3]
+    q, k, v = (door.flat(x) for x in (q, k, v))
     if cp is None:
         device = _device_of(q)
         platform, device_kind = device.platform, device.device_kind
@@ -85,14 +107,23 @@ def dot_product_attention(
     name = resolve(implementation, problem_of(q, k, v, platform, device_kind))
     core = CoreSpec(
         implementation=name,
-        scale=1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
-        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        scale=door.scale_of(scale, q.shape[3]),
+        logits_soft_cap=None
+        if logits_soft_cap is None
+        else checks.soft_cap("logits_soft_cap", logits_soft_cap),
         device_kind=device_kind,
         interpret=platform == "cpu",
     )
-    mask = _joined(mask, is_causal)
-    out, lse = _jitted(cp, core, q, k, v, mask, sinks, return_residual)
-    return (out, lse) if return_residual else out
+    mask = door.mask_of(
+        mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size
+    )
+    if 0 in (q.shape[0], q.shape[1], k.shape[1]):
+        out, lse = door.without_tokens(q, v, sinks)
+    else:
+        q, k, v, sinks = (reverse_only(x) for x in (q, k, v, sinks))
+        out, lse = _jitted(cp, core, q, k, v, mask, sinks, return_residual)
+    out = door.unflat(out, batch)
+    return (out, door.unflat(lse, batch)) if return_residual else out
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 7))
@@ -159,17 +190,6 @@ def _intervals(mask: Mask, q_shape, key_length: int, cp: ContextParallel | None)
     return Intervals(*(to_layout(jnp.asarray(x), cp.size, cp.layout, 1) for x in intervals))
 
 
-def _joined(mask: Mask | None, is_causal: bool) -> Mask:
-    if mask is None:
-        return causal() if is_causal else bidirectional()
-    if not isinstance(mask, Mask):
-        raise ValueError(
-            f"mask must be a hcp_jax.Mask, got {type(mask).__name__}. Dense and boolean masks are "
-            "not intervals; build one with causal(), documents(ids), sliding_window(w) ... and &."
-        )
-    return mask & causal() if is_causal else mask
-
-
 def _device_of(q) -> jax.Device:
     """The device that a call without a mesh runs on."""
     if isinstance(q, jax.Array) and not isinstance(q, jax.core.Tracer):
@@ -177,35 +197,6 @@ def _device_of(q) -> jax.Device:
     config: Any = jax.config  # its flags are not typed
     default = config.jax_default_device
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
-
-
-def _require_fitting(q, k, v, sinks) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q must be [B, T, N, H] and k, v [B, S, K, H], got {shapes}.")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v must have one batch size B, got {shapes}.")
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ValueError(f"k and v must have the same length S and heads K, got {shapes}.")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have the same head size H, got {shapes}.")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"q has N={q.shape[2]} heads and k has K={k.shape[2]}; K must divide N, so that every "
-            "kv head serves as many query heads."
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them."
-        )
-    if q.dtype not in _DTYPES:
-        names = ", ".join(jnp.dtype(d).name for d in _DTYPES)
-        raise ValueError(f"q, k and v must be of {names}, got {q.dtype}.")
-    if sinks is not None and sinks.shape != (q.shape[2],):
-        raise ValueError(
-            f"sinks must have one logit per query head, shape ({q.shape[2]},), got "
-            f"{tuple(sinks.shape)}."
-        )
 
 
 def _require_divisible(q, k, cp: ContextParallel) -> None:

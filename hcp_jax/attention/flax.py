@@ -1,12 +1,19 @@
 """Attention for Flax's own modules, linen and nnx: `attention_fn=hcp.attention_fn(cp)`."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from hcp_jax import checks
+from hcp_jax.attention import door
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.context import ContextParallel
+from hcp_jax.dense_mask import from_dense
 from hcp_jax.mask import Mask
 
 
@@ -19,19 +26,21 @@ def attention_fn(
 ) -> Callable[..., Float[Array, "*B T N Hv"]]:
     """The `attention_fn` that `nnx.MultiHeadAttention` and linen's attention modules ask for.
 
-    The module's input must be in `cp`'s layout (`cp.shard(x, dim=1)`). A `hcp_jax.Mask` may be
-    given here, or to the module's call as its `mask`.
+    The module's input must be in `cp`'s layout (`cp.shard(x, dim=1)`). A mask may be given here, or
+    to the module's call as its `mask`: a `hcp_jax.Mask`, or a matrix as Flax builds it
+    (`nn.make_causal_mask`, the mask of a decoding cache) that goes through `hcp.from_dense`. Both
+    are in natural order, whatever the layout.
 
     Args:
-        cp: the mesh; None for one device.
+        cp: the mesh; None for one device, and for decoding with a cache.
         mask: for every call; joined with that of the call.
         logits_soft_cap: as in `dot_product_attention`.
         implementation: as in `dot_product_attention`.
 
     Returns:
-        A function with the signature that Flax calls. It raises ValueError for a dense mask or a
-        bias, and NotImplementedError for attention dropout and for sown weights: neither can be
-        had without the T x S matrix of weights.
+        A function with the signature that Flax calls. It raises ValueError for arrays and masks
+        that do not fit and for a bias, and NotImplementedError for attention dropout, sown weights
+        and replaced einsums: they need the T x S matrix of weights.
 
     >>> import flax.nnx as nnx, jax.numpy as jnp, hcp_jax as hcp
     >>> layer = nnx.MultiHeadAttention(
@@ -41,6 +50,11 @@ def attention_fn(
     (2, 16, 32)
     """
     fixed = mask
+    # The function that Flax calls may run much later: what is wrong here is said here.
+    door.require_options(cp, implementation)
+    door.mask_of(fixed)
+    if logits_soft_cap is not None:
+        logits_soft_cap = checks.soft_cap("logits_soft_cap", logits_soft_cap)
 
     # Linen hands over only those keyword arguments that stand in the signature by name, so that all
     # that would change the result must stand here, to be used or refused.
@@ -61,39 +75,87 @@ def attention_fn(
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
     ) -> Float[Array, "*B T N Hv"]:
+        q, k, v = _promoted((query, key, value), dtype)
+        door.require_arrays(q, k, v, None)
         if bias is not None:
-            raise ValueError("context-parallel attention takes no bias: masks are intervals.")
+            raise ValueError(door.NO_BIAS)
         if dropout_rate > 0.0 and not deterministic:
             raise NotImplementedError(
                 f"attention dropout (rate {dropout_rate}) is not supported; set dropout_rate=0 and "
                 "put dropout after the layer."
             )
         if module is not None:
-            raise NotImplementedError("attention weights are never formed, so none can be sown.")
+            raise NotImplementedError(
+                "attention weights are never formed, so none can be sown; set sow_weights=False, "
+                "or look at them with Flax's own attention on a short sequence."
+            )
         if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
             raise NotImplementedError("attention has no einsum to replace; use Flax's own.")
-        if mask is not None and not isinstance(mask, Mask):
-            raise ValueError(
-                f"mask must be a hcp_jax.Mask, got {type(mask).__name__} of shape "
-                f"{getattr(mask, 'shape', '?')}: write nn.make_causal_mask as hcp.causal(), "
-                "segment masks as hcp.documents(segment_ids)."
-            )
-        joined = mask if fixed is None else fixed if mask is None else fixed & mask
-        batch = query.shape[:-3]
-        q, k, v = (
-            (x if dtype is None else x.astype(dtype)).reshape(-1, *x.shape[-3:])
-            for x in (query, key, value)
-        )
+        if not (mask is None or isinstance(mask, Mask)):
+            _require_not_decoding(q, k, cp, fixed is not None or is_causal)
+            mask = _from_flax(mask, q, k)
         out: Any = dot_product_attention(
             q,
             k,
             v,
             cp=cp,
-            mask=joined,
+            mask=mask if fixed is None else fixed if mask is None else fixed & mask,
             is_causal=is_causal,
             logits_soft_cap=logits_soft_cap,
             implementation=implementation,
         )
-        return out.reshape(*batch, *out.shape[1:])
+        return out
 
     return attend
+
+
+def _from_flax(mask: Any, q: Any, k: Any) -> Mask:
+    """Return the mask of a matrix that broadcasts to `[*B, N, T, S]`; Flax takes any dtype as bool.
+
+    Raises:
+        ValueError: if it does not broadcast, or is no interval mask.
+    """
+    mask = mask if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
+    batch = q.shape[:-3]
+    whole = (*batch, q.shape[-2], q.shape[-3], k.shape[-3])
+    shape = (1,) * (len(whole) - mask.ndim) + mask.shape
+    if len(shape) != len(whole) or any(a not in (1, b) for a, b in zip(shape, whole, strict=True)):
+        raise ValueError(
+            f"mask has shape {mask.shape}, which does not broadcast to [*B, N, T, S] = {whole}."
+        )
+    mask = (mask != 0).reshape(shape)
+    rows = 1
+    if any(size != 1 for size in shape[:-3]):
+        rows = math.prod(batch)
+        xp = np if isinstance(mask, np.ndarray) else jnp
+        mask = xp.broadcast_to(mask, (*batch, *shape[-3:]))
+    return from_dense(mask.reshape(rows, *shape[-3:]))
+
+
+def _require_not_decoding(q: Any, k: Any, cp: ContextParallel | None, joined: bool) -> None:
+    """Check a call with a matrix as mask, for what a decoding cache (`decode=True`) cannot have.
+
+    Raises:
+        ValueError: if it joins a mask that counts queries from 0, which the one query is not.
+        NotImplementedError: if its one query would be cut over devices.
+    """
+    if not q.shape[-3] == 1 < k.shape[-3]:
+        return
+    if joined:
+        raise ValueError(
+            "this call looks like decoding with a cache: one query, and a matrix as mask. Give "
+            "attention_fn no mask and the module no is_causal there: they would take the query "
+            "for the first token. Flax's own mask already hides what is not in the cache yet."
+        )
+    if cp is not None and cp.size > 1:
+        raise NotImplementedError(
+            f"decoding with a cache attends with one query, which cannot be cut over {cp.size} "
+            "devices. Use attention_fn() without cp for decoding."
+        )
+
+
+def _promoted(arrays: tuple, dtype: Any) -> tuple:
+    """Return the arrays in `dtype`; in the dtype that all of them promote to if it is None."""
+    if dtype is None:
+        dtype = jnp.result_type(*(x.dtype for x in arrays))
+    return tuple(jnp.asarray(x, dtype) for x in arrays)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from hcp_jax.attention import gather, heads, ring
+from hcp_jax.attention.derivatives import first_order
 from hcp_jax.kernels.core import CoreSpec, attend, attend_grads
 from hcp_jax.kernels.merge import Partial, merge, softmax_weight
 from hcp_jax.layout import KeyRuns, ring_runs
@@ -126,6 +127,7 @@ def _attend_moving(spec: LocalSpec, q, k, v, intervals: Intervals, runs: KeyRuns
 
 
 def _forward(spec: LocalSpec, q, k, v, intervals: Intervals, runs: KeyRuns | None, sinks):
+    q, k, v, sinks = first_order((q, k, v, sinks))
     out, lse = _attend_moving(spec, q, k, v, intervals, runs, sinks)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
     return (out, lse), (q, k, v, intervals, runs, sinks, out, lse)
@@ -133,7 +135,7 @@ def _forward(spec: LocalSpec, q, k, v, intervals: Intervals, runs: KeyRuns | Non
 
 def _backward(spec: LocalSpec, residuals, cotangents):
     q, k, v, intervals, runs, sinks, out, lse = residuals
-    dout, dlse = cotangents
+    dout, dlse = first_order(cotangents)
     # lse is the forward's last result: nothing that backward moves may start before it, for XLA
     # would otherwise send K and V for backward while the forward's ring still runs.
     k, v, lse = jax.lax.optimization_barrier((k, v, lse))
@@ -155,7 +157,7 @@ def _backward(spec: LocalSpec, residuals, cotangents):
 
 
 def _by_query(sinks, lse):
-    return jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
+    return jnp.broadcast_to(sinks.astype(lse.dtype)[None, None], lse.shape)
 
 
 _attend_moving.defvjp(_forward, _backward)

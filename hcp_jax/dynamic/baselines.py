@@ -22,7 +22,7 @@ HEADROOM = 1.05
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One strategy on one batch, under the cost model.
+    """Figures of one strategy on one batch, under the cost model.
 
     Attributes:
         seconds: modelled, all microbatches, every device computing and sending whole buffers.
@@ -47,7 +47,7 @@ class Outcome:
 
 
 def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
-    """What a schedule comes to.
+    """Measure a schedule.
 
     Args:
         plan: anybody's.
@@ -77,7 +77,7 @@ def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
 
 
 def fixed_size(lengths: Sequence[int], num_devices: int, max_tokens_per_device: int) -> int:
-    """The least divisor of the number of devices that holds the longest document."""
+    """Return the least divisor of the number of devices whose group holds the longest document."""
     longest = max(lengths)
     return next(
         size
@@ -89,7 +89,7 @@ def fixed_size(lengths: Sequence[int], num_devices: int, max_tokens_per_device: 
 def fixed_packed(
     lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
 ) -> Schedule:
-    """One CP size for all; documents packed by best fit, packs run as they come."""
+    """Schedule with one CP size: pack documents by best fit and run the packs as they come."""
     size = fixed_size(lengths, num_devices, max_tokens_per_device)
     packs = _best_fit(range(len(lengths)), lengths, size * max_tokens_per_device)
     dealt = _deal(packs, size, num_devices)
@@ -99,7 +99,7 @@ def fixed_packed(
 def fixed_balanced(
     lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
 ) -> Schedule:
-    """One CP size for all; packs of like work share a microbatch, so that its groups are even."""
+    """Schedule with one CP size: packs of similar work share a microbatch, which balances it."""
     size = fixed_size(lengths, num_devices, max_tokens_per_device)
     longest_first = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
     packs = _best_fit(longest_first, lengths, size * max_tokens_per_device)
@@ -111,7 +111,7 @@ def fixed_balanced(
 def one_size_per_microbatch(
     lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
 ) -> Schedule:
-    """Our own scheduler, with layouts of equal groups only."""
+    """Schedule by our own scheduler, with groups of equal size only."""
     sizes = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     menu = [(size,) * (num_devices // size) for size in sizes[::-1]]
     return schedule(lengths, num_devices, max_tokens_per_device, menu=menu[-MAX_MENU:], cost=cost)
@@ -120,7 +120,7 @@ def one_size_per_microbatch(
 def seeded_greedy(
     lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
 ) -> Schedule:
-    """The reference's second scheduler, written from its description in words.
+    """Schedule as the reference's second scheduler does, written from its description in words.
 
     Work is L² / size. In every microbatch the longest document left opens a group of the least size
     that holds it. Each next one tries that size and every larger one, on a group there is or on a
@@ -158,7 +158,7 @@ def _schedule(
 
 
 class _Opened:
-    """The groups of one microbatch while `seeded_greedy` fills it."""
+    """Hold the groups of one microbatch while `seeded_greedy` fills it."""
 
     def __init__(self, num_devices: int, max_tokens_per_device: int, limit: float):
         self.free = num_devices
@@ -221,7 +221,7 @@ class _Opened:
 
 
 def _best_fit(order: Iterable[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs of at most `capacity` tokens: each document where least room is left over."""
+    """Pack documents into at most `capacity` tokens, each where it leaves the least room."""
     packs: list[list[int]] = []
     open_packs: list[tuple[int, int]] = []  # (room, pack), ascending
     for document in order:

@@ -63,7 +63,7 @@ def lower_bound(
     sizes: Sequence[int],
     cost: Cost,
 ) -> float:
-    """Seconds that no schedule can beat, whatever its layouts of groups of these sizes.
+    """Return seconds that no schedule with groups of these sizes can beat.
 
     Args:
         lengths: tokens of each document.
@@ -127,7 +127,7 @@ def _volume(
 
 
 def best_rings(sizes: Sequence[int], tokens: int, cost: Cost) -> list[Ring]:
-    """The cheapest ring of each size: inside a host wherever it fits."""
+    """Return the cheapest ring of each size: inside a host wherever it fits."""
     return [cost.ring(size, size > cost.devices_per_host, tokens) for size in sorted(sizes)]
 
 
@@ -138,7 +138,7 @@ def document_prices(
     max_tokens_per_device: int,
     slot_seconds: float,
 ) -> np.ndarray:
-    """Device-seconds p(L) that a document of each length costs at least, wherever it goes.
+    """Return the least device-seconds p(L) that a document of each length costs in any group.
 
     Args:
         lengths: the different lengths.
@@ -170,7 +170,7 @@ def document_prices(
 def _ring_prices(
     ring: Ring, lengths: np.ndarray, max_tokens_per_device: int, slot_seconds: float
 ) -> np.ndarray:
-    """Prices in groups of one size, a row for each line and φ; infinite where it does not fit."""
+    """Return prices in groups of one size, a row per line and φ; infinite where it does not fit."""
     fraction = lengths / (ring.size * max_tokens_per_device)
     step = np.where(fraction > 0.5, 1.0, np.where(fraction == 0.5, 0.5, 0.0))
     work = _pairs(ring, lengths) * ring.work

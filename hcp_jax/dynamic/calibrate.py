@@ -16,7 +16,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from hcp_jax.dynamic.cost import MODELS, Cost, TimedMicrobatch, model_cost
+from hcp_jax import reading, terminal
+from hcp_jax.cost.models import MODELS
+from hcp_jax.dynamic.cost import Cost, TimedMicrobatch, model_cost
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,16 +36,17 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if the file has no rows, or one of them is not as described.
     """
     rows = read_rows(args.rows)
-    before = dataclasses.replace(model_cost(args.model), devices_per_host=args.devices_per_host)
+    before = model_cost(args.model, devices_per_host=args.devices_per_host)
     after = before.calibrate(rows)
     for field in dataclasses.fields(Cost):
         old, new = getattr(before, field.name), getattr(after, field.name)
-        print(f"{field.name:26} {old:.4g} -> {new:.4g}" if old != new else f"{field.name:26} {old}")
+        told = f"{old:.4g} -> {new:.4g}" if old != new else f"{old}"
+        terminal.say(f"{field.name:26} {told}")
     errors = [
         after.microbatch_seconds(row.layout, row.lengths, row.tokens) / row.seconds - 1
         for row in rows
     ]
-    print(f"{len(rows)} microbatches, modelled within {max(map(abs, errors)):.1%} of each")
+    terminal.say(f"{len(rows)} microbatches, modelled within {max(map(abs, errors)):.1%} of each")
     if args.output is not None:
         args.output.write_text(json.dumps(dataclasses.asdict(after), indent=2) + "\n")
     return 0
@@ -60,7 +63,7 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
         if not line.strip():
             continue
         try:
-            row = TimedMicrobatch(**json.loads(line))
+            row = TimedMicrobatch(**reading.parse_json(line, "it"))
             rows.append(
                 TimedMicrobatch(
                     tuple(map(int, row.layout)),
@@ -85,6 +88,6 @@ def read_cost(path: Path) -> Cost:
         ValueError: if the file holds something else.
     """
     try:
-        return Cost(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
+        return Cost(**reading.read_json(path))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no cost of `hcp dynamic calibrate`: {error}") from None

@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         module.add_arguments(actions.add_parser(name, help=summary, description=summary))
 
 
+def uses_jax(args: argparse.Namespace) -> bool:
+    """Return False: schedules are made without devices."""
+    return False
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the action that was asked for; the exit status."""
     return _ACTIONS[args.action][0].run(args)

@@ -5,14 +5,16 @@ are devices or documents.
 """
 
 import dataclasses
+from dataclasses import field
 from typing import Literal
 
 from hcp_jax.dynamic import groups
+from hcp_jax.settings import MOST, check, fixed, free, numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicConfig:
-    """Each document on as many of the dp · cp devices as it needs.
+    """Settings of dynamic CP: each document gets as many of the dp · cp devices as it needs.
 
     Attributes:
         enabled: schedule the documents of every step onto groups of devices; everything below is
@@ -31,16 +33,19 @@ class DynamicConfig:
         ValueError: if it is enabled, and a value is missing or makes no sense.
     """
 
-    enabled: bool = False
-    max_tokens_per_device: int | None = None
-    min_cp_size: int = 1
-    max_cp_size: int | None = None
-    menu: Literal["auto"] | int | list[list[int]] = "auto"
-    lookahead: int = 1
-    cost: str | None = None
-    max_seqlen_per_dp_cp_rank: int | None = None
+    enabled: bool = field(default=False, metadata=fixed())
+    max_tokens_per_device: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    min_cp_size: int = field(default=1, metadata=free(least=1, most=MOST))
+    max_cp_size: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    menu: Literal["auto"] | int | list[list[int]] = field(
+        default="auto", metadata=free(least=1, most=MOST)
+    )
+    lookahead: int = field(default=1, metadata=numbers(least=1, most=100_000))
+    cost: str | None = field(default=None, metadata=free())
+    max_seqlen_per_dp_cp_rank: int | None = field(default=None, metadata=free(least=1, most=MOST))
 
     def __post_init__(self):
+        check(self, "dynamic.")
         if not self.enabled:
             return
         given = {self.max_tokens_per_device, self.max_seqlen_per_dp_cp_rank} - {None}
@@ -50,33 +55,24 @@ class DynamicConfig:
                 "dynamic needs max_tokens_per_device, the tokens of a device's buffer (or "
                 f"Megatron's max_seqlen_per_dp_cp_rank); {what}."
             )
-        for name, value in (
-            ("max_tokens_per_device", self.tokens),
-            ("min_cp_size", self.min_cp_size),
-            ("max_cp_size", self.max_cp_size),
-            ("lookahead", self.lookahead),
-            ("menu", self.menu if isinstance(self.menu, int) else None),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"dynamic.{name} must be at least 1, got {value}.")
         if self.menu == []:
             raise ValueError('dynamic.menu holds no layout; give at least one, or "auto".')
 
     @property
     def tokens(self) -> int:
-        """M, by whichever word it was given."""
+        """Return M, by whichever word it was given."""
         given = (self.max_tokens_per_device, self.max_seqlen_per_dp_cp_rank)
         return next(value for value in given if value is not None)
 
     @property
     def layouts(self) -> tuple[groups.Layout, ...] | None:
-        """The menu, where it is given layout by layout."""
+        """Return the menu if it is a list of layouts, else None."""
         if not isinstance(self.menu, list):
             return None
         return tuple(dict.fromkeys(tuple(layout) for layout in self.menu))
 
     def check_sizes(self, num_devices: int) -> int:
-        """Hold the sizes to a number of devices; the widest group that there can be.
+        """Check the sizes against a number of devices and return the widest possible group.
 
         Raises:
             ValueError: if no layout fits, or one of the menu does not.

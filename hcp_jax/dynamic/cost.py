@@ -1,18 +1,18 @@
-"""Modelled seconds of documents on a ring of devices: what the scheduler minimises.
+"""Model the seconds of documents on a ring of devices, which the scheduler minimises.
 
 A microbatch is one compiled program in which every device holds one buffer of T tokens, and its
 devices are cut into rings, each with its own documents. It takes
 
-    seconds_per_microbatch                    what is there however little there is to compute
-    + T · seconds_per_token                   all that is linear in tokens; padding costs the same
-    + max over rings of                       the others wait for the slowest
+    seconds_per_microbatch                    fixed, however little there is to compute
+    + T · seconds_per_token                   all work that is linear in tokens, padding included
+    + max over rings of                       the other rings wait for the slowest
         pairs · seconds_per_pair              attention, on each device of the ring
-        + Σ over hops of max(0, transfer - attention of one hop)      what attention does not hide
+        + Σ over hops of max(0, transfer - attention of one hop)      the part that is not hidden
 
 Zigzag cuts a document of L tokens into 2g chunks, so each of g devices attends to L² / 2g pairs. A
-kernel computes whole tiles: with a chunk of L / 2g tokens rounded up by half a tile on average, the
-pairs are those of a document of L + g · tile tokens. That is why short documents want few devices
-even where links are free.
+kernel computes whole tiles: a chunk of L / 2g tokens is rounded up by half a tile on average, which
+gives the pairs of a document of L + g · tile tokens. So short documents need few devices even where
+links are free.
 
 A ring of g devices makes g - 1 hops forward and g - 1 backward, and one more that brings dk and dv
 home. Each hop moves the whole buffer's K and V (shapes are static); backward, float32 dk and dv
@@ -30,68 +30,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# FlashAttention counts 2 matrix products forward and 5 backward.
-FORWARD_SHARE = 2 / 7
-# Backward moves k and v (2 bytes an element) and dk and dv (4): three times the forward's bytes,
-# and two times when only dk and dv go home.
-BACKWARD_TRAFFIC, HOME_TRAFFIC = 3, 2
+from hcp_jax import checks
+from hcp_jax.cost.models import model_shape
+from hcp_jax.cost.shape import BACKWARD, ModelShape
+from hcp_jax.cost.traffic import GRADIENT_BYTES, ITEM_BYTES
+from hcp_jax.hardware import GPU, gpu
 
+# Of an attention kernel's time, forward takes this share; its FLOPs are counted.
+FORWARD_SHARE = 1 / (1 + BACKWARD)
+_ITEM_BYTES = ITEM_BYTES["bfloat16"]
+# Bytes of a hop, in those of a forward hop: backward moves K and V again, and dK and dV with them;
+# at the end dK and dV go home alone.
+HOME_TRAFFIC = GRADIENT_BYTES / _ITEM_BYTES
+BACKWARD_TRAFFIC = 1 + HOME_TRAFFIC
 
-class ModelShape(NamedTuple):
-    """What a model's cost depends on.
-
-    Attributes:
-        num_layers: attention layers.
-        dense_parameters: weights that take part in a matrix product for every token.
-        query_width: query heads · head size.
-        kv_width: kv heads · head size.
-    """
-
-    num_layers: int
-    dense_parameters: int
-    query_width: int
-    kv_width: int
-
-
-class Hardware(NamedTuple):
-    """Rates of one device and its links, as reached in training rather than as sold.
-
-    Attributes:
-        dense_flops: FLOP/s of the matrix products.
-        attention_flops: FLOP/s of the attention kernel, causal counted as half.
-        inside: bytes/s, one way, between two devices of a host.
-        across: bytes/s, one way, between two devices of different hosts.
-        latency: seconds of one transfer however small.
-        fixed: seconds of one microbatch however small.
-        devices_per_host: devices that reach each other at `inside`.
-    """
-
-    dense_flops: float
-    attention_flops: float
-    inside: float
-    across: float
-    latency: float
-    fixed: float
-    devices_per_host: int
-
-
-# bf16. dense: 790 TFLOP/s measured for plain matrix products, 60 % of it modelled for layers.
-# attention: 361 forward and 338 backward published for a Pallas Triton kernel on an H100, which has
-# the same arithmetic. Links: NVLink 4 sells 450 GB/s each way and NDR InfiniBand 50 GB/s a device;
-# 80 % and 90 % of them, 10 µs a transfer and 2 ms a microbatch are modelled.
-H200 = Hardware(474e12, 345e12, 360e9, 45e9, 10e-6, 2e-3, 8)
-
-MODELS = {
-    # The model of the benchmark that docs/dynamic.md compares with: 12 · 12 · 2048² weights in the
-    # layers, and an output head for a vocabulary of 50304 (modelled; the benchmark names none).
-    "gpt-12x2048": ModelShape(12, 12 * 12 * 2048**2 + 2048 * 50304, 2048, 2048),
-    # Llama 3 (Meta, 2024): 8.03e9 weights less the input embedding.
-    "llama3-8b": ModelShape(32, 8_030_000_000 - 128256 * 4096, 4096, 1024),
-}
+# What all that is linear in tokens (products, norms, activations, optimizer) reaches in training,
+# as a share of the rate of large products. Modelled.
+LINEAR_SHARE = 0.6
+# Seconds of one microbatch however small. Modelled.
+MICROBATCH_SECONDS = 2e-3
+DEFAULT_MODEL, DEFAULT_GPU = "gpt-12x2048", "h200"
 
 
 class Ring(NamedTuple):
-    """The cost of one ring of devices, ready for a scheduler's inner loop.
+    """The cost of one ring of devices, with all constants multiplied out.
 
     Attributes:
         size: devices.
@@ -112,12 +74,12 @@ class Ring(NamedTuple):
     padding: int
 
     def pairs(self, length: int) -> float:
-        """Pairs that each device computes for a document of `length` tokens."""
+        """Return the pairs that each device computes for a document of `length` tokens."""
         padded = length + self.padding
         return padded * padded / (2 * self.size)
 
     def seconds(self, pairs: float) -> float:
-        """Seconds for documents of `pairs` pairs a device; grows with `pairs`, and is convex."""
+        """Return the seconds of documents of `pairs` pairs a device: increasing and convex."""
         work = pairs * self.work
         if self.size == 1:
             return work
@@ -128,7 +90,7 @@ class Ring(NamedTuple):
 
 
 class TimedMicrobatch(NamedTuple):
-    """A microbatch that ran, for `Cost.calibrate`.
+    """A microbatch that was timed, for `Cost.calibrate`.
 
     Attributes:
         layout: group sizes in device order.
@@ -143,12 +105,31 @@ class TimedMicrobatch(NamedTuple):
     seconds: float
 
 
+def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
+    """Return the parameters of `Cost` for a model, in bfloat16 and without recomputation."""
+    forward, backward = (on.attention_rate("triton", d).value for d in ("forward", "backward"))
+    pair_flops = 4 * model.num_layers * model.query_width / tp
+    linear_flops = 6 * model.product_params / tp
+    return {
+        "seconds_per_pair": pair_flops * (1 / forward + BACKWARD / backward),
+        "seconds_per_token": linear_flops / (LINEAR_SHARE * on.product_rate.value),
+        "seconds_per_microbatch": MICROBATCH_SECONDS,
+        "kv_bytes_per_token": 2 * _ITEM_BYTES * model.num_layers * model.kv_width / tp,
+        "seconds_per_byte_inside": 1 / on.nvlink.rate.value,
+        "seconds_per_byte_across": 1 / on.network.rate.value,
+        "seconds_per_hop": model.num_layers * on.nvlink.latency,
+    }
+
+
+_DEFAULTS = _parameters(model_shape(DEFAULT_MODEL), gpu(DEFAULT_GPU), tp=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Parameters of the model above; all seconds are of forward plus backward, over all layers.
 
-    The defaults are a GPT of 12 layers, 2048 wide, on H200s (see `H200` and `MODELS`). Make others
-    with `model_cost`, or fit them with `calibrate`.
+    The defaults are a GPT of 12 layers, 2048 wide, on H200s: `model_cost("gpt-12x2048", "h200")`.
+    Make others with `model_cost`, or fit them with `calibrate`.
 
     Attributes:
         seconds_per_pair: attention to one (query, key) pair.
@@ -162,32 +143,29 @@ class Cost:
         devices_per_host: devices that share a host; device d is on host d // devices_per_host.
     """
 
-    seconds_per_pair: float = 14 * 12 * 2048 / H200.attention_flops
-    seconds_per_token: float = 6 * MODELS["gpt-12x2048"].dense_parameters / H200.dense_flops
-    seconds_per_microbatch: float = H200.fixed
-    kv_bytes_per_token: float = 4 * 12 * 2048
-    seconds_per_byte_inside: float = 1 / H200.inside
-    seconds_per_byte_across: float = 1 / H200.across
-    seconds_per_hop: float = 12 * H200.latency
+    seconds_per_pair: float = _DEFAULTS["seconds_per_pair"]
+    seconds_per_token: float = _DEFAULTS["seconds_per_token"]
+    seconds_per_microbatch: float = _DEFAULTS["seconds_per_microbatch"]
+    kv_bytes_per_token: float = _DEFAULTS["kv_bytes_per_token"]
+    seconds_per_byte_inside: float = _DEFAULTS["seconds_per_byte_inside"]
+    seconds_per_byte_across: float = _DEFAULTS["seconds_per_byte_across"]
+    seconds_per_hop: float = _DEFAULTS["seconds_per_hop"]
     tile: int = 64
     devices_per_host: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"Cost.{field.name} must be finite and not negative, got {value}.")
-        if self.devices_per_host < 1 or self.devices_per_host != int(self.devices_per_host):
-            raise ValueError(
-                f"Cost.devices_per_host must be an integer >= 1, got {self.devices_per_host}."
-            )
+            value = checks.number(f"Cost.{field.name}", getattr(self, field.name))
+            if value < 0:
+                raise ValueError(f"Cost.{field.name} must be 0 or greater, got {value}.")
+        checks.integer("Cost.devices_per_host", self.devices_per_host, least=1)
 
     def crosses(self, first: int, size: int) -> bool:
-        """Whether a group of `size` devices from device `first` on leaves its host."""
+        """Return whether devices `first` to `first + size - 1` are of more than one host."""
         return first // self.devices_per_host != (first + size - 1) // self.devices_per_host
 
     def ring(self, size: int, crosses: bool, tokens: int) -> Ring:
-        """The ring of `size` devices whose transfers move `tokens` tokens each."""
+        """Return the ring of `size` devices whose transfers move `tokens` tokens each."""
         per_byte = self.seconds_per_byte_across if crosses else self.seconds_per_byte_inside
         transfer = tokens * self.kv_bytes_per_token * per_byte
         hop = self.seconds_per_hop
@@ -202,7 +180,7 @@ class Cost:
         )
 
     def rings(self, layout: Sequence[int], tokens: int) -> list[Ring]:
-        """The rings of a layout over devices 0, 1, …; `tokens` as in `ring`."""
+        """Return the rings of a layout over devices 0, 1, …; `tokens` as in `ring`."""
         known: dict[tuple[int, bool], Ring] = {}
         rings, first = [], 0
         for size in layout:
@@ -214,13 +192,13 @@ class Cost:
         return rings
 
     def dense_seconds(self, tokens: int) -> float:
-        """What a microbatch takes before any attention, with buffers of `tokens` tokens."""
+        """Return the seconds of a microbatch without attention, with buffers of `tokens` tokens."""
         return self.seconds_per_microbatch + tokens * self.seconds_per_token
 
     def group_seconds(
         self, layout: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
     ) -> list[float]:
-        """Seconds of attention and exposed transfers of every group.
+        """Return the seconds of attention and exposed transfers of every group.
 
         Args:
             layout: group sizes in device order.
@@ -229,22 +207,22 @@ class Cost:
         """
         rings = self.rings(layout, tokens)
         return [
-            ring.seconds(sum(ring.pairs(length) for length in of_group))
-            for ring, of_group in zip(rings, lengths, strict=True)
+            ring.seconds(sum(ring.pairs(length) for length in documents))
+            for ring, documents in zip(rings, lengths, strict=True)
         ]
 
     def microbatch_seconds(
         self, layout: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
     ) -> float:
-        """Seconds of one microbatch; arguments as in `group_seconds`."""
+        """Return the seconds of one microbatch; arguments as in `group_seconds`."""
         return self.dense_seconds(tokens) + max(self.group_seconds(layout, lengths, tokens))
 
     def calibrate(self, rows: Sequence[TimedMicrobatch]) -> "Cost":
-        """The cost that fits timed microbatches best, in relative least squares.
+        """Return the cost that fits timed microbatches best, in relative least squares.
 
         Which ring is slowest and which hops are hidden depends on the parameters, so the fit is
-        repeated until that no longer changes (or comes round again; the best fit seen is kept).
-        A parameter that no row tells apart from the others keeps its value: seconds_per_token where
+        repeated until that no longer changes, or 50 times; the best fit seen is kept.
+        A parameter that no row can tell from the others keeps its value: seconds_per_token where
         all rows have buffers of one size, links where no row has a ring on them.
 
         Args:
@@ -281,7 +259,7 @@ class Cost:
             free[_FITTED.index("seconds_per_token")] = False
         scale = np.linalg.norm(features[:, free], axis=0)
         rest = target - features[:, ~free] @ now[~free]
-        # A breath of the present values decides what the rows leave open, and nothing else.
+        # A weak pull towards the present values decides only what the rows leave open.
         ridge = 1e-6 * np.eye(scale.size)
         matrix = np.concatenate([features[:, free] / scale, ridge])
         fitted, _ = nnls(matrix, np.concatenate([rest, ridge @ (now[free] * scale)]))
@@ -290,7 +268,7 @@ class Cost:
         return dataclasses.replace(self, **values)
 
     def _features(self, row: TimedMicrobatch) -> np.ndarray:
-        """What each of `_FITTED` is multiplied by in the modelled seconds of `row`."""
+        """Return the factor of each of `_FITTED` in the modelled seconds of `row`."""
         seconds = self.group_seconds(row.layout, row.lengths, row.tokens)
         slowest = int(np.argmax(seconds))
         ring = self.rings(row.layout, row.tokens)[slowest]
@@ -329,28 +307,29 @@ def _relative(
     return features / seconds[:, None], np.ones(len(rows))
 
 
-def model_cost(model: ModelShape | str, hardware: Hardware = H200) -> Cost:
-    """The cost of training a model in bfloat16, without recomputation.
+def model_cost(
+    model: ModelShape | str,
+    on: GPU | str = DEFAULT_GPU,
+    *,
+    tp: int = 1,
+    devices_per_host: int = 8,
+) -> Cost:
+    """Return the cost of training a model in bfloat16, without recomputation.
 
     Args:
-        model: its shape, or a name in `MODELS`.
-        hardware: the devices and their links.
+        model: its shape, or a name in `hcp_jax.cost.models.MODELS`.
+        on: the GPU, or its name in `hcp_jax.hardware`.
+        tp: devices that share each layer's weights and heads; the devices of the cost are such
+            groups of tp.
+        devices_per_host: how many of them share a host.
 
     Raises:
-        ValueError: if there is no model of that name.
+        ValueError: if there is no model or GPU of that name.
+
+    >>> model_cost("llama3-8b").seconds_per_token > model_cost("gpt-12x2048").seconds_per_token
+    True
     """
-    if isinstance(model, str):
-        if model not in MODELS:
-            raise ValueError(f"unknown model {model!r}: there are {', '.join(sorted(MODELS))}.")
-        model = MODELS[model]
-    return Cost(
-        # Two matrix products of 2 · query_width FLOPs a pair forward, five backward.
-        seconds_per_pair=14 * model.num_layers * model.query_width / hardware.attention_flops,
-        seconds_per_token=6 * model.dense_parameters / hardware.dense_flops,
-        seconds_per_microbatch=hardware.fixed,
-        kv_bytes_per_token=4 * model.num_layers * model.kv_width,
-        seconds_per_byte_inside=1 / hardware.inside,
-        seconds_per_byte_across=1 / hardware.across,
-        seconds_per_hop=model.num_layers * hardware.latency,
-        devices_per_host=hardware.devices_per_host,
+    parameters: dict[str, Any] = _parameters(
+        model_shape(model), gpu(on) if isinstance(on, str) else on, tp
     )
+    return Cost(**parameters, devices_per_host=devices_per_host)

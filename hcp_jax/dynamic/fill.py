@@ -1,12 +1,13 @@
-"""One microbatch: filling the groups of a layout with documents that are left.
+"""Fill the groups of one microbatch with documents that are not scheduled yet.
 
-It stands alone because everything that looks for a schedule fills layouts, and does so in one way:
-the group with least work takes the longest document that it has room for.
+Everything that searches for a schedule fills layouts by the same rule: the group with least work
+takes the longest document that it has room for. `Unscheduled` finds that document in nearly
+constant time, so that the time of a schedule grows linearly with the number of documents.
 """
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from hcp_jax.dynamic.cost import Cost, Ring
@@ -14,16 +15,20 @@ from hcp_jax.dynamic.groups import Layout
 
 
 def max_documents_per_ring(max_tokens_per_device: int) -> int:
-    """Documents that a group of several devices may hold.
+    """Return how many documents a group of several devices may hold.
 
-    Each has two runs of keys on every device, and how many runs there are is part of the compiled
-    program: at most one to 16 tokens, so that looking through them costs little beside attention.
+    Each document adds two runs of keys to every device, and the number of runs is part of the
+    compiled program. One document per 32 tokens keeps the search through the runs cheap beside
+    attention.
     """
     return max(64, max_tokens_per_device // 32)
 
 
 class Problem(NamedTuple):
-    """What does not change while microbatches are built. A rank is a place in ascending order."""
+    """Hold what does not change while microbatches are built.
+
+    A rank is a document's place in ascending order of length.
+    """
 
     lengths: list[int]  # ascending
     values: list[float]  # seconds that each document's share of the lower bound is worth
@@ -36,12 +41,12 @@ class Problem(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """A microbatch while it is planned.
+    """A microbatch that is being planned.
 
     Attributes:
         layout: group sizes in device order.
-        groups: the ranks of each group's documents: their places in ascending order of length.
-        seconds: modelled.
+        groups: the ranks of each group's documents.
+        seconds: modelled time.
         value: the documents' share of the lower bound, in seconds.
     """
 
@@ -51,25 +56,76 @@ class Filled(NamedTuple):
     value: float
 
 
-def fill(problem: Problem, remaining: list[int], layout: Layout, rings: Sequence[Ring]) -> Filled:
-    """Fill a layout: the group with least work takes the longest document it has room for."""
+class Unscheduled:
+    """The documents that no microbatch holds yet, by rank.
+
+    A disjoint-set forest over ranks: every scheduled rank points to a lower one, and the root of a
+    rank is the longest unscheduled document that is no longer than it. Nodes are ranks plus one, so
+    that node 0 means "none".
+
+    Args:
+        count: the number of documents.
+    """
+
+    def __init__(self, count: int):
+        self._below = list(range(count + 1))
+        self.count = count
+
+    def longest(self) -> int:
+        """Return the greatest unscheduled rank; -1 if there is none."""
+        return self.find(len(self._below) - 1) - 1
+
+    def descending(self) -> Iterator[int]:
+        """Yield the unscheduled ranks, the longest document first."""
+        node = self.find(len(self._below) - 1)
+        while node:
+            yield node - 1
+            node = self.find(node - 1)
+
+    def find(self, node: int) -> int:
+        """Return the root of `node`, and shorten the path to it for the next search."""
+        below = self._below
+        while below[node] != node:
+            below[node] = node = below[below[node]]
+        return node
+
+    def remove(self, ranks: Iterable[int]) -> None:
+        """Mark ranks as scheduled."""
+        for rank in ranks:
+            self._below[rank + 1] = rank
+            self.count -= 1
+
+
+def fill(
+    problem: Problem, unscheduled: Unscheduled, layout: Layout, rings: Sequence[Ring]
+) -> Filled:
+    """Fill a layout: the group with least work takes the longest document it has room for.
+
+    `unscheduled` does not change: several layouts are filled before one is chosen.
+    """
     lengths, values = problem.lengths, problem.values
-    left = remaining.copy()
+    left = unscheduled.count
     room = [size * problem.tokens for size in layout]
     pairs = [0.0] * len(layout)
     inside: list[list[int]] = [[] for _ in layout]
     most = max_documents_per_ring(problem.tokens)
     value = slowest = 0.0
-    # Of equals the widest first, so that it gets the longest document.
+    taken: dict[int, int] = {}  # node of a document taken here -> a lower node to go on from
+    # Among equals the widest comes first, so that it gets the longest document.
     heap = [(ring.seconds(0.0), -ring.size, group) for group, ring in enumerate(rings)]
     heapq.heapify(heap)
     while heap and left:
         _, width, group = heap[0]
-        place = bisect_right(left, bisect_right(lengths, room[group]) - 1)
-        if place == 0 or (width < -1 and len(inside[group]) == most):
+        node = unscheduled.find(bisect_right(lengths, room[group]))
+        while node in taken:
+            below = unscheduled.find(taken[node])
+            taken[node] = taken.get(below, below)  # shorten the path for the next search
+            node = below
+        if node == 0 or (width < -1 and len(inside[group]) == most):
             slowest = max(slowest, heapq.heappop(heap)[0])
             continue
-        rank = left.pop(place - 1)
+        taken[node], left = node - 1, left - 1
+        rank = node - 1
         length, ring = lengths[rank], rings[group]
         room[group] -= length
         pairs[group] += ring.pairs(length)

@@ -93,7 +93,7 @@ def save(plan: "Schedule", path: str, title: str = "") -> None:
 
 
 def _colour(document: int, length: int, plan: "Schedule") -> tuple[float, float, float]:
-    """A hue of the document's own; the longer it is, the stronger the colour."""
+    """Return the document's own hue; the longer the document, the stronger the colour."""
     longest, shortest = max(plan.lengths), min(plan.lengths)
     share = (length - shortest) / max(longest - shortest, 1)
     hue = document * _GOLDEN % 1.0

@@ -16,9 +16,11 @@ should have to know another to do so.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+
+from hcp_jax import checks
 
 Layout = tuple[int, ...]
 
@@ -26,7 +28,7 @@ Layout = tuple[int, ...]
 def group_sizes(
     num_devices: int, min_size: int = 1, max_size: int | None = None
 ) -> tuple[int, ...]:
-    """The sizes that groups of a default layout may have, ascending.
+    """Return the sizes that groups of a default layout may have, ascending.
 
     Powers of two and divisors of `num_devices` from `min_size` to `max_size`; all sizes in between
     where those do not add up to `num_devices` (7 devices in groups of 2 to 4: 4 + 3).
@@ -40,8 +42,7 @@ def group_sizes(
         ("min_cp_size", min_size),
         ("max_cp_size", max_size),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        checks.integer(name, value, least=1)
     if min_size > max_size:
         raise ValueError(
             f"min_cp_size={min_size} is more than max_cp_size={max_size} (which is num_devices "
@@ -64,7 +65,7 @@ def group_sizes(
 
 @functools.lru_cache(maxsize=64)
 def composable(num_devices: int, sizes: tuple[int, ...]) -> list[bool]:
-    """Whether groups of these sizes can add up to 0, 1, … `num_devices`."""
+    """Return whether groups of these sizes can add up to 0, 1, … `num_devices`."""
     if 1 in sizes:
         return [True] * (num_devices + 1)
     can = [True] + [False] * num_devices
@@ -74,7 +75,7 @@ def composable(num_devices: int, sizes: tuple[int, ...]) -> list[bool]:
 
 
 def complete(groups: Sequence[int], num_devices: int, sizes: tuple[int, ...]) -> list[int]:
-    """`groups`, and the smallest groups that fill up the other devices.
+    """Return `groups` followed by the smallest groups that fill the other devices.
 
     The sum of `groups` must leave a number of devices that `sizes` can add up to.
     """
@@ -89,7 +90,7 @@ def complete(groups: Sequence[int], num_devices: int, sizes: tuple[int, ...]) ->
 
 
 def uniform(size: int, num_devices: int, sizes: tuple[int, ...]) -> list[int]:
-    """As many groups of `size` as fit, and the fewest others that fill up the rest."""
+    """Return as many groups of `size` as fit, and the fewest others that fill the rest."""
     can, rest = composable(num_devices, sizes), num_devices
     filled: list[int] = []
     for candidate in [size, *sorted((s for s in sizes if s != size), reverse=True)]:
@@ -100,7 +101,7 @@ def uniform(size: int, num_devices: int, sizes: tuple[int, ...]) -> list[int]:
 
 
 def canonical(groups: Sequence[int], devices_per_host: int) -> Layout:
-    """The order in which a layout holds its groups.
+    """Return the groups in the order in which a layout holds them.
 
     Descending, if that keeps every group that fits on a host inside one (powers of two always
     do); otherwise hosts are filled one by one where that succeeds: (6, 2, 6, 2) on hosts of 8.
@@ -123,7 +124,7 @@ def _leaves_host(groups: Sequence[int], devices_per_host: int) -> bool:
 
 
 def _host_by_host(descending: Sequence[int], devices_per_host: int) -> list[int] | None:
-    """Groups wider than a host first; the last host of each, and every other, by best fit."""
+    """Order groups host by host: those wider than a host first, the rest by best fit."""
     # Wide groups stand end to end, as one host that offers what they leave of their last one.
     wide = [size for size in descending if size > devices_per_host]
     hosts = [wide] if wide else []
@@ -145,7 +146,7 @@ def _host_by_host(descending: Sequence[int], devices_per_host: int) -> list[int]
 
 
 def check_layout(layout: Sequence[int], num_devices: int) -> Layout:
-    """`layout` as a tuple of Python integers.
+    """Return `layout` as a tuple of Python integers.
 
     Raises:
         ValueError: unless its sizes are positive integers that add up to `num_devices`.
@@ -159,42 +160,20 @@ def check_layout(layout: Sequence[int], num_devices: int) -> Layout:
     return tuple(int(size) for size in sizes)
 
 
-def all_layouts(sizes: Sequence[int], num_devices: int) -> Iterator[tuple[int, ...]]:
-    """Every layout over few devices, its groups descending; there are many over many devices."""
-
-    def of(rest: int, allowed: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        if rest == 0:
-            yield ()
-            return
-        for i, size in enumerate(allowed):
-            if size <= rest:
-                for tail in of(rest - size, allowed[i:]):
-                    yield (size, *tail)
-
-    return of(num_devices, tuple(sorted(sizes, reverse=True)))
-
-
 def group_of_device(layout: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """For every device: its group's first device, and its group's size."""
+    """Return, for every device, its group's first device and its group's size."""
     sizes = np.asarray(layout, np.int32)
     first = np.cumsum(sizes) - sizes
     return np.repeat(first, sizes).astype(np.int32), np.repeat(sizes, sizes)
 
 
 def num_hops(layout: Sequence[int]) -> int:
-    """Parts into which the keys of the widest group are cut: hop 0 is a device's own."""
+    """Return the number of hops of the widest group; at hop 0 a device has its own keys."""
     return max(layout)
 
 
-def key_source(layout: Sequence[int], hop: int) -> np.ndarray:
-    """The device whose keys each device holds at `hop`; -1 once its ring has seen them all."""
-    first, size = group_of_device(layout)
-    rank = np.arange(size.size, dtype=np.int32) - first
-    return np.where(hop < size, first + (rank - hop) % size, -1).astype(np.int32)
-
-
 def hop_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
-    """(source, destination) pairs of the `ppermute` that leads from hop - 1 to `hop`.
+    """Return the (source, destination) pairs of the `ppermute` from hop - 1 to `hop`.
 
     The union of the cycles of all groups of more than `hop` devices; each passes on what it holds
     to the next device of its group. Empty from hop 0 and past the last.
@@ -203,7 +182,7 @@ def hop_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], .
 
 
 def homeward_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
-    """(source, destination) pairs of the backward's `ppermute` of dk and dv from hop - 1 to `hop`.
+    """Return the (source, destination) pairs that move dk and dv from hop - 1 to `hop`.
 
     They travel with their keys, and once more: the cycles of groups of exactly `hop` devices turn
     too, which brings what they carry back to the device that holds the keys.
@@ -212,7 +191,7 @@ def homeward_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, in
 
 
 def _cycles(layout: Sequence[int], narrowest: int) -> tuple[tuple[int, int], ...]:
-    """Every device of a group of at least `narrowest` to the next device of its group."""
+    """Pair every device of a group of at least `narrowest` with the next device of its group."""
     first, size = group_of_device(layout)
     device = np.arange(size.size, dtype=np.int32)
     to = first + (device - first + 1) % size
@@ -221,7 +200,7 @@ def _cycles(layout: Sequence[int], narrowest: int) -> tuple[tuple[int, int], ...
 
 
 def describe(layout: Sequence[int]) -> str:
-    """A layout in few words: `4×3 + 2 + 1×2`."""
+    """Return a layout in short: `4×3 + 2 + 1×2`."""
     parts: list[list[int]] = []
     for size in layout:
         if parts and parts[-1][0] == size:

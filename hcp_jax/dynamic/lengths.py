@@ -19,7 +19,7 @@ import numpy as np
 
 
 def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
-    """`count` lengths of the distribution `spec`, the same for the same seed.
+    """Draw `count` lengths from the distribution `spec`; the same seed gives the same lengths.
 
     Of a file or a folder, `count` of its lengths drawn without repeating (all of them if it has
     fewer).
@@ -49,7 +49,7 @@ def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
 
 
 def mean_length(spec: str) -> float:
-    """The mean of the distribution `spec`, by 200,000 lengths of it (of a file, all if fewer)."""
+    """Estimate the mean of `spec` from 200,000 lengths (from a file: all, if there are fewer)."""
     return float(np.mean(draw_lengths(spec, 200_000, 0)))
 
 
@@ -99,7 +99,7 @@ def _from_file(path: Path, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _from_offsets(path: Path) -> np.ndarray:
-    """Tokens that training makes of each document: one more than the document has of its own."""
+    """Return the tokens that training makes of each document: one more than it has itself."""
     if not path.is_file():
         raise ValueError(f"{path.parent} has no offsets.npy; hcp tokenize makes folders that have.")
     return np.diff(np.load(path, mmap_mode="r")) + 1
@@ -121,7 +121,7 @@ def _from_csv(path: Path) -> np.ndarray:
 
 
 def _location(mean: float, sigma: float, low: float, high: float) -> float:
-    """The mu of the lognormal whose mean is `mean` once clipped to [low, high]."""
+    """Return mu of the lognormal whose mean is `mean` after clipping to [low, high]."""
     if not low < mean < high or sigma <= 0:
         raise ValueError(f"lognormal needs min < mean < max and sigma > 0, got mean={mean}.")
     normal = NormalDist()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hcp_jax import checks
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.groups import Layout
@@ -20,7 +21,7 @@ from hcp_jax.dynamic.scheduler import MAX_MENU, check_lengths, schedule
 
 
 class Step(NamedTuple):
-    """One optimizer step out of several that were scheduled together.
+    """One optimizer step of several that were scheduled together.
 
     Attributes:
         plan: its microbatches; `plan.lengths` are the lengths of this step's documents alone.
@@ -40,7 +41,7 @@ def choose_menu(
     cost: Cost | None = None,
     max_layouts: int = MAX_MENU,
 ) -> tuple[Layout, ...]:
-    """The layouts that training should compile, for batches like these.
+    """Choose the layouts that training should compile, for batches like these.
 
     Tried are the layouts that the batches choose for themselves, layouts of equal groups, and
     layouts of two neighbouring sizes on halves, quarters and eighths of the devices, which fit
@@ -63,11 +64,9 @@ def choose_menu(
         ValueError: as `schedule`; and if there are no batches, or max_layouts is less than 1.
     """
     samples = [check_lengths(batch) for batch in batches]
-    if not samples or max_layouts < 1:
-        raise ValueError(
-            f"choose_menu needs at least one batch and max_layouts >= 1, got {len(samples)} and "
-            f"{max_layouts}."
-        )
+    max_layouts = checks.integer("max_layouts", max_layouts, least=1)
+    if not samples:
+        raise ValueError("choose_menu needs at least one batch.")
     cost = Cost() if cost is None else cost
     limits = num_devices, max_tokens_per_device, min_cp_size, max_cp_size
 
@@ -175,7 +174,7 @@ def _step(
 def _mixes(
     num_devices: int, wanted: Sequence[int], sizes: tuple[int, ...], devices_per_host: int
 ) -> list[Layout]:
-    """Equal groups of each size, and of neighbouring sizes on eighths of the devices."""
+    """Return layouts of equal groups, and of two neighbouring sizes on eighths of the devices."""
     mixes = [groups.uniform(size, num_devices, sizes) for size in wanted]
     can = groups.composable(num_devices, sizes)
     for narrow, wide in itertools.pairwise(wanted):

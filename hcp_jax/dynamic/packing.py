@@ -29,13 +29,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from hcp_jax import checks
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.fill import max_documents_per_ring
 from hcp_jax.dynamic.plan import Microbatch
 
 
 class Runs(NamedTuple):
-    """For every device, the runs of keys that it holds: `layout.KeyRuns`, a row for each.
+    """The runs of keys that every device holds: `layout.KeyRuns` with a row per device.
 
     Attributes:
         starts: global index at which each run begins.
@@ -48,7 +49,7 @@ class Runs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedMicrobatch:
-    """The buffers of a microbatch; rows are devices, D of them, M places each.
+    """The buffers of a microbatch: one row of M places for each of D devices.
 
     Attributes:
         layout: group sizes over all devices.
@@ -68,18 +69,9 @@ class PackedMicrobatch:
     end: Int32[np.ndarray, "D M"]
     runs: Runs
 
-    def runs_at(self, hop: int) -> Runs:
-        """The keys at hand at a hop, for the devices of the rows; no runs once a ring is done."""
-        source = groups.key_source(self.layout, hop)[self.devices.start : self.devices.stop]
-        done = source[:, None] < 0
-        return Runs(
-            np.where(done, 0, self.runs.starts[source]),
-            np.where(done, 0, self.runs.offsets[source]),
-        )
-
 
 def max_runs(max_tokens_per_device: int) -> int:
-    """Runs of keys that a device has at most in any microbatch that `schedule` makes.
+    """Return the most runs of keys that a device has in any microbatch that `schedule` makes.
 
     Two for every document of a group of several devices; a group of one device has a single run.
     """
@@ -107,6 +99,9 @@ def pack(
     Raises:
         ValueError: if a group's documents do not fit, or have more than `num_runs` runs.
     """
+    max_tokens_per_device = checks.integer("max_tokens_per_device", max_tokens_per_device, least=1)
+    if num_runs is not None:
+        num_runs = checks.integer("num_runs", num_runs, least=1)
     num_devices = sum(microbatch.layout)
     devices = range(num_devices) if devices is None else devices
     if devices.step != 1 or not 0 <= devices.start <= devices.stop <= num_devices:
@@ -143,7 +138,7 @@ def pack(
 
 
 def _cut(lengths: np.ndarray, begin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(global index, tokens) of each of the 2·size chunks of each document: `[documents, 2·size]`.
+    """Return (global index, tokens) of the chunks of each document, both `[documents, 2·size]`.
 
     Device j gets one token over if its turn comes among the first r, and two if twice.
     """
@@ -161,7 +156,7 @@ def _chunks_of(rank: int, size: int) -> list[int]:
 
 
 def _join(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, lengths) of the runs that chunks make: neighbours in the stream are one."""
+    """Return (starts, lengths) of the runs of chunks; neighbours in the stream are merged."""
     begins, sizes = begins[sizes > 0], sizes[sizes > 0]
     if not sizes.size:
         return begins, sizes

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """One step of the program: a layout, and the documents of each of its groups.
+    """One run of the program: a layout and the documents of each of its groups.
 
     Attributes:
         layout: group sizes in device order.
@@ -32,13 +32,13 @@ class Microbatch:
     documents: tuple[tuple[int, ...], ...]
 
     def lengths(self, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """The lengths of each group's documents."""
+        """Return the lengths of each group's documents."""
         return tuple(tuple(lengths[d] for d in group) for group in self.documents)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Microbatches that hold every document once.
+    """Microbatches that together hold every document once.
 
     Attributes:
         lengths: tokens of each document.
@@ -60,7 +60,7 @@ class Schedule:
 
     @cached_property
     def group_seconds(self) -> tuple[tuple[float, ...], ...]:
-        """Attention and exposed transfers of every group of every microbatch."""
+        """Seconds of attention and exposed transfers of every group of every microbatch."""
         return tuple(
             tuple(
                 self.cost.group_seconds(
@@ -83,13 +83,13 @@ class Schedule:
 
     @property
     def token_fill(self) -> float:
-        """Share of all buffers' places that hold a token; 1 if there are no microbatches."""
+        """Share of all buffer slots that hold a token; 1 if there are no microbatches."""
         places = len(self.microbatches) * self.num_devices * self.max_tokens_per_device
         return sum(self.lengths) / places if places else 1.0
 
     @property
     def balance(self) -> float:
-        """Attention pairs of the mean device over those of the busiest, by microbatch, summed."""
+        """Attention pairs of the mean device over those of the busiest, over all microbatches."""
         mean = busiest = 0.0
         for mb in self.microbatches:
             pairs = [
@@ -121,7 +121,7 @@ class Schedule:
         )
 
     def check(self) -> None:
-        """Hold the schedule to its promises.
+        """Check that the schedule is complete and fits the devices.
 
         Raises:
             ValueError: if a document is missing or comes twice, a group holds more than its devices
@@ -143,7 +143,7 @@ class Schedule:
                     raise ValueError(f"microbatch {i}: a group of {size} is over its capacity.")
 
     def plot(self, axes: "Axes | None" = None) -> Any:
-        """A Gantt chart, devices × time, one colour per document: see `gantt.draw`."""
+        """Draw a Gantt chart, devices × time, one colour per document: see `gantt.draw`."""
         from hcp_jax.dynamic.gantt import draw
 
         return draw(self, axes)

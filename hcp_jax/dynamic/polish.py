@@ -13,7 +13,7 @@ _STEPS, _PARTNERS = 12, 4
 
 
 class _Group:
-    """A group while documents move."""
+    """A group whose documents are being exchanged."""
 
     def __init__(self, ring: Ring, ranks: list[int], lengths: list[int], tokens: int):
         self.ring = ring
@@ -81,7 +81,7 @@ def _relieve(own: list[_Group], last: list[_Group], lengths: list[int], most: in
 def _best_exchange(
     slow: _Group, quick: _Group, lengths: list[int], most: int, limit: float
 ) -> tuple[float, int, int]:
-    """(seconds of the slower of both after it, rank given, rank taken or -1), the least there is.
+    """Return the best exchange: (seconds of the slower group, rank given, rank taken or -1).
 
     `quick` may take `limit` seconds at most, and counts as no slower than `slow` was: one of
     another microbatch may well be. Of documents of one length any will do.

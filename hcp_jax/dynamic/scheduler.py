@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from hcp_jax import checks
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.bound import best_rings, document_prices
 from hcp_jax.dynamic.cost import Cost, Ring
-from hcp_jax.dynamic.fill import Filled, Problem, fill
+from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
 from hcp_jax.dynamic.groups import Layout
 from hcp_jax.dynamic.plan import Microbatch, Schedule
 from hcp_jax.dynamic.polish import polish
@@ -32,8 +33,8 @@ MAX_MENU = 16  # programs that are worth compiling before the first step
 _TIE = 1.0002  # the cost model is not so good that less than this would tell two schedules apart
 
 
-# From what is left (ranks, ascending) to layouts, of which one at least holds the longest.
-_Propose = Callable[[Problem, list[int]], Sequence[Layout]]
+# Proposes layouts for the unscheduled documents; at least one of them holds the longest.
+_Propose = Callable[[Problem, Unscheduled], Sequence[Layout]]
 
 
 def schedule(
@@ -81,7 +82,7 @@ def schedule(
         sizes = tuple(sorted({size for layout in given for size in layout}))
     _check_fits(of_length, max_tokens_per_device, sizes[-1])
 
-    order = _ascending(of_length, seed)
+    order = _ascending(of_length, checks.integer("seed", seed, least=0))
     problem = _problem(of_length[order], num_devices, max_tokens_per_device, cost, sizes)
     chosen, filled = _search(problem, given)
     return Schedule(
@@ -96,7 +97,7 @@ def schedule(
 
 
 def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """`lengths` as int64.
+    """Return `lengths` as int64.
 
     Raises:
         ValueError: unless they are integers of at least 1, in one dimension.
@@ -118,9 +119,7 @@ def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _check_tokens(max_tokens_per_device: int, num_devices: int) -> None:
-    value = max_tokens_per_device
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"max_tokens_per_device must be an integer >= 1, got {value!r}.")
+    value = checks.integer("max_tokens_per_device", max_tokens_per_device, least=1)
     if value * num_devices > np.iinfo(np.int32).max:
         raise ValueError(
             f"num_devices={num_devices} times max_tokens_per_device={value} passes 2**31 - 1, the "
@@ -156,7 +155,7 @@ def _check_menu(
 
 
 def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
-    """Documents by length; equal ones in an order that the seed decides."""
+    """Sort documents by length; the seed decides the order of equal ones."""
     shuffled = np.random.default_rng(seed).permutation(lengths.size)
     return shuffled[np.argsort(lengths[shuffled], kind="stable")]
 
@@ -184,7 +183,7 @@ def _problem(
 def _search(
     problem: Problem, given: tuple[Layout, ...] | None
 ) -> tuple[tuple[Layout, ...], list[Filled]]:
-    """The best of a few ways to choose layouts, and the menu of what it uses.
+    """Try a few ways to choose layouts; return the menu and the microbatches of the best.
 
     By efficiency one microbatch at a time, which is best for most data; each document in the
     narrowest group that holds it; equal groups in every microbatch; and groups of one and the same
@@ -212,7 +211,7 @@ def _search(
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
-    """Attention pairs of the busiest device of each microbatch, added up: the less, the evener."""
+    """Sum the attention pairs of the busiest device of each microbatch: less is more even."""
     total = 0.0
     for mb in filled:
         total += max(
@@ -227,31 +226,31 @@ def _build(
     menu: Sequence[Layout] | _Propose,
     give_up: float = float("inf"),
 ) -> list[Filled] | None:
-    """Microbatches for all documents, from the layouts of a menu or those proposed on the way.
+    """Build microbatches for all documents, from a menu of layouts or those proposed on the way.
 
     None as soon as they are sure to take `give_up` seconds or more.
     """
-    remaining = list(range(len(problem.lengths)))
+    unscheduled = Unscheduled(len(problem.lengths))
     filled: list[Filled] = []
     worth = sum(problem.values)
     seconds = 0.0
-    while remaining:
+    while unscheduled.count:
         if (seconds + worth) * (1 + 1e-12) >= give_up:
             return None
-        candidates = menu(problem, remaining) if callable(menu) else menu
-        best = _best(problem, remaining, candidates)
-        taken = set(itertools.chain.from_iterable(best.groups))
-        remaining = [rank for rank in remaining if rank not in taken]
+        candidates = menu(problem, unscheduled) if callable(menu) else menu
+        best = _best(problem, unscheduled, candidates)
+        unscheduled.remove(itertools.chain.from_iterable(best.groups))
         filled.append(best)
         seconds += best.seconds
         worth -= best.value
     return None if seconds * (1 + 1e-12) >= give_up else filled
 
 
-def _best(problem: Problem, remaining: list[int], candidates: Iterable[Layout]) -> Filled:
-    """The candidate of greatest efficiency; those that cannot beat the best are not filled."""
-    longest = problem.lengths[remaining[-1]]
-    worth = problem.num_devices * problem.tokens * problem.density[remaining[-1]]
+def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Layout]) -> Filled:
+    """Return the most efficient candidate; those that cannot beat the best are not filled."""
+    rank = unscheduled.longest()
+    longest = problem.lengths[rank]
+    worth = problem.num_devices * problem.tokens * problem.density[rank]
     dense = problem.cost.dense_seconds(problem.tokens)
     queue = []
     for order, layout in enumerate(candidates):
@@ -265,36 +264,36 @@ def _best(problem: Problem, remaining: list[int], candidates: Iterable[Layout]) 
     for least, _, layout, rings in sorted(queue, key=lambda item: item[:2]):
         if best is not None and worth <= efficiency * least:
             break
-        filled = fill(problem, remaining, layout, rings)
+        filled = fill(problem, unscheduled, layout, rings)
         if best is None or filled.value > efficiency * filled.seconds * (1 + 1e-12):
             best, efficiency = filled, filled.value / filled.seconds
     assert best is not None, "a layout that holds the longest document is always among them"
     return best
 
 
-def _by_target(problem: Problem, remaining: list[int]) -> list[Layout]:
-    """Layouts for these documents, from wide groups that are quick to narrow ones that are cheap.
+def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+    """Propose layouts, from wide groups that are quick to narrow ones that are cheap.
 
     Every document, longest first, gets the narrowest group in which it fits and takes at most a
     target; the targets are fractions of what the longest takes in the narrowest group that holds
     it. And for every size, as many groups of it as there can be.
     """
-    longest = problem.lengths[remaining[-1]]
+    longest = problem.lengths[unscheduled.longest()]
     narrowest = _able(problem, longest)[0]
     slowest = narrowest.seconds(narrowest.pairs(longest))
     parts = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
-    proposed = [_narrowest(problem, remaining, slowest * part) for part in parts]
-    proposed += _narrowest_only(problem, remaining)
+    proposed = [_narrowest(problem, unscheduled, slowest * part) for part in parts]
+    proposed += _narrowest_only(problem, unscheduled)
     proposed += [_uniform(problem, ring.size) for ring in _able(problem, longest)]
     return list(dict.fromkeys(proposed))
 
 
-def _narrowest_only(problem: Problem, remaining: list[int]) -> list[Layout]:
-    return [_narrowest(problem, remaining, float("inf"))]
+def _narrowest_only(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+    return [_narrowest(problem, unscheduled, float("inf"))]
 
 
-def _equal_groups(problem: Problem, remaining: list[int]) -> list[Layout]:
-    able = _able(problem, problem.lengths[remaining[-1]])
+def _equal_groups(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+    able = _able(problem, problem.lengths[unscheduled.longest()])
     even = [ring for ring in able if problem.num_devices % ring.size == 0]
     return [_uniform(problem, ring.size) for ring in even or able]
 
@@ -306,7 +305,7 @@ def _one_size(problem: Problem) -> Iterator[_Propose]:
 
 
 def _able(problem: Problem, length: int) -> list[Ring]:
-    """The rings that hold a document of `length` tokens, narrowest first."""
+    """Return the rings that hold a document of `length` tokens, narrowest first."""
     return [ring for ring in problem.rings if ring.size * problem.tokens >= length]
 
 
@@ -315,11 +314,11 @@ def _uniform(problem: Problem, size: int) -> Layout:
     return groups.canonical(sizes, problem.cost.devices_per_host)
 
 
-def _narrowest(problem: Problem, remaining: list[int], target: float) -> Layout:
+def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Layout:
     can = groups.composable(problem.num_devices, problem.sizes)
     rest = problem.num_devices
     chosen: list[int] = []
-    for rank in reversed(remaining):
+    for rank in unscheduled.descending():
         size = _narrowest_size(problem, problem.lengths[rank], target)
         if size == problem.sizes[0] or size > rest or not can[rest - size]:
             break
@@ -332,13 +331,20 @@ def _narrowest(problem: Problem, remaining: list[int], target: float) -> Layout:
 
 
 def _narrowest_size(problem: Problem, length: int, target: float) -> int:
-    seconds = {ring.size: ring.seconds(ring.pairs(length)) for ring in _able(problem, length)}
-    fast = (size for size, took in seconds.items() if took <= target)
-    return next(fast, min(seconds, key=lambda size: (seconds[size], size)))
+    """Return the narrowest group that takes at most `target` seconds, or else the quickest one."""
+    quickest, least = 0, float("inf")
+    for ring in problem.rings:
+        if ring.size * problem.tokens >= length:
+            seconds = ring.seconds(ring.pairs(length))
+            if seconds <= target:
+                return ring.size
+            if seconds < least:
+                quickest, least = ring.size, seconds
+    return quickest
 
 
 def _frequent(filled: Sequence[Filled], problem: Problem) -> tuple[Layout, ...]:
-    """The layouts that most of the time went to, at most `MAX_MENU`, with the fallback."""
+    """Return at most `MAX_MENU` layouts: those that take most time, and the fallback."""
     fallback = _uniform(problem, problem.sizes[-1])
     seconds: dict[Layout, float] = {}
     for mb in filled:

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hcp_jax import terminal
+from hcp_jax.cost.models import MODELS
 from hcp_jax.dynamic import baselines, gantt
 from hcp_jax.dynamic.baselines import Outcome
 from hcp_jax.dynamic.calibrate import read_cost
-from hcp_jax.dynamic.cost import MODELS, Cost, model_cost
+from hcp_jax.dynamic.cost import Cost, model_cost
 from hcp_jax.dynamic.lengths import draw_lengths, mean_length
 from hcp_jax.dynamic.menu import schedule_batches
 from hcp_jax.dynamic.plan import Schedule
@@ -32,7 +34,7 @@ _Strategy = Callable[[list[int], int, int, Cost], Schedule]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the arguments that `run` reads."""
+    """Add the arguments that `run` reads."""
     parser.add_argument(
         "--lengths",
         required=True,
@@ -61,12 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate, print, and write what was asked for; the exit status.
+    """Simulate, print, write what was asked for, and return the exit status.
 
     Raises:
         ValueError: if an argument makes no sense.
     """
-    cost = dataclasses.replace(model_cost(args.model), devices_per_host=args.devices_per_host)
+    cost = model_cost(args.model, devices_per_host=args.devices_per_host)
     if args.cost is not None:
         cost = read_cost(args.cost)
     if args.batches < 1:
@@ -161,19 +163,18 @@ def _simulate(
 
 
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:
-    """The mean of each figure over batches."""
+    """Average each figure over batches."""
     columns = zip(*(dataclasses.astuple(outcome) for outcome in outcomes), strict=True)
     return Outcome(*(float(np.mean(column)) for column in columns))
 
 
 def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from hcp_jax.dynamic.groups import describe
 
     # A table in a file is not broken to the width of a terminal that is not there.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal.console(width=None if sys.stdout.isatty() else 160)
     for record in records:
         table = Table(
             title=f"{record['devices']} devices × {record['max_tokens_per_device']} tokens, "

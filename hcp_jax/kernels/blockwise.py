@@ -121,7 +121,7 @@ def _logits(spec: CoreSpec, blocks: _Blocks, i, s):
     if spec.logits_soft_cap is not None:
         capped = jnp.tanh(logits / spec.logits_soft_cap)
         logits, slope = spec.logits_soft_cap * capped, 1 - capped**2
-    index = blocks.key_index[s]
+    index = blocks.key_index[s][(None,) * (logits.ndim - 1)]
     visible = (index >= blocks.start[i]) & (index < blocks.end[i]) & (index >= 0)
     return jnp.where(visible, logits, -jnp.inf), slope
 

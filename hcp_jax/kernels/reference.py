@@ -58,7 +58,7 @@ def _logits(spec: CoreSpec, q, k, intervals: Intervals, runs: KeyRuns):
     if spec.logits_soft_cap is not None:
         capped = jnp.tanh(logits / spec.logits_soft_cap)
         logits, slope = spec.logits_soft_cap * capped, 1 - capped**2
-    index = key_index(runs, k.shape[1])
+    index = key_index(runs, k.shape[1])[(None,) * (logits.ndim - 1)]
     start, end = (jnp.asarray(x)[:, None, None, :, None] for x in intervals)
     visible = (index >= start) & (index < end) & (index >= 0)
     return jnp.where(visible, logits, -jnp.inf), slope

@@ -128,9 +128,10 @@ def _pairs(queries: QueryBlocks, keys: KeyBlocks):
     least_start, greatest_start, least_end, greatest_end = (
         getattr(queries, name)[..., None] for name in _QUERY_FACTS
     )
-    visible = (least_start <= keys.greatest) & (greatest_end > keys.least)
-    inside = (greatest_start <= keys.least) & (least_end > keys.greatest)
-    return visible, visible & inside & keys.whole
+    least, greatest, whole = (getattr(keys, name)[None, None] for name in _KEY_FACTS)
+    visible = (least_start <= greatest) & (greatest_end > least)
+    inside = (greatest_start <= least) & (least_end > greatest)
+    return visible, visible & inside & whole
 
 
 def _spans(visible: Bool[Array, "B1 X Y"], full: Bool[Array, "B1 X Y"]) -> Int32[Array, "B1 X 4"]:
@@ -139,7 +140,7 @@ def _spans(visible: Bool[Array, "B1 X Y"], full: Bool[Array, "B1 X Y"]) -> Int32
     Without a full one that stretch is empty, at `last`.
     """
     size = visible.shape[2]
-    place = jnp.arange(size, dtype=jnp.int32)
+    place = jnp.arange(size, dtype=jnp.int32)[None, None]
     last = jnp.max(jnp.where(visible, place + 1, 0), axis=2)
     first = jnp.minimum(jnp.min(jnp.where(visible, place, size), axis=2), last)
     full_first = jnp.minimum(jnp.min(jnp.where(full, place, size), axis=2), last)

@@ -1,11 +1,14 @@
 """What a decoder is made of. Apart from the model, so that reading a config builds nothing."""
 
 import dataclasses
-from typing import Literal, get_args
+from dataclasses import field
+from typing import TYPE_CHECKING, Literal, get_args
 
-from hcp_jax.mask import Mask, causal, documents
-from hcp_jax.mask import sliding_window as window_mask
-from hcp_jax.models.rope import RopeScaling
+from hcp_jax.models.rope_scaling import RopeScaling
+from hcp_jax.settings import MOST, check, fixed, free, numbers
+
+if TYPE_CHECKING:
+    from hcp_jax.mask import Mask
 
 Remat = Literal["none", "attention", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -47,38 +50,32 @@ class ModelConfig:
         ValueError: for sizes that do not fit each other.
     """
 
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int | None = None
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    tie_embeddings: bool = False
-    norm_eps: float = 1e-5
-    sliding_window: int | None = None
-    logits_soft_cap: float | None = None
-    attention_sinks: bool = False
-    remat: Remat = "attention"
-    offload_activations: bool = False
-    compute_dtype: ComputeDtype = "bfloat16"
-    mlp_chunk: int | None = None
-    loss_chunk: int = 1024
-    z_loss: float = 0.0
-    implementation: str | None = None
+    vocab_size: int = field(metadata=fixed(above=0, most=MOST))
+    num_layers: int = field(metadata=fixed(above=0, most=100_000))
+    hidden_size: int = field(metadata=fixed(above=0, most=MOST))
+    intermediate_size: int = field(metadata=fixed(above=0, most=MOST))
+    num_heads: int = field(metadata=fixed(above=0, most=MOST))
+    num_kv_heads: int = field(metadata=fixed(above=0, most=MOST))
+    head_size: int | None = field(default=None, metadata=fixed(above=0, most=MOST))
+    rope_theta: float = field(default=10_000.0, metadata=numbers(above=1, most=1e15))
+    rope_scaling: RopeScaling | None = field(default=None, metadata=numbers())
+    qk_norm: bool = field(default=False, metadata=fixed())
+    qkv_bias: bool = field(default=False, metadata=fixed())
+    tie_embeddings: bool = field(default=False, metadata=fixed())
+    norm_eps: float = field(default=1e-5, metadata=numbers(least=1e-30, most=1.0))
+    sliding_window: int | None = field(default=None, metadata=numbers(above=0, most=MOST))
+    logits_soft_cap: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
+    attention_sinks: bool = field(default=False, metadata=fixed())
+    remat: Remat = field(default="attention", metadata=free())
+    offload_activations: bool = field(default=False, metadata=free())
+    compute_dtype: ComputeDtype = field(default="bfloat16", metadata=numbers())
+    mlp_chunk: int | None = field(default=None, metadata=free(above=0, most=MOST))
+    loss_chunk: int = field(default=1024, metadata=free(above=0, most=MOST))
+    z_loss: float = field(default=0.0, metadata=numbers(least=0, most=1e6))
+    implementation: str | None = field(default=None, metadata=free())
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "hidden_size", "intermediate_size"):
-            _require_positive(name, getattr(self, name))
-        for name in ("num_heads", "num_kv_heads", "loss_chunk"):
-            _require_positive(name, getattr(self, name))
-        for name in ("head_size", "sliding_window", "logits_soft_cap", "mlp_chunk"):
-            if getattr(self, name) is not None:
-                _require_positive(name, getattr(self, name))
+        check(self, "model.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -109,21 +106,18 @@ class ModelConfig:
         """H, whether it was given or not."""
         return self.head_size or self.hidden_size // self.num_heads
 
-    def mask(self, segment_ids=None) -> Mask:
+    def mask(self, segment_ids=None) -> "Mask":
         """The mask this model attends with, in natural order.
 
         Args:
             segment_ids: int32 `[B, T]`, equal for the tokens of one document; None for streams that
                 are one document each.
         """
+        from hcp_jax.mask import causal, documents, sliding_window
+
         mask = causal()
         if segment_ids is not None:
             mask = mask & documents(segment_ids)
         if self.sliding_window is not None:
-            mask = mask & window_mask(self.sliding_window)
+            mask = mask & sliding_window(self.sliding_window)
         return mask
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value!r}.")

@@ -10,7 +10,7 @@ devices, into its place among the layers, before the next one is opened. Nothing
 """
 
 import functools
-import json
+import itertools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -23,15 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf_folder import Stored, some, stored_tensors
 from hcp_jax.models.transformer import abstract_model
+from hcp_jax.terminal import printable
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """What a tensor may be stored as; every one of these is exact in float32."""
-
-INDEX = "model.safetensors.index.json"
-ONE_FILE = "model.safetensors"
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Slot(NamedTuple):
@@ -60,16 +57,13 @@ class Slot(NamedTuple):
         return tuple(math.prod(dims) for dims in (outputs, inputs) if dims)
 
 
-class Stored(NamedTuple):
-    """A tensor in a file: where it is, and what it is stored as."""
-
-    file: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def slots(config: ModelConfig) -> list[Slot]:
-    """All tensors of a model, parameter by parameter, the layers of each in order."""
+    """Return all tensors of a model, parameter by parameter, the layers of each in order."""
+    return list(_slots(config))
+
+
+@functools.lru_cache(maxsize=4)
+def _slots(config: ModelConfig) -> tuple[Slot, ...]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])
     found = []
     for keys, leaf in leaves:
@@ -85,34 +79,7 @@ def slots(config: ModelConfig) -> list[Slot]:
             root = [] if modules[0] == "lm_head" else ["model"]
             name = ".".join([*root, *inside, suffix])
             found.append(Slot(name, path, layer, tuple(shape), inputs))
-    return found
-
-
-def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """All tensors of a folder, by name; only the heads of its files are read.
-
-    Raises:
-        ValueError: if there are no safetensors (a pickle is never opened), a file is missing or
-            damaged, or the index and the files do not fit each other.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        if not (folder / ONE_FILE).is_file():
-            raise ValueError(_no_safetensors(folder))
-        return _tensors_of(folder / ONE_FILE)
-    try:
-        placed = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of tensors ({error!r}).") from None
-    found: dict[str, Stored] = {}
-    for name in sorted(set(placed.values())):
-        if pathlib.PurePath(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{index} names the file {name!r}, which is not in {folder}.")
-        found |= _tensors_of(folder / name)
-    for name, file in placed.items():
-        if name not in found or found[name].file.name != file:
-            raise ValueError(f"{index} says that {name} is in {file}, but it is not.")
-    return found
+    return tuple(found)
 
 
 def check(config: ModelConfig, folder: pathlib.Path) -> dict[str, Stored]:
@@ -123,28 +90,30 @@ def check(config: ModelConfig, folder: pathlib.Path) -> dict[str, Stored]:
             another way than `DTYPES`, or not one of the model's; names them.
     """
     found = stored_tensors(folder)
+    place = printable(folder)
     needed = {slot.name: slot for slot in slots(config)}
     missing = [name for name in needed if name not in found]
     if missing:
-        raise ValueError(f"{folder} lacks {_some(missing)}.")
+        raise ValueError(f"{place} lacks {some(missing)}{_why_missing(found, needed)}.")
     for name, slot in needed.items():
         stored = found[name]
         if stored.shape != slot.stored_shape:
             raise ValueError(
-                f"{folder}: {name} is {list(stored.shape)} in {stored.file.name}, and the model "
-                f"needs {list(slot.stored_shape)}."
+                f"{place}: {name} is {printable(list(stored.shape))} in "
+                f"{printable(stored.file.name)}, and the model needs {list(slot.stored_shape)}."
             )
         if stored.dtype not in DTYPES:
             raise ValueError(
-                f"{folder}: {name} is stored as {stored.dtype}; only {', '.join(DTYPES)} can be "
+                f"{place}: {name} is stored as {stored.dtype}; only {', '.join(DTYPES)} can be "
                 "read."
             )
+    _require_first_rows(needed, found)
     others = [name for name in found if name not in needed and not _is_passed_over(name)]
     if config.tie_embeddings and "lm_head.weight" in others:
         _require_tied(folder, found)
         others.remove("lm_head.weight")
     if others:
-        raise ValueError(f"{folder} has tensors that the model has not: {_some(others)}.")
+        raise ValueError(f"{place} has tensors that the model has not: {some(others)}.")
     return {name: found[name] for name in needed}
 
 
@@ -220,13 +189,57 @@ def _read(slot: Slot, stored: Stored, index: tuple[slice, ...]) -> np.ndarray:
         with safe_open(stored.file, framework="numpy") as file:
             tensor = file.get_slice(slot.name)
             if k is None:
-                return np.asarray(tensor[index], np.float32)
+                return _finite(np.asarray(tensor[index], np.float32), slot.name, stored)
             outputs = _flat(read[k:], slot.shape[k:])
             part = tensor[outputs, _flat(read[:k], slot.shape[:k])].T if k else tensor[outputs]
     except SafetensorError as error:
-        raise ValueError(f"{stored.file}: {slot.name} cannot be read ({error}).") from None
+        raise ValueError(
+            f"{printable(stored.file)}: {slot.name} cannot be read ({printable(error)})."
+        ) from None
     sizes = [len(range(*i.indices(n))) for i, n in zip(read, slot.shape, strict=True)]
-    return np.ascontiguousarray(part.reshape(sizes)[rest], np.float32)
+    part = np.ascontiguousarray(part.reshape(sizes)[rest], np.float32)
+    return _finite(part, slot.name, stored)
+
+
+def _finite(values: np.ndarray, name: str, stored: Stored) -> np.ndarray:
+    """Return the values, if all of them are finite: one NaN would make a NaN of every loss."""
+    wrong = values.size - np.count_nonzero(np.isfinite(values))
+    if wrong:
+        raise ValueError(
+            f"{printable(stored.file)}: {name} has {wrong:,} values of {values.size:,} read that "
+            "are NaN or infinite; the file was written by a run that had diverged, or is damaged."
+        )
+    return values
+
+
+def _require_first_rows(needed: dict[str, Slot], found: dict[str, Stored]) -> None:
+    """Read a row of each tensor: weights that are NaN throughout are told before training loads."""
+    by_file = sorted((found[name].file, name) for name in needed)
+    for file, of_file in itertools.groupby(by_file, key=lambda pair: pair[0]):
+        with safe_open(file, framework="numpy") as opened:
+            for _, name in of_file:
+                row = opened.get_slice(name)[:1]
+                _finite(np.asarray(row, np.float32), name, found[name])
+
+
+def _why_missing(found: dict[str, Stored], needed: dict[str, Slot]) -> str:
+    """Return what the names that are there tell of where they come from, to end a sentence."""
+    if any(".lora_" in name or name.startswith("base_model.") for name in found):
+        return "; it holds an adapter (LoRA): merge it into its base model first, and save that"
+    for name in list(needed)[:20]:
+        for other in found:
+            if other.endswith(f".{name}"):
+                prefix = other.removesuffix(name)
+                return (
+                    f"; its tensors have {printable(prefix)!r} before their names, as a wrapper "
+                    "or a larger model saves them: save the language model on its own"
+                )
+            if name.endswith(f".{other}"):
+                return (
+                    f"; its tensors lack {name.removesuffix(other)!r} before their names: it is "
+                    "the base model without its head. Save it with AutoModelForCausalLM"
+                )
+    return f"; it has {some(found)}, named as in no family that is read here" if found else ""
 
 
 def _flat(index: Sequence[slice], shape: Sequence[int]) -> slice:
@@ -254,30 +267,6 @@ def _put_layer(sharding: Any) -> Any:
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
-def _tensors_of(file: pathlib.Path) -> dict[str, Stored]:
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {
-                name: Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
-                for name, tensor in slices.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged, or not whole ({error}); fetch it again.") from None
-
-
-def _no_safetensors(folder: pathlib.Path) -> str:
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
-    if not pickles:
-        return f"{folder} has no weights: neither {ONE_FILE} nor {INDEX}."
-    return (
-        f"{folder} has its weights in {_some(pickles)} and none in safetensors. Such a file is a "
-        "pickle: to open it is to run whatever code is in it, so it is never opened here. Where "
-        "you trust it, write it anew with transformers: "
-        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
-    )
-
-
 def _is_passed_over(name: str) -> bool:
     """Frequencies that old versions saved; they follow from the config."""
     return name.endswith("rotary_emb.inv_freq")
@@ -300,8 +289,3 @@ def _require_tied(folder: pathlib.Path, found: dict[str, Stored]) -> None:
             f"{folder}: config.json says that embeddings are tied, but lm_head.weight is not "
             "model.embed_tokens.weight. Say tie_word_embeddings=false, or remove the tensor."
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

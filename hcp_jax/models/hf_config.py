@@ -5,14 +5,18 @@ what has no effect on what is computed (dropout of none, caches, ids of special 
 over. What is left out means what it means to the `transformers` package, version 5.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from hcp_jax import reading
+from hcp_jax.models import hf_fields, hf_folder
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.rope import RopeScaling
+from hcp_jax.models.hf_fields import Fields
+from hcp_jax.models.hf_folder import CONFIG
+from hcp_jax.models.rope_scaling import RopeScaling
+from hcp_jax.terminal import printable
 
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "Llama 2, 3, 3.1 and others of their shape"),
@@ -48,6 +52,10 @@ _SIZES = {
     "num_heads": "num_attention_heads",
 }
 
+_HEADS = hf_fields.SIZES["num_key_value_heads"]
+_THETA = 1.5, 1e15  # the base of a geometric series that falls
+_LEAST, _MOST = 1e-6, 1e6  # factors of a rope
+
 _NO_MLP_BIAS = "the MLP has no biases here"
 _NO_O_BIAS = "it adds a bias to o_proj, which has none here"
 
@@ -58,13 +66,9 @@ def read_raw(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is none, or it is no JSON object.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json.")
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}).") from None
+    hf_folder.require(folder)
+    file = hf_folder.member(folder, CONFIG)
+    raw = reading.read_json(file)
     if not isinstance(raw, dict):
         raise ValueError(f"{file} must hold keys and values, got {type(raw).__name__}.")
     return raw
@@ -83,20 +87,26 @@ def model_config(raw: dict[str, Any], place: str = "config.json") -> ModelConfig
         ValueError: if something is missing or contradicts itself.
     """
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = "; ".join(f"{name} ({what})" for name, (_, what) in FAMILIES.items())
         raise NotImplementedError(
-            f"{place}: model_type={family!r} is not supported. Supported are {known}."
+            f"{place}: model_type={printable(repr(family))} is not supported. Supported are "
+            f"{known}."
         )
     _refuse_what_would_differ(raw, family, place)
-    sizes: dict[str, Any] = {ours: _size(raw, theirs, place) for ours, theirs in _SIZES.items()}
+    fields = Fields(raw, place)
+    sizes: dict[str, Any] = {ours: fields.size(theirs) for ours, theirs in _SIZES.items()}
     # Of Llama alone is it usual to leave this out.
-    kv_heads = raw.get("num_key_value_heads", None if family == "llama" else "missing")
-    if kv_heads == "missing":
-        _size(raw, "num_key_value_heads", place)
-    head_dim = raw.get("head_dim") or (128 if family == "qwen3" and "head_dim" not in raw else None)
+    optional = family == "llama" or "num_key_value_heads" in raw
+    kv_heads = fields.whole_or_none("num_key_value_heads", _HEADS) if optional else None
+    if not optional:
+        fields.size("num_key_value_heads")
+    head_dim = fields.whole_or_none("head_dim", hf_fields.SIZES["head_dim"])
+    if family == "qwen3" and "head_dim" not in raw:
+        head_dim = 128
     usual = head_dim is not None and head_dim * sizes["num_heads"] == sizes["hidden_size"]
-    theta, scaling = _rope(raw, place)
+    theta, scaling = _rope(fields)
+    epsilon = fields.number_or_none("rms_norm_eps", 1e-12, 0.1)
     return ModelConfig(
         **sizes,
         num_kv_heads=sizes["num_heads"] if kv_heads is None else kv_heads,
@@ -105,10 +115,25 @@ def model_config(raw: dict[str, Any], place: str = "config.json") -> ModelConfig
         rope_scaling=scaling,
         qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2",
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        sliding_window=_window(raw, family, sizes["num_layers"], place),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        norm_eps=1e-6 if epsilon is None else epsilon,
+        sliding_window=_window(fields, family, sizes["num_layers"]),
     )
+
+
+def reach(raw: dict[str, Any], model: ModelConfig) -> int | None:
+    """Return how many tokens a model was made to read, with its scaling; None if it is not said.
+
+    Args:
+        raw: its config.json.
+        model: the same, with the scaling that is used.
+    """
+    longest = Fields(raw, CONFIG).whole_or_none("max_position_embeddings")
+    scaling = model.rope_scaling
+    if longest is None or scaling is None:
+        return longest
+    original = scaling.original_max_position_embeddings or longest
+    return max(longest, math.floor(original * scaling.factor))
 
 
 def differences(names: Sequence[str], there: ModelConfig, here: ModelConfig) -> list[str]:
@@ -133,7 +158,8 @@ def raw_config(
         ValueError: if the weights of `like` are of another shape.
     """
     raw = _fresh(model) if like is None else dict(like)
-    positions = max(max_positions, int(raw.get("max_position_embeddings") or 0))
+    came = Fields(raw, CONFIG).whole_or_none("max_position_embeddings")
+    positions = max(max_positions, came or 0)
     raw["max_position_embeddings"] = positions
     raw.pop("dtype", None)
     raw["torch_dtype"] = dtype
@@ -171,106 +197,114 @@ def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> N
             "weights are read as float32, bfloat16 or float16; take the folder that was quantised",
         ),
         "auto_map": (
-            not any("Model" in name for name in raw.get("auto_map") or ()),
+            not any("Model" in str(name) for name in _iterable(raw.get("auto_map"))),
             "the model is code of the folder's own, which is never run",
         ),
     }
     for key, (fine, why) in refused.items():
         if not fine:
-            raise NotImplementedError(f"{place}: {key}={raw[key]!r} is not supported: {why}.")
-    for part in (raw, raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}):
-        share = part.get("partial_rotary_factor")
+            shown = printable(repr(raw[key]))
+            raise NotImplementedError(f"{place}: {key}={shown} is not supported: {why}.")
+    fields = Fields(raw, place)
+    for part in (fields, fields.mapping("rope_scaling"), fields.mapping("rope_parameters")):
+        share = part.values.get("partial_rotary_factor")
         if share not in (None, 1):
             raise NotImplementedError(
-                f"{place}: partial_rotary_factor={share!r} is not supported: heads are rotated "
-                "whole."
+                f"{place}: partial_rotary_factor={printable(repr(share))} is not supported: heads "
+                "are rotated whole."
             )
 
 
-def _size(raw: dict[str, Any], key: str, place: str) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{place}: {key} must be an integer, got {value!r}.")
-    return value
+def _iterable(value: Any) -> Any:
+    return value if isinstance(value, dict | list) else ()
 
 
-def _window(raw: dict[str, Any], family: str, num_layers: int, place: str) -> int | None:
-    """The sliding window of all layers."""
+def _window(fields: Fields, family: str, num_layers: int) -> int | None:
+    """Return the sliding window of all layers."""
     if family == "llama":
         return None
+    given = "sliding_window" in fields.values
+    window = fields.whole_or_none("sliding_window") if given else 4096
     if family == "mistral":
-        return raw.get("sliding_window", 4096)
-    if not raw.get("use_sliding_window", False):
+        return window
+    if not fields.flag("use_sliding_window", False):
         return None
-    window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
-    kinds = raw.get("layer_types") or [
+    first = 28
+    if fields.values.get("max_window_layers") is not None:
+        first = fields.whole("max_window_layers", least=0)
+    kinds = fields.values.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
     ]
-    if len(set(kinds)) > 1 or kinds[0] not in ("sliding_attention", "full_attention"):
-        said = "layer_types" if raw.get("layer_types") else "max_window_layers"
+    same = isinstance(kinds, list) and all(kind == kinds[0] for kind in kinds)
+    if not same or kinds[0] not in ("sliding_attention", "full_attention"):
+        said = "layer_types" if fields.values.get("layer_types") else "max_window_layers"
+        value = printable(repr(fields.values.get(said, first)))
         raise NotImplementedError(
-            f"{place}: use_sliding_window=True with {said}={raw.get(said, first)!r} is not "
+            f"{fields.place}: use_sliding_window=True with {said}={value} is not "
             "supported: the sliding window is one for all layers here."
         )
     return window if kinds[0] == "sliding_attention" else None
 
 
-def _rope(raw: dict[str, Any], place: str) -> tuple[float, RopeScaling | None]:
-    """The base of the frequencies and how they are stretched, from either form of the file."""
-    values = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if any(isinstance(value, dict) for value in values.values()):
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+    """Return the base of the frequencies and how they are stretched, from either form."""
+    of = fields.mapping("rope_scaling")
+    if not of.values:
+        of = fields.mapping("rope_parameters")
+    if any(isinstance(value, dict) for value in of.values.values()):
         raise NotImplementedError(
-            f"{place}: rope_parameters={values!r} is not supported: the rotation is one for all "
-            "layers here."
+            f"{fields.place}: rope_parameters={printable(repr(of.values))} is not supported: the "
+            "rotation is one for all layers here."
         )
-    theta = float(values.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    kind = values.get("rope_type") or values.get("type") or "default"
+    longest = fields.whole_or_none("max_position_embeddings")
+    theta = of.number_or_none("rope_theta", *_THETA) or fields.number_or_none("rope_theta", *_THETA)
+    kind = of.values.get("rope_type") or of.values.get("type") or "default"
     if kind == "default":
-        return theta, None
+        return theta or 10_000.0, None
     if kind not in ("linear", "llama3", "yarn"):
         raise NotImplementedError(
-            f"{place}: rope_type={kind!r} is not supported; supported are default, linear, llama3 "
-            "and yarn."
+            f"{fields.place}: rope_type={printable(repr(kind))} is not supported; supported are "
+            "default, linear, llama3 and yarn."
         )
-    return theta, _scaling(kind, values, raw, place)
+    return theta or 10_000.0, _scaling(kind, of, fields, longest)
 
 
-def _scaling(kind: str, values: dict[str, Any], raw: dict[str, Any], place: str) -> RopeScaling:
-    longest = raw.get("max_position_embeddings")
-    context = (
-        raw.get("original_max_position_embeddings")
-        or values.get("original_max_position_embeddings")
-        or longest
-    )
-    needed: dict[str, Any] = {"factor": values.get("factor")}
+def _scaling(kind: str, of: Fields, fields: Fields, longest: int | None) -> RopeScaling:
+    original = "original_max_position_embeddings"
+    context = fields.whole_or_none(original) or of.whole_or_none(original) or longest
+    needed: dict[str, Any] = {"factor": of.number_or_none("factor", 1, _MOST)}
     if kind != "linear":
-        needed["original_max_position_embeddings"] = context
+        needed[original] = context
     if kind == "llama3":
-        needed |= {name: values.get(name) for name in ("low_freq_factor", "high_freq_factor")}
+        for name in ("low_freq_factor", "high_freq_factor"):
+            needed[name] = of.number_or_none(name, _LEAST, _MOST)
     if kind == "yarn" and needed["factor"] is None and longest and context:
         needed["factor"] = longest / context
     missing = [name for name, value in needed.items() if value is None]
     if missing:
-        raise ValueError(f"{place}: rope_type={kind!r} needs {', '.join(missing)}, too.")
+        raise ValueError(f"{fields.place}: rope_type={kind!r} needs {', '.join(missing)}, too.")
     options: dict[str, Any] = dict(needed)
     if kind == "yarn":
         options |= {
-            "beta_fast": float(values.get("beta_fast") or 32),
-            "beta_slow": float(values.get("beta_slow") or 1),
-            "attention_factor": _attention_factor(values, options["factor"]),
-            "truncate": values.get("truncate", True),
+            "beta_fast": of.number_or_none("beta_fast", _LEAST, _MOST) or 32.0,
+            "beta_slow": of.number_or_none("beta_slow", _LEAST, _MOST) or 1.0,
+            "attention_factor": _attention_factor(of, options["factor"]),
+            "truncate": of.flag("truncate", True),
         }
     return RopeScaling(kind, **options)  # type: ignore[arg-type]
 
 
-def _attention_factor(values: dict[str, Any], factor: float) -> float | None:
-    """Of yarn; None for what follows from the factor alone."""
-    if values.get("attention_factor") is not None:
-        return float(values["attention_factor"])
-    if not (values.get("mscale") and values.get("mscale_all_dim")):
+def _attention_factor(of: Fields, factor: float) -> float | None:
+    """Return yarn's factor; None for what follows from the factor of the context alone."""
+    given = of.number_or_none("attention_factor", _LEAST, _MOST)
+    if given is not None:
+        return given
+    one = of.number_or_none("mscale", 0, _MOST)
+    all_dims = of.number_or_none("mscale_all_dim", 0, _MOST)
+    if not (one and all_dims):
         return None
     growth = 0.1 * math.log(factor)
-    return (values["mscale"] * growth + 1) / (values["mscale_all_dim"] * growth + 1)
+    return (one * growth + 1) / (all_dims * growth + 1)
 
 
 def _fresh(model: ModelConfig) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.hf import INDEX, ONE_FILE, Slot, slots, to_stored
+from hcp_jax.models.hf import Slot, slots, to_stored
+from hcp_jax.models.hf_folder import CONFIG, INDEX, ONE_FILE
 
 NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -57,7 +58,7 @@ def write_folder(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     # Last, so that a folder with a config has its weights.
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
     return len(shards)
 
 

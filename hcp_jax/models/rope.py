@@ -10,64 +10,17 @@ radian. So the position is split, p = 1024 h + l, and the turns that 1024 · fre
 taken off before anything is rounded; the angle is then good to 4e-4 at a million tokens.
 """
 
-import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int32
 
+from hcp_jax.models.rope_scaling import RopeScaling
+
 _SPLIT = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How the frequencies change so that a model reads further than it was first trained to.
-
-    Attributes:
-        kind: "linear": all divided by `factor` (Chen et al., Position Interpolation, 2023);
-            "llama3": the slow ones, by wavelength (Llama 3.1's config); "yarn": the slow ones, by
-            the turns they make in the original context, and attention sharpened (Peng et al.,
-            2023).
-        factor: how many times longer the context becomes.
-        original_max_position_embeddings: context of the first training, in tokens (llama3, yarn).
-        low_freq_factor: llama3: wavelengths longer than original / low_freq_factor are stretched.
-        high_freq_factor: llama3: those shorter than original / high_freq_factor are kept.
-        beta_fast: yarn: those that make more turns than this in the original context are kept.
-        beta_slow: yarn: those that make fewer are stretched.
-        attention_factor: yarn: what q and k are multiplied by; 0.1 ln(factor) + 1 if None.
-        truncate: yarn: the borders of what is kept and what is stretched are whole pairs.
-    """
-
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self):
-        if self.kind not in ("linear", "llama3", "yarn"):
-            raise ValueError(
-                f"rope_scaling.kind must be linear, llama3 or yarn, got {self.kind!r}."
-            )
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor must be at least 1, got {self.factor}.")
-        if self.kind != "linear" and not self.original_max_position_embeddings:
-            raise ValueError(
-                f"rope_scaling.kind={self.kind!r} needs original_max_position_embeddings, the "
-                "context length of the model's first training, in tokens."
-            )
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"rope_scaling needs high_freq_factor > low_freq_factor, got "
-                f"{self.high_freq_factor} and {self.low_freq_factor}."
-            )
 
 
 class Rotation(NamedTuple):

@@ -2,10 +2,10 @@
 
 One checkpoint holds three items: `state` (parameters, optimizer state and step, every array with
 its own bits, whatever mesh it lies on), `data` (the state of the data pipeline) and `about`: the
-model's config, which is read first, so that the checkpoint of another model is told by the names of
-what differs; the whole config, seed included; and a checksum of every array, which does not depend
-on how it is cut, so that a bit that changed on its way through the file system is noticed on any
-mesh.
+step, the model's config, the whole config, the fingerprint of the text, and a checksum of every
+array, which does not depend on how it is cut. A seal over `about` and `data` (`sealed.py`) is
+checked before anything in them is believed, so that a checkpoint is called one of another model
+only if it was written so, and not where a bit has changed.
 
 A checkpoint is written while training goes on, and has its name only once it is whole. What is
 found damaged all the same is told, put aside, and the one before it is used. It can be restored
@@ -22,14 +22,16 @@ import logging
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from dataclasses import field
+from typing import Any, Generic, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hcp_jax.train import checksums, parts
+from hcp_jax.train import checksums, parts, sealed
 from hcp_jax.train.hosts.words import Words, in_words
+from hcp_jax.train.sections import CheckpointConfig
 
 StateT = TypeVar("StateT")
 
@@ -37,44 +39,18 @@ _log = logging.getLogger("hcp_jax")
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save.
+class Restored(Generic[StateT]):
+    """What a checkpoint held.
 
     Attributes:
-        every: steps between two checkpoints; None: only one at the end (and on Ctrl-C or SIGTERM).
-        keep: how many of the newest are kept.
-        keep_every: those of steps that are a multiple of this are kept for good, too.
-        on_error: what to do if one cannot be written (the disk is full): "stop", or "continue" and
-            try again when the next one is due. Those that are there stay. A run whose last one
-            cannot be written ends with that error either way.
+        state: placed as it was asked for.
+        data: where the data stood.
+        about: what it says of itself: "step", "model", "config", "files", "arrays".
     """
-
-    every: int | None = None
-    keep: int = 2
-    keep_every: int | None = None
-    on_error: Literal["stop", "continue"] = "stop"
-
-    def __post_init__(self):
-        for name in ("every", "keep", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"checkpoint.{name} must be at least 1, got {value}.")
-        if self.on_error not in ("stop", "continue"):
-            raise ValueError(
-                f"checkpoint.on_error must be 'stop' or 'continue', got {self.on_error!r}."
-            )
-
-    def is_due(self, done: int) -> bool:
-        """Whether to save after so many steps, apart from the end of a run."""
-        return self.every is not None and done % self.every == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored(Generic[StateT]):
-    """What a checkpoint held: the state, placed as it was asked for, and where the data stood."""
 
     state: StateT
     data: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 class MismatchError(ValueError):
@@ -89,9 +65,10 @@ class Checkpoints:
 
     Args:
         folder: the run folder.
-        model: the model's config as a dict of plain values, to know the model again by.
+        model: what of the model's config no run can change, as a dict of plain values.
         config: when to save, and how many to keep.
         run: the whole run's config, to be kept with each checkpoint.
+        files: the fingerprint of the run's text, likewise (`data/fingerprint.py`).
 
     Raises:
         OSError: if the folder cannot be used.
@@ -103,9 +80,11 @@ class Checkpoints:
         model: dict[str, Any],
         config: CheckpointConfig | None = None,
         run: dict[str, Any] | None = None,
+        files: dict[str, Any] | None = None,
     ):
         config = config or CheckpointConfig()
-        self._model, self._run = _plain(model), _plain(run)
+        self._model = sealed.plain(model)
+        self._run = {"config": sealed.plain(run), "files": sealed.plain(files)}
         self._goes_on = config.on_error == "continue"
         self._folder = folder.absolute() / "checkpoints"
         self._options = {"max_to_keep": config.keep, "keep_period": config.keep_every}
@@ -118,11 +97,11 @@ class Checkpoints:
         self._open()
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint, whole or being written; None if there is none."""
+        """Return the step of the newest checkpoint, also one being written; None without any."""
         return self._latest
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Begins to write a checkpoint, unless this step has one; arrays are copied before return.
+        """Begin to write a checkpoint, unless this step has one; arrays are copied before return.
 
         Args:
             step: steps done.
@@ -135,31 +114,37 @@ class Checkpoints:
         self.wait()
         if self._latest == step:
             return
-        sums = checksums.of_arrays(state)
-        about = {"model": self._model, "config": self._run, "checksums": sums}
-        beside = {"data": _plain(data), "about": about}
+        sums = checksums.sum_arrays(state)
+        arrays = {name: [*x, sums[name]] for name, x in sealed.describe_arrays(state).items()}
+        data = sealed.plain(data)
+        about = {"step": step, "model": self._model, **self._run, "arrays": arrays}
+        beside = {"data": data, "about": sealed.seal(about, data)}
         number = next(self._saves)
         self._words.forget(f"save-{number - 1}")
         self._saving = step, f"save-{number}"
         self._latest = step
         self._tell(self._write(lambda name: self._writer.begin(name, step, state, beside)))
 
-    def restore(self, like: StateT) -> Restored[StateT]:
-        """The newest checkpoint that is whole; those after it are put aside.
+    def restore(
+        self, like: StateT, require: Callable[[dict[str, Any]], None] = lambda about: None
+    ) -> Restored[StateT]:
+        """Restore the newest checkpoint that is whole; those after it are put aside.
 
         Args:
             like: a state, or its `jax.ShapeDtypeStruct`s with shardings: where to put the arrays.
+            require: is given what a whole checkpoint says of itself (`Restored.about`), before its
+                arrays are read; raises a ValueError if this run cannot go on from it.
 
         Raises:
             ValueError: if there is no checkpoint here that is whole, or it is one of another model
-                or of another optimizer; says what differs.
+                or of another optimizer, or `require` raises; says what differs.
             OSError: if what is damaged cannot be put aside.
         """
         abstract = jax.tree.map(_abstract, like)
         damaged: list[int] = []
         why = ""
         for step in self._steps():
-            found = self._read(step, abstract)
+            found = self._read(step, abstract, require)
             if isinstance(found, Restored):
                 self._put_aside(damaged, step)
                 return found
@@ -177,7 +162,7 @@ class Checkpoints:
         raise ValueError(f"{self._folder} has no checkpoint to go on from.")
 
     def wait(self) -> None:
-        """Waits until what is being written is on disk.
+        """Wait until what is being written is on disk.
 
         Raises:
             OSError: as `save`.
@@ -185,7 +170,7 @@ class Checkpoints:
         self._tell(self._finish())
 
     def finish(self) -> None:
-        """Waits for the last checkpoint of a run, for which no later one can make up.
+        """Wait for the last checkpoint of a run, for which no later one can make up.
 
         Raises:
             OSError: if it could not be written, even if training was to go on then.
@@ -275,41 +260,56 @@ class Checkpoints:
         steps = self._writer.steps() if isinstance(self._writer, parts.First) else []
         return self._words.of_all(steps)[0]
 
-    def _read(self, step: int, abstract: Any) -> Restored | str:
-        """One checkpoint; or how it is damaged, in the words of the first process that finds so."""
-        read: tuple[Restored, dict[str, int]] | None = None
+    def _read(
+        self, step: int, abstract: Any, require: Callable[[dict[str, Any]], None]
+    ) -> Restored | str:
+        """Read a checkpoint; or say how it is damaged, by the first process that finds so."""
+        read: Restored | None = None
         error: Exception | None = None
         try:
-            read = self._read_alone(step, abstract)
+            read = self._read_alone(step, abstract, require)
         except Exception as caught:  # Whatever a reader makes of a file that is not whole.
             error = caught
-        words = self._words.of_all([isinstance(error, MismatchError), in_words(error)])
-        for is_other, why in words:
+        seal = None if read is None else read.about["seal"]
+        words = self._words.of_all([isinstance(error, MismatchError), in_words(error), seal])
+        for is_other, why, _ in words:
             if is_other:
                 raise MismatchError(why) from error
-        for _, why in words:
+        for _, why, _ in words:
             if why is not None:
                 return why
+        if len({seal for _, _, seal in words}) > 1:
+            return "processes read different checkpoints of the same step and name"
         assert read is not None
-        restored, said = read
         # A collective: all processes have read.
-        found = checksums.of_arrays(restored.state)
-        changed = [name for name, of in said.items() if found.get(name) != of]
+        found = checksums.sum_arrays(read.state)
+        said = {name: array[2] for name, array in read.about["arrays"].items()}
+        changed = [name for name in said if found.get(name) != said[name]]
         if any(self._words.of_all(bool(changed))):
             names = changed or ["an array"]
             return f"the bits of {names[0]} are not those that were saved"
-        return restored
+        return read
 
-    def _read_alone(self, step: int, abstract: Any) -> tuple[Restored, dict[str, int]]:
-        """One checkpoint, and its checksums as saved, while no other process is waited for."""
+    def _read_alone(
+        self, step: int, abstract: Any, require: Callable[[dict[str, Any]], None]
+    ) -> Restored:
+        """Read a checkpoint while no other process is waited for; its arrays are not checked."""
         place = f"the checkpoint of step {step} in {self._folder}"
-        items = parts.handlers()
-        folders = {name: epath.Path(self._folder / str(step) / name) for name in items}
-        about = items["about"].restore(folders["about"])
+        folder = epath.Path(self._folder / str(step))
+        about, data = sealed.read(folder)
+        if about["step"] != step:
+            raise sealed.DamageError(f"it is that of step {about['step']} under another name")
+        # The seal holds: what differs from here on was written so.
         self._require_same_model(about["model"], place)
-        _require_same_arrays(items["state"].metadata(folders["state"]).tree, place, abstract)
-        state = items["state"].restore(folders["state"], args=ocp.args.StandardRestore(abstract))
-        return Restored(state, items["data"].restore(folders["data"])), about["checksums"]
+        try:
+            require(about)
+        except ValueError as error:
+            raise MismatchError(f"{place}: {error}") from None
+        _require_same_arrays(about["arrays"], place, abstract)
+        state = parts.handlers()["state"].restore(
+            folder / "state", args=ocp.args.StandardRestore(abstract)
+        )
+        return Restored(state, data, about)
 
     def _put_aside(self, damaged: list[int], whole: int) -> None:
         """Out of the way of the checkpoints that training will make of these steps again."""
@@ -345,29 +345,21 @@ class Checkpoints:
             )
 
 
-def _require_same_arrays(theirs_tree: Any, place: str, abstract: Any) -> None:
+def _require_same_arrays(theirs: dict[str, Any], place: str, abstract: Any) -> None:
     """Orbax would find this out too, but half-way, and with pages of output."""
-    theirs, ours = (
-        {
-            tuple(checksums.name(k) for k in path): (tuple(x.shape), str(x.dtype))
-            for path, x in jax.tree.leaves_with_path(tree)
-        }
-        for tree in (theirs_tree, abstract)
-    )
+    ours = sealed.describe_arrays(abstract)
     for key in [*ours, *theirs]:
-        if theirs.get(key) != ours.get(key):
+        there, here = theirs.get(key, ["missing"])[:2], ours.get(key, ["missing"])
+        if there != here:
             raise MismatchError(
-                f"{place} does not fit: {'.'.join(key)} is {theirs.get(key, 'missing')} there "
-                f"and {ours.get(key, 'missing')} here. Was the optimizer another one?"
+                f"{place} does not fit: {key} is {_in_words(there)} there and {_in_words(here)} "
+                "here. Was the optimizer another one?"
             )
+
+
+def _in_words(array: list[Any]) -> str:
+    return " of ".join(str(part) for part in reversed(array))
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples as lists."""
-    if isinstance(value, dict):
-        return {str(key): _plain(of_key) for key, of_key in value.items()}
-    return list(map(_plain, value)) if isinstance(value, list | tuple) else value

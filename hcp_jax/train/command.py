@@ -5,17 +5,17 @@ import importlib.metadata
 import pathlib
 import platform
 import signal
-import sys
-import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hcp_jax import arguments, terminal
+from hcp_jax.settings import CONSENT
 from hcp_jax.train import config as configuration
-from hcp_jax.train import folder as run_folders
+from hcp_jax.train import here
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster
-from hcp_jax.train.loop import train
-from hcp_jax.train.record.profile import ProfileSteps
-from hcp_jax.train.steps import Outcome
+
+if TYPE_CHECKING:
+    from hcp_jax.train.steps import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         metavar="RUN",
+        type=arguments.folder,
         help="this run folder, not a new one: go on if it has a checkpoint, else begin; the same "
         "command can so be given again and again, by a scheduler, say, until the run is done",
     )
@@ -36,19 +37,28 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
+        type=arguments.filled,
         help="go on from the last checkpoint of this run folder, or of the 'latest'; with its own "
         "config unless one is given",
     )
     parser.add_argument(
+        "--accept",
+        metavar="WORD",
+        action="append",
+        choices=CONSENT,
+        help="go on although something has changed since the last checkpoint: 'numbers' (settings "
+        "that change what is computed) or 'data' (the text); can be given twice",
+    )
+    parser.add_argument(
         "--profile",
         metavar="N",
-        type=int,
+        type=arguments.whole(),
         help="trace N steps into the folder 'profile' of the run (docs/watching.md)",
     )
     parser.add_argument(
         "--profile-from",
         metavar="STEP",
-        type=int,
+        type=arguments.whole(least=0),
         help="the first step that is traced; else the first few are skipped",
     )
 
@@ -66,9 +76,15 @@ def run(args: argparse.Namespace) -> int:
         0, also for a run that SIGTERM (preemption) stopped, since it is saved; 130 after Ctrl-C;
         `cluster.WENT_WRONG` if something happened that is nobody's mistake.
     """
+    from hcp_jax.train.loop import train
+    from hcp_jax.train.record.profile import ProfileSteps, check_profile
+
     folder = _folder(args)
     config = config_of(args, folder)
+    require_can_begin(config, folder, 0 if has_gpus() else num_devices(args))
     profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
+    if folder is None:
+        check_profile(profile, 0, config.steps)
     with cluster.joined(args, _same_everywhere(config, folder)) as peers:
         try:
             outcome = train(
@@ -77,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
                 begin=args.folder is not None,
                 profile=profile,
                 peers=peers,
+                accept=args.accept or (),
             )
         except (ValueError, NotImplementedError, FloatingPointError):
             raise
@@ -88,16 +105,43 @@ def run(args: argparse.Namespace) -> int:
     return _exit_code(outcome)
 
 
-def _exit_code(outcome: Outcome) -> int:
+def has_gpus() -> bool:
+    """Return whether jax will use what it finds, and not simulate devices on the CPU."""
+    import jax
+
+    return not (jax.config.values["jax_platforms"] or "").startswith("cpu")
+
+
+def require_can_begin(config: TrainConfig, folder: pathlib.Path | None, simulated: int) -> None:
+    """Refuse, before data is read or anything compiles, what cannot run or be written here.
+
+    Args:
+        config: the run.
+        folder: its run folder; None for a new one in `run_dir`.
+        simulated: devices that this machine would simulate; 0 if it has GPUs.
+
+    Raises:
+        ValueError: says what, and what to do.
+    """
+    here.require_filled_in(config)
+    here.require_runs_here(config, simulated)
+    if folder is None:
+        try:
+            arguments.folder(config.run_dir)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"run_dir: {error}") from None
+
+
+def _exit_code(outcome: "Outcome") -> int:
     return 130 if outcome.stopped_by == signal.SIGINT else 0
 
 
 def _tell(error: Exception) -> None:
     """An error of the machine's is a line; any other one is ours, and a traceback."""
     if isinstance(error, OSError):
-        print(f"hcp: {error}", file=sys.stderr)
+        terminal.say_error(f"hcp: {error}")
     else:
-        traceback.print_exception(error)
+        terminal.say_traceback(error)
 
 
 def _same_everywhere(config: TrainConfig, folder: pathlib.Path | None) -> dict[str, Any]:
@@ -123,18 +167,27 @@ def _folder(args: argparse.Namespace) -> pathlib.Path | None:
         return resumed_folder(args)
     if args.resume is not None:
         raise ValueError("--folder and --resume both name the run folder; give one of them.")
-    return pathlib.Path(args.folder)
+    return args.folder
 
 
 def resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
-    """The folder of the run that a command line goes on with."""
+    """Return the folder of the run that a command line goes on with; None for a new run."""
+    if args.accept and args.resume is None and getattr(args, "folder", None) is None:
+        raise ValueError("--accept is for a run that goes on; name it with --resume or --folder.")
     if args.resume is None:
         return None
+    if any(key == "init_from" for key, _ in args.overrides or ()):
+        raise ValueError(
+            "--init_from begins a new run from a folder's weights, and --resume goes on with a "
+            "run's own; give one of the two."
+        )
     if args.resume != "latest":
         folder = pathlib.Path(args.resume)
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"--resume: {folder} is no run folder: it has no config.yaml.")
         return folder
+    from hcp_jax.train import folder as run_folders
+
     return run_folders.latest(configuration.from_arguments(args).run_dir)
 
 

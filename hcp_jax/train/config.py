@@ -1,8 +1,9 @@
 """The configuration of a run: one frozen dataclass, read from YAML and the command line.
 
 Each part is a dataclass beside what it configures; here they are put together, read, and written
-down again. `jsonargparse` turns text into values of the declared types. What it says of a wrong key
-or a wrong value is put into one line here, with the file and the nearest right name.
+down again. `reading` turns a file into plain values, and `msgspec` those into the declared types:
+neither imports, opens or runs anything that a value names. What msgspec says of a wrong value is
+put into one line here, with the file and the nearest right name.
 """
 
 import argparse
@@ -15,19 +16,27 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 import docstring_parser
-import jsonargparse
+import msgspec
 import yaml
 
+from hcp_jax import reading
+from hcp_jax.arguments import parse_length
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel import ParallelConfig
-from hcp_jax.train.checkpoint import CheckpointConfig
-from hcp_jax.train.data import DataConfig
-from hcp_jax.train.evaluation import EvalConfig
-from hcp_jax.train.record.metrics import LogConfig
-from hcp_jax.train.step import OptimizerConfig
+from hcp_jax.settings import MOST, check, fixed, free, numbers
+from hcp_jax.train.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    OptimizerConfig,
+)
+
+_SHOWN = 100  # characters of a key or value in a message
 
 SMALL_MODEL = ModelConfig(
     vocab_size=264,
@@ -40,6 +49,10 @@ SMALL_MODEL = ModelConfig(
     remat="none",
 )
 """A decoder for bytes that learns within minutes on a CPU; the model of configs that name none."""
+
+
+FILL_IN = "FILL_IN"
+"""What `hcp plan --write` puts where only the user knows the value; `hcp train` refuses it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +69,8 @@ class TrainConfig:
         accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own.
         seed: of the initial parameters and of the order of the documents.
         run_dir: where run folders are made.
+        made_for: the GPUs that the config was made for, such as "8 x 8 H200" (`hcp plan --write`
+            says so): hcp train then refuses to simulate the run on a CPU. None: any devices.
         init_from: a Hugging Face folder whose weights training begins from (`hcp import` writes a
             config that fits it); None for random ones.
         model: the decoder.
@@ -70,26 +85,26 @@ class TrainConfig:
         ValueError: for numbers that do not fit each other.
     """
 
-    name: str = "run"
-    steps: int = 200
-    batch_size: int = 2
-    seq_len: int = 1024
-    accumulation: int = 1
-    seed: int = 0
-    run_dir: str = "runs"
-    init_from: str | None = None
+    name: str = field(default="run", metadata=free())
+    steps: int = field(default=200, metadata=free(least=1, most=MOST))
+    batch_size: int = field(default=2, metadata=numbers(least=1, most=MOST))
+    seq_len: int = field(default=1024, metadata=fixed(least=1, most=MOST))
+    accumulation: int = field(default=1, metadata=free(least=1, most=MOST))
+    seed: int = field(default=0, metadata=fixed(least=0, most=2**32 - 1))
+    run_dir: str = field(default="runs", metadata=free())
+    made_for: str | None = field(default=None, metadata=free())
+    init_from: str | None = field(default=None, metadata=fixed())
     model: ModelConfig = SMALL_MODEL
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check(self)
+        self.parallel.check_model(self.model)
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
         if self.parallel.dynamic.enabled:
@@ -163,18 +178,49 @@ def load(
     if path is not None:
         values = {"name": pathlib.Path(path).stem, **_read_yaml(path)}
         _require_known_keys(values, TrainConfig, str(path))
-        _to_values(values, str(path))
+    kinds = {key: kind for key, kind, _ in _keys(TrainConfig)}
     for key, text in overrides:
-        if key not in {known for known, _, _ in _keys(TrainConfig)}:
+        if key not in kinds:
             raise ValueError(f"--{key}: there is no such key{_nearest(key)}")
-        _put(values, key.split("."), text)
-    origin = "the command line" if overrides else str(path)
-    try:
-        return _value_parser().instantiate(_to_values(values, origin)).config
-    except ValueError as error:
-        # What an optional part says of its own values comes wrapped in a page about unions.
-        of_part = re.search(r"Union subtypes.*?Errors:\n\s+- (.*?)$", str(error), re.S | re.M)
-        raise ValueError(of_part[1] if of_part else str(error)) from None
+        value = _from_text(text, kinds[key], key)
+        _require_known_keys(_nested(key, value), TrainConfig, "the command line")
+        _put(values, key.split("."), value)
+    _count_tokens(values)
+    config = _to_config(values, "the command line" if overrides else str(path))
+    _require_no_empty_texts(config)
+    return config
+
+
+_TOKENS = (
+    "seq_len",
+    "model.sliding_window",
+    "model.mlp_chunk",
+    "model.loss_chunk",
+    "model.rope_scaling.original_max_position_embeddings",
+    "parallel.dynamic.max_tokens_per_device",
+    "parallel.dynamic.max_seqlen_per_dp_cp_rank",
+    "eval.tokens",
+)
+"""Keys that count tokens: they may be written 128K or 1M."""
+
+
+def _count_tokens(values: dict[str, Any]) -> None:
+    """Put numbers where token counts are written with K, M or G."""
+    for key in _TOKENS:
+        *parts, last = key.split(".")
+        part: Any = values
+        for name in parts:
+            part = part.get(name) if isinstance(part, Mapping) else None
+        text = part.get(last) if isinstance(part, Mapping) else None
+        if isinstance(text, str) and (number := parse_length(text)) is not None:
+            part[last] = number
+
+
+def _require_no_empty_texts(config: TrainConfig) -> None:
+    """Refuse an empty path or name: it would mean the current folder, or nothing."""
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{key} is empty; give a value, null, or leave it out.")
 
 
 def dump(config: TrainConfig) -> str:
@@ -197,26 +243,27 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _value_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_class_arguments(TrainConfig, "config")
-    return parser
-
-
-def _to_values(values: Mapping[str, Any], origin: str) -> jsonargparse.Namespace:
+def _to_config(values: Mapping[str, Any], origin: str) -> TrainConfig:
+    if isinstance(values.get("model"), Mapping):  # a part of the usual model is replaced
+        values = {**values, "model": dataclasses.asdict(SMALL_MODEL) | values["model"]}
     try:
-        return _value_parser().parse_object({"config": values})
-    except argparse.ArgumentError as error:
+        # Not strict: a number may be text, as on the command line and as YAML reads 1e-3.
+        return msgspec.convert(values, TrainConfig, strict=False)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ValueError | TypeError):  # a dataclass refused its values
+            raise ValueError(str(error.__cause__)) from None
         raise ValueError(f"{origin}: {_explain(str(error), values)}") from None
+    except RecursionError:
+        raise ValueError(f"{origin}: a value is nested too deeply.") from None
 
 
 def _explain(message: str, values: Mapping[str, Any]) -> str:
-    """What jsonargparse says of one value on a page, as one line."""
-    found = re.findall(r'Parser key "([\w.]+)"', message)
-    key = ".".join(found).removeprefix("config.")
+    """Return what msgspec says of one value, in the words of a config."""
+    found = re.search(r"at `\$\.([\w.]+)", message)
+    key = found[1] if found else ""
     kinds = {known: kind for known, kind, _ in _keys(TrainConfig)}
     if key not in kinds:
-        return " ".join(message.split())
+        return message
     value: Any = values
     for name in key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -225,17 +272,23 @@ def _explain(message: str, values: Mapping[str, Any]) -> str:
         absent = [f.name for f in dataclasses.fields(part) if _required(f) and f.name not in value]
         if absent:
             return f"{key} needs {', '.join(absent)}, too."
-    near = difflib.get_close_matches(str(value), _choices(kinds[key]), 1)
+    near = difflib.get_close_matches(str(value)[:_SHOWN], _choices(kinds[key]), 1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{key} must be {_words(kinds[key])}, got {value!r}{hint}"
+    return f"{key} must be {_words(kinds[key])}, got {_short(value)}{hint}"
+
+
+def _from_text(text: str, kind: Any, key: str) -> Any:
+    """Return a value of the command line: text, unless it spells null, a list or a mapping."""
+    options = typing.get_args(kind)
+    if text in ("null", "~") and type(None) in options:
+        return None
+    if kind is not str and text.lstrip()[:1] in ("[", "{"):
+        return reading.parse_yaml(text, f"the command line: {key}")
+    return text
 
 
 def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    text = pathlib.Path(path).read_text()
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    values = reading.read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -248,7 +301,7 @@ def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix:
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in kinds:
-            raise ValueError(f"{path}: there is no key {key!r}{_nearest(key)}")
+            raise ValueError(f"{path}: there is no key {_short(key)}{_nearest(key)}")
         part = _part(kinds[name])
         if value is None and type(None) not in typing.get_args(kinds[name]):
             raise ValueError(f"{path}: {key} must be {_words(kinds[name])}, got null.")
@@ -257,11 +310,12 @@ def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix:
         if isinstance(value, Mapping):
             _require_known_keys(value, part, path, f"{key}.")
         elif part is kinds[name]:
-            raise ValueError(f"{path}: {key} must hold keys and values, got {value!r}.")
+            raise ValueError(f"{path}: {key} must hold keys and values, got {_short(value)}.")
 
 
 def _nearest(key: str) -> str:
-    """A hint that ends a message: a key spelt nearly so, else one of the same name elsewhere."""
+    """Return a hint that ends a message: a key spelt nearly so, or of this name elsewhere."""
+    key = key[:_SHOWN]
     known = [k for k, _, _ in _keys(TrainConfig)] + [
         f.name for f in dataclasses.fields(TrainConfig) if _part(f.type)
     ]
@@ -276,13 +330,13 @@ def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted key, type, what it is) of every value that can be given."""
     kinds = typing.get_type_hints(cls)
     texts = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
-    for field in dataclasses.fields(cls):
-        part = _part(kinds[field.name])
-        if part is not kinds[field.name]:
-            text = " ".join((texts.get(field.name) or "").split())
-            yield f"{prefix}{field.name}", kinds[field.name], text
+    for name in (one.name for one in dataclasses.fields(cls)):
+        part = _part(kinds[name])
+        if part is not kinds[name]:
+            text = " ".join((texts.get(name) or "").split())
+            yield f"{prefix}{name}", kinds[name], text
         if part is not None:
-            yield from _keys(part, f"{prefix}{field.name}.")
+            yield from _keys(part, f"{prefix}{name}.")
 
 
 def _part(kind: Any) -> type | None:
@@ -329,12 +383,21 @@ def _pair(key: str, text: str) -> tuple[str, str]:
     return key, text
 
 
-def _put(values: dict[str, Any], keys: list[str], text: str) -> None:
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    return functools.reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
+
+
+def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         if not isinstance(values.get(key), dict):
             values[key] = {}
         values = values[key]
-    values[keys[-1]] = text
+    values[keys[-1]] = value
 
 
 def _plain(value: Any) -> Any:

@@ -27,9 +27,10 @@ import rich.progress
 from jax.experimental import multihost_utils
 
 from hcp_jax.context import ContextParallel
+from hcp_jax.cost.shape import ModelShape
 from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.calibrate import read_cost
-from hcp_jax.dynamic.cost import Cost, ModelShape, model_cost
+from hcp_jax.dynamic.cost import Cost, model_cost
 from hcp_jax.dynamic.packing import pack
 from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.mesh import host_of
@@ -254,14 +255,11 @@ def limits_of(config: TrainConfig, cp: ContextParallel) -> Limits:
 
 
 def _cost(model: ModelConfig, cp: ContextParallel) -> Cost:
-    """The run's model on modelled H200s, with the hosts of its mesh."""
+    """Return the cost of the run's model on modelled H200s, with the hosts of its mesh."""
     tp, devices = cp.axis_size(cp.tp), list(cp.mesh.devices.flat)
-    query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    of_layer = model.hidden_size * (2 * query + 2 * kv + 3 * model.intermediate_size)
-    dense = model.num_layers * of_layer + model.vocab_size * model.hidden_size
-    shape = ModelShape(model.num_layers, dense // tp, query // tp, kv // tp)
     on_first = sum(host_of(device) == host_of(devices[0]) for device in devices)
-    return dataclasses.replace(model_cost(shape), devices_per_host=max(1, on_first // tp))
+    shape = ModelShape.from_config(model)
+    return model_cost(shape, tp=tp, devices_per_host=max(1, on_first // tp))
 
 
 def _require_same_everywhere(menu: tuple[groups.Layout, ...]) -> None:

@@ -37,39 +37,8 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.loss import cross_entropy_by_bin
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.train import data
-from hcp_jax.train.data import Corpus, DataConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Held-out loss while a run goes on.
-
-    Attributes:
-        every: steps between two evaluations; there is one before the first step and one after the
-            last, too. None: no evaluation.
-        path: held-out text, of any kind that `data.path` takes (with `data`'s field and tokenizer).
-            None: some documents of the training text are held out, and not trained on.
-        holdout: the share of the documents that is held out where there is no path; they are taken
-            evenly over the whole text.
-        tokens: evaluate on about as many, taken evenly over the held-out text. None: on all of it.
-    """
-
-    every: int | None = None
-    path: str | None = None
-    holdout: float = 0.01
-    tokens: int | None = 1_048_576
-
-    def __post_init__(self):
-        for name in ("every", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"eval.{name} must be at least 1, or null, got {value}.")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"eval.holdout must lie between 0 and 1, got {self.holdout}.")
-
-    def is_due(self, done: int, steps: int) -> bool:
-        """Whether a run evaluates when it has done so many of its steps."""
-        return self.every is not None and (done % self.every == 0 or done == steps)
+from hcp_jax.train.data import Corpus
+from hcp_jax.train.sections import DataConfig, EvalConfig
 
 
 def open_corpora(

@@ -8,17 +8,21 @@ import dataclasses
 import itertools
 import logging
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from hcp_jax import settings
 from hcp_jax.train import config as configuration
+from hcp_jax.train import sealed
 from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluation
+from hcp_jax.train.hosts.words import Words
 from hcp_jax.train.program import Program
-from hcp_jax.train.record import figures, metrics
+from hcp_jax.train.record import metrics
 from hcp_jax.train.step import TrainState
 
 _log = logging.getLogger("hcp_jax")
@@ -32,11 +36,19 @@ class RunFolder:
         path: the folder; it exists.
         start: the first step of this part of the run.
         title: of the pictures.
+        files: the fingerprint of the run's text (`data/fingerprint.py`), for its checkpoints.
     """
 
-    def __init__(self, config: TrainConfig, path: pathlib.Path, start: int, title: str):
+    def __init__(
+        self,
+        config: TrainConfig,
+        path: pathlib.Path,
+        start: int,
+        title: str,
+        files: dict[str, Any] | None = None,
+    ):
         self.path, self._title = path, title
-        self._checkpoints = open_checkpoints(config, path)
+        self._checkpoints = open_checkpoints(config, path, files)
         self._recorder = None
         if jax.process_index() == 0:
             written = path / "config.yaml.tmp"
@@ -58,6 +70,8 @@ class RunFolder:
                 _log.warning(str(also))
         if self._recorder is not None:
             self._recorder.close()
+            from hcp_jax.train.record import figures  # matplotlib takes a second to import
+
             figures.draw_run(self.path, self._title)
 
     def record(self, step: int, values: dict[str, float]) -> None:
@@ -83,19 +97,17 @@ class RunFolder:
         self._checkpoints.finish()
 
 
-def open_checkpoints(config: TrainConfig, folder: pathlib.Path) -> Checkpoints:
-    """The checkpoints of a run of this config."""
-    return Checkpoints(
-        folder, dataclasses.asdict(config.model), config.checkpoint, dataclasses.asdict(config)
-    )
+def open_checkpoints(
+    config: TrainConfig, folder: pathlib.Path, files: dict[str, Any] | None = None
+) -> Checkpoints:
+    """Open the checkpoints of a run of this config; its folder must be held (`lock.py`)."""
+    model, run = settings.fixed_values(config.model), dataclasses.asdict(config)
+    return Checkpoints(folder, model, config.checkpoint, run, files)
 
 
-def has_checkpoint(config: TrainConfig, folder: pathlib.Path) -> bool:
-    """Whether a run can go on from something, as the first process sees it."""
-    checkpoints = open_checkpoints(config, folder)
-    latest = checkpoints.latest()
-    checkpoints.close()
-    return latest is not None
+def has_checkpoint(folder: pathlib.Path) -> bool:
+    """Say whether a run can go on from something, as the first process sees it."""
+    return bool(Words("has checkpoint").of_all(sealed.steps(folder))[0])
 
 
 def make_new(config: TrainConfig) -> pathlib.Path:

@@ -15,6 +15,7 @@ import os
 import pathlib
 import queue
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -25,12 +26,10 @@ import time
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-import jax
-
+from hcp_jax import arguments, terminal
 from hcp_jax.train import command
-from hcp_jax.train import folder as run_folders
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.hosts import cluster
+from hcp_jax.train.hosts import cluster, meeting
 from hcp_jax.train.hosts.peers import GONE
 
 GRACE = 30.0
@@ -77,16 +76,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hcp launch`: those of `hcp train`, and how many processes."""
     command.add_run_arguments(parser)
     of = parser.add_argument_group("processes")
-    of.add_argument("--num-processes", type=int, required=True, metavar="N", help="how many")
+    of.add_argument(
+        "--num-processes",
+        type=arguments.whole(most=1024),
+        required=True,
+        metavar="N",
+        help="how many",
+    )
     of.add_argument(
         "--devices-per-process",
-        type=int,
+        type=arguments.whole(most=1024),
         metavar="D",
         help="GPUs, or simulated devices, of each; all there are, shared out, if not given",
     )
     of.add_argument(
         "--restarts",
-        type=int,
+        type=arguments.whole(least=0),
         default=0,
         metavar="R",
         help="how often to start all of them again, from the last checkpoint, when one dies (0)",
@@ -96,10 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp launch`; returns the exit code of the process that ended first, if not 0."""
-    if args.num_processes < 1 or args.restarts < 0:
-        raise ValueError("--num-processes must be at least 1, and --restarts at least 0.")
+    from hcp_jax.train import folder as run_folders
+
     folder = command.resumed_folder(args)
     config = command.config_of(args, folder)
+    command.require_can_begin(
+        config, folder, 0 if command.has_gpus() else config.parallel.num_devices
+    )
     environments = _environments(args, config)
     made = folder is None
     folder = folder or run_folders.make_numbered(config)
@@ -205,6 +213,7 @@ def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]
     common = [sys.executable, "-m", "hcp_jax.cli", "train"]
     common += [] if args.config is None else [str(args.config)]
     common += [part for key, text in args.overrides or () for part in (f"--{key}", text)]
+    common += [f"--accept={word}" for word in args.accept or ()]
     common += [f"--folder={folder}"]
     if args.num_processes == 1:
         return [common]
@@ -220,7 +229,7 @@ def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]
 def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[str, str]]:
     """What each process sees of the machine's devices."""
     processes, wanted = args.num_processes, config.parallel.num_devices
-    gpus = [] if jax.config.values["jax_platforms"] == "cpu" else _gpus()
+    gpus = _gpus() if command.has_gpus() else []
     each = args.devices_per_process or (len(gpus) or wanted) // processes or 1
     if each * processes != wanted:
         raise ValueError(
@@ -229,13 +238,15 @@ def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[st
         )
     if not gpus:
         simulated = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)}
-        return [_told_of_launcher() | simulated for _ in range(processes)]
+        return [_from_launcher() | simulated] * processes
     if len(gpus) < wanted:
         raise ValueError(
             f"{processes} processes of {each} GPUs need {wanted}, but this machine has {len(gpus)}."
         )
     parts = [gpus[i * each : (i + 1) * each] for i in range(processes)]
-    return [_told_of_launcher() | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+    # NCCL, too, listens on loopback alone, unless somebody chose an interface.
+    common = _from_launcher() | {"NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo")}
+    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
 def _gpus() -> list[str]:
@@ -253,8 +264,10 @@ def _gpus() -> list[str]:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
 
 
-def _told_of_launcher() -> dict[str, str]:
-    return {cluster.LAUNCHER: str(os.getpid())}
+def _from_launcher() -> dict[str, str]:
+    """Return what all processes of a launch know, and nobody else."""
+    secret = meeting.secret() or secrets.token_hex(16)
+    return {cluster.LAUNCHER: str(os.getpid()), meeting.SECRET: secret}
 
 
 def _free_port() -> int:
@@ -286,4 +299,4 @@ def _cause(code: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"hcp launch: {text}", file=sys.stderr, flush=True)
+    terminal.say_error(f"hcp launch: {text}")

@@ -9,21 +9,26 @@ import contextlib
 import math
 import pathlib
 import time
+from collections.abc import Collection
 
 import jax
 import rich.console
 
+from hcp_jax import terminal
 from hcp_jax.context import ContextParallel
-from hcp_jax.train import data, evaluation, folder
+from hcp_jax.train import data, evaluation, folder, lock
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.data import fingerprint
 from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.hf import weights
 from hcp_jax.train.hosts.peers import Peers
+from hcp_jax.train.optimizer import fitted_warmup
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.record.meter import Meter
 from hcp_jax.train.record.profile import Profiler, ProfileSteps, check_profile
+from hcp_jax.train.resuming import GoingOn
 from hcp_jax.train.step import TrainState, abstract_state, make_optimizer
 from hcp_jax.train.steps import Outcome, Steps
 
@@ -36,6 +41,7 @@ def train(
     console: rich.console.Console | None = None,
     profile: ProfileSteps | None = None,
     peers: Peers | None = None,
+    accept: Collection[str] = (),
 ) -> Outcome:
     """Trains, or goes on training, and leaves a run folder behind.
 
@@ -50,32 +56,41 @@ def train(
         console: where to print, standard output if None; only the first of several processes does.
         profile: steps to trace into the folder `profile` of the run folder.
         peers: the connections to the other processes, which must have the same data.
+        accept: what may differ from the run that is resumed: words of `resuming.CONSENT`.
 
     Raises:
-        ValueError: for anything about config, data, mesh or checkpoint that cannot be.
+        ValueError: for anything about config, data, mesh or checkpoint that cannot be; if another
+            process trains in the folder.
         FloatingPointError: if too many steps in a row had a loss or gradient that is not finite.
     """
-    console = console or rich.console.Console(highlight=False)
+    console = console or terminal.console()
     console.quiet = console.quiet or jax.process_index() != 0
     vocab_size = config.model.vocab_size
     corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)
+    held_out_path = config.eval.path if config.eval.every is not None else None
+    files = fingerprint.of_run(config.data, held_out_path)
     if peers is not None:
         peers.agree(corpus.fingerprint())
+        peers.agree({"the contents of the text's files": fingerprint.summary(files)})
     cp = config.parallel.context_parallel(config.model.num_layers)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
     if resume is None and config.init_from is not None:
-        _print(console, weights.check(config.model, config.init_from))
+        _print(console, weights.check(config.model, config.init_from, config.seq_len))
 
     program: Program = (
         DynamicProgram(config, cp, corpus, console)
         if config.parallel.dynamic.enabled
         else FixedProgram(config, cp, corpus)
     )
-    with contextlib.closing(program):
+    with contextlib.closing(program), contextlib.ExitStack() as held:
         _print(console, _introduction(config, cp, corpus, abstract, program))
-        state = None if resume is None else _restore(config, resume, abstract, program, begin)
+        state = None
+        if resume is not None:
+            held.enter_context(lock.held(resume))
+            going_on = GoingOn(config, files, frozenset(accept))
+            state = _restore(going_on, resume, abstract, program, begin, console)
         if begin and resume and state is not None and int(state.step) >= config.steps:
             _print(console, f"{resume} has made all its {config.steps} steps.")
             return Outcome(resume, config.steps)
@@ -91,12 +106,14 @@ def train(
             _print(console, f"evaluation every {every} steps: {evaluator}; {more}")
 
         path = folder.make_new(config) if resume is None else resume
+        if resume is None:
+            held.enter_context(lock.held(path))
         if state is None:
             state = weights.first_state(config, optimizer, cp, path)
         title = f"{config.name}: {_in_short(cp)}"
         start = int(state.step)
         with (
-            RunFolder(config, path, start, title) as run,
+            RunFolder(config, path, start, title, files) as run,
             Profiler(profile, start, config.steps, path) as profiler,
         ):
             meter = Meter(config.model, cp.mesh)
@@ -107,26 +124,29 @@ def train(
 
 
 def _restore(
-    config: TrainConfig,
+    going_on: GoingOn,
     path: pathlib.Path,
     abstract: TrainState,
     program: Program,
     begin: bool,
+    console: rich.console.Console,
 ) -> TrainState | None:
-    """The state of a run, and its data put where they were; None if it is to begin here."""
-    if begin:
-        path.mkdir(parents=True, exist_ok=True)
-        if not folder.has_checkpoint(config, path):
-            return None
+    """Restore the state of a run, and its data; None if it is to begin here."""
+    if begin and not folder.has_checkpoint(path):
+        return None
+    config = going_on.config
     checkpoints = folder.open_checkpoints(config, path)
-    restored = checkpoints.restore(abstract)
+    restored = checkpoints.restore(abstract, going_on.require)
     checkpoints.close()
     if int(restored.state.step) >= config.steps and not begin:
         raise ValueError(
             f"{path} has made all its {config.steps} steps; to go on, give --steps a greater "
             "number."
         )
-    program.restore_data(restored.data)
+    for line in going_on.describe(restored):
+        _print(console, line)
+    for line in going_on.restore_data(program, restored.data):
+        _print(console, line)
     return restored.state
 
 
@@ -142,6 +162,16 @@ def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: data.Corpus) 
         batch_size=max(1, at_a_time // dp) * dp,
         tokens=config.eval.tokens,
     )
+
+
+def _about_warmup(config: TrainConfig) -> list[str]:
+    wanted, fitted = config.optimizer.warmup_steps, fitted_warmup(config.optimizer, config.steps)
+    if wanted == fitted:
+        return []
+    return [
+        f"warm-up: {fitted} step{'s' * (fitted != 1)}, since {wanted} do not fit into a training "
+        f"of {config.steps}"
+    ]
 
 
 def _print(console: rich.console.Console, text: str) -> None:
@@ -163,6 +193,7 @@ def _introduction(
             f"model: {model.num_layers} layers, {num_params / 1e6:,.2f} M parameters, "
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
             f"data: {corpus}",
+            *_about_warmup(config),
             *program.describe(num_params),
         ]
     )

@@ -6,100 +6,50 @@ types of what it makes where each array belongs, and the step fetches them for t
 (`fetched`, `put_back`).
 """
 
-import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float
 
-MomentsDtype = Literal["float32", "bfloat16"]
+from hcp_jax.train.sections import OptimizerConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, 2019) with warm-up, cosine decay and clipping.
+def fitted_warmup(config: OptimizerConfig, num_steps: int) -> int:
+    """Return the steps of warm-up in a training of so many steps.
 
-    Weight decay is on the matrices of the layers (every `kernel`), not on norms, biases, sinks, the
-    embedding or the output head.
-
-    Attributes:
-        learning_rate: at the top, after the warm-up.
-        warmup_steps: steps over which it rises linearly; the first step has 1 / warmup_steps of it.
-        final_ratio: share of it that is left at the last step.
-        beta1: decay of the mean of gradients.
-        beta2: decay of the mean of their squares.
-        eps: added to the root of the latter.
-        weight_decay: per unit of learning rate.
-        clip_norm: greatest norm of all gradients together; None for no limit.
-        moments_dtype: what the two means are kept in. "bfloat16" halves them; they are rounded up
-            or down by chance, since to the nearest, a change of less than 1 in 256 would be lost
-            every time.
-        offload: whether they lie in the host's memory between two steps.
-        max_skipped: steps in a row that may be skipped, because their loss or their gradient is not
-            finite, before training stops.
+    Those of the config; a tenth of all, but at least one of several, if they do not fit.
     """
-
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    final_ratio: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
-    moments_dtype: MomentsDtype = "float32"
-    offload: bool = False
-    max_skipped: int = 10
-
-    def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.final_ratio <= 1:
-            raise ValueError(
-                "warmup_steps and weight_decay must not be negative, and final_ratio lies in "
-                f"[0, 1]; got {self.warmup_steps}, {self.weight_decay} and {self.final_ratio}."
-            )
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
-        if self.max_skipped < 1:
-            raise ValueError(f"max_skipped must be at least 1, got {self.max_skipped}.")
-        if self.moments_dtype not in get_args(MomentsDtype):
-            raise ValueError(
-                f"moments_dtype must be one of {', '.join(get_args(MomentsDtype))}, got "
-                f"{self.moments_dtype!r}."
-            )
+    if config.warmup_steps < num_steps:
+        return config.warmup_steps
+    return min(max(1, num_steps // 10), num_steps - 1)
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step, from 0 to num_steps - 1.
-
-    Raises:
-        ValueError: if the warm-up is as long as the whole training or longer.
-    """
-    if num_steps <= config.warmup_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} must be fewer than the {num_steps} steps of the "
-            "training; lower it, or train longer."
+    """Return the learning rate by step, from 0 to num_steps - 1."""
+    top, low = config.learning_rate, config.final_ratio * config.learning_rate
+    warmup = fitted_warmup(config, num_steps)
+    first = 0.0 if warmup else top
+    if config.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(first, top, warmup, num_steps, low)
+    elif config.schedule == "constant":
+        schedule = optax.warmup_constant_schedule(first, top, warmup)
+    else:
+        decay = min(round(config.decay_share * num_steps), num_steps - warmup)
+        schedule = optax.join_schedules(
+            [
+                optax.warmup_constant_schedule(first, top, warmup),
+                optax.linear_schedule(top, low, decay),
+            ],
+            [num_steps - decay],
         )
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=num_steps,
-        end_value=config.final_ratio * config.learning_rate,
-    )
     # optax counts from a rate of 0, which would make the first step an idle one.
     return lambda count: schedule(count + 1)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW under `make_schedule`.
-
-    Raises:
-        ValueError: as `make_schedule`.
-    """
+    """Return clipping, then AdamW under `make_schedule`."""
 
     def is_decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -1,4 +1,4 @@
-"""Steps that were skipped because their loss or gradient was not finite: told, counted, bounded.
+"""Steps that were skipped for a number that was not finite: told, counted, bounded, not saved.
 
 The step itself leaves the state alone (`apply_gradients`); here the loop learns of it, one step
 late, without having waited for the devices.
@@ -14,11 +14,40 @@ class SkippedSteps:
     Args:
         limit: steps in a row after which training stops.
         tell: prints a line.
+
+    Attributes:
+        total: steps that were skipped.
     """
 
     def __init__(self, limit: int, tell: Callable[[str], None]):
         self._limit, self._tell = limit, tell
         self._in_row = self.total = 0
+        self._unsaved = 0  # good steps since the last checkpoint
+        self._told = -1
+
+    def allow_saving(self, step: int, ends: bool, checkpoint: int | None) -> bool:
+        """Say whether a checkpoint that is due may be written now; tell it if not.
+
+        While steps are skipped, none is: each would have the parameters of the last good step, and
+        push out one of a time when all was well. Only where the run ends, one is written if good
+        steps would be lost otherwise.
+
+        Args:
+            step: steps done, all of which have been noted.
+            ends: whether the run ends here.
+            checkpoint: the step of the last checkpoint.
+        """
+        first = step - self._in_row
+        if self._in_row == 0 or (ends and self._unsaved):
+            if self._in_row:
+                self._tell(f"the checkpoint of step {step} has the parameters of step {first}")
+            self._unsaved = 0
+            return True
+        if self._told != first:
+            last = "there is none" if checkpoint is None else f"the last is of step {checkpoint}"
+            self._tell(f"no checkpoint at step {step}, since steps are being skipped; {last}")
+        self._told = first
+        return False
 
     def note(
         self,
@@ -40,6 +69,7 @@ class SkippedSteps:
         """
         if not values["skipped"]:
             self._in_row = 0
+            self._unsaved += 1
             return
         self._in_row += 1
         self.total += 1
@@ -58,7 +88,11 @@ class SkippedSteps:
             else f"The last checkpoint is of step {checkpoint}"
         )
         at_fault = (
-            "loss is" if not math.isfinite(values["loss"]) else "loss is finite but its gradient is"
+            "loss is"
+            if not math.isfinite(values["loss"])
+            else "loss is finite but its gradient is"
+            if not math.isfinite(values["grad_norm"])
+            else "loss and its gradient are finite but the parameters after the step would be"
         )
         raise FloatingPointError(
             f"{steps} skipped, as many in a row as optimizer.max_skipped allows. In the last, the "

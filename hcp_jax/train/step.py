@@ -177,8 +177,9 @@ def apply_gradients(
 ) -> tuple[TrainState, dict[str, Array]]:
     """The update that ends a step; to be traced.
 
-    A step whose loss or gradient is not finite is skipped: parameters and optimizer state stay as
-    they are, and so does the learning rate, which goes by the updates made.
+    A step whose loss or gradient is not finite, or whose update would make a parameter so, is
+    skipped: parameters and optimizer state stay as they are, and so does the learning rate, which
+    goes by the updates made.
 
     Args:
         state: before the step.
@@ -193,25 +194,36 @@ def apply_gradients(
         clipping), "learning_rate", "tokens", and "skipped" (1 if the step was, else 0).
     """
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     before, grads = fetched(state.opt_state, grads)
-    updates, opt_state = optimizer.update(grads, before, state.params)
-    params = optax.apply_updates(state.params, updates)
+
+    def update(old: tuple[Any, Any], grads: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(grads, old[1], old[0])
+        return optax.apply_updates(old[0], updates), opt_state
+
+    old = state.params, before
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(update(old, grads)[0])
+    # The update is made twice, first to look at it: kept meanwhile, the new parameters and moments
+    # would lie beside the old ones. The barrier keeps XLA from making it once.
+    old, grads, finite = jax.lax.optimization_barrier((old, grads, finite))
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, before)
+        lambda new, old: jnp.where(finite, new, old), update(old, grads), old
     )
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(schedule(_updates_made(state)), jnp.float32),
+        "learning_rate": jnp.asarray(schedule(updates_made(state)), jnp.float32),
         "tokens": tokens,
         "skipped": 1 - finite.astype(jnp.int32),
     }
     return TrainState(state.step + 1, params, put_back(opt_state, state.opt_state)), metrics
 
 
-def _updates_made(state: TrainState) -> Any:
-    """The steps that were not skipped, as the optimizer's own schedule counts them."""
+def _all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]).all()
+
+
+def updates_made(state: TrainState) -> Any:
+    """Return how many steps were not skipped, as the optimizer's own schedule counts them."""
     return optax.tree.get(
         state.opt_state,
         "count",

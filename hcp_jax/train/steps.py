@@ -16,10 +16,12 @@ from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.hosts.signals import Signals
+from hcp_jax.train.long_run import LongRunAdvice
 from hcp_jax.train.program import Program
 from hcp_jax.train.record.meter import Meter
 from hcp_jax.train.record.profile import Profiler
 from hcp_jax.train.record.progress import Progress
+from hcp_jax.train.save_clock import SaveClock
 from hcp_jax.train.skipping import SkippedSteps
 from hcp_jax.train.step import TrainState
 
@@ -73,17 +75,20 @@ class Steps:
         self._config, self._program, self._evaluator = config, program, evaluator
         self._run, self._console, self._profiler, self._meter = run, console, profiler, meter
         self._losses: list[float] = []
+        self._advice = LongRunAdvice(config, self._print)
         self._skipped = SkippedSteps(config.optimizer.max_skipped, self._print)
 
     def make(self, state: TrainState) -> Outcome:
         """All steps that are left after `state`, or those until a signal comes."""
         config, program = self._config, self._program
         start = done = int(state.step)
+        clock = SaveClock(config.checkpoint.every_minutes, start)
         with (
             Signals() as signals,
             Progress(self._console, config.steps, start, config.log.every) as progress,
         ):
             before: _Made | None = None
+            due = False
             if config.eval.is_due(start, config.steps):
                 self._evaluate(start, state)
             self._meter.start()
@@ -97,14 +102,18 @@ class Steps:
                 before, done = _Made(done, metrics, program.documents(batch)), done + 1
                 stopped = signals.agreed(done)
                 ends = stopped is not None or done == config.steps
-                saves = ends or config.checkpoint.is_due(done)
+                by_time = clock.is_due(done)  # asked every time: all processes look together
+                # One that was due while steps were skipped is made up for as soon as one is not.
+                due = ends or due or by_time or config.checkpoint.is_due(done)
                 evaluates = config.eval.is_due(done, config.steps) and stopped is None
-                if saves or evaluates:
+                if due or evaluates:
                     # What is told of the steps before stands in the log before the checkpoint.
                     self._report(before, progress)
                     before = None
-                if saves:
+                if due and self._skipped.allow_saving(done, ends, self._run.latest_checkpoint()):
                     self._run.save(done, state, program)
+                    due = False
+                    clock.saved(done)
                 if evaluates:
                     self._evaluate(done, state)
                 if ends:
@@ -118,6 +127,7 @@ class Steps:
         values = {name: float(value) for name, value in jax.device_get(made.metrics).items()}
         values |= self._meter.lap(values)
         progress.show(made.number, values)
+        self._advice.note(progress.seconds, progress.left)
         self._run.record(made.number, values)
         self._skipped.note(made.number, values, made.documents, self._run.latest_checkpoint())
         if not values["skipped"]:
@@ -142,10 +152,10 @@ class Steps:
             self._print(line)
         self._print(f"{done - start} steps in {seconds:.0f} s: {learnt}")
         if done < self._config.steps:
-            self._print(
-                f"Stopped after step {done} of {self._config.steps}. Go on with:\n"
-                f"  hcp train --resume {path}"
-            )
+            go_on = f"Go on with:\n  hcp train --resume {path}"
+            if self._run.latest_checkpoint() is None:
+                go_on = "There is no checkpoint to go on from."
+            self._print(f"Stopped after step {done} of {self._config.steps}. {go_on}")
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

@@ -10,52 +10,66 @@ mesh kept: the mathematics does not depend on the rest.
 """
 
 import argparse
-import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import rich.box
-import rich.console
-import rich.table
-
+from hcp_jax import tables
 from hcp_jax.train import config as configuration
-from hcp_jax.verify import groups, streams
+from hcp_jax.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from hcp_jax.verify.measures import Check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp verify`."""
+    """Add the arguments of `hcp verify`."""
     configuration.add_arguments(parser)
 
 
 def num_devices(args: argparse.Namespace) -> int:
-    """How many devices to simulate where there is no GPU."""
-    return configuration.from_arguments(args).parallel.num_devices
+    """Return how many devices to simulate where there is no GPU."""
+    return _config(args).parallel.num_devices
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp verify`; returns 0, or 1 if a check failed."""
-    config = configuration.from_arguments(args)
-    width = None if sys.stdout.isatty() else 100  # a file has room
-    console = rich.console.Console(highlight=False, width=width)
+    """Run `hcp verify`; return 0, or 1 if a check failed."""
+    from hcp_jax.verify import groups, streams
+
+    config = _config(args)
+    console = tables.console()
     cp = config.parallel.context_parallel(config.model.num_layers)
-    console.print(cp.describe(), markup=False, soft_wrap=True)
+    console.print(cp.describe())
+    checked: Iterable[tuple[str, Iterator[Check]]]
     if config.parallel.dynamic.enabled:
-        tables = groups.checks(config, cp, console)
+        checked = groups.checks(config, cp, console)
     else:
-        tables = streams.checks(config, cp)
+        checked = streams.checks(config, cp)
     total = failed = 0
-    for title, rows in tables:
-        table = rich.table.Table(
-            title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
-        )
-        for check in rows:
-            if not table.columns:
-                for heading in (*check.cells, ""):
-                    table.add_column(heading, no_wrap=True)
-            table.add_row(*check.cells.values(), "ok" if check.passed else "FAILED")
-            total, failed = total + 1, failed + (not check.passed)
-        if table.row_count:
-            console.print(table)
+    for title, checks in checked:
+        rows = list(checks)
+        total += len(rows)
+        failed += sum(not check.passed for check in rows)
+        if rows:
+            headings = (*rows[0].cells, "")
+            cells = [(*check.cells.values(), "ok" if check.passed else "FAILED") for check in rows]
+            console.print()
+            tables.show(console, headings, cells, left=headings, title=title)
+    console.print()
     if failed:
         console.print(f"{failed} of {total} checks FAILED")
         return 1
     console.print(f"all {total} checks passed: this computes what one device computes")
     return 0
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    config = configuration.from_arguments(args)
+    if config.parallel.num_devices == 1:
+        where = (
+            "no config is given, and the default" if args.config is None else f"{args.config}: the"
+        )
+        raise ValueError(
+            f"{where} mesh has one device: there is nothing to compare one device with. Name a "
+            "config, such as configs/quickstart.yaml, or sizes, such as --parallel.cp_inner 4."
+        )
+    return config

@@ -26,14 +26,15 @@ from jaxtyping import Int64, Shaped
 
 from hcp_jax import dynamic
 from hcp_jax.attention.grouped import exchange_size
+from hcp_jax.compiled import hlo
 from hcp_jax.context import ContextParallel
+from hcp_jax.cost.traffic import EXCHANGE_HEADS, RING_HOP, Strategy
 from hcp_jax.dynamic.groups import Layout, group_of_device
 from hcp_jax.dynamic.groups import describe as describe_layout
 from hcp_jax.dynamic.packing import PackedMicrobatch
 from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.microbatch import flat_devices, place_microbatch
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.plan import hlo
 from hcp_jax.train import data, evaluation
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.streams import Segments
@@ -48,7 +49,7 @@ from hcp_jax.train.step import (
 from hcp_jax.verify import measures
 from hcp_jax.verify.measures import EXACT, Attended, Check
 
-_SCOPES = ("ring_hop", "exchange_heads")
+_SCOPES = (RING_HOP, EXCHANGE_HEADS)
 _FILL = 2  # microbatches' worth of documents for each layout
 _NO_TOKEN = 50.0  # what stands where there is none, and must not matter
 
@@ -342,15 +343,18 @@ def _traffic(
 def _needed_bytes(
     model: ModelConfig, cp: ContextParallel, tokens: int
 ) -> dict[str, Int64[np.ndarray, "D"]]:
-    """What each device must put into the collectives of one forward pass, in float32."""
+    """Return what each device must put into the collectives of one forward pass, in float32."""
     assert cp.groups is not None
     tp, numbers, group_size = cp.axis_size(cp.tp), _numbers(cp), group_of_device(cp.groups)[1]
     needed = {scope: np.zeros(cp.mesh.size, np.int64) for scope in _SCOPES}
+    strategy = Strategy(("exchange",), ("ring",))
     for layer in range(model.num_layers):
         exchange = exchange_size(cp.for_layer(layer), model.num_heads // tp)
-        of_layer = measures.layer_bytes(model, tp, tokens, exchange)
-        needed["exchange_heads"] += of_layer.exchanged
-        needed["ring_hop"][numbers] += of_layer.kv * (group_size // exchange - 1)[:, None]
+        for size in set(cp.groups):
+            sizes = {"exchange": exchange, "ring": size // exchange}
+            each = measures.needed_bytes(model, tp, tokens, strategy, sizes)
+            for scope in _SCOPES:
+                needed[scope][numbers[group_size == size]] += each[scope]
     return needed
 
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.compiled import hlo
 from hcp_jax.context import ContextParallel
+from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES, Strategy, layer_traffic
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model
-from hcp_jax.plan import hlo
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
 
@@ -145,31 +146,31 @@ def same_step(many: Mapping[str, Any], single: Mapping[str, Any]) -> Iterator[Ch
         yield Check(cells, error <= SAME_STEP)
 
 
-class LayerBytes(NamedTuple):
-    """What one device puts into collectives for one layer's attention, forward, in float32.
-
-    Attributes:
-        exchanged: into the exchange of heads: q, k, v, and out.
-        kv: K and V as they are after it, once.
-    """
-
-    exchanged: int
-    kv: int
-
-
-def layer_bytes(model: ModelConfig, tp: int, tokens: int, exchange: int) -> LayerBytes:
-    """The bytes of `tokens` tokens of a device.
+def needed_bytes(
+    model: ModelConfig, tp: int, tokens: int, strategy: Strategy, sizes: Mapping[str, int]
+) -> dict[str, int]:
+    """Return what one device must put into collectives for a layer's attention, forward, by scope.
 
     Args:
-        model: for its heads.
-        tp: devices that share them out for good.
+        model: for its heads, in float32.
+        tp: devices that share the heads for good.
         tokens: of the device, all rows together.
-        exchange: devices that exchange heads.
+        strategy: which axes exchange heads and which move K and V.
+        sizes: devices along each axis.
     """
-    kv_heads = math.lcm(model.num_kv_heads // tp, exchange)
-    token = 4 * tokens * model.head_dim
-    exchanged = token * 2 * (model.num_heads // tp + kv_heads) if exchange > 1 else 0
-    return LayerBytes(exchanged, token * 2 * kv_heads)
+    needed = dict.fromkeys(SCOPES, 0)
+    for moved in layer_traffic(
+        strategy,
+        sizes,
+        tokens=tokens,
+        heads=model.num_heads // tp,
+        kv_heads=model.num_kv_heads // tp,
+        head_size=model.head_dim,
+        item_bytes=ITEM_BYTES["float32"],
+    ):
+        if moved.direction == "forward":
+            needed[moved.scope] += moved.count * moved.bytes
+    return needed
 
 
 def traffic_cells(

@@ -15,17 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from hcp_jax.compiled import hlo
 from hcp_jax.context import ContextParallel
+from hcp_jax.cost.traffic import SCOPES
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.placing import Gathered
-from hcp_jax.plan import hlo
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.step import init_state, make_eval_loss, make_optimizer, make_train_step
 from hcp_jax.verify import measures
 from hcp_jax.verify.measures import EXACT, Check
-
-_SCOPES = ("ring_hop", "gather_kv", "exchange_heads")
 
 
 def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iterator[Check]]]:
@@ -123,7 +122,7 @@ def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[
     needed = _needed_bytes(config.model, cp, batch["positions"].shape)
     for program, (compiled, times) in programs.items():
         found = hlo.collectives(compiled.as_text())
-        for scope in _SCOPES:
+        for scope in SCOPES:
             if not needed[scope]:
                 continue
             of_scope = [c for c in found if scope in c.op_name]
@@ -134,15 +133,13 @@ def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[
 
 
 def _needed_bytes(model: ModelConfig, cp: ContextParallel, shape) -> dict[str, int]:
-    """What one device must put into the collectives of one forward pass, in float32."""
+    """Return what one device must put into the collectives of one forward pass, in float32."""
     tokens = shape[0] // cp.axis_size(cp.dp) * cp.padded_length(shape[1]) // cp.size
-    needed = dict.fromkeys(_SCOPES, 0)
+    needed = dict.fromkeys(SCOPES, 0)
     for layer in range(model.num_layers):
-        exchange, move, by = cp.for_layer(layer).strategy
-        ring = cp.axis_size(move)
-        of_layer = measures.layer_bytes(model, cp.axis_size(cp.tp), tokens, cp.axis_size(exchange))
-        needed["exchange_heads"] += of_layer.exchanged
-        if ring > 1:
-            moves = ring - 1 if by == "ring" else 1
-            needed["ring_hop" if by == "ring" else "gather_kv"] += of_layer.kv * moves
+        strategy = cp.for_layer(layer).strategy
+        layer_needs = measures.needed_bytes(
+            model, cp.axis_size(cp.tp), tokens, strategy, cp.mesh.shape
+        )
+        needed = {scope: needed[scope] + layer_needs[scope] for scope in SCOPES}
     return needed

@@ -66,11 +66,6 @@ def test_the_dtype_asked_for_is_computed_in():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            {"mask": CAUSAL},
-            ValueError,
-            r"mask must be a hcp_jax.Mask, got .* of shape \(2, 1, 48, 48\)",
-        ),
         ({"bias": np.zeros((2, 4, 48, 48))}, ValueError, "takes no bias"),
         ({"dropout_rate": 0.1}, NotImplementedError, r"attention dropout \(rate 0.1\)"),
         ({"module": nn.Dense(1)}, NotImplementedError, "none can be sown"),

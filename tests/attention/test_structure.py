@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import hcp_jax as hcp
+from hcp_jax.compiled.hlo import collectives
 from hcp_jax.context import STRATEGIES
-from hcp_jax.plan.hlo import collectives
 
 B, T, N, K, H = 1, 64, 8, 2, 8
 ITEM = 4  # float32

@@ -6,9 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hcp_jax import hardware
+from hcp_jax.cost.models import model_shape
+from hcp_jax.cost.traffic import STRATEGIES, layer_traffic
 from hcp_jax.dynamic import Cost, TimedMicrobatch, model_cost
 from tests.dynamic.strategies import QUICK, costs
 
+DIRECTIONS = ("forward", "backward")
 FREE_LINKS = dataclasses.replace(
     Cost(), seconds_per_byte_inside=0.0, seconds_per_byte_across=0.0, seconds_per_hop=0.0, tile=0
 )
@@ -127,10 +131,60 @@ def test_a_cost_that_cannot_be_is_told(wrong):
 
 
 def test_the_default_is_the_benchmark_s_model():
-    assert Cost() == model_cost("gpt-12x2048")
-    assert model_cost("llama3-8b").seconds_per_token > 10 * Cost().seconds_per_token
+    assert Cost() == model_cost("gpt-12x2048") == model_cost("gpt-12x2048", "h200")
 
 
-def test_an_unknown_model_is_told():
-    with pytest.raises(ValueError, match="unknown model 'gpt5': there are gpt-12x2048, llama3-8b"):
-        model_cost("gpt5")
+def test_a_model_s_cost_is_its_flops_and_bytes_at_the_rates_of_the_table():
+    model, b200 = model_shape("llama3-8b"), hardware.gpu("b200")
+    cost = model_cost("llama3-8b", "b200", devices_per_host=4)
+    forward, backward = (b200.attention_rate("triton", d).value for d in ("forward", "backward"))
+    flops = 4 * 32 * 32 * 128
+    assert cost.seconds_per_pair == pytest.approx(flops / forward + 2.5 * flops / backward)
+    weights = model.params - model.head_params - 65 * 4096  # neither the embedding nor norms
+    rate = 0.6 * b200.product_rate.value
+    assert cost.seconds_per_token == pytest.approx(6 * weights / rate)
+    assert cost.kv_bytes_per_token == 32 * 2 * 8 * 128 * 2
+    assert cost.seconds_per_byte_inside == 1 / b200.nvlink.rate.value
+    assert cost.seconds_per_byte_across == 1 / b200.network.rate.value
+    assert cost.seconds_per_hop == pytest.approx(32 * b200.nvlink.latency)
+    assert cost.devices_per_host == 4
+
+
+def test_tp_divides_work_and_traffic_and_not_what_is_fixed():
+    one, four = model_cost("llama3-8b"), model_cost("llama3-8b", tp=4)
+    for name in ("seconds_per_pair", "seconds_per_token", "kv_bytes_per_token"):
+        assert getattr(one, name) == pytest.approx(4 * getattr(four, name))
+    for name in ("seconds_per_microbatch", "seconds_per_hop", "seconds_per_byte_across"):
+        assert getattr(one, name) == getattr(four, name)
+
+
+def test_a_ring_moves_what_the_list_of_traffic_says():
+    cost = dataclasses.replace(model_cost("llama3-8b"), seconds_per_hop=0.0)
+    tokens, per_byte = 4096, cost.seconds_per_byte_inside
+    moved = layer_traffic(
+        STRATEGIES["p2p"],
+        {"cp_outer": 1, "cp_inner": 4},
+        tokens=tokens,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+        item_bytes=2,
+    )
+    ring = cost.ring(4, crosses=False, tokens=tokens)
+    hop = {d: 32 * sum(t.bytes for t in moved if t.direction == d) for d in DIRECTIONS}
+    assert ring.forward_hop == pytest.approx(hop["forward"] * per_byte)
+    assert ring.backward_hop == pytest.approx(hop["backward"] * per_byte)
+    # K and V do not go home.
+    assert ring.home == pytest.approx((hop["backward"] - hop["forward"]) * per_byte)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: model_cost("gpt5"), "unknown model 'gpt5': there are gpt-12x2048, llama2-7b"),
+        (lambda: model_cost("llama3-8b", "h300"), "unknown GPU 'h300': did you mean"),
+    ],
+)
+def test_an_unknown_model_or_gpu_is_told(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcp_jax.dynamic import groups
-from tests.dynamic.strategies import NUM_DEVICES, QUICK
+from tests.dynamic.strategies import NUM_DEVICES, QUICK, all_layouts, key_source
 
 
 def straddling(layout, per_host):
@@ -30,7 +30,7 @@ def test_where_those_do_not_add_up_any_size_may():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((0,), "num_devices must be an integer >= 1, got 0"),
+        ((0,), "num_devices must be a positive integer, got 0"),
         ((8, 0), "min_cp_size must be"),
         ((8, 1, True), "max_cp_size must be"),
         ((8, 1.0), "min_cp_size must be"),
@@ -76,7 +76,7 @@ def test_other_sizes_are_put_host_by_host():
 
 
 def test_partitions_of_few_devices_are_all_there():
-    found = set(groups.all_layouts((1, 2, 4), 4))
+    found = set(all_layouts((1, 2, 4), 4))
     assert found == {(4,), (2, 2), (2, 1, 1), (1, 1, 1, 1)}
 
 
@@ -90,7 +90,7 @@ def test_each_hop_brings_the_keys_that_its_ppermute_sends(sizes):
         pairs = groups.hop_permutation(layout, hop)
         assert len({source for source, _ in pairs}) == len({to for _, to in pairs}) == len(pairs)
         holds = {to: holds[source] for source, to in pairs}
-        source = groups.key_source(layout, hop)
+        source = key_source(layout, hop)
         assert {d: s for d, s in enumerate(source) if s >= 0} == holds
         for device, keys in holds.items():
             assert keys not in seen[device]
@@ -110,7 +110,7 @@ def test_gradients_of_keys_come_home(sizes):
         for source, to in groups.homeward_permutation(layout, hop):
             moved[to] = carries[source]
         carries = moved
-        source = groups.key_source(layout, hop)
+        source = key_source(layout, hop)
         for device in np.flatnonzero(source >= 0):
             assert carries[device] == source[device], "as long as keys travel, beside them"
     assert all(device == keys for device, keys in carries.items())

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Microbatch, max_runs, pack, schedule
-from hcp_jax.dynamic.groups import group_of_device, key_source, num_hops
+from hcp_jax.dynamic.groups import group_of_device, num_hops
 from hcp_jax.kernels.core import CoreSpec, attend
 from hcp_jax.kernels.merge import merge
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
-from tests.dynamic.strategies import QUICK, cases
+from tests.dynamic.strategies import QUICK, cases, key_source, runs_at
 
 
 @st.composite
@@ -72,7 +72,7 @@ def test_the_hops_show_every_query_exactly_its_document_s_causal_prefix(case):
             token_of[first[device], index] = token
     seen = {}
     for hop in range(num_hops(microbatch.layout)):
-        runs = packed.runs_at(hop)
+        runs = runs_at(packed, hop)
         for device in range(first.size):
             keys = keys_at(runs, device)
             for place in np.flatnonzero(packed.document[device] >= 0):
@@ -122,7 +122,7 @@ def test_a_host_packs_its_own_devices_alone():
     for name in ("document", "position", "start", "end"):
         assert np.array_equal(getattr(part, name), getattr(whole, name)[3:7])
     for hop in range(4):
-        for mine, all_of_them in zip(part.runs_at(hop), whole.runs_at(hop), strict=True):
+        for mine, all_of_them in zip(runs_at(part, hop), runs_at(whole, hop), strict=True):
             assert np.array_equal(mine, all_of_them[3:7])
 
 
@@ -183,7 +183,7 @@ def test_the_core_over_the_hops_computes_each_document_alone():
         total = None
         for hop in range(num_hops(microbatch.layout)):
             source = max(int(key_source(microbatch.layout, hop)[device]), 0)
-            runs = KeyRuns(*(rows[device] for rows in packed.runs_at(hop)))
+            runs = KeyRuns(*(rows[device] for rows in runs_at(packed, hop)))
             own = (x[None] for x in (q[device], k[source], v[source]))
             part = attend(spec, *own, intervals, runs)
             total = part if total is None else merge(total, part)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hcp_jax import hardware
+from hcp_jax.compiled import aot
 from hcp_jax.kernels import core
 from hcp_jax.kernels.tiles import Tiles
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
-from hcp_jax.plan import aot, hardware
 
 
 def compile_attention(

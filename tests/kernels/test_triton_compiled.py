@@ -11,8 +11,8 @@ import tempfile
 import jax
 import pytest
 
+from hcp_jax import hardware
 from hcp_jax.kernels.tiles import Tile, Tiles, describe, tiles_for
-from hcp_jax.plan import hardware
 from tests.kernels.compiled import compile_attention
 
 KERNELS = ("attention_forward", "attention_dq", "attention_dkv")

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hcp_jax.models import hf, hf_config
+from hcp_jax.models import hf, hf_config, hf_folder
 from hcp_jax.models.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -49,14 +49,14 @@ def make_folder(folder, config=CONFIG, dtype=ml_dtypes.bfloat16, shard_bytes=60_
         file = f"shard-{number}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         placed |= dict.fromkeys(shard, file)
-    (folder / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    (folder / hf_folder.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     return folder
 
 
 def tensors_of(folder):
     """All tensors of a folder as bytes, with what they are."""
     found = {}
-    for name, stored in hf.stored_tensors(folder).items():
+    for name, stored in hf_folder.stored_tensors(folder).items():
         with safe_open(stored.file, framework="numpy") as file:
             tensor = file.get_tensor(name)
         found[name] = (tensor.dtype.name, tensor.shape, tensor.tobytes())

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import hcp_jax as hcp
-from hcp_jax.models import hf
+from hcp_jax.models import hf, hf_folder
 from hcp_jax.models.transformer import abstract_model
 from tests.models.folders import CONFIG, make_folder, stored_values
 
@@ -139,8 +139,8 @@ def test_every_dtype_is_read_exactly(tmp_path, dtype):
 
 def test_one_file_without_an_index_is_read(folder, tmp_path):
     make_folder(tmp_path / "x", shard_bytes=10**9)
-    (tmp_path / "x" / hf.INDEX).unlink()
-    (tmp_path / "x" / "shard-0.safetensors").rename(tmp_path / "x" / hf.ONE_FILE)
+    (tmp_path / "x" / hf_folder.INDEX).unlink()
+    (tmp_path / "x" / "shard-0.safetensors").rename(tmp_path / "x" / hf_folder.ONE_FILE)
     assert_same(hf.load_params(CONFIG, tmp_path / "x"), by_hand(CONFIG))
 
 
@@ -175,9 +175,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, changes, says):
 
 
 def replace_in_index(folder, old, new):
-    text = (folder / hf.INDEX).read_text()
+    text = (folder / hf_folder.INDEX).read_text()
     assert old in text
-    (folder / hf.INDEX).write_text(text.replace(old, new))
+    (folder / hf_folder.INDEX).write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def replace_in_index(folder, old, new):
         (lambda f: os.truncate(f / "shard-1.safetensors", 9_000), "shard-1.safetensors is damaged, or not whole"),
         (lambda f: (f / "shard-1.safetensors").write_bytes(b"\x80\x04pickle"), "shard-1.safetensors is damaged"),
         (lambda f: replace_in_index(f, '"model.norm.weight": "shard-', '"model.norm.weight": "shard-0.safetensors", "x": "shard-'), "says that .* is in .*but it is not"),
-        (lambda f: (f / hf.INDEX).write_text("{}"), "is no index of tensors"),
-        (lambda f: (f / hf.INDEX).write_text("{"), "is no index of tensors"),
+        (lambda f: (f / hf_folder.INDEX).write_text("{}"), "is no index of tensors"),
+        (lambda f: (f / hf_folder.INDEX).write_text("{"), "is no index of tensors"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_their_index_are_told(tmp_path, break_it, says):
@@ -221,7 +221,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import NamedSharding, PartitionSpec
 import hcp_jax as hcp
-from hcp_jax.models import hf
+from hcp_jax.models import hf, hf_folder
 from hcp_jax.models.transformer import abstract_model
 from tests.models.folders import CONFIG, make_folder
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hcp_jax.models import hf, hf_config, hf_write
+from hcp_jax.models import hf, hf_config, hf_folder, hf_write
 from tests.models.folders import CONFIG, make_folder, tensors_of
 
 
@@ -35,7 +35,7 @@ def test_files_are_as_large_as_asked_and_the_index_says_where_tensors_are(tmp_pa
     ]
     assert number > 3
     assert all(f.stat().st_size < 40_000 + 5_000 for f in files)
-    index = json.loads((tmp_path / "out" / hf.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / hf_folder.INDEX).read_text())
     assert index["weight_map"].keys() == {slot.name for slot in hf.slots(CONFIG)}
     held = sum(len(data) for _, _, data in tensors_of(tmp_path / "out").values())
     assert index["metadata"]["total_size"] == held
@@ -45,4 +45,4 @@ def test_what_fits_one_file_has_no_index(tmp_path):
     folder = make_folder(tmp_path / "in")
     assert write(folder, tmp_path / "out", "float32", 10**9) == 1
     names = {f.name for f in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", hf.ONE_FILE}
+    assert names == {"config.json", hf_folder.ONE_FILE}

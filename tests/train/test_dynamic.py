@@ -20,7 +20,7 @@ from hcp_jax.train import data, dynamic, loop
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.dynamic import DynamicProgram, PlacedMicrobatch
 from hcp_jax.train.record import metrics
-from hcp_jax.train.record.metrics import LogConfig
+from hcp_jax.train.sections import LogConfig
 from hcp_jax.train.step import (
     OptimizerConfig,
     abstract_state,

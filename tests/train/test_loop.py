@@ -24,8 +24,8 @@ from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig, corpus
 from hcp_jax.train.evaluation import EvalConfig
 from hcp_jax.train.record import metrics
-from hcp_jax.train.record.metrics import LogConfig
 from hcp_jax.train.record.profile import ProfileSteps
+from hcp_jax.train.sections import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 from hcp_jax.train.steps import Outcome
 

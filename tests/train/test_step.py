@@ -10,10 +10,13 @@ import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train.step import (
     OptimizerConfig,
+    TrainState,
     abstract_state,
+    apply_gradients,
     init_state,
     make_eval_loss,
     make_optimizer,
+    make_schedule,
     make_train_step,
 )
 
@@ -182,6 +185,28 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_optimizer_as_they_were(
     assert not np.isfinite(metrics["grad_norm"])
     assert int(state.step) == 3
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before[1:])
+
+
+def test_a_step_whose_new_parameters_would_not_be_finite_is_skipped():
+    """Loss and gradient are finite; the weight decay overflows."""
+    config = OptimizerConfig(learning_rate=1e3, weight_decay=1e3, warmup_steps=0, clip_norm=None)
+    optimizer, schedule = make_optimizer(config, 10), make_schedule(config, 10)
+
+    @jax.jit
+    def step(value):
+        params = {"a": {"kernel": jnp.array([1.0, value])}, "b": {"scale": jnp.ones(2)}}
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        grads = jax.tree.map(jnp.ones_like, params)
+        new, metrics = apply_gradients(state, grads, value, value, optimizer, schedule)
+        return state, new, metrics["skipped"]
+
+    state, new, skipped = step(jnp.float32(1))
+    assert not skipped
+    assert np.all(new.params["b"]["scale"] != state.params["b"]["scale"])
+    state, new, skipped = step(jnp.float32(3e38))
+    assert skipped
+    assert new.step == 1
+    jax.tree.map(np.testing.assert_array_equal, new[1:], state[1:])
 
 
 def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been():

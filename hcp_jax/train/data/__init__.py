@@ -1,23 +1,50 @@
-"""From files on disk to batches: text, tokens, streams, and which documents each step trains on."""
+"""From files on disk to batches: text, tokens, streams, and which documents each step trains on.
 
-from hcp_jax.train.data.corpus import (
-    SEPARATOR,
-    VOCAB_SIZE,
-    Corpus,
-    DataConfig,
-    evenly,
-    held_out_batches,
-    make_batches,
-    open_corpus,
-)
+The names are imported on first use, since `hcp tokenize` needs no jax and the corpus does.
+"""
 
-__all__ = [
-    "SEPARATOR",
-    "VOCAB_SIZE",
-    "Corpus",
-    "DataConfig",
-    "evenly",
-    "held_out_batches",
-    "make_batches",
-    "open_corpus",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hcp_jax.train.data.corpus import (
+        SEPARATOR as SEPARATOR,
+    )
+    from hcp_jax.train.data.corpus import (
+        VOCAB_SIZE as VOCAB_SIZE,
+    )
+    from hcp_jax.train.data.corpus import (
+        Corpus as Corpus,
+    )
+    from hcp_jax.train.data.corpus import (
+        evenly as evenly,
+    )
+    from hcp_jax.train.data.corpus import (
+        held_out_batches as held_out_batches,
+    )
+    from hcp_jax.train.data.corpus import (
+        make_batches as make_batches,
+    )
+    from hcp_jax.train.data.corpus import (
+        open_corpus as open_corpus,
+    )
+    from hcp_jax.train.sections import DataConfig as DataConfig
+
+_HOME = {
+    "SEPARATOR": "data.corpus",
+    "VOCAB_SIZE": "data.corpus",
+    "Corpus": "data.corpus",
+    "DataConfig": "sections",
+    "evenly": "data.corpus",
+    "held_out_batches": "data.corpus",
+    "make_batches": "data.corpus",
+    "open_corpus": "data.corpus",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hcp_jax.train.{_HOME[name]}"), name)

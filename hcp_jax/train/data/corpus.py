@@ -23,7 +23,6 @@ on a process's own devices, and no others.
 """
 
 import copy
-import dataclasses
 import operator
 import pathlib
 import sys
@@ -40,37 +39,13 @@ from hcp_jax.mask import Mask, causal, documents
 from hcp_jax.placing import Gathered
 from hcp_jax.train.data import text, tokens
 from hcp_jax.train.data.streams import Segments, Stream, Streams
+from hcp_jax.train.sections import DataConfig
 
 SEPARATOR = 256
 """The token before the first and after the last byte of a document."""
 
 VOCAB_SIZE = 257
 """Bytes and the separator. A model may have more ids (a multiple of 8, for the GPU and for tp)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from.
-
-    Attributes:
-        path: a .jsonl file (one document a line), any other text file (one document), a folder of
-            them, searched to its depth without hidden files, or a folder that `hcp tokenize` made.
-            None: the source files of the running Python's standard library, which every machine
-            has.
-        field: the field of a JSONL line that holds its text.
-        tokenizer: a tokenizer.json, which makes tokens of text before training begins; of a
-            tokenised folder, the one it must have been made with. None: text stays bytes.
-        prefetch: batches that a thread prepares ahead of the step.
-    """
-
-    path: str | None = None
-    field: str = "text"
-    tokenizer: str | None = None
-    prefetch: int = 2
-
-    def __post_init__(self):
-        if self.prefetch < 1:
-            raise ValueError(f"data.prefetch must be at least 1, got {self.prefetch}.")
 
 
 class Corpus:

@@ -44,13 +44,22 @@ def documents(path: pathlib.Path, field: str = "text") -> Iterator[bytes]:
 
 def standard_library() -> Iterator[bytes]:
     """The source files of the running Python's standard library, which every machine has."""
+    for file in files_of_standard_library():
+        text = file.read_bytes()
+        # Python also runs sources in older encodings; those few are left out.
+        if text and _fault(text) is None:
+            yield text
+
+
+def files_of_standard_library() -> Iterator[pathlib.Path]:
+    """List the files that `standard_library` reads."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    for file in _walk(root, _STDLIB_LEFT_OUT):
-        if file.suffix == ".py":
-            text = file.read_bytes()
-            # Python also runs sources in older encodings; those few are left out.
-            if text and _fault(text) is None:
-                yield text
+    return (file for file in _walk(root, _STDLIB_LEFT_OUT) if file.suffix == ".py")
+
+
+def files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """List the files that `documents` reads of a folder, in its order."""
+    return _walk(folder)
 
 
 def _walk(root: pathlib.Path, left_out: set[str] | None = None) -> Iterator[pathlib.Path]:

@@ -23,7 +23,11 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int64, Integer
 
+from hcp_jax import terminal
 from hcp_jax.train.data import text
+
+FILES = ("tokens.npy", "offsets.npy", "meta.json")
+"""What a tokenised folder is made of."""
 
 _TEXT_AT_ONCE = 2**22
 """Bytes that are turned into tokens together, by all cores."""
@@ -226,13 +230,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def uses_jax(args: argparse.Namespace) -> bool:
+    """Return False: text is read on the host."""
+    return False
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp tokenize`."""
     tokenize = Tokenizer(args.tokenizer, args.bos, args.eos)
     began = time.perf_counter()
     meta = write(text.documents(args.data, args.field), tokenize, args.out, str(args.data))
     seconds = time.perf_counter() - began
-    print(
+    terminal.say(
         f"{args.out}: {meta.documents:,} documents, {meta.tokens:,} tokens as {tokenize.dtype}, "
         f"vocabulary of {meta.vocab_size:,}, in {seconds:.0f} s"
     )

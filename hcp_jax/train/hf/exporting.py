@@ -14,26 +14,13 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hcp_jax import terminal
 from hcp_jax.models import hf, hf_config, hf_write
 from hcp_jax.models.hf import Slot
 from hcp_jax.train import config as configuration
 from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hf import weights
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp export`."""
-    parser.add_argument("run", type=pathlib.Path, help="a run folder")
-    parser.add_argument("out", type=pathlib.Path, help="a new folder")
-    parser.add_argument(
-        "--dtype",
-        choices=list(hf_write.NUMPY_DTYPES),
-        help="of the tensors (as in the folder that the run began from; else float32)",
-    )
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, help="gigabytes that one file may hold (5)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     )
     copied = _copy_tokenizer(origin, config, args.out)
     rounded = ", rounded from float32" if step and dtype != "float32" else ""
-    print(
+    terminal.say(
         f"{args.out}: {source} as {raw['model_type']}, {files} file{'s' if files > 1 else ''} of "
         f"{dtype}{rounded}; {', '.join(['config.json', *copied])}"
     )
@@ -76,7 +63,7 @@ def _origin(run_folder: pathlib.Path, config: TrainConfig) -> pathlib.Path | Non
 def _dtype(like: dict[str, Any] | None) -> str:
     """What the tensors were when they came; float32, as they are in training, if they did not."""
     named = (like or {}).get("torch_dtype") or (like or {}).get("dtype")
-    return named if named in hf_write.NUMPY_DTYPES else "float32"
+    return named if isinstance(named, str) and named in hf_write.NUMPY_DTYPES else "float32"
 
 
 def _latest(run_folder: pathlib.Path, config: TrainConfig) -> int | None:

@@ -13,40 +13,29 @@ from typing import Any
 
 import yaml
 
-from hcp_jax.models import hf, hf_config
+from hcp_jax import terminal
+from hcp_jax.models import hf, hf_config, hf_folder
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train import config as configuration
 from hcp_jax.train.config import SMALL_MODEL
 from hcp_jax.train.hf import weights
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp import`."""
-    parser.add_argument(
-        "folder",
-        type=pathlib.Path,
-        help="a Hugging Face folder: config.json, safetensors, tokenizer.json",
-    )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        metavar="RUNFOLDER",
-        help="write config.yaml there, for hcp train; without, show it",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp import`."""
+    hf_folder.require(args.folder)  # before it is absolute: names of the Hub are told
     folder = args.folder.absolute()
     model = hf_config.model_config(hf_config.read_raw(folder), f"{folder}/config.json")
     told = weights.check(model, str(folder))
     stored = hf.check(model, folder)
     parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
     files = len({tensor.file for tensor in stored.values()})
-    print(f"{told}: {parameters / 1e6:,.2f} M parameters, {len(stored)} tensors, {files} files")
+    terminal.say(
+        f"{told}: {parameters / 1e6:,.2f} M parameters, {len(stored)} tensors, {files} files"
+    )
     text = _as_yaml(model, folder)
     if args.out is None:
-        print(text, end="")
+        terminal.say(text.rstrip("\n"))
         return 0
     file = args.out / "config.yaml"
     if file.exists():
@@ -55,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     head = f"# hcp train {file} --data.path TEXT --seq_len TOKENS\n\n"
     file.write_text(head + text)
     assert configuration.load(file).model == model
-    print(f"{file}: train with\n  hcp train {file} --data.path TEXT --seq_len TOKENS")
+    terminal.say(f"{file}: train with\n  hcp train {file} --data.path TEXT --seq_len TOKENS")
     return 0
 
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hcp_jax import reading
 from hcp_jax.context import ContextParallel
-from hcp_jax.models import hf, hf_config
+from hcp_jax.models import hf, hf_config, hf_folder
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.step import TrainState, abstract_state, init_state
@@ -38,8 +39,14 @@ TOKENIZER_FILES = (
 """What comes with weights, and is copied as it is."""
 
 
-def check(model: ModelConfig, folder: str) -> str:
-    """What a run begins from, in words.
+def check(model: ModelConfig, folder: str, seq_len: int = 0) -> str:
+    """Return what a run begins from, in words.
+
+    Args:
+        model: the run's model.
+        folder: the Hugging Face folder.
+        seq_len: tokens of the run's sequences; where the model was made for fewer, a warning is
+            among the words.
 
     Raises:
         NotImplementedError: if the folder is of a family that is not supported.
@@ -47,6 +54,8 @@ def check(model: ModelConfig, folder: str) -> str:
             missing; says what.
     """
     place = pathlib.Path(folder)
+    for name in present(place):
+        hf_folder.member(place, name)
     raw = hf_config.read_raw(place)
     theirs = hf_config.model_config(raw, f"{place}/config.json")
     wrong = hf_config.differences(hf_config.SHAPES, theirs, model)
@@ -60,6 +69,12 @@ def check(model: ModelConfig, folder: str) -> str:
     changed = hf_config.differences(hf_config.READINGS, theirs, model)
     if changed:
         lines.append(f"  read otherwise than there: {'; '.join(changed)}")
+    reach = hf_config.reach(raw, model)
+    if reach is not None and seq_len > reach and model.rope_theta == theirs.rope_theta:
+        lines.append(
+            f"  warning: seq_len {seq_len:,} is longer than the {reach:,} tokens that the model "
+            "was made for; give model.rope_scaling or a greater model.rope_theta (docs/weights.md)"
+        )
     return "\n".join(lines)
 
 
@@ -98,20 +113,29 @@ def keep_small_files(origin: pathlib.Path, kept: pathlib.Path) -> None:
     copy_tokenizer(origin, kept)
     raw = hf_config.read_raw(origin)
     # What the tensors are is what counts, whatever the file says of them.
-    raw["torch_dtype"] = _dtype(hf.stored_tensors(origin))
+    raw["torch_dtype"] = _dtype(hf_folder.stored_tensors(origin))
     raw.pop("dtype", None)
     (kept / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def copy_tokenizer(origin: pathlib.Path, out: pathlib.Path) -> list[str]:
-    """Copies the files of a tokenizer; their names."""
-    there = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
+    """Copy the files of a tokenizer; return their names.
+
+    Raises:
+        ValueError: if one is a link out of the folder.
+    """
+    there = present(origin)
     for name in there:
-        shutil.copyfile(origin / name, out / name)
+        shutil.copyfile(hf_folder.member(origin, name), out / name)
     return there
 
 
-def _dtype(stored: dict[str, hf.Stored]) -> str:
+def present(folder: pathlib.Path) -> list[str]:
+    """Return which of `TOKENIZER_FILES` a folder has."""
+    return [name for name in TOKENIZER_FILES if reading.is_regular(folder / name)]
+
+
+def _dtype(stored: dict[str, hf_folder.Stored]) -> str:
     """The dtype that holds every tensor exactly."""
     found = {hf.DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in hf.DTYPES}
     return found.pop() if len(found) == 1 else "float32"

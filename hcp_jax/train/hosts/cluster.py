@@ -13,13 +13,10 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
-from hcp_jax import compat
+from hcp_jax import arguments, terminal
 from hcp_jax.train.hosts.peers import Peers, Place
 
 LAUNCHER = "HCP_LAUNCHER"
@@ -42,10 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find out from Slurm, Open MPI or Kubernetes what of the next three is not given",
     )
     of.add_argument(
-        "--coordinator", metavar="ADDRESS:PORT", help="where process 0 is reached by the others"
+        "--coordinator",
+        type=arguments.filled,
+        metavar="ADDRESS:PORT",
+        help="where process 0 is reached by the others",
     )
-    of.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
-    of.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    of.add_argument(
+        "--num-processes",
+        type=arguments.whole(),
+        metavar="N",
+        help="how many processes there are",
+    )
+    of.add_argument(
+        "--process-id",
+        type=arguments.whole(least=0),
+        metavar="I",
+        help="which one this is, from 0",
+    )
     add_timeouts(of)
 
 
@@ -53,14 +63,14 @@ def add_timeouts(of: argparse._ActionsContainer) -> None:
     """How long processes wait for each other."""
     of.add_argument(
         "--start-timeout",
-        type=float,
+        type=arguments.positive,
         default=300.0,
         metavar="SECONDS",
         help="how long the processes wait for each other at the start (300)",
     )
     of.add_argument(
         "--heartbeat-timeout",
-        type=float,
+        type=arguments.positive,
         default=60.0,
         metavar="SECONDS",
         help="after how long a silent process counts as dead; one that exits is noticed at once "
@@ -101,6 +111,8 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
     try:
         _name_host_in_logs(place)
         peers.agree(same)
+        import jax
+
         jax.distributed.initialize(
             place.address,
             place.processes,
@@ -110,6 +122,7 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
             initialization_timeout=math.ceil(args.start_timeout),
             # Behind our own watch, should that fail itself.
             heartbeat_timeout_seconds=max(10, math.ceil(2 * args.heartbeat_timeout)),
+            coordinator_bind_address=_bind_address(place),
         )
         yield peers
         peers.close()
@@ -119,6 +132,8 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
 
 def _find(args: argparse.Namespace) -> tuple[Place, list[int] | None] | None:
     """Where this process stands, and which GPUs of its host are its own if not all."""
+    from hcp_jax import compat
+
     given = compat.Detected(args.coordinator, args.num_processes, args.process_id, None)
     if args.distributed:
         try:
@@ -140,6 +155,14 @@ def _find(args: argparse.Namespace) -> tuple[Place, list[int] | None] | None:
     if given.local_devices is None or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return place, None  # all, or those that jax is told of there
     return place, list(given.local_devices)
+
+
+def _bind_address(place: Place) -> str | None:
+    """Return where jax's service listens, as the meeting did; None for jax's choice, everywhere."""
+    host = place.bind_host
+    if not host:
+        return None
+    return f"[{host}]:{place.port}" if ":" in host else f"{host}:{place.port}"
 
 
 def _end_with_launcher() -> None:
@@ -166,10 +189,10 @@ def _leave(peers: Peers, error: BaseException) -> None:
     if os.environ.get("HCP_DEBUG", "0") not in ("", "0") or not (
         told or isinstance(error, KeyboardInterrupt)
     ):
-        traceback.print_exception(error)
+        terminal.say_traceback(error)
     said = " ".join(str(error).split()) or type(error).__name__
     where = f" process {peers.place.process} on {socket.gethostname()}:"
-    print(f"hcp:{where} {said}", file=sys.stderr)
+    terminal.say_error(f"hcp:{where} {said}")
     peers.fail(said)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -190,4 +213,4 @@ def _name_host_in_logs(place: Place) -> None:
         return
     name = f"process {place.process} on {socket.gethostname()}"
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
+        handler.setFormatter(terminal.Formatter(f"{name}: %(message)s"))

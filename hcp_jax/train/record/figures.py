@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from hcp_jax import reading, terminal
 from hcp_jax.train.record import metrics
 
 _INK, _PALE = "#11568c", "#9ec5e8"
@@ -50,27 +50,11 @@ class Run:
         return np.asarray([line[name] for line in self.steps])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp plot`."""
-    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="a run folder")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("runs.png"),
-        help="the picture (runs.png); .pdf and .svg work, too",
-    )
-    parser.add_argument(
-        "--against", choices=("step", "tokens"), default="step", help="the axis of all curves"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp plot`."""
     runs = [read_run(folder) for folder in args.runs]
-    if args.out.suffix.lstrip(".") not in Figure().canvas.get_supported_filetypes():
-        raise ValueError(f"--out {args.out}: give a name that ends in .png, .pdf or .svg.")
     draw_runs(runs, args.against).savefig(args.out)
-    print(args.out)
+    terminal.say(args.out)
     return 0
 
 
@@ -85,7 +69,9 @@ def read_run(folder: pathlib.Path) -> Run:
     steps = metrics.read(folder)
     if not steps:
         raise ValueError(f"{folder} has no steps yet: there is nothing to draw.")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = reading.read_yaml(folder / "config.yaml")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.yaml'} must hold keys and values.")
     return Run(folder.resolve().name, _flat(config), steps, metrics.read_evaluations(folder))
 
 

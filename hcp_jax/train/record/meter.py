@@ -8,7 +8,7 @@ Of each step the meter gives, beside what the step itself computed:
                                   most of `seconds`
     tokens_per_second             of all devices
     tokens_per_second_per_device
-    mfu                           model FLOPs (`models/flops.py`) over what the data sheets of all
+    mfu                           model FLOPs (`cost/shape.py`) over what the data sheets of all
                                   devices promise; only for bfloat16 on devices that have a sheet
     memory_peak_bytes             the most that a device of this process has held since it began;
                                   only where the device counts it (GPUs; a CPU does not)
@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping
 import jax
 from jax.sharding import Mesh
 
-from hcp_jax.datasheet import peak_flops
+from hcp_jax.cost.shape import ModelShape, step_flops
+from hcp_jax.hardware import peak_flops
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.flops import ModelShape, step_flops
 
 
 class Meter:
@@ -35,7 +35,7 @@ class Meter:
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh):
-        self._shape = ModelShape.of(model)
+        self._shape = ModelShape.from_config(model)
         self._devices = mesh.devices.size
         self._local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
         # The sheets' rate is that of bfloat16; float32 would be held to what it cannot reach.

@@ -5,33 +5,15 @@ goes on from a checkpoint first forgets what came after it, so that the record h
 every evaluation, exactly once.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tensorboardX
+from hcp_jax import reading
 
-from hcp_jax.train.evaluation import Evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class LogConfig:
-    """How a run reports.
-
-    Attributes:
-        every: steps between two lines of output where that is no terminal (a terminal has a
-            progress bar). metrics.jsonl and TensorBoard have every step.
-        tensorboard: write TensorBoard events too.
-    """
-
-    every: int = 10
-    tensorboard: bool = True
-
-    def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"log.every must be at least 1, got {self.every}.")
+if TYPE_CHECKING:
+    from hcp_jax.train.evaluation import Evaluation
 
 
 class Recorder:
@@ -55,11 +37,7 @@ class Recorder:
         path = folder / "metrics.jsonl"
         _rewrite(path, steps)
         self._lines = path.open("a", buffering=1)
-        self._board = (
-            tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-            if tensorboard
-            else None
-        )
+        self._board = _board(folder, start) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds one step; a line is on disk when this returns."""
@@ -68,7 +46,7 @@ class Recorder:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
 
-    def write_evaluation(self, found: Evaluation) -> None:
+    def write_evaluation(self, found: "Evaluation") -> None:
         """Adds an evaluation, unless it is there from before the run went on."""
         line = found.to_json()
         if found.step not in self._evaluated:
@@ -89,6 +67,13 @@ class Recorder:
             self._board.close()
 
 
+def _board(folder: pathlib.Path, start: int) -> Any:
+    # Imports torch where there is one: not before somebody wants it.
+    import tensorboardX
+
+    return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+
+
 def read(folder: pathlib.Path) -> list[dict[str, float]]:
     """The metrics of all steps of a run, in order; none if it has none.
 
@@ -105,7 +90,8 @@ def read_evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    lines = path.read_text().split("\n")[:-1]
+    return [reading.parse_json(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
 
 
 def _rewrite(path: pathlib.Path, lines: list[dict]) -> None:

@@ -17,12 +17,15 @@ class Progress:
 
     Attributes:
         seconds: that the steps shown so far have taken.
+        left: seconds that the steps that are left will take, by the mean of those so far.
     """
 
     def __init__(self, console: rich.console.Console, steps: int, start: int, every: int):
         self._console, self._steps, self._start, self._every = console, steps, start, every
-        self._bar = _bar(console) if console.is_terminal else None
-        self.seconds = self._tokens = self._mfu = 0.0
+        # A dumb terminal is one, but cannot move its cursor: rich would show nothing there.
+        can_draw = console.is_terminal and not console.is_dumb_terminal
+        self._bar = _bar(console) if can_draw else None
+        self.seconds = self.left = self._tokens = self._mfu = 0.0
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -44,7 +47,7 @@ class Progress:
         done = step + 1 - self._start
         self.seconds += values["seconds"]
         self._tokens += values["tokens"]
-        left = self.seconds / done * (self._steps - step - 1)
+        self.left = self.seconds / done * (self._steps - step - 1)
         speed = f"{self._tokens / self.seconds:,.0f} tokens/s"
         if "mfu" in values:
             self._mfu += values["mfu"] * values["seconds"]
@@ -55,7 +58,7 @@ class Progress:
         elif step % self._every == 0 or step + 1 == self._steps:
             self._console.print(
                 f"step {step:>{len(str(self._steps))}}  loss {values['loss']:.4f}  "
-                f"learning rate {values['learning_rate']:.2e}  {speed}  {_clock(left)} left",
+                f"learning rate {values['learning_rate']:.2e}  {speed}  {_clock(self.left)} left",
                 markup=False,
             )
 

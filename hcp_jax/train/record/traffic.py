@@ -1,45 +1,22 @@
-"""What a step moves between devices, counted from shapes; told before a run begins.
+"""Tell what a step moves between devices, counted from shapes, before a run begins.
 
-Counted is what the algorithm needs, in bytes that one device sends. What the compiler made of it is
-in the compiled program (`hcp audit`, `hcp verify`). With r = A / gcd(K, A) replicas of each kv head
-(A devices exchange heads, P move K and V):
-
-    exchange   q, k, v in and out out, forward; their cotangents, backward: (A - 1) / A of each
-    ring       K and V, P - 1 hops; backward K and V again, and dK and dV in float32, P - 1 each
-    gather     the same bytes, in one collective
+Counted is what the algorithm needs (`cost/traffic.py`), in bytes that one device sends, without
+what a remat policy repeats. What the compiler made of it is in the compiled program (`hcp audit`,
+`hcp verify`).
 """
 
-import dataclasses
-import math
 from collections.abc import Iterator
 
 from hcp_jax.context import ContextParallel
+from hcp_jax.cost import traffic
+from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, ITEM_BYTES, RING_HOP, Traffic
 from hcp_jax.models.config import ModelConfig
 
-_ITEM = {"float32": 4, "bfloat16": 2}
 
-
-@dataclasses.dataclass(frozen=True)
-class LayerTraffic:
-    """Bytes that one device sends for one layer's attention in one step.
-
-    Attributes:
-        exchange: by all-to-alls, forward and backward each.
-        forward: of K and V, by the ring or the gather.
-        backward: of K, V, dK and dV, likewise.
-        hops: ring hops forward; 1 for a gather, 0 where K and V stay.
-    """
-
-    exchange: int
-    forward: int
-    backward: int
-    hops: int
-
-
-def of_layer(
+def attention_traffic(
     cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: int
-) -> LayerTraffic:
-    """What one layer's attention moves, without what a remat policy repeats.
+) -> tuple[Traffic, ...]:
+    """List what one layer's attention moves, without what a remat policy repeats.
 
     Args:
         cp: with the layer's own comm type.
@@ -47,19 +24,15 @@ def of_layer(
         batch_size: streams per step, over all of dp.
         seq_len: tokens per stream.
     """
-    exchange, move, by = cp.strategy
-    groups, ring = cp.axis_size(exchange), cp.axis_size(move)
-    tokens = batch_size // cp.axis_size(cp.dp) * cp.padded_length(seq_len) // cp.size
-    tp, item = cp.axis_size(cp.tp), _ITEM[model.compute_dtype]
-    heads, kv_heads = model.num_heads // tp, model.num_kv_heads // tp
-    kv_heads *= groups // math.gcd(kv_heads, groups)
-    kv_items = 2 * tokens * kv_heads * model.head_dim
-    exchanged = (2 * tokens * heads * model.head_dim + kv_items) * item
-    return LayerTraffic(
-        exchange=exchanged * (groups - 1) // groups,
-        forward=kv_items * item * (ring - 1),
-        backward=kv_items * (item + 4) * (ring - 1),
-        hops=0 if ring == 1 else 1 if by == "gather" else ring - 1,
+    tp = cp.axis_size(cp.tp)
+    return traffic.layer_traffic(
+        cp.strategy,
+        cp.mesh.shape,
+        tokens=batch_size // cp.axis_size(cp.dp) * cp.padded_length(seq_len) // cp.size,
+        heads=model.num_heads // tp,
+        kv_heads=model.num_kv_heads // tp,
+        head_size=model.head_dim,
+        item_bytes=ITEM_BYTES[model.compute_dtype],
     )
 
 
@@ -72,7 +45,7 @@ def describe(
     *,
     fsdp: bool = False,
 ) -> Iterator[str]:
-    """Lines that tell what each device sends in a step.
+    """Yield lines that tell what each device sends in a step.
 
     Args:
         cp: the context parallelism, with one comm type or one per layer.
@@ -85,28 +58,38 @@ def describe(
     layers: dict[ContextParallel, list[int]] = {}
     for layer in range(model.num_layers):
         layers.setdefault(cp.for_layer(layer), []).append(layer)
-    for of_layers, numbers in layers.items():
-        sent = of_layer(of_layers, model, batch_size, seq_len)
-        parts = []
-        if sent.exchange:
-            parts.append(f"heads {_bytes(sent.exchange)} forward, {_bytes(sent.exchange)} backward")
-        if sent.forward:
-            hops = "1 hop" if sent.hops == 1 else f"{sent.hops} hops"
-            over = "in one gather" if of_layers.strategy.by == "gather" else f"in {hops}"
-            parts.append(
-                f"K/V {_bytes(sent.forward)} forward, {_bytes(sent.backward)} backward {over}"
-            )
-        what = "; ".join(parts) or "nothing"
-        yield f"{_ranges(numbers)} ({of_layers.comm_type}), each: {what}"
+    for layer_cp, numbers in layers.items():
+        moved = attention_traffic(layer_cp, model, batch_size, seq_len)
+        yield f"{_ranges(numbers)} ({layer_cp.comm_type}), each: {_attention(moved)}"
     copies = cp.size * cp.axis_size(cp.dp)
     if copies == 1:
         return
-    # Float32 of each parameter: an all-reduce sends it twice (to be summed, and summed); FSDP sends
-    # it to gather it, forward and backward, and its gradient to be summed.
-    times = 3 if fsdp else 2
-    sent_bytes = times * 4 * (copies - 1) * num_params // (copies * cp.axis_size(cp.tp))
+    share = num_params // cp.axis_size(cp.tp)
+    sent = traffic.state_bytes(share, copies, ITEM_BYTES[model.compute_dtype], fsdp=fsdp)
     what = "parameters, gathered twice, and gradients, summed" if fsdp else "gradients, summed"
-    yield f"{what} over {copies} devices: {_bytes(sent_bytes)}"
+    yield f"{what} over {copies} devices: {_bytes(sent)}"
+
+
+def _attention(moved: tuple[Traffic, ...]) -> str:
+    """Return what a layer's attention sends, in words."""
+    parts = []
+    for scopes, name in (((EXCHANGE_HEADS,), "heads"), ((RING_HOP, GATHER_KV), "K/V")):
+        found = [t for t in moved if t.scope in scopes]
+        if not found:
+            continue
+        forward, backward = (
+            _bytes(traffic.total(moved, scopes, direction)) for direction in ("forward", "backward")
+        )
+        parts.append(f"{name} {forward} forward, {backward} backward{_how(found[0])}")
+    return "; ".join(parts) or "nothing"
+
+
+def _how(first: Traffic) -> str:
+    if first.scope == EXCHANGE_HEADS:
+        return ""
+    if first.scope == GATHER_KV:
+        return " in one gather"
+    return f" in {first.count} hop{'s' * (first.count > 1)}"
 
 
 def _ranges(numbers: list[int]) -> str:

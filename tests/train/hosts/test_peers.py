@@ -112,6 +112,20 @@ def test_an_error_of_one_is_told_by_all():
         assert started.all[2].wait(10) == 3
 
 
+@pytest.mark.parametrize(
+    "said", [b"\xff\n", b"[" * 9999 + b"\n", b"3\n", b'{"failed": 1}\n', b'{"same": [1]}\n']
+)
+def test_a_process_that_speaks_nonsense_is_named(said):
+    with Started(2) as started:
+        started.met()
+        started.all[1].stdin.write(f"peers._lines[0].sock.sendall({said!r}); time.sleep(60)\n")
+        started.all[1].stdin.flush()
+        [(code, error)] = started.ended(0)
+        assert code == GONE
+        assert error.startswith("hcp: process 1 on ")
+        assert "says what is no message of a run" in error
+
+
 def test_an_error_that_comes_of_anothers_death_is_told_by_that_ones_name():
     """A collective that a process died in raises what jax makes of it, a ValueError for one."""
     with Started(2) as started:

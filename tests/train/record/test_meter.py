@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
+from hcp_jax.cost.shape import ModelShape, step_flops
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.flops import ModelShape, step_flops
 from hcp_jax.train.record import meter
 from hcp_jax.train.record.meter import Meter
 
@@ -58,7 +58,7 @@ def test_seconds_are_those_of_the_step_less_what_is_no_part_of_it(clock):
 def test_mfu_is_model_flops_over_the_data_sheets_of_all_devices(clock):
     of_run = Meter(MODEL, mesh("NVIDIA H200"))
     clock.seconds += 2
-    flops = step_flops(ModelShape.of(MODEL), 4096, 1e6)
+    flops = step_flops(ModelShape.from_config(MODEL), 4096, 1e6)
     assert of_run.lap(VALUES)["mfu"] == pytest.approx(flops / 2 / (4 * 989e12))
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from hcp_jax.train.evaluation import Evaluation, Means
 from hcp_jax.train.record import metrics
-from hcp_jax.train.record.metrics import LogConfig, Recorder
+from hcp_jax.train.record.metrics import Recorder
+from hcp_jax.train.sections import LogConfig
 
 
 def write(folder, steps, loss=lambda step: 1.0 / (step + 1), tensorboard=False):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.compiled import hlo
 from hcp_jax.context import ContextParallel
+from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, RING_HOP, total
 from hcp_jax.mask import causal
 from hcp_jax.mesh import make_mesh
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.plan import hlo
 from hcp_jax.train.record import traffic
 
 T = 64
@@ -39,19 +40,21 @@ def sent_by(program, *args):
 @pytest.mark.parametrize("comm_type", ["a2a+p2p", "a2a+all_gather", "p2p", "a2a"])
 def test_attention_sends_what_is_told(comm_type):
     cp = ContextParallel(make_mesh(dp=1, cp_outer=4, cp_inner=2), comm_type)
-    told = traffic.of_layer(cp, MODEL, batch_size=2, seq_len=T)
+    moved = traffic.attention_traffic(cp, MODEL, batch_size=2, seq_len=T)
+
+    def told(direction):
+        exchange, kv = (EXCHANGE_HEADS,), (RING_HOP, GATHER_KV)
+        return total(moved, exchange, direction), total(moved, kv, direction)
+
     q, k = (cp.shard(np.ones((2, T, heads, 4), np.float32)) for heads in (8, 2))
 
     def attend(q, k, v):
         return dot_product_attention(q, k, v, cp=cp, mask=causal())
 
-    assert sent_by(jax.jit(attend), q, k, k) == (told.exchange, told.forward)
+    assert sent_by(jax.jit(attend), q, k, k) == told("forward")
     # Two programs: in one, the compiler may keep what forward received for backward.
     out, back = jax.jit(functools.partial(jax.vjp, attend))(q, k, k)
-    assert sent_by(jax.jit(lambda back, dout: back(dout)), back, out) == (
-        told.exchange,
-        told.backward,
-    )
+    assert sent_by(jax.jit(lambda back, dout: back(dout)), back, out) == told("backward")
 
 
 def test_layers_of_one_comm_type_are_told_together():

@@ -1,0 +1,1 @@
+"""The `hcp` command, one file per verb: parse, call the library, print."""

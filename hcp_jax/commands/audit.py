@@ -1,0 +1,136 @@
+"""`hcp audit`: compile a run for a cluster that is not here, and tell what it will do there.
+
+hcp audit configs/llama3-8b-1m.yaml --gpu h200 --hosts 8 --gpus-per-host 8
+hcp audit configs/llama3-8b-1m.yaml --gpu h200 --hosts 8 --gpus-per-host 8 --attention --json -
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+from hcp_jax import arguments, tables, terminal
+from hcp_jax.commands.arguments import add_cluster_arguments, cluster
+from hcp_jax.train import config as configuration
+
+if TYPE_CHECKING:
+    from hcp_jax.compiled.report import Audit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `hcp audit`."""
+    configuration.add_arguments(parser)
+    add_cluster_arguments(parser)
+    parser.add_argument(
+        "--attention",
+        action="store_true",
+        help="one layer's attention, forward and backward, instead of the whole training step",
+    )
+    parser.add_argument(
+        "--groups",
+        type=arguments.whole(),
+        nargs="+",
+        metavar="SIZE",
+        help="the program of one group layout, each device with its share of seq_len as places",
+    )
+    parser.add_argument(
+        "--xla-flag",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an XLA flag to set besides (or in place of) the library's own; may be repeated",
+    )
+    parser.add_argument("--no-flags", action="store_true", help="leave the library's flags out")
+    parser.add_argument(
+        "--json",
+        type=arguments.output(screen=True),
+        metavar="FILE",
+        help="write all figures there; - for the screen",
+    )
+    parser.add_argument(
+        "--picture",
+        type=arguments.output(".png", ".svg"),
+        metavar="FILE",
+        help="draw the schedule there (.png or .svg)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hcp audit`; return the exit code."""
+    from hcp_jax.compiled.timeline import draw
+    from hcp_jax.planner.audit import audit_attention, audit_step, chosen_flags, place, title
+
+    config = configuration.from_arguments(args)
+    if config.parallel.dynamic.enabled and not args.groups:
+        raise NotImplementedError(
+            "hcp audit compiles one program, and parallel.dynamic has one for each layout: name "
+            "one with --groups, or give --parallel.dynamic.enabled false."
+        )
+    on = cluster(args)
+    flags = chosen_flags(on, args.xla_flag, library=not args.no_flags)
+    cp = place(config, on)
+    if args.groups:
+        cp = dataclasses.replace(cp, groups=tuple(args.groups))
+    if args.attention:
+        rows = max(cp.axis_size(cp.dp), config.batch_size // config.accumulation)
+        found = audit_attention(cp, on, config.model, config.seq_len, rows, flags)
+    else:
+        found = audit_step(cp, on, config, flags)
+    if args.picture:
+        draw(found.schedule, pathlib.Path(args.picture), title(found, args.attention))
+    text = json.dumps({"flags": flags} | found.to_json(), indent=2)
+    if args.json == "-":
+        terminal.say(text)
+        return 0
+    if args.json:
+        pathlib.Path(args.json).write_text(text + "\n")
+    tell(found, flags, args.attention)
+    return 0
+
+
+def tell(found: "Audit", flags: dict, attention: bool) -> None:
+    """Print what was found: memory, collectives, time, advice."""
+    from hcp_jax.planner.audit import advice, duration, title
+
+    console = tables.console()
+    console.print(f"{title(found, attention)}; compiled in {found.compile_s:.0f} s")
+    for name, value in flags.items():
+        console.print(f"  --{name}={str(value).lower()}")
+    gib = {name: size / 2**30 for name, size in found.to_json()["memory"].items()}
+    console.print(
+        f"memory per GPU   {gib['peak_bytes']:.2f} of {gib['device_bytes']:.0f} GiB: arguments "
+        f"{gib['argument_bytes']:.2f}, outputs {gib['output_bytes']:.2f} ({gib['alias_bytes']:.2f}"
+        f" of them in place), temporaries {gib['temp_bytes']:.2f}"
+    )
+    if found.memory.host_bytes:
+        console.print(f"offloaded        {gib['host_bytes']:.2f} GiB to the host's memory, per GPU")
+    console.print(f"ring hops        {found.ring_hops_hidden} of {found.ring_hops} hidden")
+    rows = []
+    for moved in found.collectives:
+        name = f"{moved.what}: {moved.kind}" if moved.what else moved.kind
+        hidden = ", ".join(moved.behind) if moved.hidden else f"exposed {duration(moved.exposed_s)}"
+        size, count = f"{moved.bytes / 2**20:.1f}", str(moved.count)
+        axes = " x ".join(moved.axes) or "-"
+        rows.append((name, axes, moved.link, size, count, duration(moved.seconds), hidden))
+    headings = ("collective", "over", "link", "MiB", "count", "seconds", "hidden behind")
+    left = ("collective", "over", "link", "hidden behind")
+    console.print()
+    tables.show(console, headings, rows, left=left, drop=("link", "count", "over", "seconds"))
+    console.print()
+    compute = found.schedule.compute_s
+    console.print(
+        f"modelled         step {duration(found.schedule.step_s)} = attention "
+        f"{duration(compute['attention'])} + products {duration(compute['product'])} + other "
+        f"{duration(compute['other'])} + waiting {duration(found.schedule.exposed_s)}; "
+        f"bound by {_bound(found)}"
+    )
+    for line in advice(found):
+        console.print(f"- {line}")
+
+
+def _bound(found: "Audit") -> str:
+    parts = dict(found.schedule.compute_s) | {"waiting": found.schedule.exposed_s}
+    names = {"attention": "attention", "product": "matrix products", "other": "memory bandwidth"}
+    most = max(parts, key=lambda part: parts[part])
+    return names.get(most, "communication")

@@ -1,0 +1,27 @@
+"""`hcp import`: its command line; hcp_jax.train.hf.importing does the work."""
+
+import argparse
+
+from hcp_jax import arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `hcp import`."""
+    parser.add_argument(
+        "folder",
+        type=arguments.there,
+        help="a Hugging Face folder: config.json, safetensors, tokenizer.json",
+    )
+    parser.add_argument(
+        "--out",
+        type=arguments.folder,
+        metavar="RUNFOLDER",
+        help="write config.yaml there, for hcp train; without, show it",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hcp import`; return the exit code."""
+    from hcp_jax.train.hf import importing
+
+    return importing.run(args)

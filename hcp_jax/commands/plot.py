@@ -1,0 +1,32 @@
+"""`hcp plot`: its command line; hcp_jax.train.record.figures does the work."""
+
+import argparse
+import pathlib
+
+from hcp_jax import arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `hcp plot`."""
+    parser.add_argument("runs", nargs="+", type=arguments.there, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--out",
+        type=arguments.output(".png", ".pdf", ".svg"),
+        default=pathlib.Path("runs.png"),
+        help="the picture (runs.png); .pdf and .svg work, too",
+    )
+    parser.add_argument(
+        "--against", choices=("step", "tokens"), default="step", help="the axis of all curves"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hcp plot`; return the exit code."""
+    from hcp_jax.train.record import figures
+
+    return figures.run(args)
+
+
+def uses_jax(args: argparse.Namespace) -> bool:
+    """Return False: pictures are drawn from files."""
+    return False

@@ -1,0 +1,353 @@
+"""A compiled schedule put on a clock: what a device computes, what it sends, and when it waits.
+
+The instructions of a compiled program are issued in order on one compute stream; a collective's
+start puts a transfer on its link, where transfers queue, and its done waits for the last byte. So a
+walk over the schedule with a clock tells what is hidden behind what. Seconds are modelled:
+
+    attention kernel   FLOPs from its shapes and the mask's density, at the kernel's rate
+    matrix product     its FLOPs at the GPU's rate, or its bytes at the memory's, whichever is more
+    anything else      bytes read and written, at the memory's rate; every kernel takes a launch
+    transfer           bytes that a device sends at its link's rate, and a latency
+
+The order, and what stands between a start and its done, is a fact; only the seconds are a model.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from hcp_jax.compiled import hlo
+from hcp_jax.cost.shape import BACKWARD
+from hcp_jax.hardware import GPU, Path
+
+LAUNCH_S = 2e-6  # from one kernel to the next on one stream
+_FREE = {
+    "after-all",
+    "bitcast",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+}
+# Of the seven products of the two backward kernels, three make dq and four dk and dv.
+_BACKWARD_SHARES = {"dq": 3 / 7, "dkv": 4 / 7}
+_MOST_SPANS = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Something that happens in a schedule.
+
+    Attributes:
+        lane: "compute", or the link that a transfer runs on.
+        kind: "attention", "product", "other"; of a transfer, the collective's kind.
+        name: of the kernel or of the collective.
+        begin: seconds from the start of the program.
+        end: likewise.
+    """
+
+    lane: str
+    kind: str
+    name: str
+    begin: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """One execution of a collective.
+
+    Attributes:
+        seconds: that it takes on its link.
+        until: seconds from its start to its last byte, the wait for its link included.
+        exposed: seconds in which the device waits for it.
+        attention: seconds of attention issued between its start and its done.
+        behind: kernels issued between the two, the longest first.
+    """
+
+    seconds: float
+    until: float
+    exposed: float
+    attention: float
+    behind: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What a walk over a schedule found.
+
+    Attributes:
+        spans: in the order in which they begin; of a long program only the first ones.
+        flights: of every collective, by the name of its (start) instruction.
+        compute_s: seconds in which the device computes, by kind.
+        exposed_s: seconds in which it waits.
+        step_s: seconds of one run.
+    """
+
+    spans: tuple[Span, ...]
+    flights: dict[str, Flight]
+    compute_s: dict[str, float]
+    exposed_s: float
+    step_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What things take.
+
+    Attributes:
+        gpu: whose rates they run at.
+        implementation: of the attention kernels.
+        density: share of the (query, key) pairs that attention kernels are given that is visible.
+        path: what a collective runs over.
+    """
+
+    gpu: GPU
+    implementation: str
+    density: float
+    path: Callable[[hlo.Collective], Path]
+
+
+def simulate(module: hlo.Module, costs: Costs) -> Schedule:
+    """Walk over a compiled program with a clock.
+
+    Args:
+        module: `hlo.parse(compiled.as_text())`.
+        costs: what things take.
+    """
+    return _Walk(module, costs).run()
+
+
+def kind_of(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> str:
+    """What an instruction computes: "attention", "product", "other", or "" for nothing."""
+    if instruction.opcode in _FREE:
+        return ""
+    products = _product_flops(module, computation, instruction) > 0
+    kernel = instruction.opcode == "custom-call" or products
+    if kernel and re.search(r"\battend(_grads)?\b", instruction.op_name):
+        return "attention"
+    return "product" if products else "other"
+
+
+def label(instruction: hlo.Instruction) -> str:
+    """A short name: the kernel's own, or the last part of where it comes from."""
+    match = re.search(r'\bname = "([^"]+)"', instruction.attributes)
+    if match and instruction.opcode == "custom-call":
+        return match.group(1).strip("_")
+    return instruction.op_name.rsplit("/", 1)[-1] or instruction.name
+
+
+class _Departed(NamedTuple):
+    """A transfer under way, and what had been computed when it was issued."""
+
+    issued: float
+    begin: float
+    end: float
+    attention: float
+    kernels: int
+
+
+class _Walk:
+    def __init__(self, module: hlo.Module, costs: Costs):
+        self.module, self.costs = module, costs
+        self.collectives = {c.name: c for c in hlo.module_collectives(module)}
+        self.now, self.exposed = 0.0, 0.0
+        self.free: dict[str, float] = {}
+        self.compute: dict[str, float] = {"attention": 0.0, "product": 0.0, "other": 0.0}
+        self.spans: list[Span] = []
+        self.flights: dict[str, Flight] = {}
+        self.seen: list[tuple[float, str]] = []  # (seconds, name) of every kernel issued so far
+
+    def run(self) -> Schedule:
+        self.walk(self.module.computations[self.module.entry])
+        return Schedule(
+            tuple(sorted(self.spans, key=lambda span: span.begin)),
+            self.flights,
+            self.compute,
+            self.exposed,
+            self.now,
+        )
+
+    def walk(self, computation: hlo.Computation) -> None:
+        flying: dict[str, _Departed] = {}
+        waits_for: dict[str, str] = {}
+        for instruction in computation.instructions:
+            if instruction.name in self.collectives:
+                collective = self.collectives[instruction.name]
+                flying[instruction.name] = self.depart(collective)
+                waits_for[instruction.name] = instruction.name
+                if not collective.asynchronous:
+                    self.arrive(instruction.name, flying.pop(instruction.name))
+            elif instruction.opcode.endswith(("-update", "-done")):
+                for name in instruction.operands:
+                    start = waits_for.get(name)
+                    if start is not None:
+                        waits_for[instruction.name] = start
+                        if instruction.opcode.endswith("-done") and start in flying:
+                            self.arrive(start, flying.pop(start))
+            elif instruction.opcode == "while":
+                body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
+                assert body is not None, instruction.name
+                self.loop(self.module.computations[body.group(1)], instruction.trip_count or 1)
+            elif instruction.opcode == "conditional":
+                self.longest([self.module.computations[name] for name in instruction.called])
+            elif instruction.opcode == "call":
+                self.walk(self.module.computations[instruction.called[0]])
+            else:
+                self.execute(computation, instruction)
+
+    def depart(self, collective: hlo.Collective) -> "_Departed":
+        path = self.costs.path(collective)
+        begin = max(self.now, self.free.get(path.link, 0.0))
+        end = begin + path.latency + collective.sent_bytes / path.rate
+        self.free[path.link] = end
+        self.span(path.link, collective.kind, collective.name, begin, end)
+        return _Departed(self.now, begin, end, self.compute["attention"], len(self.seen))
+
+    def arrive(self, name: str, departed: "_Departed") -> None:
+        exposed = max(0.0, departed.end - self.now)
+        kernels = sorted(self.seen[departed.kernels :], reverse=True)
+        self.flights[name] = Flight(
+            seconds=departed.end - departed.begin,
+            until=departed.end - departed.issued,
+            exposed=exposed,
+            attention=self.compute["attention"] - departed.attention,
+            behind=tuple(dict.fromkeys(kernel for _, kernel in kernels))[:2],
+        )
+        self.exposed += exposed
+        self.now = max(self.now, departed.end)
+
+    def loop(self, body: hlo.Computation, trips: int) -> None:
+        """Walk over the body once; all its later trips take as long."""
+        now, exposed, compute = self.now, self.exposed, dict(self.compute)
+        first = len(self.spans)
+        self.walk(body)
+        seconds, spans = self.now - now, self.spans[first:]
+        more = trips - 1
+        self.now += more * seconds
+        self.exposed += more * (self.exposed - exposed)
+        for kind, before in compute.items():
+            self.compute[kind] += more * (self.compute[kind] - before)
+        for trip in range(1, trips):
+            if len(self.spans) + len(spans) > _MOST_SPANS:
+                break
+            shift = trip * seconds
+            self.spans += [
+                dataclasses.replace(s, begin=s.begin + shift, end=s.end + shift) for s in spans
+            ]
+
+    def longest(self, branches: list[hlo.Computation]) -> None:
+        """Walk over all branches from the same time on, and keep the time of the longest."""
+        start, last = self.now, (-math.inf, self.exposed, dict(self.compute))
+        exposed, compute = self.exposed, dict(self.compute)
+        for branch in branches:
+            self.now, self.exposed, self.compute = start, exposed, dict(compute)
+            self.walk(branch)
+            last = max(last, (self.now, self.exposed, dict(self.compute)), key=lambda x: x[0])
+        self.now, self.exposed, self.compute = last
+
+    def execute(self, computation: hlo.Computation, instruction: hlo.Instruction) -> None:
+        kind = kind_of(self.module, computation, instruction)
+        if not kind:
+            return
+        seconds = LAUNCH_S + _seconds(self.module, computation, instruction, kind, self.costs)
+        name = label(instruction)
+        self.span("compute", kind, name, self.now, self.now + seconds)
+        self.seen.append((seconds, name))
+        self.compute[kind] += seconds
+        self.now += seconds
+
+    def span(self, *fields) -> None:
+        if len(self.spans) < _MOST_SPANS:
+            self.spans.append(Span(*fields))
+
+
+def _seconds(
+    module: hlo.Module,
+    computation: hlo.Computation,
+    instruction: hlo.Instruction,
+    kind: str,
+    costs: Costs,
+) -> float:
+    if kind == "attention" and instruction.opcode == "custom-call":
+        return _attention_seconds(computation, instruction, costs)
+    moved = _bytes(module, computation, instruction) / costs.gpu.memory_bandwidth
+    products = _product_flops(module, computation, instruction)
+    return max(moved, products / costs.gpu.product_rate.value)
+
+
+def _attention_seconds(
+    computation: hlo.Computation, instruction: hlo.Instruction, costs: Costs
+) -> float:
+    """Of a kernel whose first operands are q `[B, T, N, H]` and k `[B, S, K, H]`."""
+    q, k = (hlo.shape_sizes(computation.by_name[name].shape) for name in instruction.operands[:2])
+    flops = 4.0 * math.prod(q) * k[1] * costs.density
+    if "attend_grads" not in instruction.op_name:
+        return flops / costs.gpu.attention_rate(costs.implementation, "forward").value
+    name = label(instruction)
+    share = next((s for part, s in _BACKWARD_SHARES.items() if part in name), 1.0)
+    rate = costs.gpu.attention_rate(costs.implementation, "backward").value
+    return share * BACKWARD * flops / rate
+
+
+def _product_flops(
+    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
+) -> float:
+    """FLOPs of the matrix products in an instruction, whatever they are wrapped in."""
+    if instruction.opcode == "dot":
+        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+    elif instruction.opcode == "custom-call" and "cublas" in instruction.target:
+        dims = re.search(r'"lhs_contracting_dimensions":\[([\d,"]*)\]', instruction.attributes)
+    elif instruction.opcode in ("fusion", "call", "async-start"):
+        inner = [module.computations[name] for name in instruction.called]
+        return sum(_product_flops(module, c, i) for c in inner for i in c.instructions)
+    else:
+        return 0.0
+    left = hlo.shape_sizes(computation.by_name[instruction.operands[0]].shape)
+    contracted = [int(dim) for dim in re.findall(r"\d+", dims.group(1) if dims else "")]
+    out = hlo.shape_sizes(instruction.shape)
+    return 2.0 * math.prod(out) * math.prod(left[dim] for dim in contracted)
+
+
+def _bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+    """What a kernel reads and writes. Of an array that it only takes slices of, the slices."""
+    operands = [computation.by_name[n] for n in instruction.operands if n in computation.by_name]
+    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * instruction.bytes
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * operands[1].bytes
+    if instruction.opcode != "fusion":
+        return float(instruction.bytes + sum(operand.bytes for operand in operands))
+    fused = module.computations[instruction.called[0]]
+    updates = [i for i in fused.instructions if i.opcode == "dynamic-update-slice"]
+    written = float(instruction.bytes)
+    for update in updates:
+        written += fused.by_name[update.operands[1]].bytes - update.bytes
+    return max(0.0, written) + sum(_read(fused, place) for place in range(len(operands)))
+
+
+def _read(fused: hlo.Computation, place: int) -> float:
+    """Bytes that a fusion reads of its operand number `place`."""
+    for instruction in fused.instructions:
+        if instruction.opcode == "parameter" and instruction.literal == str(place):
+            return _read_by_users(fused, instruction)
+    return 0.0
+
+
+def _read_by_users(fused: hlo.Computation, array: hlo.Instruction) -> float:
+    read = 0.0
+    for user in fused.instructions:
+        if array.name not in user.operands:
+            continue
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            read += user.bytes
+        elif user.opcode == "bitcast":
+            read += _read_by_users(fused, user)
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
+            return float(array.bytes)
+    return min(read, float(array.bytes))

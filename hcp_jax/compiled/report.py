@@ -1,0 +1,266 @@
+"""What a compiled program moves, hides and holds.
+
+`read` takes a compiled program, whatever it computes, and finds its memory, its collectives with
+their mesh axes, links and bytes, and, with a clock (`clock.py`), which of them stand alone. A
+ring hop counts as hidden only if attention stands between its start and its done, and enough of it,
+by the cost model, to last until the last byte has come.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hcp_jax.compiled import clock, hlo
+from hcp_jax.cost.pairs import pairs_by_hop
+from hcp_jax.cost.shape import ModelShape
+from hcp_jax.cost.step import stream_pairs
+from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, RING_HOP
+from hcp_jax.hardware import Cluster, Path
+
+# What a transfer may stick out, of its own length, and still count as hidden.
+_TOLERANCE = 0.01
+_NAMES = {RING_HOP: "ring", EXCHANGE_HEADS: "heads", GATHER_KV: "gather"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+        argument_bytes: of what the program is given.
+        output_bytes: of what it gives back.
+        alias_bytes: of outputs that take the place of donated arguments.
+        temp_bytes: of everything in between, at the worst moment.
+        device_bytes: what the GPU has.
+        host_bytes: in the host's memory, of what is offloaded.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    device_bytes: int
+    host_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it together."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether a tenth of the GPU is left, for CUDA, for NCCL's buffers and for fragments."""
+        return self.peak_bytes <= 0.9 * self.device_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """Collectives of a program that are alike.
+
+    Attributes:
+        kind: in HLO's words.
+        what: "ring", "heads", "gather", or "" for one that is not attention's.
+        axes: mesh axes that it runs over.
+        link: "inside a host" or "between hosts".
+        bytes: that one device puts in, each time.
+        sent_bytes: that one device sends, each time.
+        count: how often it runs.
+        hidden: whether compute hides it.
+        seconds: modelled, of all of them.
+        exposed_s: of these, seconds in which the device waits.
+        behind: the kernels it is hidden behind, the longest first.
+    """
+
+    kind: str
+    what: str
+    axes: tuple[str, ...]
+    link: str
+    bytes: int
+    sent_bytes: float
+    count: int
+    hidden: bool
+    seconds: float
+    exposed_s: float
+    behind: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What was found in one program.
+
+    Attributes:
+        cluster: that it was compiled for.
+        memory: of one device.
+        collectives: alike ones together, in the order of the program.
+        schedule: on the clock.
+        compile_s: seconds that the compiler took; 0 if unknown.
+    """
+
+    cluster: Cluster
+    memory: Memory
+    collectives: tuple[Moved, ...]
+    schedule: clock.Schedule
+    compile_s: float = 0.0
+
+    @property
+    def ring_hops(self) -> int:
+        """Moves round the ring; K, V and their gradients each make their own."""
+        return sum(moved.count for moved in self.collectives if moved.what == "ring")
+
+    @property
+    def ring_hops_hidden(self) -> int:
+        """Of these, the ones hidden behind attention."""
+        return sum(m.count for m in self.collectives if m.what == "ring" and m.hidden)
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds in which something is sent, hidden or not."""
+        return sum(moved.seconds for moved in self.collectives)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, as plain numbers and strings."""
+        memory = dataclasses.asdict(self.memory)
+        return {
+            "cluster": str(self.cluster),
+            "ring_hops": self.ring_hops,
+            "ring_hops_hidden": self.ring_hops_hidden,
+            "memory": memory | {"peak_bytes": self.memory.peak_bytes, "fits": self.memory.fits},
+            "collectives": [dataclasses.asdict(moved) for moved in self.collectives],
+            "modelled": {
+                "compute_s": sum(self.schedule.compute_s.values()),
+                "attention_s": self.schedule.compute_s["attention"],
+                "communication_s": self.communication_s,
+                "exposed_s": self.schedule.exposed_s,
+                "step_s": self.schedule.step_s,
+            },
+            "compile_s": self.compile_s,
+        }
+
+
+def read(
+    compiled: jax.stages.Compiled,
+    mesh: Mesh,
+    cluster: Cluster,
+    *,
+    implementation: str = "triton",
+    density: float = 1.0,
+    compile_s: float = 0.0,
+) -> Audit:
+    """Read a compiled program.
+
+    Args:
+        compiled: for the devices of `mesh`.
+        mesh: made of `aot.devices(cluster)`.
+        cluster: whose links and rates are taken.
+        implementation: of the attention core, whose rates are taken.
+        density: share of the (query, key) pairs given to attention kernels that is visible: see
+            `busiest_density`.
+        compile_s: what to report as the compiler's time.
+    """
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    module = hlo.parse(text)
+    numbers = [_number(device, cluster) for device in mesh.devices.flat]
+
+    def path(collective: hlo.Collective) -> Path:
+        return min(
+            (cluster.path(collective.kind, [numbers[i] for i in g]) for g in collective.groups),
+            key=lambda p: p.rate,
+        )
+
+    costs = clock.Costs(cluster.gpu, implementation, density, path)
+    found = clock.simulate(module, costs)
+    moved = [
+        _moved(collective, found.flights[collective.name], mesh, path(collective).link)
+        for collective in hlo.module_collectives(module)
+        if collective.name in found.flights and collective.group_size > 1
+    ]
+    return Audit(
+        cluster,
+        Memory(
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes,
+            memory.alias_size_in_bytes,
+            memory.temp_size_in_bytes,
+            cluster.gpu.memory_bytes,
+            memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        ),
+        tuple(_together(moved)),
+        found,
+        compile_s,
+    )
+
+
+def busiest_density(
+    model: ModelShape, seq_len: int, cp_size: int, layout: str, ring_size: int
+) -> float:
+    """Share of visible pairs among those that the busiest device's kernels are given.
+
+    Args:
+        model: whose mask it is.
+        seq_len: T, padded.
+        cp_size: C.
+        layout: "zigzag" or "contiguous".
+        ring_size: devices that K and V move over.
+    """
+    chunks = cp_size * (2 if layout == "zigzag" else 1)
+    by_hop = pairs_by_hop(stream_pairs(model, seq_len, chunks), cp_size, layout, ring_size)
+    return float(by_hop.sum(axis=1).max()) / (seq_len / ring_size * seq_len)
+
+
+def axes_of(collective: hlo.Collective, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which a collective's devices differ."""
+    varying: set[str] = set()
+    for group in collective.groups:
+        places = np.array(np.unravel_index(np.array(group), mesh.devices.shape))
+        differs = (places != places[:, :1]).any(axis=1)
+        varying |= {axis for axis, d in zip(mesh.axis_names, differs, strict=True) if d}
+    return tuple(axis for axis in mesh.axis_names if axis in varying)
+
+
+def _number(device: jax.Device, cluster: Cluster) -> int:
+    """A device's number in the cluster, host by host."""
+    return device.process_index * cluster.gpus_per_host + device.id % cluster.gpus_per_host
+
+
+def _moved(c: hlo.Collective, flight: clock.Flight, mesh: Mesh, link: str) -> Moved:
+    what = next((name for scope, name in _NAMES.items() if scope in c.op_name), "")
+    if what == "ring":
+        hidden = flight.attention >= flight.until
+    else:
+        hidden = c.asynchronous and flight.exposed <= _TOLERANCE * flight.seconds
+    return Moved(
+        c.kind,
+        what,
+        axes_of(c, mesh),
+        link,
+        c.bytes,
+        c.sent_bytes,
+        c.count,
+        hidden,
+        c.count * flight.seconds,
+        c.count * flight.exposed,
+        flight.behind if hidden else (),
+    )
+
+
+def _together(moved: list[Moved]) -> list[Moved]:
+    alike: dict[tuple, Moved] = {}
+    for one in moved:
+        key = (one.kind, one.what, one.axes, one.link, one.bytes, one.hidden)
+        same = alike.get(key)
+        if same is None:
+            alike[key] = one
+            continue
+        alike[key] = dataclasses.replace(
+            same,
+            count=same.count + one.count,
+            seconds=same.seconds + one.seconds,
+            exposed_s=same.exposed_s + one.exposed_s,
+            behind=tuple(dict.fromkeys((*same.behind, *one.behind)))[:2],
+        )
+    return list(alike.values())

@@ -1,0 +1,126 @@
+"""A picture of a schedule: what the compute stream and each link do, moment by moment.
+
+Above the whole program, below a stretch from its middle, wide enough to tell transfers from the
+kernels that hide them. A transfer is hatched where the device waits for it.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from hcp_jax.compiled.clock import Schedule, Span
+
+_COLORS = {
+    "attention": "#4c78a8",
+    "product": "#54a24b",
+    "other": "#bab0ac",
+    "collective-permute": "#f58518",
+    "all-to-all": "#b279a2",
+    "all-gather": "#e45756",
+    "reduce-scatter": "#ff9da6",
+    "all-reduce": "#9d755d",
+}
+_WORDS = {
+    "attention": "attention kernels",
+    "product": "matrix products",
+    "other": "other kernels",
+    "collective-permute": "ring (permute)",
+}
+_LANES = ("compute", "inside a host", "between hosts")
+_ZOOM_TRANSFERS = 12
+
+
+def draw(schedule: Schedule, file: pathlib.Path, title: str) -> None:
+    """Write the picture of a schedule.
+
+    Args:
+        schedule: from `clock.simulate`.
+        file: where; its suffix says the format, .png or .svg.
+        title: what is shown.
+
+    Raises:
+        ValueError: if the suffix is another.
+    """
+    if file.suffix not in (".png", ".svg"):
+        raise ValueError(f"the picture must be a .png or .svg file, got {str(file)!r}.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(13, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1)
+    lanes = [name for name in _LANES if any(span.lane == name for span in schedule.spans)]
+    last = max((span.end for span in schedule.spans), default=0.0)
+    waits = waiting(schedule.spans)
+    _lanes(above, schedule.spans, waits, lanes, (0.0, last))
+    _lanes(below, schedule.spans, waits, lanes, zoom(schedule.spans))
+    above.set_title(title, loc="left", size=11)
+    below.set_title("a stretch of it", loc="left", size=10)
+    kinds = [kind for kind in _COLORS if any(span.kind == kind for span in schedule.spans)]
+    entries = [Patch(color=_COLORS[kind], label=_WORDS.get(kind, kind)) for kind in kinds]
+    entries.append(Patch(facecolor="none", edgecolor="red", hatch="///", label="waiting"))
+    figure.legend(handles=entries, loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def waiting(spans: Sequence[Span]) -> list[tuple[float, float]]:
+    """The gaps between one kernel and the next, in which the device waits."""
+    computing = sorted((s for s in spans if s.lane == "compute"), key=lambda s: s.begin)
+    gaps, now = [], 0.0
+    for span in computing:
+        if span.begin > now + 1e-9:
+            gaps.append((now, span.begin))
+        now = max(now, span.end)
+    end = max((span.end for span in spans), default=0.0)
+    return [*gaps, (now, end)] if end > now + 1e-9 else gaps
+
+
+def zoom(spans: Sequence[Span]) -> tuple[float, float]:
+    """A stretch about the middle of the program that holds a dozen transfers."""
+    end = max((span.end for span in spans), default=0.0)
+    moves = [s for s in spans if s.kind == "collective-permute"] or [
+        s for s in spans if s.lane != "compute"
+    ]
+    if len(moves) <= _ZOOM_TRANSFERS:
+        return 0.0, end
+    first = (len(moves) - _ZOOM_TRANSFERS) // 2
+    chosen = moves[first : first + _ZOOM_TRANSFERS]
+    return chosen[0].begin, max(move.end for move in chosen)
+
+
+def _lanes(axes, spans: Sequence[Span], waits, lanes: list[str], window) -> None:
+    begin, end = window
+    pixel = (end - begin) / 1200
+    zoomed = begin > 0
+    scale = 1e3 if end - begin < 10 else 1.0
+    shown = [s for s in spans if s.end >= begin and s.begin <= end]
+    for place, lane in enumerate(lanes):
+        # What is narrower than a pixel is not drawn at random: transfers get one, kernels none.
+        least = 0.0 if lane == "compute" else pixel
+        for kind, color in _COLORS.items():
+            bars = [
+                (s.begin * scale, max(s.end - s.begin, least) * scale)
+                for s in shown
+                if s.lane == lane and s.kind == kind
+            ]
+            edge = {"linewidth": 0.6 if zoomed else 0.0, "edgecolor": "white"}
+            axes.broken_barh(bars, (place - 0.4, 0.8), facecolors=color, snap=False, **edge)
+    if zoomed:
+        _names(axes, shown, lanes, window, scale)
+    gaps = [(a * scale, (b - a) * scale) for a, b in waits if b - a > pixel and a < end]
+    axes.broken_barh(gaps, (-0.4, 0.8), facecolors="none", edgecolor="red", hatch="///", lw=0.3)
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_xlim(begin * scale, end * scale)
+    axes.set_xlabel(f"modelled {'ms' if scale == 1e3 else 's'}, on one GPU")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _names(axes, spans: Sequence[Span], lanes: list[str], window, scale: float) -> None:
+    begin, end = window
+    for span in spans:
+        left, right = max(span.begin, begin), min(span.end, end)
+        if right - left > 0.05 * (end - begin):
+            name = span.name if span.lane == "compute" else span.kind.split("-")[-1]
+            at = ((left + right) / 2 * scale, lanes.index(span.lane))
+            axes.text(*at, name, ha="center", va="center", size=7, color="white")

@@ -1,0 +1,98 @@
+"""How much memory a training step takes, modelled: what stays, and what the worst moment holds.
+
+Parameters, gradients and the optimizer's moments are float32, activations in the compute dtype.
+The worst moment is the loss, or the backward pass of a layer, whichever holds more:
+
+    state         parameters and two moments, cut over tp (and over dp and cp by FSDP)
+    kept          what each layer leaves for its backward pass, by remat policy
+    hidden        the hidden states between the layers and the loss, and their gradients
+    vocabulary    the loss: the gathered head, its gradient before it is scattered, logits
+    gradients     of the layers, as the scan stacks them
+    layer         one layer's weights and gradients, whole, and its activations in backward
+
+What is offloaded or computed in chunks (docs/memory.md) is not modelled: `hcp audit` tells it.
+`hcp plan --verify` replaces these figures by those of the compiled program.
+"""
+
+import dataclasses
+
+from hcp_jax.cost.shape import ModelShape
+from hcp_jax.cost.step import Split
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one device, by what they are for."""
+
+    state: float
+    kept: float
+    hidden: float
+    vocabulary: float
+    gradients: float
+    layer: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes of what is always there, and of the larger of the two moments."""
+        return (
+            self.state + self.kept + self.hidden + max(self.vocabulary, self.gradients + self.layer)
+        )
+
+
+def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1) -> MemoryEstimate:
+    """Return the memory of one device, modelled.
+
+    Args:
+        model: the decoder.
+        split: how the run is split.
+        seq_len: T.
+        rows: streams of each data-parallel replica in a microbatch.
+    """
+    t = rows * seq_len / split.cp
+    shards = split.dp * split.cp if split.fsdp else 1
+    heads = model.num_heads * model.head_size / split.tp
+    layers = model.num_layers * model.layer_params / split.tp
+    return MemoryEstimate(
+        state=12.0 * model.params / split.tp / shards,
+        kept=model.num_layers * _kept(model, split, t, heads),
+        hidden=4 * 2.0 * t * model.hidden_size,
+        vocabulary=_vocabulary(model, split, t),
+        gradients=4.0 * layers / shards,
+        layer=_layer(model, split, t, heads),
+    )
+
+
+def _kept(model: ModelShape, split: Split, t: float, heads: float) -> float:
+    """Return the bytes that a layer keeps of t tokens for its backward pass."""
+    inputs = 2.0 * t * model.hidden_size
+    outputs = t * (2.0 * heads + 4.0 * heads / model.head_size)
+    if split.remat == "full":
+        return inputs
+    if split.remat == "attention":
+        return inputs + outputs
+    # Counted in compiled programs: norms and rotations leave float32 copies, too.
+    kv_heads = 2.0 * t * 2 * _kv_width(model, split)
+    mlp = 2.0 * t * (model.mlp_products + 1) * model.intermediate_size / split.tp
+    return 14 * inputs + 2.0 * t * 10 * heads + kv_heads + mlp
+
+
+def _kv_width(model: ModelShape, split: Split) -> float:
+    """Return the kv heads of a device times their size, replicas for the exchange included."""
+    return max(model.num_kv_heads / split.tp, split.exchange) * model.head_size
+
+
+def _vocabulary(model: ModelShape, split: Split, t: float) -> float:
+    matrix = model.head_params / split.tp
+    logits = 12.0 * min(model.loss_chunk, t) * model.vocab_size / split.tp
+    gathered = 4.0 * matrix if split.fsdp else 2.0 * matrix
+    return logits + gathered + 4.0 * matrix
+
+
+def _layer(model: ModelShape, split: Split, t: float, heads: float) -> float:
+    kv = _kv_width(model, split)
+    ring = 4 if split.strategy.by == "ring" and split.move > 1 else split.move
+    attention = t * (heads * (4 * 2 + 2 * 4) + kv * ring * (2 * 2 + 4 * 2))
+    width = (model.mlp_products + 1) * model.intermediate_size / split.tp
+    mlp = 2.0 * t * (width + 4 * model.hidden_size)
+    weights = 6.0 * model.layer_params / split.tp
+    return max(attention, mlp) + weights

@@ -1,0 +1,111 @@
+"""The shape of a decoder, and the arithmetic of its training step as MFU counts it.
+
+Counted is what the model needs, not what a run spends: nothing that remat computes again, none of
+the softmax, norms and activations, and of attention only the (query, key) pairs that the mask
+shows, as they are in the batch: a packed stream of short documents has fewer than one long
+document. (Many count T² pairs, or half of them, for any batch; then packing, or a window, would
+seem to raise MFU.) Backward is twice forward (PaLM: Chowdhery et al., 2022, appendix B):
+
+    matrix products   6 · weights · tokens           output head included, embedding lookup not
+    attention         12 · heads · H · pairs         in every layer: two products of 2 FLOPs, thrice
+
+The planner, the memory model, the scheduler of dynamic CP and the trainer's MFU all ask this shape.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hcp_jax.mask import Mask
+
+BACKWARD = 2.5  # FLOPs of an attention kernel's backward, in forwards: five products for two
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """What the cost of a decoder depends on; the words are `ModelConfig`'s.
+
+    Attributes:
+        mlp_products: matrices of an MLP: 3 with a gate, 2 without.
+    """
+
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    tie_embeddings: bool = False
+    sliding_window: int | None = None
+    loss_chunk: int = 1024
+    mlp_products: int = 3
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ModelShape":
+        """Return the shape of a `ModelConfig`."""
+        named = {
+            f.name: getattr(config, f.name)
+            for f in dataclasses.fields(cls)
+            if f.name != "mlp_products"
+        }
+        return cls(**named | {"head_size": config.head_dim})
+
+    @property
+    def query_width(self) -> int:
+        """Query heads times head size."""
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Kv heads times head size."""
+        return self.num_kv_heads * self.head_size
+
+    @property
+    def layer_params(self) -> int:
+        """Weights of one layer's matrix products."""
+        mlp = self.mlp_products * self.intermediate_size
+        return self.hidden_size * (2 * self.query_width + 2 * self.kv_width + mlp)
+
+    @property
+    def head_params(self) -> int:
+        """Weights of the output head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def product_params(self) -> int:
+        """Weights that every token is multiplied by: of all layers and the output head."""
+        return self.num_layers * self.layer_params + self.head_params
+
+    @property
+    def params(self) -> int:
+        """All parameters, norms included."""
+        embeddings = self.head_params * (1 if self.tie_embeddings else 2)
+        norms = (2 * self.num_layers + 1) * self.hidden_size
+        return self.num_layers * self.layer_params + embeddings + norms
+
+    @property
+    def mask(self) -> "Mask":
+        """What it attends with: a causal mask, within its window."""
+        # Imported here because masks import jax, and the scheduler must not.
+        from hcp_jax.mask import causal, sliding_window
+
+        if self.sliding_window is None:
+            return causal()
+        return causal() & sliding_window(self.sliding_window)
+
+
+def step_flops(model: ModelShape, tokens: float, pairs: float) -> float:
+    """Return the FLOPs of a training step, of all devices together.
+
+    Args:
+        model: the decoder.
+        tokens: in the step.
+        pairs: visible (query, key) pairs of all its streams, of one head of one layer.
+
+    >>> tiny = ModelShape(10, 1, 4, 8, 2, 1, 2)
+    >>> step_flops(tiny, 5, 15) == 6 * (4 * (12 + 24) + 40) * 5 + 12 * 2 * 2 * 15
+    True
+    """
+    per_pair = model.num_layers * model.query_width
+    return 6.0 * model.product_params * tokens + 12.0 * per_pair * pairs

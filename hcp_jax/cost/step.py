@@ -1,0 +1,380 @@
+"""FLOPs, bytes and seconds of a training step, for a model on a cluster, without compiling it.
+
+FLOPs are counted: attention's from the mask's intervals (`pairs.py`), the matrix products' from
+their shapes. The rates of `hcp_jax.hardware` turn them into seconds. What hides is taken
+from audits of compiled programs: ring hops behind attention and FSDP's gathers behind the layers,
+each as far as they last; all-to-alls, gathers of K and V, tensor parallel sums and the gradients'
+sum without FSDP stand alone. What attention moves is listed by `traffic.py`.
+
+A step, on one device, with t = T / C tokens of each of its rows:
+
+    matmul        2 · parameters · t forward, twice that backward, once more where recomputed
+    attention     4 · H · heads · pairs forward, 2.5 times that backward
+    memory-bound  what norms, activations, merging of partials and the optimizer read and write
+    transfers     each at its link's rate, and a latency
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from hcp_jax.cost.pairs import causal_chunk_pairs, pairs_by_hop
+from hcp_jax.cost.shape import BACKWARD, ModelShape, step_flops
+from hcp_jax.cost.traffic import (
+    GATHER_KV,
+    RING_HOP,
+    STRATEGIES,
+    CommType,
+    Remat,
+    Strategy,
+    Traffic,
+    layer_traffic,
+    sent_bytes,
+    state_bytes,
+)
+from hcp_jax.hardware import NO_LINK, Cluster, Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a run is split over a cluster; the words are `ParallelConfig`'s and `ModelConfig`'s."""
+
+    dp: int = 1
+    tp: int = 1
+    cp_outer: int = 1
+    cp_inner: int = 1
+    comm_type: CommType = "a2a+p2p"
+    remat: Remat = "attention"
+    fsdp: bool = True
+
+    @property
+    def cp(self) -> int:
+        """C."""
+        return self.cp_outer * self.cp_inner
+
+    @property
+    def strategy(self) -> Strategy:
+        """What each cp axis does."""
+        return STRATEGIES[self.comm_type]
+
+    @property
+    def exchange(self) -> int:
+        """Devices that exchange heads."""
+        return self._size(self.strategy.exchange)
+
+    @property
+    def move(self) -> int:
+        """Devices that K and V move over."""
+        return self._size(self.strategy.move)
+
+    def _size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(getattr(self, axis) for axis in axes)
+
+    def __str__(self) -> str:
+        cp = f"cp {self.cp} [{self.cp_inner} in, {self.cp_outer} out]"
+        shard = "fsdp" if self.fsdp else "replicated"
+        return f"dp {self.dp}, tp {self.tp}, {cp} {self.comm_type}, remat {self.remat}, {shard}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One kind of transfer in a step.
+
+    Attributes:
+        what: in words.
+        axes: mesh axes it runs over.
+        link: "inside a host" or "between hosts".
+        bytes: that one device sends in a step.
+        seconds: that they take.
+        exposed: seconds of them in which the device waits.
+    """
+
+    what: str
+    axes: tuple[str, ...]
+    link: str
+    bytes: float
+    seconds: float
+    exposed: float
+
+    def times(self, n: int) -> "Transfer":
+        """Return this transfer, n times."""
+        return Transfer(
+            self.what, self.axes, self.link, n * self.bytes, n * self.seconds, n * self.exposed
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A step's modelled cost on the busiest device.
+
+    Attributes:
+        compute: seconds by part.
+        transfers: what moves.
+        flops: of the model in a step, on one device, as MFU counts them (`step_flops`).
+        attention_flops: attention's part of them.
+        tokens: in a step, of all devices.
+        gpus: number of devices.
+        peak: FLOP/s of one, by data sheet.
+    """
+
+    compute: dict[str, float]
+    transfers: tuple[Transfer, ...]
+    flops: float
+    attention_flops: float
+    tokens: int
+    gpus: int
+    peak: float
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds in which the device computes."""
+        return sum(self.compute.values())
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds in which it sends, hidden or not."""
+        return sum(transfer.seconds for transfer in self.transfers)
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds in which it waits."""
+        return sum(transfer.exposed for transfer in self.transfers)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.compute_s + self.exposed_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second and GPU."""
+        return self.tokens / self.step_s / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that the model's own FLOPs make."""
+        return self.flops / self.step_s / self.peak
+
+    def bytes_on(self, link: str) -> float:
+        """Bytes that a device sends over a kind of link in a step."""
+        return sum(transfer.bytes for transfer in self.transfers if transfer.link == link)
+
+
+def estimate(
+    model: ModelShape,
+    split: Split,
+    cluster: Cluster,
+    seq_len: int,
+    *,
+    rows: int = 1,
+    implementation: str = "triton",
+) -> Estimate:
+    """Return what one optimizer step costs.
+
+    Args:
+        model: the decoder.
+        split: sizes of the mesh, comm type, remat policy; must be valid for the model.
+        cluster: whose GPU count is the mesh's.
+        seq_len: T, tokens of a row, padding included.
+        rows: streams of each data-parallel replica in a step.
+        implementation: of the attention core, whose rate is taken.
+    """
+    t = rows * seq_len // split.cp
+    attention = _Attention(model, split, cluster, seq_len, rows, implementation)
+    again = 0 if split.remat == "none" else 1
+    layers = model.num_layers * model.layer_params / split.tp
+    head = model.head_params / split.tp
+    # The output head's logits are always made again: they are never kept.
+    products = 2.0 * t * (layers * (3 + again) + head * 4)
+    bandwidth = cluster.gpu.memory_bandwidth
+    shards = split.dp * split.cp if split.fsdp else 1
+    compute = {
+        "matmul": products / cluster.gpu.product_rate.value,
+        "attention": model.num_layers * attention.compute_s,
+        "memory-bound": model.num_layers * _elementwise_bytes(model, split, t) / bandwidth,
+        "optimizer": 28 * model.params / split.tp / shards / bandwidth,
+    }
+    transfers = [
+        *(x.times(model.num_layers) for x in attention.transfers),
+        *_tensor_parallel(model, split, cluster, t),
+        *_weights_and_gradients(model, split, cluster, sum(compute.values())),
+    ]
+    tokens = split.dp * rows * seq_len
+    pairs = split.dp * rows * float(stream_pairs(model, seq_len, 1).sum())
+    return Estimate(
+        compute=compute,
+        transfers=tuple(x for x in transfers if x.link != NO_LINK),
+        flops=step_flops(model, tokens, pairs) / cluster.size,
+        attention_flops=step_flops(model, 0, pairs) / cluster.size,
+        tokens=tokens,
+        gpus=cluster.size,
+        peak=cluster.gpu.peak_flops,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def path(cluster: Cluster, split: Split, axes: tuple[str, ...], kind: str) -> Path:
+    """Return what a collective along some mesh axes runs over: the slowest of its groups."""
+    order = ("dp", "cp_outer", "cp_inner", "tp")
+    mesh = np.arange(cluster.size).reshape([getattr(split, axis) for axis in order])
+    along = [order.index(axis) for axis in axes]
+    groups = np.moveaxis(mesh, along, range(-len(along), 0))
+    groups = groups.reshape(-1, int(np.prod([mesh.shape[i] for i in along])))
+    # Groups that spread over hosts alike have the same path: a large mesh has few kinds of them.
+    spread = groups // cluster.domain
+    kinds = {row.tobytes(): i for i, row in enumerate(spread - spread[:, :1])}
+    chosen = groups[list(kinds.values())].tolist()
+    return min((cluster.path(kind, tuple(group)) for group in chosen), key=lambda p: p.rate)
+
+
+@functools.lru_cache(maxsize=64)
+def stream_pairs(mask_of: ModelShape, seq_len: int, chunks: int) -> np.ndarray:
+    """Return `chunk_pairs` of a model's mask, `[chunks, chunks]`, without touching T tokens."""
+    return causal_chunk_pairs(seq_len, chunks, mask_of.sliding_window)
+
+
+@functools.lru_cache(maxsize=256)
+def _busiest_by_hop(mask_of: ModelShape, seq_len: int, cp: int, move: int) -> np.ndarray:
+    """Return the visible pairs of the busiest ring rank at each hop, in zigzag, `[hops]`."""
+    return pairs_by_hop(stream_pairs(mask_of, seq_len, 2 * cp), cp, "zigzag", move).max(axis=0)
+
+
+class _Attention:
+    """One layer's attention, forward and backward, with what it recomputes."""
+
+    def __init__(
+        self,
+        model: ModelShape,
+        split: Split,
+        cluster: Cluster,
+        seq_len: int,
+        rows: int,
+        implementation: str,
+    ) -> None:
+        self.split, self.cluster = split, cluster
+        heads, kv_heads = model.num_heads // split.tp, model.num_kv_heads // split.tp
+        t = rows * seq_len // split.cp  # tokens of a device, before heads are exchanged
+        self.traffic = layer_traffic(
+            split.strategy,
+            {"cp_outer": split.cp_outer, "cp_inner": split.cp_inner},
+            tokens=t,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=model.head_size,
+            item_bytes=2,
+            remat=split.remat,
+        )
+        per_pair = 4.0 * model.head_size * (heads // split.exchange) * rows
+        # All devices wait for the one that has most to do at a hop.
+        flops = per_pair * _busiest_by_hop(model, seq_len, split.cp, split.move)
+        gpu = cluster.gpu
+        self.forward_hops = flops / gpu.attention_rate(implementation, "forward").value
+        backward = gpu.attention_rate(implementation, "backward").value
+        self.backward_hops = BACKWARD * flops / backward
+        self.forwards = 2 if split.remat == "full" else 1
+        # Partials are merged, and gradients added up, in float32, hop by hop.
+        merged = 12.0 * t * heads * model.head_size
+        hops = split.move - 1 if split.strategy.by == "ring" else 0
+        self.merge_s = hops * merged / gpu.memory_bandwidth
+
+    @property
+    def compute_s(self) -> float:
+        return (
+            self.forwards * (float(self.forward_hops.sum()) + self.merge_s)
+            + float(self.backward_hops.sum())
+            + self.merge_s
+        )
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        ring = [t for t in self.traffic if t.scope == RING_HOP]
+        gather = [t for t in self.traffic if t.scope == GATHER_KV]
+        exchange = [t for t in self.traffic if t not in ring and t not in gather]
+        forward = [t for t in ring if t.direction == "forward" or t.repeated]
+        backward = [t for t in ring if t not in forward]
+        passes = self._together("K/V round the ring, forward", forward[:1], self.forward_hops)
+        return [
+            *(one.times(len(forward)) for one in passes),
+            *self._together("K/V and their gradients, backward", backward, self.backward_hops),
+            *self._alone("K/V gathered, gradients scattered", gather, 1),
+            *self._alone("heads exchanged for sequence", exchange, None),
+        ]
+
+    def _together(self, what: str, moves: list[Traffic], hops: np.ndarray) -> list[Transfer]:
+        """Return moves that travel at the same time, behind the attention of each hop."""
+        if not moves:
+            return []
+        first = moves[0]
+        link, rate, latency = path(self.cluster, self.split, first.axes, first.kind)
+        size = sum(move.sent_bytes for move in moves)
+        one = size / rate + latency
+        exposed = sum(max(0.0, one - float(hop)) for hop in hops[:-1])
+        return [Transfer(what, first.axes, link, first.count * size, first.count * one, exposed)]
+
+    def _alone(self, what: str, moves: list[Traffic], starts: int | None) -> list[Transfer]:
+        """Return transfers for which the device waits in full.
+
+        Args:
+            what: in words.
+            moves: all over the same axes.
+            starts: collectives that begin one after the other, of each move; None for as many as
+                it has arrays.
+        """
+        if not moves:
+            return []
+        axes = moves[0].axes
+        sent = sum(move.count * move.sent_bytes for move in moves)
+        seconds = 0.0
+        for move in moves:
+            link, rate, latency = path(self.cluster, self.split, axes, move.kind)
+            calls = move.count * (starts or move.arrays)
+            seconds += move.count * move.sent_bytes / rate + calls * latency
+        return [Transfer(what, axes, link, sent, seconds, seconds)]
+
+
+def _elementwise_bytes(model: ModelShape, split: Split, t: int) -> float:
+    """Return the bytes that a layer's norms, rotations and activations read and write."""
+    heads = (model.num_heads + model.num_kv_heads) * model.head_size / split.tp
+    forward = (
+        2.0
+        * t
+        * (
+            10 * model.hidden_size
+            + 4 * heads
+            + model.mlp_products * model.intermediate_size / split.tp
+        )
+    )
+    return forward * (3 if split.remat == "none" else 4)
+
+
+def _tensor_parallel(model: ModelShape, split: Split, cluster: Cluster, t: int) -> list[Transfer]:
+    """Return the sums of activations over tp, of all layers."""
+    link, rate, latency = path(cluster, split, ("tp",), "all-reduce")
+    again = 0 if split.remat == "none" else 1
+    # The second sum of a layer made again is of no use to its backward.
+    sums = model.num_layers * (4 + again)
+    sent = sums * sent_bytes("all-reduce", 2.0 * t * model.hidden_size, split.tp)
+    seconds = sent / rate + sums * latency
+    return [Transfer("activations summed over tp", ("tp",), link, sent, seconds, seconds)]
+
+
+def _weights_and_gradients(
+    model: ModelShape, split: Split, cluster: Cluster, compute_s: float
+) -> list[Transfer]:
+    """Return how weights are gathered and gradients summed over dp and cp."""
+    axes = ("dp", "cp_outer", "cp_inner")
+    link, rate, latency = path(cluster, split, axes, "all-gather")
+    gathers = 2 if split.remat == "none" else 3
+    sent = state_bytes(
+        model.params / split.tp, split.dp * split.cp, 2, fsdp=split.fsdp, gathers=gathers
+    )
+    if not split.fsdp:
+        seconds = sent / rate + latency
+        return [Transfer("gradients summed", axes, link, sent, seconds, seconds)]
+    calls = model.num_layers * (gathers + 1)
+    seconds = sent / rate + calls * latency
+    exposed = max(0.0, seconds - compute_s)
+    what = "weights gathered, gradients scattered"
+    return [Transfer(what, axes, link, sent, seconds, exposed)]

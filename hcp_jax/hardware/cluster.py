@@ -1,0 +1,69 @@
+"""A cluster: hosts of equal GPUs, and the link that a collective runs over."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from hcp_jax.hardware.gpu import GPU, Path
+
+NO_LINK, INSIDE, BETWEEN = "no link", "inside a host", "between hosts"
+
+# In these, each GPU sends through its own network card alone.
+_OWN_CARD = ("collective-permute", "all-to-all", "ragged-all-to-all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Hosts of equal GPUs.
+
+    Raises:
+        ValueError: if a size is not a positive integer.
+
+    >>> from hcp_jax import hardware
+    >>> cluster = hardware.Cluster(hardware.gpu("h200"), hosts=2, gpus_per_host=8)
+    >>> cluster.size, cluster.path("all-to-all", range(8)).link
+    (16, 'inside a host')
+    """
+
+    gpu: GPU
+    hosts: int
+    gpus_per_host: int
+
+    def __post_init__(self) -> None:
+        for name in ("hosts", "gpus_per_host"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+    @property
+    def size(self) -> int:
+        """Number of GPUs."""
+        return self.hosts * self.gpus_per_host
+
+    @property
+    def domain(self) -> int:
+        """Number of GPUs that NVLink joins."""
+        return self.gpu.nvlink_domain or self.gpus_per_host
+
+    def path(self, kind: str, group: Sequence[int]) -> Path:
+        """Return what a collective of some devices runs over, and how fast.
+
+        Where a group has several GPUs in each host, gathers and reductions cross hosts over all of
+        their network cards at once; in a permute and an all-to-all, each GPU uses its own card.
+
+        Args:
+            kind: of the collective, in HLO's words.
+            group: numbers of its devices, counted host by host.
+        """
+        members = Counter(device // self.domain for device in group)
+        if len(group) < 2:
+            return Path(NO_LINK, math.inf, 0.0)
+        inside, network = self.gpu.nvlink, self.gpu.network
+        if len(members) == 1:
+            return Path(INSIDE, inside.rate.value, inside.latency)
+        cards = 1 if kind in _OWN_CARD else min(members.values())
+        return Path(BETWEEN, min(inside.rate.value, cards * network.rate.value), network.latency)
+
+    def __str__(self) -> str:
+        return f"{self.hosts} x {self.gpus_per_host} {self.gpu.name.upper()}"

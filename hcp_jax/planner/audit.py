@@ -1,0 +1,262 @@
+"""Compile a run for a cluster that is not here, and read what it will do there.
+
+The compiled program is the one that the cluster would run; `compiled.report` reads it. Memory,
+bytes and the order of things are facts; seconds are modelled.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hcp_jax.attention.api import dot_product_attention
+from hcp_jax.attention.grouped import exchange_size
+from hcp_jax.compiled.aot import compile_for, devices
+from hcp_jax.compiled.report import Audit, busiest_density, read
+from hcp_jax.context import ContextParallel
+from hcp_jax.cost.shape import ModelShape
+from hcp_jax.hardware import Cluster
+from hcp_jax.kernels.core import Problem, resolve
+from hcp_jax.mask import intervals
+from hcp_jax.mesh import xla_flags
+from hcp_jax.microbatch import abstract_microbatch
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.step import abstract_state, make_optimizer, make_train_step
+
+
+def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
+    """A config's mesh, made of a cluster's devices.
+
+    Raises:
+        ValueError: if the mesh has another number of devices than the cluster.
+    """
+    needed = config.parallel.num_devices
+    if needed != cluster.size:
+        raise ValueError(
+            f"the config's mesh has {needed} devices, but {cluster} are {cluster.size}; change "
+            "--hosts and --gpus-per-host, or the sizes under `parallel`."
+        )
+    return config.parallel.context_parallel(config.model.num_layers, devices=devices(cluster))
+
+
+def chosen_flags(
+    cluster: Cluster, given: list[str], library: bool = True
+) -> dict[str, bool | int | str]:
+    """XLA flags: the library's, and those of the command line, which win.
+
+    Raises:
+        ValueError: if one is not of the form NAME=VALUE.
+    """
+    # Clusters have NVIDIA GPUs, also those that a YAML file describes under a name of its own.
+    flags = xla_flags(f"NVIDIA {cluster.gpu.device_kind}") if library else {}
+    for pair in given:
+        name, equals, value = pair.lstrip("-").partition("=")
+        if not equals:
+            raise ValueError(f"--xla-flag must be NAME=VALUE, got {pair!r}.")
+        flags[name] = value
+    return flags
+
+
+def compile_attention(
+    cp: ContextParallel, model: ModelConfig, seq_len: int, rows: int, flags: dict
+) -> jax.stages.Compiled:
+    """One layer's attention, forward and backward, for the devices of a mesh.
+
+    Args:
+        cp: over a mesh of `aot.devices(cluster)`.
+        model: for its heads, mask, dtype and implementation.
+        seq_len: T, padded.
+        rows: batch size B; under groups, dp.
+        flags: XLA flags.
+    """
+    mask = model.mask() if cp.groups is None else _abstract_batch(cp, rows, seq_len)["mask"]
+    sharding = NamedSharding(cp.mesh, PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp))
+
+    def array(heads: int) -> jax.ShapeDtypeStruct:
+        shape = (rows, seq_len, heads, model.head_dim)
+        return jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=sharding)
+
+    def both(q, k, v, dout, mask):
+        def attention(q, k, v):
+            return dot_product_attention(
+                q, k, v, cp=cp, mask=mask, implementation=model.implementation
+            )
+
+        out, pull_back = jax.vjp(attention, q, k, v)
+        return out, *pull_back(dout)
+
+    q, k = array(model.num_heads), array(model.num_kv_heads)
+    return compile_for(both, q, k, k, q, mask, flags=flags)
+
+
+def audit_attention(
+    cp: ContextParallel,
+    cluster: Cluster,
+    model: ModelConfig,
+    seq_len: int,
+    rows: int,
+    flags: dict,
+) -> Audit:
+    """Compile one layer's attention, forward and backward, for a cluster, and read it.
+
+    Args:
+        cp: over a mesh of `aot.devices(cluster)`.
+        cluster: that cluster.
+        model: for its heads, mask, dtype and implementation.
+        seq_len: T.
+        rows: batch size B.
+        flags: XLA flags.
+    """
+    seq_len = cp.padded_length(seq_len)
+    begin = time.perf_counter()
+    compiled = compile_attention(cp, model, seq_len, rows, flags)
+    return read_model(compiled, cp, cluster, model, seq_len, time.perf_counter() - begin)
+
+
+def audit_step(cp: ContextParallel, cluster: Cluster, config: TrainConfig, flags: dict) -> Audit:
+    """Compile a config's whole training step for a cluster, and read it.
+
+    Args:
+        cp: a `ContextParallel` over a mesh of `aot.devices(cluster)`.
+        cluster: that cluster.
+        config: a `TrainConfig`.
+        flags: XLA flags.
+    """
+    fsdp = config.parallel.fsdp
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
+    step = make_train_step(
+        config.model,
+        config.optimizer,
+        config.steps,
+        cp,
+        fsdp=fsdp,
+        accumulation=config.accumulation,
+    )
+    seq_len = cp.padded_length(config.seq_len)
+    batch = _abstract_batch(cp, config.batch_size, seq_len)
+    begin = time.perf_counter()
+    compiled = compile_for(step, state, batch, flags=flags)
+    return read_model(compiled, cp, cluster, config.model, seq_len, time.perf_counter() - begin)
+
+
+def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, Any]:
+    """What `cp.shard_batch` makes of a batch (`place_microbatch` of a microbatch), as shapes."""
+    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+    if cp.groups is not None:
+        return abstract_microbatch(cp, seq_len // cp.size, dtypes)
+
+    def array(dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=cp.sharding(2))
+
+    whole = NamedSharding(cp.mesh, PartitionSpec(cp.dp, None))
+    number: Any = jax.ShapeDtypeStruct((rows, seq_len), np.int32, sharding=whole)
+    mask = dataclasses.replace(intervals(number, number), placement=cp.placement)
+    dtypes["positions"] = np.int32
+    return {name: array(dtype) for name, dtype in dtypes.items()} | {"mask": mask}
+
+
+def read_model(
+    compiled: jax.stages.Compiled,
+    cp: ContextParallel,
+    cluster: Cluster,
+    model: ModelConfig,
+    seq_len: int,
+    compile_s: float = 0.0,
+) -> Audit:
+    """Read a program in which a model's attention runs, with its mask and its kernels' rates.
+
+    Under groups, each is taken to be filled by one document.
+    """
+    size = model.head_dim
+    problem = Problem(
+        dtype=model.compute_dtype,
+        query_heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head_size=size,
+        v_head_size=size,
+        platform=cp.platform,
+        device_kind=cp.device_kind,
+    )
+    one, sharing = cp.for_layer(0), cp.size
+    ring = cp.axis_size(one.strategy.move)
+    if one.groups is not None:
+        heads = model.num_heads // cp.axis_size(cp.tp)
+        seq_len, sharing = seq_len // cp.size * max(one.groups), max(one.groups)
+        ring = sharing // exchange_size(one, heads)
+    return read(
+        compiled,
+        cp.mesh,
+        cluster,
+        implementation=resolve(model.implementation, problem),
+        density=busiest_density(ModelShape.from_config(model), seq_len, sharing, cp.layout, ring),
+        compile_s=compile_s,
+    )
+
+
+def title(found: Audit, attention: bool) -> str:
+    """What was compiled, in a line."""
+    what = "attention of one layer, forward and backward" if attention else "training step"
+    return f"{what} on {found.cluster}"
+
+
+def advice(found: Audit) -> list[str]:
+    """What to do about what is exposed or does not fit; one line of praise if there is nothing."""
+    lines = []
+    memory, step = found.memory, found.schedule.step_s
+    if not memory.fits:
+        lines.append(
+            f"It does not fit: {memory.peak_bytes / 2**30:.1f} GiB of "
+            f"{memory.device_bytes / 2**30:.0f}. Set parallel.fsdp=true, model.remat=full or a "
+            "smaller model.loss_chunk, or cut the sequence over more GPUs."
+        )
+    exposed_hops = found.ring_hops - found.ring_hops_hidden
+    if exposed_hops:
+        lines.append(_about_hops(found, exposed_hops))
+    for what, words in _ABOUT.items():
+        waits = sum(m.exposed_s for m in found.collectives if m.what == what)
+        if what != "ring" and waits > 0.03 * step:
+            lines.append(
+                f"{words[0]} {duration(waits)}, {waits / step:.0%} of the step. {words[1]}"
+            )
+    return lines or ["Everything fits, and what is exposed is less than 3 % of the step."]
+
+
+_ABOUT = {
+    "heads": (
+        "The exchange of heads stands alone for",
+        "Set parallel.head_groups, so that one group's exchange hides behind another's attention, "
+        "or make cp_inner smaller and cp_outer larger, as long as the ring stays hidden.",
+    ),
+    "gather": (
+        "The gather of K and V stands alone for",
+        'Use comm_type "p2p" or "a2a+p2p", which hide it.',
+    ),
+    "": (
+        "Weights, gradients and activations are waited for during",
+        "Less tp, more tokens per GPU, or parallel.fsdp=false where the weights fit.",
+    ),
+}
+
+
+def _about_hops(found: Audit, hops: int) -> str:
+    ring = [m for m in found.collectives if m.what == "ring" and not m.hidden]
+    waits = sum(moved.exposed_s for moved in ring)
+    alone = [m for m in ring if m.exposed_s >= 0.9 * m.seconds]
+    if alone:
+        why = "no attention is scheduled beside them: set the flags of hcp.xla_flags"
+    else:
+        why = (
+            "attention beside them is too short: cut the sequence over fewer GPUs, or make "
+            "cp_inner larger, so that each hop has more to compute"
+        )
+    return f"{hops} ring hops are not hidden ({duration(waits)} of waiting): {why}."
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text, below one second in milliseconds."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"

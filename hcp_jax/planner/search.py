@@ -1,0 +1,231 @@
+"""Every split of a cluster for a model and a length of sequence, costed and ranked.
+
+Every (dp, tp, cp_outer, cp_inner, comm type, remat policy) whose product is the cluster and that
+the model's heads allow is put through the cost model and the memory model; those that fit are
+ranked by tokens per second. Nothing is compiled, so that 64 GPUs take a second or two.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from hcp_jax import checks, hardware
+from hcp_jax.arguments import MOST_TOKENS
+from hcp_jax.cost.memory import MemoryEstimate, estimate_memory
+from hcp_jax.cost.models import model_shape
+from hcp_jax.cost.shape import ModelShape
+from hcp_jax.cost.step import Estimate, Split, estimate
+from hcp_jax.cost.traffic import COMM_TYPES, Remat
+from hcp_jax.hardware import Cluster
+from hcp_jax.planner.explain import explain
+
+USABLE = 0.9  # of the memory: the rest is CUDA's, NCCL's and what fragments leave unused
+REMATS: tuple[Remat, ...] = get_args(Remat)
+MOST_GPUS = 2048  # tables of (2 cp)² chunks of the stream grow with the square
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One split, with what it costs.
+
+    Attributes:
+        split: the mesh, the comm type and the remat policy.
+        cost: of a step.
+        memory: of a device, modelled.
+        compiled_bytes: of a device, from the compiled program; None unless verified.
+        device_bytes: what the GPU has.
+    """
+
+    split: Split
+    cost: Estimate
+    memory: MemoryEstimate
+    device_bytes: int
+    compiled_bytes: int | None = None
+
+    @property
+    def peak_bytes(self) -> float:
+        """Memory of a device: compiled if known, else modelled."""
+        return self.memory.peak if self.compiled_bytes is None else self.compiled_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it leaves a tenth of the memory."""
+        return self.peak_bytes <= USABLE * self.device_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, as plain numbers and strings."""
+        cost = self.cost
+        links = (hardware.INSIDE, hardware.BETWEEN)
+        return dataclasses.asdict(self.split) | {
+            "step_s": cost.step_s,
+            "tokens_per_s_per_gpu": cost.tokens_per_s,
+            "mfu": cost.mfu,
+            "compute_s": cost.compute,
+            "exposed_s": cost.exposed_s,
+            "bytes": {link: cost.bytes_on(link) for link in links},
+            "memory_bytes": self.peak_bytes,
+            "memory_source": "modelled" if self.compiled_bytes is None else "compiled",
+            "fits": self.fits,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The splits of a cluster for a model and a length, the best first; those that fit lead.
+
+    Attributes:
+        model: the decoder.
+        cluster: the GPUs.
+        seq_len: T.
+        batch: streams per step, over all of dp; None for one of each replica.
+        candidates: every valid split.
+    """
+
+    model: ModelShape
+    cluster: Cluster
+    seq_len: int
+    batch: int | None
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest that fits."""
+        return self.candidates[0]
+
+    def explain(self) -> str:
+        """Why the best is the best, in words."""
+        return explain(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, as plain numbers and strings."""
+        return {
+            "cluster": str(self.cluster),
+            "seq_len": self.seq_len,
+            "batch": self.batch,
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "why": self.explain(),
+        }
+
+
+def plan(
+    model: str | Any,
+    seq_len: int,
+    *,
+    gpu: str = "h100",
+    hosts: int = 1,
+    gpus_per_host: int = 8,
+    batch: int | None = None,
+    implementation: str = "triton",
+) -> Plan:
+    """Rank every split of a cluster.
+
+    Args:
+        model: a name in `MODELS`, or a `ModelConfig`.
+        seq_len: T, tokens of a stream.
+        gpu: a name in `hardware.GPUS`, or a YAML file that describes another.
+        hosts: number of hosts.
+        gpus_per_host: GPUs in each.
+        batch: streams per step, over all of dp: replicas compute theirs one by one. None gives each
+            replica one, so that splits with more dp have larger steps.
+        implementation: of the attention core, whose rates are taken.
+
+    Returns:
+        The plan; `plan.best.split`, `plan.explain()`.
+
+    Raises:
+        ValueError: for an unknown model or GPU, or if nothing fits: says the least cluster of such
+            hosts that would.
+
+    >>> plan("llama3-8b", 131072, gpu="h100", hosts=4).best.fits
+    True
+    """
+    shape = model_shape(model)
+    hosts = checks.integer("hosts", hosts, least=1)
+    gpus_per_host = checks.integer("gpus_per_host", gpus_per_host, least=1)
+    seq_len = checks.integer("seq_len", seq_len, least=1, most=MOST_TOKENS)  # positions are int32
+    batch = None if batch is None else checks.integer("batch", batch, least=1)
+    cluster = Cluster(hardware.gpu(gpu), hosts, gpus_per_host)
+    if cluster.size > MOST_GPUS:
+        raise NotImplementedError(
+            f"{cluster} are {cluster.size:,} GPUs; the planner ranks at most {MOST_GPUS:,}. Plan "
+            "for a part of the cluster, and multiply dp."
+        )
+    found = _ranked(shape, cluster, seq_len, batch, implementation)
+    if not found or not found[0].fits:
+        raise ValueError(_nothing_fits(shape, cluster, seq_len, found))
+    return Plan(shape, cluster, seq_len, batch, tuple(found))
+
+
+def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
+    """Every split of `gpus` devices that the model's heads and the sequence allow."""
+    for tp in _divisors(gpus):
+        if model.num_kv_heads % tp or model.intermediate_size % tp or model.vocab_size % tp:
+            continue
+        for cp in _divisors(gpus // tp):
+            dp = gpus // tp // cp
+            if seq_len < 2 * cp * 128:
+                continue
+            comm_types = COMM_TYPES if cp > 1 else COMM_TYPES[:1]
+            for inner, comm_type in itertools.product(_divisors(cp), comm_types):
+                split = Split(dp, tp, cp // inner, inner, comm_type)
+                if _valid(model, split):
+                    for remat, fsdp in itertools.product(REMATS, (True, False)):
+                        if fsdp or dp * cp > 1:
+                            yield dataclasses.replace(split, remat=remat, fsdp=fsdp)
+
+
+def _ranked(model, cluster, seq_len, batch, implementation) -> list[Candidate]:
+    found = []
+    for split in splits(model, cluster.size, seq_len):
+        if batch is not None and batch % split.dp:
+            continue
+        # Streams of one replica are computed one by one: accumulation costs time, not memory.
+        rows = 1 if batch is None else batch // split.dp
+        chunks = 2 * split.cp
+        padded = -(-seq_len // chunks) * chunks
+        cost = estimate(model, split, cluster, padded, rows=rows, implementation=implementation)
+        memory = estimate_memory(model, split, padded)
+        found.append(Candidate(split, cost, memory, cluster.gpu.memory_bytes))
+    return sorted(found, key=_rank)
+
+
+def _rank(candidate: Candidate) -> tuple:
+    """Those that fit first, the fastest first; what is within 1 % goes by the memory it leaves."""
+    if not candidate.fits:
+        return (1, candidate.peak_bytes, 0.0, 0.0)
+    speed = candidate.cost.tokens_per_s
+    one_percent = round(math.log(speed) / math.log(1.01))
+    return (0, -one_percent, round(candidate.peak_bytes / 2**30), -speed)
+
+
+def _valid(model: ModelShape, split: Split) -> bool:
+    heads = model.num_heads // split.tp
+    if heads % split.exchange:
+        return False
+    if split.strategy.exchange and split.strategy.move:
+        return split.cp_inner > 1 and split.cp_outer > 1
+    # One level: written with one axis, the inner one for heads and the outer one for K and V.
+    return (split.cp_inner if split.strategy.move else split.cp_outer) == 1
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _nothing_fits(model: ModelShape, cluster: Cluster, seq_len: int, found: list[Candidate]) -> str:
+    least = (
+        f"the best split needs {found[0].peak_bytes / 2**30:.0f} GiB" if found else "none is valid"
+    )
+    words = (
+        f"no split of {seq_len} tokens over {cluster} fits: {least} per GPU, and there are "
+        f"{USABLE * cluster.gpu.memory_bytes / 2**30:.0f}."
+    )
+    for doublings in range(1, 8):
+        bigger = dataclasses.replace(cluster, hosts=cluster.hosts * 2**doublings)
+        limit = USABLE * cluster.gpu.memory_bytes
+        tried = splits(model, bigger.size, seq_len)
+        if any(estimate_memory(model, split, seq_len).peak <= limit for split in tried):
+            return f"{words} {bigger} would do."
+    return words

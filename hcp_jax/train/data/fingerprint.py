@@ -1,0 +1,168 @@
+"""The fingerprint of a run's text: names, sizes and contents of its files, kept in checkpoints.
+
+A run that goes on with other text than it began with is a run that nobody meant to make. Up to
+`FULL` bytes in all, every byte is read: any change of any file is seen. Of more, each file is read
+in blocks spread evenly over it, begin and end among them, about `FULL` bytes in all: then a change
+of size or name is always seen, and an edit of one place at the same length with a probability of
+`FULL` / size; for those files the time of modification is kept, too, and told if it differs.
+Four threads read, at the speed of the disk and of BLAKE2 (about 1 GB/s each).
+
+Files are known by their names below the folder, so that a folder can be moved.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hcp_jax.train.data import text, tokens
+from hcp_jax.train.sections import DataConfig
+
+FULL = 2**32
+"""Bytes that are read in full; of larger corpora, about as many are sampled."""
+
+BLOCK = 2**16
+"""Bytes of a sample."""
+
+GROUPS = 2048
+"""Of more files than this, neighbours share an entry, so that checkpoints stay small."""
+
+_SHOWN = 5
+
+
+class Entry(NamedTuple):
+    """A file, or neighbours of a folder with very many files.
+
+    Attributes:
+        name: the file's; of several, the first and the last one's.
+        size: in bytes, of all.
+        digest: of names, sizes and contents.
+        modified: the last time of modification, in ns since 1970, if only samples were read.
+    """
+
+    name: str
+    size: int
+    digest: str
+    modified: int | None = None
+
+
+def fingerprint(paths: Iterable[pathlib.Path], root: pathlib.Path) -> list[Entry]:
+    """Return the fingerprint of files.
+
+    Args:
+        paths: the files, in the order in which they are read.
+        root: the folder that their names begin below.
+
+    Raises:
+        OSError: if a file cannot be read.
+    """
+    named = [(path.relative_to(root).as_posix(), path) for path in paths]
+    total = sum(path.stat().st_size for _, path in named)
+    share = min(1.0, FULL / total) if total else 1.0
+    each = -(-len(named) // GROUPS) or 1
+    groups = [named[i : i + each] for i in range(0, len(named), each)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        return list(threads.map(lambda group: _entry(group, share), groups))
+
+
+def of_run(data: DataConfig, held_out: str | None) -> dict[str, list[Entry]]:
+    """Return the fingerprint of all that a run reads, by the config's keys.
+
+    Args:
+        data: where the text comes from.
+        held_out: `eval.path`, if the run evaluates on text of its own.
+    """
+    found = {"data.path": _of_path(data.path)}
+    if data.tokenizer is not None:
+        tokenizer = pathlib.Path(data.tokenizer)
+        found["data.tokenizer"] = fingerprint([tokenizer], tokenizer.parent)
+    if held_out is not None:
+        found["eval.path"] = _of_path(held_out)
+    return found
+
+
+def summary(files: Mapping[str, Sequence[Entry]]) -> str:
+    """Return a digest of all of `of_run`, the times left out; to compare hosts by."""
+    told = {key: [entry[:3] for entry in entries] for key, entries in files.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Sequence[Entry]]) -> list[str]:
+    """Say which files are not what they were; nothing of what only one of the two has.
+
+    Args:
+        before: from a checkpoint: as `of_run`, each entry a list.
+        now: as `of_run`.
+    """
+    found: list[str] = []
+    for key in now:
+        if key in before:
+            found += _compare(key, [Entry(*entry) for entry in before[key]], now[key])
+    more = len(found) - _SHOWN
+    return found[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+
+
+def doubts(before: Mapping[str, Any], now: Mapping[str, Sequence[Entry]]) -> list[str]:
+    """Say which large files have another time of modification, though no sample of them changed."""
+    return [
+        f"{key}: {entry.name!r} has the same size and samples as before, but was modified since; "
+        "it is too large to be compared as a whole"
+        for key in now
+        for entry in now[key]
+        for old in (Entry(*one) for one in before.get(key, ()))
+        if old[:3] == entry[:3] and old.modified != entry.modified
+    ]
+
+
+def _of_path(name: str | None) -> list[Entry]:
+    if name is None:
+        root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        return fingerprint(text.files_of_standard_library(), root)
+    path = pathlib.Path(name)
+    if not path.is_dir():
+        return fingerprint([path], path.parent)
+    if tokens.is_tokenised(path):
+        return fingerprint([path / file for file in tokens.FILES], path)
+    return fingerprint(text.files(path), path)
+
+
+def _compare(key: str, before: list[Entry], now: Sequence[Entry]) -> list[str]:
+    old, new = ({entry.name: entry for entry in entries} for entries in (before, now))
+    found = []
+    for name, entry in new.items():
+        if name not in old:
+            found.append(f"{key}: {name!r} is new")
+        elif old[name].size != entry.size:
+            sizes = f"{old[name].size:,} bytes and has {entry.size:,}"
+            found.append(f"{key}: {name!r} had {sizes}")
+        elif old[name].digest != entry.digest:
+            found.append(f"{key}: {name!r} has other contents of the same size")
+    return found + [f"{key}: {name!r} is gone" for name in old if name not in new]
+
+
+def _entry(group: Sequence[tuple[str, pathlib.Path]], share: float) -> Entry:
+    digest, size, modified = hashlib.blake2b(digest_size=16), 0, 0
+    for name, path in group:
+        with path.open("rb") as file:
+            length = path.stat().st_size
+            digest.update(json.dumps([name, length]).encode())
+            if share == 1.0 or length <= BLOCK:
+                while block := file.read(2**20):
+                    digest.update(block)
+            else:
+                for offset in _offsets(length, share):
+                    file.seek(offset)
+                    digest.update(file.read(BLOCK))
+        size, modified = size + length, max(modified, path.stat().st_mtime_ns)
+    first, last = group[0][0], group[-1][0]
+    name = first if first == last else f"one of {first} to {last}"
+    return Entry(name, size, digest.hexdigest(), None if share == 1.0 else modified)
+
+
+def _offsets(length: int, share: float) -> list[int]:
+    """Return where blocks begin that are spread evenly over a file, its begin and end included."""
+    number = max(2, round(length * share / BLOCK))
+    return [i * (length - BLOCK) // (number - 1) for i in range(number)]

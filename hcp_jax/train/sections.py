@@ -1,0 +1,172 @@
+"""The sections of a run's config: data, optimizer, checkpoints, evaluation, log.
+
+They are apart from what they configure, so that reading a config, and the help of a command that
+takes one, imports no jax.
+"""
+
+import dataclasses
+from dataclasses import field
+from typing import Literal, get_args
+
+from hcp_jax.settings import MOST, check, fixed, free, numbers
+
+MomentsDtype = Literal["float32", "bfloat16"]
+Schedule = Literal["cosine", "constant", "wsd"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from.
+
+    Attributes:
+        path: a .jsonl file (one document a line), any other text file (one document), a folder of
+            them, searched to its depth without hidden files, or a folder that `hcp tokenize` made.
+            None: the source files of the running Python's standard library, which every machine
+            has.
+        field: the field of a JSONL line that holds its text.
+        tokenizer: a tokenizer.json, which makes tokens of text before training begins; of a
+            tokenised folder, the one it must have been made with. None: text stays bytes.
+        prefetch: batches that a thread prepares ahead of the step.
+    """
+
+    # The files are compared by their contents, wherever they lie (data/fingerprint.py).
+    path: str | None = dataclasses.field(default=None, metadata=free())
+    field: str = dataclasses.field(default="text", metadata=numbers())
+    tokenizer: str | None = dataclasses.field(default=None, metadata=free())
+    prefetch: int = dataclasses.field(default=2, metadata=free(least=1, most=100_000))
+
+    def __post_init__(self):
+        check(self, "data.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, 2019) with warm-up, a schedule and clipping.
+
+    Weight decay is on the matrices of the layers (every `kernel`), not on norms, biases, sinks, the
+    embedding or the output head.
+
+    Attributes:
+        learning_rate: at the top, after the warm-up.
+        schedule: of the learning rate after the warm-up: "cosine" falls until the last step;
+            "constant" stays; "wsd" (warm-up, stable, decay) stays, then falls linearly over
+            `decay_share` of all steps. With the latter two a run can be made longer without a
+            jump of the rate (wsd: until its decay begins).
+        warmup_steps: steps over which it rises linearly; the first step has 1 / warmup_steps of it.
+            In a training that is no longer than this, it is a tenth of all steps.
+        decay_share: wsd: the share of all steps, at the end, over which the rate falls.
+        final_ratio: share of it that is left at the last step; constant keeps all of it.
+        beta1: decay of the mean of gradients.
+        beta2: decay of the mean of their squares.
+        eps: added to the root of the latter.
+        weight_decay: per unit of learning rate.
+        clip_norm: greatest norm of all gradients together; None for no limit.
+        moments_dtype: what the two means are kept in. "bfloat16" halves them; they are rounded up
+            or down by chance, since to the nearest, a change of less than 1 in 256 would be lost
+            every time.
+        offload: whether they lie in the host's memory between two steps.
+        max_skipped: steps in a row that may be skipped, because their loss or their gradient is not
+            finite, before training stops.
+    """
+
+    learning_rate: float = field(default=3e-4, metadata=numbers(above=0, most=1e3))
+    schedule: Schedule = field(default="cosine", metadata=numbers())
+    warmup_steps: int = field(default=100, metadata=numbers(least=0, most=MOST))
+    decay_share: float = field(default=0.2, metadata=numbers(least=0, most=1))
+    final_ratio: float = field(default=0.1, metadata=numbers(least=0, most=1))
+    # In float32, 1 - beta must not round to 0, nor eps: either would make 0 / 0.
+    beta1: float = field(default=0.9, metadata=numbers(least=0, most=0.999999))
+    beta2: float = field(default=0.95, metadata=numbers(least=0, most=0.999999))
+    eps: float = field(default=1e-8, metadata=numbers(least=1e-30, most=1))
+    weight_decay: float = field(default=0.1, metadata=numbers(least=0, most=1e3))
+    clip_norm: float | None = field(default=1.0, metadata=numbers(above=0, most=1e18))
+    moments_dtype: MomentsDtype = field(default="float32", metadata=fixed())
+    offload: bool = field(default=False, metadata=free())
+    max_skipped: int = field(default=10, metadata=free(least=1, most=MOST))
+
+    def __post_init__(self):
+        check(self, "optimizer.")
+        for name, choices in (("moments_dtype", MomentsDtype), ("schedule", Schedule)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(choices))}, got "
+                    f"{getattr(self, name)!r}."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save.
+
+    Attributes:
+        every: steps between two checkpoints; None: only one at the end (and on Ctrl-C or SIGTERM),
+            and those of every_minutes.
+        every_minutes: minutes between two checkpoints; goes with `every`, too: whichever is due
+            first.
+        keep: how many of the newest are kept.
+        keep_every: those of steps that are a multiple of this are kept for good, too.
+        on_error: what to do if one cannot be written (the disk is full): "stop", or "continue" and
+            try again when the next one is due. Those that are there stay. A run whose last one
+            cannot be written ends with that error either way.
+    """
+
+    every: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    every_minutes: float | None = field(default=None, metadata=free(above=0, most=1e6))
+    keep: int = field(default=2, metadata=free(least=1, most=MOST))
+    keep_every: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    on_error: Literal["stop", "continue"] = field(default="stop", metadata=free())
+
+    def __post_init__(self):
+        check(self, "checkpoint.")
+        if self.on_error not in ("stop", "continue"):
+            raise ValueError(
+                f"checkpoint.on_error must be 'stop' or 'continue', got {self.on_error!r}."
+            )
+
+    def is_due(self, done: int) -> bool:
+        """Return whether to save after so many steps, apart from the end of a run and by time."""
+        return self.every is not None and done % self.every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss while a run goes on.
+
+    Attributes:
+        every: steps between two evaluations; there is one before the first step and one after the
+            last, too. None: no evaluation.
+        path: held-out text, of any kind that `data.path` takes (with `data`'s field and tokenizer).
+            None: some documents of the training text are held out, and not trained on.
+        holdout: the share of the documents that is held out where there is no path; they are taken
+            evenly over the whole text.
+        tokens: evaluate on about as many, taken evenly over the held-out text. None: on all of it.
+    """
+
+    every: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    path: str | None = field(default=None, metadata=free())
+    holdout: float = field(default=0.01, metadata=numbers(above=0, most=0.999999))
+    tokens: int | None = field(default=1_048_576, metadata=free(least=1, most=2**53))
+
+    def __post_init__(self):
+        check(self, "eval.")
+
+    def is_due(self, done: int, steps: int) -> bool:
+        """Whether a run evaluates when it has done so many of its steps."""
+        return self.every is not None and (done % self.every == 0 or done == steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """How a run reports.
+
+    Attributes:
+        every: steps between two lines of output where that is no terminal (a terminal has a
+            progress bar). metrics.jsonl and TensorBoard have every step.
+        tensorboard: write TensorBoard events too.
+    """
+
+    every: int = field(default=10, metadata=free(least=1, most=MOST))
+    tensorboard: bool = field(default=True, metadata=free())
+
+    def __post_init__(self):
+        check(self, "log.")

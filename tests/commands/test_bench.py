@@ -1,0 +1,88 @@
+"""`hcp bench attention` on a CPU, where its figures mean nothing."""
+
+import argparse
+import json
+
+import jax
+import pytest
+
+from hcp_jax.commands import bench
+
+
+def _run(tmp_path, *options):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    small = "--length 64 --stream 64 --document 32 --heads 2 --kv-heads 2 --head-size 16"
+    common = [*small.split(), "--dtype", "float32", "--repeats", "1", "--output", str(tmp_path)]
+    assert bench.run(parser.parse_args(["attention", *common, *options])) == 0
+    [path] = tmp_path.glob("*.json")
+    assert path.with_suffix(".png").exists()
+    return json.loads(path.read_text())["rows"]
+
+
+def test_a_contestant_that_cannot_is_told_and_the_others_are_timed(tmp_path, capsys):
+    names = ("xla", "cudnn", "mosaic")
+    rows = _run(tmp_path, "--contestants", *names, "--masks", "causal", "packed")
+    assert [(row["contestant"], row["mask"]) for row in rows] == [
+        (name, mask) for mask in ("causal", "packed") for name in names
+    ]
+    assert rows[0]["forward_tflops"] > 0
+    assert all(row["forward_tflops"] is None and row["note"] for row in rows[1:])
+    assert "NotImplementedError" in capsys.readouterr().out
+
+
+def test_flops_are_those_that_the_mask_asks_for(tmp_path):
+    rows = _run(tmp_path, "--contestants", "blockwise")
+    pairs = {"causal": 64**2 / 2, "full": 64**2, "packed": 2 * 32**2 / 2}
+    assert len(rows) == 3
+    for row in rows:
+        assert row["forward_tflops"] is not None, row["note"]
+        flops = row["forward_tflops"] * row["forward_seconds"] * 1e12
+        assert flops == pytest.approx(2 * (16 + 16) * 2 * pairs[row["mask"]])
+
+
+def test_a_stream_of_broken_documents_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give a stream of whole documents"):
+        _run(tmp_path, "--stream", "65")
+
+
+def test_a_sweep_compiles_each_of_its_tiles(tmp_path, monkeypatch):
+    """Once it timed one tile twenty times: the jit inside the op did not see that tiles changed."""
+    compiled = []
+
+    def trace(function, args, setting, gradients=False):
+        heads = [args.heads, args.kv_heads, args.kv_heads, args.heads][: 3 + gradients]
+        shapes = [jax.ShapeDtypeStruct((1, setting.length, n, 16), args.dtype) for n in heads]
+        calls = _pallas_calls(function.trace(*shapes).jaxpr.jaxpr)
+        compiled.append([_grid_and_schedule(call) for call in calls])
+        return 1.0
+
+    monkeypatch.setattr(bench, "_seconds", trace)
+    rows = _run(tmp_path, "--sweep", "--masks", "causal", "--length", "512")
+    assert not [row["note"] for row in rows if row["note"]]
+    forward, both = compiled[::2], compiled[1::2]
+    for row, [alone], [out, dq, dkv] in zip(rows, forward, both, strict=True):
+        blocks, warps, stages = row["contestant"].split(", ")
+        block_q, block_k = map(int, blocks.split("×"))
+        schedule = int(warps.split()[0]), int(stages.split()[0])
+        assert alone == out == dq == ((512 // block_q, 2, 1), *schedule)
+        assert dkv == ((512 // block_k, 2, 1), *schedule)
+    assert len({tuple(kernels) for kernels in both}) == len(rows) == 20
+
+
+def _grid_and_schedule(call):
+    params = call.params["compiler_params"]
+    params = params["triton"] if isinstance(params, dict) else params
+    return call.params["grid_mapping"].grid, params.num_warps, params.num_stages
+
+
+def _pallas_calls(jaxpr):
+    """Yield the equations of `jaxpr` that are Pallas calls, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+            continue
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _pallas_calls(inner)

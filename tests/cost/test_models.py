@@ -1,0 +1,47 @@
+"""The one list of models."""
+
+import pytest
+
+from hcp_jax.cost.models import MODELS, model_fields, model_shape
+from hcp_jax.cost.shape import ModelShape
+from hcp_jax.models.config import ModelConfig
+
+WITHOUT_CONFIG = "gpt-12x2048"
+# Billions of parameters, as published.
+PUBLISHED = {
+    "llama2-7b": 6.74,
+    "llama3-8b": 8.03,
+    "llama3-70b": 70.6,
+    "qwen3-0.6b": 0.6,
+    "qwen3-8b": 8.19,
+    "qwen3-32b": 32.8,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_models_are_configs_of_the_published_size(name):
+    config = ModelConfig(**model_fields(name))
+    assert config.head_dim == 128
+    assert ModelShape.from_config(config) == model_shape(name.upper()) == model_shape(config)
+    assert model_shape(name).params == pytest.approx(PUBLISHED[name] * 1e9, rel=0.01)
+
+
+def test_every_model_of_the_list_is_checked_here():
+    assert set(MODELS) == {*PUBLISHED, WITHOUT_CONFIG}
+
+
+def test_a_model_without_a_gate_has_a_shape_but_no_config():
+    shape = model_shape(WITHOUT_CONFIG)
+    assert shape.layer_params == 12 * 2048**2
+    with pytest.raises(NotImplementedError, match="its MLP has no gate"):
+        model_fields(WITHOUT_CONFIG)
+
+
+def test_what_is_returned_is_a_copy():
+    model_fields("llama3-8b")["num_layers"] = 1
+    assert model_fields("llama3-8b")["num_layers"] == 32
+
+
+def test_an_unknown_model_is_an_error_that_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'llama3-8b'"):
+        model_shape("llama3-8")

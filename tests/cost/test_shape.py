@@ -1,0 +1,44 @@
+"""FLOPs of a step: what MFU counts."""
+
+import math
+
+import jax
+import pytest
+
+from hcp_jax.cost.shape import ModelShape, step_flops
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.transformer import abstract_model
+
+LLAMA3_8B = ModelShape(128256, 32, 4096, 14336, 32, 8, 128)
+
+
+def test_parameters_are_counted_as_published():
+    assert LLAMA3_8B.params == 8_030_261_248
+    tied = ModelShape(151936, 28, 1024, 3072, 16, 8, 128, tie_embeddings=True)
+    assert tied.params == pytest.approx(0.596e9, rel=0.01)
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_parameters_are_those_that_the_model_has(tie_embeddings):
+    config = ModelConfig(64, 3, 32, 80, 4, 2, head_size=16, tie_embeddings=tie_embeddings)
+    made = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(config)[1]))
+    assert ModelShape.from_config(config).params == made
+
+
+def test_short_streams_cost_six_flops_per_weight_and_token_and_long_ones_attention():
+    weights = LLAMA3_8B.params - LLAMA3_8B.head_params  # the embedding multiplies nothing
+    short, long = 128, 2**20
+    assert step_flops(LLAMA3_8B, short, short**2 / 2) == pytest.approx(
+        6 * weights * short, rel=5e-3
+    )
+    attention = 12 * 32 * 32 * 128 * long**2 / 2
+    assert step_flops(LLAMA3_8B, long, long**2 / 2) == pytest.approx(
+        6 * weights * long + attention, rel=1e-3
+    )
+    assert attention > 17 * 6 * weights * long
+
+
+def test_documents_packed_into_a_stream_have_fewer_flops_than_one_document():
+    whole, halves = (step_flops(LLAMA3_8B, 4096, n * (4096 // n) ** 2 / 2) for n in (1, 2))
+    of_pairs = step_flops(LLAMA3_8B, 0, 4096**2 / 4)
+    assert whole - halves == of_pairs

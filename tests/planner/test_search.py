@@ -1,0 +1,129 @@
+"""Every split of a cluster, costed, ranked and explained."""
+
+import itertools
+from collections import Counter
+
+import pytest
+
+import hcp_jax as hcp
+from hcp_jax.cost.models import model_shape
+from hcp_jax.cost.step import Split
+from hcp_jax.cost.traffic import COMM_TYPES
+from hcp_jax.planner import search
+from hcp_jax.planner.explain import describe_strategy
+
+
+@pytest.fixture(scope="module")
+def million():
+    return search.plan("llama3-8b", 2**20, gpu="h200", hosts=8)
+
+
+def possible(model, gpus):
+    """Every split that the model's heads allow, by trying all."""
+    divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    for dp, tp, outer, inner in itertools.product(divisors, repeat=4):
+        if dp * tp * outer * inner != gpus or model.num_kv_heads % tp:
+            continue
+        if model.intermediate_size % tp or model.vocab_size % tp:
+            continue
+        # One level is written on its own axis; two levels need two axes.
+        kinds = {
+            "p2p": inner == 1,
+            "all_gather": inner == 1 < outer,
+            "a2a": outer == 1 < inner,
+            "a2a+p2p": outer > 1 < inner,
+            "a2a+all_gather": outer > 1 < inner,
+        }
+        for comm_type in (kind for kind, allowed in kinds.items() if allowed):
+            exchange = inner if "a2a" in comm_type else 1
+            if model.num_heads // tp % exchange:
+                continue
+            for remat, fsdp in itertools.product(("none", "attention", "full"), (True, False)):
+                if fsdp or dp * outer * inner > 1:
+                    yield Split(dp, tp, outer, inner, comm_type, remat, fsdp)
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("llama3-8b", 16), ("qwen3-32b", 24)])
+def test_every_split_that_the_heads_allow_is_tried_and_no_other(name, gpus):
+    model = model_shape(name)
+    assert Counter(search.splits(model, gpus, 2**17)) == Counter(possible(model, gpus))
+
+
+def test_short_streams_are_not_cut_into_chunks_of_less_than_a_tile():
+    found = {split.cp for split in search.splits(model_shape("llama3-8b"), 16, 2048)}
+    assert max(found) == 8  # two chunks of 128 tokens for each device
+
+
+def test_every_split_uses_every_gpu_and_divides_the_heads(million):
+    assert len({c.split for c in million.candidates}) == len(million.candidates)
+    for split in (c.split for c in million.candidates):
+        assert split.dp * split.tp * split.cp == 64
+        assert 32 // split.tp % split.exchange == 0
+        assert 8 % split.tp == 0
+
+
+def test_those_that_fit_come_first_and_the_fastest_of_them_leads(million):
+    fits = [c.fits for c in million.candidates]
+    assert fits == sorted(fits, reverse=True)
+    fastest = max(c.cost.tokens_per_s for c in million.candidates if c.fits)
+    assert million.best.cost.tokens_per_s > 0.98 * fastest
+
+
+def test_what_is_as_fast_goes_by_memory(million):
+    best = million.best
+    for other in million.candidates:
+        if other.fits and other.cost.tokens_per_s > 1.01 * best.cost.tokens_per_s:
+            assert other.peak_bytes >= best.peak_bytes
+
+
+def test_a_batch_is_shared_out_over_dp():
+    plan = search.plan("qwen3-8b", 2**16, gpu="h100", hosts=2, batch=4)
+    assert {c.split.dp for c in plan.candidates} <= {1, 2, 4}
+    assert {c.cost.tokens for c in plan.candidates} == {4 * 2**16}
+
+
+def test_the_explanation_names_what_the_best_does_and_every_other_comm_type(million):
+    text = million.explain()
+    split = million.best.split
+    assert f"over {split.cp} GPUs" in text
+    for comm_type in set(COMM_TYPES) - {split.comm_type}:
+        assert f"{comm_type}, at its best" in text or f"{comm_type}: does not fit" in text
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        (Split(1, 1, 8, 1, "p2p"), "keys and values go round a ring of 8 GPUs while attention"),
+        (Split(1, 1, 8, 1, "all_gather"), "keys and values of all 8 GPUs are gathered before"),
+        (Split(1, 1, 1, 8, "a2a"), "8 GPUs exchange heads for sequence: each then has all"),
+        (
+            Split(1, 1, 2, 4, "a2a+p2p"),
+            "4 neighbours exchange heads for sequence, and keys and values go round a ring of 2",
+        ),
+        (
+            Split(1, 1, 2, 4, "a2a+all_gather"),
+            "4 neighbours exchange heads for sequence, and keys and values of all 2 such groups",
+        ),
+    ],
+)
+def test_each_comm_type_is_explained_by_what_it_moves(split, words):
+    assert describe_strategy(split).startswith(words)
+
+
+def test_the_library_can_be_asked_by_its_one_name():
+    assert hcp.plan("qwen3-0.6b", 8192, gpu="h100").best.fits
+
+
+def test_a_length_that_nothing_fits_names_the_least_cluster_that_would():
+    with pytest.raises(ValueError, match=r"fits: .* per GPU, .* \d+ x 8 A100 would do"):
+        search.plan("llama3-8b", 2**22, gpu="a100", hosts=1)
+
+
+@pytest.mark.parametrize("length", [0, -5, 1.5])
+def test_a_length_must_be_a_number_of_tokens(length):
+    with pytest.raises(ValueError, match="seq_len must be a whole number from 1"):
+        search.plan("llama3-8b", length)
+
+
+def test_the_face_has_it():
+    assert callable(hcp.plan)
