@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
-from hcp_jax import terminal
+from hcp_jax import terminal, watch
 
 
 class Command(NamedTuple):
@@ -121,8 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (`sys.argv` if None); returns the exit code."""
     logging.basicConfig(handlers=[terminal.log_handler()], level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
+    terminated = 0 if argv[:1] == ["train"] else 143
     try:
-        return _run(argv)
+        with watch.interruptible(terminated=terminated):
+            return _run(argv)
     except KeyboardInterrupt:
         print("hcp: interrupted", file=sys.stderr)
         return 130
