@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from hcp_jax import terminal
+from hcp_jax import arguments, terminal
 from hcp_jax.train.data import tokens
 from hcp_jax.train.data.background import Work, in_background
 from hcp_jax.train.data.formats import shown
@@ -25,15 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file of text, JSON lines, JSON, CSV or Parquet, or a folder of them",
     )
     parser.add_argument(
-        "--tokenizer", type=pathlib.Path, required=True, help="the model's tokenizer.json"
+        "--tokenizer", type=arguments.file, required=True, help="the model's tokenizer.json"
     )
     parser.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=arguments.folder,
         required=True,
         help="a new folder, to be named in data.path; one that was begun is gone on with",
     )
-    parser.add_argument("--field", default="text", help="field that holds a record's text (text)")
+    parser.add_argument(
+        "--field",
+        type=arguments.filled,
+        default="text",
+        help="field that holds a record's text (text)",
+    )
     for name, does in (("bos", "begins"), ("eos", "ends")):
         parser.add_argument(
             f"--{name}",
