@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hcp_jax import terminal
+
 
 @contextlib.contextmanager
 def signals_to(act: Callable[[int], None]) -> Iterator[None]:
@@ -51,7 +53,7 @@ def end_now(text: str, code: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        terminal.say_error(text)
     os._exit(code)
 
 
