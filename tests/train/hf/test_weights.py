@@ -168,7 +168,10 @@ def test_a_run_that_began_at_random_is_written_as_the_family_of_its_parameters(r
         (["export", "{}", "{}/out"], "is no run folder"),
         (["export", "{}/run", "{}"], "exists and is not empty"),
         (["export", "{}/run", "{}/out"], "no checkpoint and no init_from: nothing to export"),
-        (["export", "{}/run", "{}/out", "--shard-gb", "0"], "--shard-gb: must be a finite number above 0"),
+        (
+            ["export", "{}/run", "{}/out", "--shard-gb", "0"],
+            "--shard-gb: must be a finite number above 0",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, capsys, argv, says):
