@@ -147,7 +147,7 @@ def test_no_value_of_a_config_imports_anything(tmp_path, monkeypatch):
     keys = [key for key, _, _ in config._keys(config.TrainConfig)]
     file = tmp_path / "x.yaml"
     file.write_text("steps: 3")
-    config.load(file, [("parallel.comm_type", "[p2p]"), ("steps", "4")])
+    config.load(file, [("parallel.comm_type", "[p2p, p2p, p2p, p2p]"), ("steps", "4")])
     (tmp_path / "this.py").write_text("raise SystemExit")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `hcp import`."""
     parser.add_argument(
         "folder",
-        type=arguments.there,
+        type=arguments.filled,
         help="a Hugging Face folder: config.json, safetensors, tokenizer.json",
     )
     parser.add_argument(

@@ -16,7 +16,8 @@ from typing import Any
 from hcp_jax import arguments, hardware, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments
 from hcp_jax.cost.models import MODELS, model_fields
-from hcp_jax.planner.search import Candidate, Plan, plan
+from hcp_jax.planner.candidate import Candidate
+from hcp_jax.planner.search import Plan, plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Compile for a cluster that is not here: its devices, and its programs from shapes alone.
+"""Compile for a cluster that is not here, from shapes alone.
 
     hcp.set_up_platform()  # before jax starts
     cluster = Cluster(hardware.gpu("h200"), hosts=8, gpus_per_host=8)
@@ -7,8 +7,8 @@
     compiled = compile_for(f, q, flags=hcp.xla_flags("NVIDIA H200"))
 
 No array is made and no GPU is asked for: the CUDA plugin's wheels hold the whole compiler, Pallas
-kernels included. What comes back is the very program that the cluster would run, so its memory, its
-collectives and their schedule are facts (`audit.py` reads them).
+kernels included. The result is the program that the cluster would run, so its memory, its
+collectives and their schedule are facts (`report.py` reads them).
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 def devices(cluster: Cluster) -> list[jax.Device]:
-    """Return the devices of a cluster, to make a mesh of; they hold no arrays and run nothing.
+    """Return the devices of a cluster, for a mesh; they hold no arrays and run nothing.
 
     Args:
         cluster: any number of hosts and of GPUs in each.
@@ -90,7 +90,7 @@ def compile_for(
     if not platforms:
         raise ValueError(
             "none of the arguments says on which devices it lies: give jax.ShapeDtypeStruct a "
-            "sharding over a mesh of plan.aot.devices(cluster)."
+            "sharding over a mesh of compiled.aot.devices(cluster)."
         )
     jitted = f if hasattr(f, "trace") else jax.jit(f, donate_argnums=donate)
     lowering = tuple("cuda" if platform == "gpu" else platform for platform in platforms)

@@ -1,8 +1,8 @@
-"""A compiled schedule put on a clock: what a device computes, what it sends, and when it waits.
+"""Put a compiled schedule on a clock: what a device computes and sends, and when it waits.
 
 The instructions of a compiled program are issued in order on one compute stream; a collective's
-start puts a transfer on its link, where transfers queue, and its done waits for the last byte. So a
-walk over the schedule with a clock tells what is hidden behind what. Seconds are modelled:
+start puts a transfer on its link, where transfers queue, and its done waits for the last byte. A
+walk over the schedule with a clock shows what is hidden behind what. Seconds are modelled:
 
     attention kernel   FLOPs from its shapes and the mask's density, at the kernel's rate
     matrix product     its FLOPs at the GPU's rate, or its bytes at the memory's, whichever is more
@@ -79,7 +79,7 @@ class Flight:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What a walk over a schedule found.
+    """A schedule on the clock.
 
     Attributes:
         spans: in the order in which they begin; of a long program only the first ones.
@@ -98,7 +98,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What things take.
+    """Rates at which a schedule runs.
 
     Attributes:
         gpu: whose rates they run at.
@@ -118,13 +118,13 @@ def simulate(module: hlo.Module, costs: Costs) -> Schedule:
 
     Args:
         module: `hlo.parse(compiled.as_text())`.
-        costs: what things take.
+        costs: the rates.
     """
     return _Walk(module, costs).run()
 
 
 def kind_of(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> str:
-    """What an instruction computes: "attention", "product", "other", or "" for nothing."""
+    """Return what an instruction computes: "attention", "product", "other", or "" for nothing."""
     if instruction.opcode in _FREE:
         return ""
     products = _product_flops(module, computation, instruction) > 0
@@ -135,7 +135,7 @@ def kind_of(module: hlo.Module, computation: hlo.Computation, instruction: hlo.I
 
 
 def label(instruction: hlo.Instruction) -> str:
-    """A short name: the kernel's own, or the last part of where it comes from."""
+    """Return a short name: the kernel's own, or the last part of its place in the program."""
     match = re.search(r'\bname = "([^"]+)"', instruction.attributes)
     if match and instruction.opcode == "custom-call":
         return match.group(1).strip("_")
@@ -284,7 +284,7 @@ def _seconds(
 def _attention_seconds(
     computation: hlo.Computation, instruction: hlo.Instruction, costs: Costs
 ) -> float:
-    """Of a kernel whose first operands are q `[B, T, N, H]` and k `[B, S, K, H]`."""
+    """Return the seconds of a kernel that takes q `[B, T, N, H]` and k `[B, S, K, H]` first."""
     q, k = (hlo.shape_sizes(computation.by_name[name].shape) for name in instruction.operands[:2])
     flops = 4.0 * math.prod(q) * k[1] * costs.density
     if "attend_grads" not in instruction.op_name:
@@ -298,7 +298,7 @@ def _attention_seconds(
 def _product_flops(
     module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
 ) -> float:
-    """FLOPs of the matrix products in an instruction, whatever they are wrapped in."""
+    """Return the FLOPs of the matrix products in an instruction, whatever wraps them."""
     if instruction.opcode == "dot":
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     elif instruction.opcode == "custom-call" and "cublas" in instruction.target:
@@ -315,7 +315,7 @@ def _product_flops(
 
 
 def _bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
-    """What a kernel reads and writes. Of an array that it only takes slices of, the slices."""
+    """Return the bytes that a kernel reads and writes; of an array it only slices, the slices."""
     operands = [computation.by_name[n] for n in instruction.operands if n in computation.by_name]
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2.0 * instruction.bytes
@@ -332,7 +332,7 @@ def _bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo.In
 
 
 def _read(fused: hlo.Computation, place: int) -> float:
-    """Bytes that a fusion reads of its operand number `place`."""
+    """Return the bytes that a fusion reads of its operand number `place`."""
     for instruction in fused.instructions:
         if instruction.opcode == "parameter" and instruction.literal == str(place):
             return _read_by_users(fused, instruction)

@@ -1,4 +1,4 @@
-"""A reader of compiled programs: XLA's optimised HLO text, as `compiled.as_text()` gives it.
+"""Read compiled programs: XLA's optimised HLO text, as `compiled.as_text()` gives it.
 
 Compiled HLO is *scheduled*: the instructions of a computation stand in the order in which they are
 issued. A collective that may run beside other work is cut in two, a start and a done, and what
@@ -9,18 +9,18 @@ stands between them is what it may hide behind. A `while` runs its body as many 
     for collective in collectives(compiled.as_text()):
         print(collective.kind, collective.count, collective.bytes, collective.groups)
 
-It reads programs of any platform, knows nothing of meshes or of time (`audit.py` does), and imports
-nothing but Python, so that tests of any part may count collectives with it. XLA widens bfloat16
+It reads programs of any platform and knows nothing of meshes or of time (`report.py` does), so that
+tests of any part can count collectives with it. XLA widens bfloat16
 collectives to float32 when it compiles for CPUs: bytes are exact there for float32 programs only.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 from collections.abc import Iterator
 
+from hcp_jax.compiled.replica_groups import parse_groups
 from hcp_jax.cost.traffic import sent_bytes
 
 KINDS = (
@@ -80,33 +80,33 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from: jax's name stack, or ''."""
+        """Place in the Python program that it comes from: jax's name stack, or ''."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match.group(1) if match else ""
 
     @property
     def target(self) -> str:
-        """The target of a custom call, or ''."""
+        """Target of a custom call, or ''."""
         match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return match.group(1) if match else ""
 
     @property
     def trip_count(self) -> int | None:
-        """How often a while runs its body; None where the compiler does not know."""
+        """How often a while runs its body; None if the compiler does not know."""
         match = _TRIPS.search(self.attributes)
         return int(match.group(1)) if match else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in the order in which they are issued."""
+    """Instructions, in the order in which they are issued."""
 
     name: str
     instructions: tuple[Instruction, ...]
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """The instructions by name."""
+        """Instructions by name."""
         return {instruction.name: instruction for instruction in self.instructions}
 
 
@@ -162,7 +162,7 @@ class Collective:
 
 
 def parse(hlo_text: str) -> Module:
-    """The computations of a module, and which of them is run.
+    """Parse the computations of a module.
 
     Args:
         hlo_text: `compiled.as_text()`.
@@ -194,7 +194,7 @@ def parse(hlo_text: str) -> Module:
 
 
 def collectives(hlo_text: str) -> list[Collective]:
-    """Every collective of a compiled program, in the order in which the text is run.
+    """Return every collective of a compiled program, in the order in which they run.
 
     Raises:
         ValueError: if the text is no HLO module, or names its groups in a way not known here.
@@ -203,12 +203,12 @@ def collectives(hlo_text: str) -> list[Collective]:
 
 
 def module_collectives(module: Module) -> list[Collective]:
-    """As `collectives`, of a module that has been parsed already."""
+    """Return the `collectives` of a module that has been parsed already."""
     return list(_walk(module, module.computations[module.entry], 1))
 
 
 def find_collective(module: Module, instruction: Instruction) -> Instruction | None:
-    """The collective that an instruction issues: itself, or one wrapped in a fusion or an async."""
+    """Return the collective that an instruction issues: itself, or one wrapped in it; or None."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
         return instruction
@@ -223,7 +223,7 @@ def find_collective(module: Module, instruction: Instruction) -> Instruction | N
 
 
 def done_of(computation: Computation, start: Instruction) -> int | None:
-    """The place of the instruction that waits for `start`; None if `start` is synchronous."""
+    """Return the index of the instruction that waits for `start`; None if it is synchronous."""
     if not start.opcode.endswith("-start") or '"is_sync":true' in start.attributes:
         return None
     waits = {start.name}
@@ -238,7 +238,7 @@ def done_of(computation: Computation, start: Instruction) -> int | None:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an array type, or of all arrays of a tuple type.
+    """Return the bytes of an array type, or of all arrays of a tuple type.
 
     >>> shape_bytes("(f32[2,3]{1,0}, bf16[4]{0})")
     32
@@ -254,7 +254,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def shape_sizes(shape: str) -> tuple[int, ...]:
-    """Sizes of the dims of an array type.
+    """Return the sizes of the dims of an array type.
 
     >>> shape_sizes("bf16[2,2048,128]{2,1,0}")
     (2, 2048, 128)
@@ -297,7 +297,7 @@ def _collective(
         kind=kind,
         bytes=sum(operands),
         count=times,
-        groups=_rings(pairs) if permutes else _groups(found.attributes, module.num_devices),
+        groups=_rings(pairs) if permutes else parse_groups(found.attributes, module.num_devices),
         pairs=pairs if permutes else (),
         name=issued.name,
         computation=computation.name,
@@ -328,7 +328,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, opening: int) -> int:
-    """The place of the bracket that closes the one at `opening`."""
+    """Return the index of the bracket that closes the one at `opening`."""
     depth = 0
     for place in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -344,7 +344,7 @@ def _pairs(attributes: str) -> tuple[tuple[int, int], ...]:
 
 
 def _rings(pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
-    """Devices that the pairs join, each ring from its least device on (a chain from its head)."""
+    """Return the devices that pairs join, each ring from its least device on."""
     target = dict(pairs)
     heads = sorted(set(target) - set(target.values())) + sorted(target)
     seen: set[int] = set()
@@ -359,69 +359,3 @@ def _rings(pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
         if ring:
             rings.append(tuple(ring))
     return tuple(sorted(rings))
-
-
-def _groups(attributes: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    match = re.search(
-        r"replica_groups=(\{\{[\d,{}\s]*\}\}|\{\}|\[[^ ]*|mesh\[.*?\}|\S+)", attributes
-    )
-    text = match.group(1).rstrip(", ") if match else "{}"
-    if text == "{}":
-        return (tuple(range(num_devices)),)
-    if text.startswith("{{"):
-        rows = re.findall(r"\{([\d,\s]*)\}", text[1:-1])
-        return tuple(_numbers(row) for row in rows)
-    if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        return _iota_groups(*(_numbers(group or "") for group in iota.groups()))
-    if mesh := re.fullmatch(r"mesh\[([^\]]*)\](?:, ?device_ids=\((.*)\))? ?\{([^}]*)\}", text):
-        axes, devices, grouped = mesh.groups()
-        groups = _mesh_groups(axes, grouped)
-        order = _device_order(devices) if devices else tuple(range(num_devices))
-        return tuple(tuple(order[place] for place in group) for group in groups)
-    raise ValueError(f"replica groups written as {text!r} are not known to this reader.")
-
-
-def _device_order(text: str) -> tuple[int, ...]:
-    """The device at each place of a mesh: a list, or `[8,8]T(1,0)`, numbers laid out in those."""
-    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dims, order = (_numbers(group or "") for group in iota.groups())
-        return _iota_groups((math.prod(dims),), dims, order)[0]
-    if not re.fullmatch(r"[\d,\s]+", text):
-        raise ValueError(f"device ids written as {text!r} are not known to this reader.")
-    return _numbers(text)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(",") if number.strip())
-
-
-def _iota_groups(shape, dims, order) -> tuple[tuple[int, ...], ...]:
-    """`[groups, size]<=[dims]T(order)`: 0, 1, 2 … laid out in dims, transposed, cut into rows."""
-    order = order or tuple(range(len(dims)))
-    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
-    ranges = [range(dims[i]) for i in order]
-    flat = [
-        sum(at * strides[i] for at, i in zip(place, order, strict=True))
-        for place in itertools.product(*ranges)
-    ]
-    size = shape[-1]
-    return tuple(tuple(flat[i : i + size]) for i in range(0, len(flat), size))
-
-
-def _mesh_groups(axes: str, grouped: str) -> tuple[tuple[int, ...], ...]:
-    """`mesh['a'=2,'b'=4] {'b'}`; `'b':(m)n` is the part of size n below the first m of axis b."""
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
-    parts = {
-        name: (int(above), int(size)) if size else (1, sizes[name])
-        for name, above, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", grouped)
-    }
-    dims, inside = [], []
-    for name, size in sizes.items():
-        above, part = parts.get(name, (size, 1))
-        dims += [above, part, size // (above * part)]
-        inside += [False, name in parts, False]
-    order = [i for i in range(len(dims)) if not inside[i]] + [
-        i for i in range(len(dims)) if inside[i]
-    ]
-    size = math.prod(d for d, i in zip(dims, inside, strict=True) if i)
-    return _iota_groups((size,), tuple(dims), tuple(order))

@@ -1,9 +1,9 @@
-"""What a compiled program moves, hides and holds.
+"""Report what a compiled program moves, hides and holds.
 
-`read` takes a compiled program, whatever it computes, and finds its memory, its collectives with
-their mesh axes, links and bytes, and, with a clock (`clock.py`), which of them stand alone. A
-ring hop counts as hidden only if attention stands between its start and its done, and enough of it,
-by the cost model, to last until the last byte has come.
+`read` finds the memory of any compiled program, its collectives with their mesh axes, links and
+bytes, and, with a clock (`clock.py`), which of them nothing hides. A ring hop counts as hidden only
+if attention is scheduled between its start and its done, and by the cost model enough of it to last
+until the last byte has come.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from hcp_jax.cost.step import stream_pairs
 from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, RING_HOP
 from hcp_jax.hardware import Cluster, Path
 
-# What a transfer may stick out, of its own length, and still count as hidden.
+# Share of its own seconds for which a hidden transfer may still be waited for.
 _TOLERANCE = 0.01
 _NAMES = {RING_HOP: "ring", EXCHANGE_HEADS: "heads", GATHER_KV: "gather"}
 
@@ -47,12 +47,12 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """All of it together."""
+        """Bytes of all of it together."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether a tenth of the GPU is left, for CUDA, for NCCL's buffers and for fragments."""
+        """Whether a tenth of the GPU is left for CUDA, NCCL's buffers and fragmentation."""
         return self.peak_bytes <= 0.9 * self.device_bytes
 
 
@@ -89,7 +89,7 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What was found in one program.
+    """Facts and modelled seconds of one program.
 
     Attributes:
         cluster: that it was compiled for.
@@ -107,12 +107,12 @@ class Audit:
 
     @property
     def ring_hops(self) -> int:
-        """Moves round the ring; K, V and their gradients each make their own."""
+        """Number of moves round the ring; K, V and their gradients each make their own."""
         return sum(moved.count for moved in self.collectives if moved.what == "ring")
 
     @property
     def ring_hops_hidden(self) -> int:
-        """Of these, the ones hidden behind attention."""
+        """Number of these that are hidden behind attention."""
         return sum(m.count for m in self.collectives if m.what == "ring" and m.hidden)
 
     @property
@@ -121,7 +121,7 @@ class Audit:
         return sum(moved.seconds for moved in self.collectives)
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, as plain numbers and strings."""
+        """Return all figures, as plain numbers and strings."""
         memory = dataclasses.asdict(self.memory)
         return {
             "cluster": str(self.cluster),
@@ -198,7 +198,7 @@ def read(
 def busiest_density(
     model: ModelShape, seq_len: int, cp_size: int, layout: str, ring_size: int
 ) -> float:
-    """Share of visible pairs among those that the busiest device's kernels are given.
+    """Return the share of visible pairs among those given to the busiest device's kernels.
 
     Args:
         model: whose mask it is.
@@ -212,8 +212,8 @@ def busiest_density(
     return float(by_hop.sum(axis=1).max()) / (seq_len / ring_size * seq_len)
 
 
-def axes_of(collective: hlo.Collective, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which a collective's devices differ."""
+def collective_axes(collective: hlo.Collective, mesh: Mesh) -> tuple[str, ...]:
+    """Return the mesh axes along which a collective's devices differ."""
     varying: set[str] = set()
     for group in collective.groups:
         places = np.array(np.unravel_index(np.array(group), mesh.devices.shape))
@@ -223,7 +223,7 @@ def axes_of(collective: hlo.Collective, mesh: Mesh) -> tuple[str, ...]:
 
 
 def _number(device: jax.Device, cluster: Cluster) -> int:
-    """A device's number in the cluster, host by host."""
+    """Return a device's number in the cluster, counted host by host."""
     return device.process_index * cluster.gpus_per_host + device.id % cluster.gpus_per_host
 
 
@@ -236,7 +236,7 @@ def _moved(c: hlo.Collective, flight: clock.Flight, mesh: Mesh, link: str) -> Mo
     return Moved(
         c.kind,
         what,
-        axes_of(c, mesh),
+        collective_axes(c, mesh),
         link,
         c.bytes,
         c.sent_bytes,

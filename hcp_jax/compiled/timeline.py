@@ -1,7 +1,7 @@
-"""A picture of a schedule: what the compute stream and each link do, moment by moment.
+"""Draw a schedule: what the compute stream and each link do, moment by moment.
 
-Above the whole program, below a stretch from its middle, wide enough to tell transfers from the
-kernels that hide them. A transfer is hatched where the device waits for it.
+The upper panel shows the whole program, the lower one a part of its middle, in which transfers can
+be told from the kernels that hide them. Time in which the device waits is hatched.
 """
 
 import pathlib
@@ -64,7 +64,7 @@ def draw(schedule: Schedule, file: pathlib.Path, title: str) -> None:
 
 
 def waiting(spans: Sequence[Span]) -> list[tuple[float, float]]:
-    """The gaps between one kernel and the next, in which the device waits."""
+    """Return the gaps between one kernel and the next, in which the device waits."""
     computing = sorted((s for s in spans if s.lane == "compute"), key=lambda s: s.begin)
     gaps, now = [], 0.0
     for span in computing:
@@ -76,7 +76,7 @@ def waiting(spans: Sequence[Span]) -> list[tuple[float, float]]:
 
 
 def zoom(spans: Sequence[Span]) -> tuple[float, float]:
-    """A stretch about the middle of the program that holds a dozen transfers."""
+    """Return begin and end of a stretch about the middle that holds a dozen transfers."""
     end = max((span.end for span in spans), default=0.0)
     moves = [s for s in spans if s.kind == "collective-permute"] or [
         s for s in spans if s.lane != "compute"

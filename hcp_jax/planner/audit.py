@@ -29,7 +29,7 @@ from hcp_jax.train.step import abstract_state, make_optimizer, make_train_step
 
 
 def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
-    """A config's mesh, made of a cluster's devices.
+    """Return a config's context, on a mesh of a cluster's devices.
 
     Raises:
         ValueError: if the mesh has another number of devices than the cluster.
@@ -46,7 +46,7 @@ def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
 def chosen_flags(
     cluster: Cluster, given: list[str], library: bool = True
 ) -> dict[str, bool | int | str]:
-    """XLA flags: the library's, and those of the command line, which win.
+    """Return XLA flags: the library's, overridden by those of the command line.
 
     Raises:
         ValueError: if one is not of the form NAME=VALUE.
@@ -64,7 +64,7 @@ def chosen_flags(
 def compile_attention(
     cp: ContextParallel, model: ModelConfig, seq_len: int, rows: int, flags: dict
 ) -> jax.stages.Compiled:
-    """One layer's attention, forward and backward, for the devices of a mesh.
+    """Compile one layer's attention, forward and backward, for the devices of a mesh.
 
     Args:
         cp: over a mesh of `aot.devices(cluster)`.
@@ -145,7 +145,7 @@ def audit_step(cp: ContextParallel, cluster: Cluster, config: TrainConfig, flags
 
 
 def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, Any]:
-    """What `cp.shard_batch` makes of a batch (`place_microbatch` of a microbatch), as shapes."""
+    """Return, as shapes, what `cp.shard_batch` (or `place_microbatch`) makes of a batch."""
     dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
     if cp.groups is not None:
         return abstract_microbatch(cp, seq_len // cp.size, dtypes)
@@ -155,7 +155,8 @@ def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, A
 
     whole = NamedSharding(cp.mesh, PartitionSpec(cp.dp, None))
     number: Any = jax.ShapeDtypeStruct((rows, seq_len), np.int32, sharding=whole)
-    mask = dataclasses.replace(intervals(number, number), placement=cp.placement)
+    placement = cp.placement._replace(key_length=seq_len)
+    mask = dataclasses.replace(intervals(number, number), placement=placement)
     dtypes["positions"] = np.int32
     return {name: array(dtype) for name, dtype in dtypes.items()} | {"mask": mask}
 
@@ -170,7 +171,7 @@ def read_model(
 ) -> Audit:
     """Read a program in which a model's attention runs, with its mask and its kernels' rates.
 
-    Under groups, each is taken to be filled by one document.
+    With groups, each group is assumed to be filled by one document.
     """
     size = model.head_dim
     problem = Problem(
@@ -199,13 +200,13 @@ def read_model(
 
 
 def title(found: Audit, attention: bool) -> str:
-    """What was compiled, in a line."""
+    """Return in a line what was compiled."""
     what = "attention of one layer, forward and backward" if attention else "training step"
     return f"{what} on {found.cluster}"
 
 
 def advice(found: Audit) -> list[str]:
-    """What to do about what is exposed or does not fit; one line of praise if there is nothing."""
+    """Return what to do about what is exposed or does not fit, or one line if all is well."""
     lines = []
     memory, step = found.memory, found.schedule.step_s
     if not memory.fits:
@@ -228,12 +229,12 @@ def advice(found: Audit) -> list[str]:
 
 _ABOUT = {
     "heads": (
-        "The exchange of heads stands alone for",
+        "Nothing hides the exchange of heads, which takes",
         "Set parallel.head_groups, so that one group's exchange hides behind another's attention, "
         "or make cp_inner smaller and cp_outer larger, as long as the ring stays hidden.",
     ),
     "gather": (
-        "The gather of K and V stands alone for",
+        "Nothing hides the gather of K and V, which takes",
         'Use comm_type "p2p" or "a2a+p2p", which hide it.',
     ),
     "": (

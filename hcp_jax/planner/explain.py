@@ -1,17 +1,17 @@
-"""A plan in words, for somebody who has not split a sequence before.
+"""Explain a plan in words, for somebody who has not split a sequence before.
 
-Each sentence is made of the figures that decided: what a hop sends and computes, what stands alone,
-what would not fit. The best split of every other comm type is set against the winner.
+Each sentence is made of the figures that decided: what a hop sends and computes, what is not
+hidden, what would not fit. The best split of every other comm type is compared with the winner.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from hcp_jax.cost.step import Split
-from hcp_jax.cost.traffic import COMM_TYPES
+from hcp_jax.cost.traffic import COMM_TYPES, CommType
 from hcp_jax.hardware import INSIDE
+from hcp_jax.planner.candidate import Candidate
 
-if TYPE_CHECKING:
-    from hcp_jax.planner.search import Candidate, Plan
+Candidates = Sequence[Candidate]
 
 
 def describe_strategy(split: Split) -> str:
@@ -36,48 +36,53 @@ def describe_strategy(split: Split) -> str:
     return f"{split.exchange} neighbours exchange heads for sequence, and {groups}"
 
 
-def explain(plan: "Plan") -> str:
-    """Why the best split is the best; one sentence or two to a line."""
-    lines = [*_sequence(plan), *_tensor(plan), *_transfers(plan), *_memory(plan)]
-    return "\n".join([*lines, *_alternatives(plan)])
+def explain(candidates: Candidates, seq_len: int) -> str:
+    """Return why the best split is the best; one sentence or two to a line.
+
+    Args:
+        candidates: the best first.
+        seq_len: T.
+    """
+    lines = [*_sequence(candidates, seq_len), *_tensor(candidates), *_transfers(candidates[0])]
+    return "\n".join([*lines, *_memory(candidates[0]), *_alternatives(candidates)])
 
 
-def _sequence(plan: "Plan") -> list[str]:
-    split = plan.best.split
+def _sequence(candidates: Candidates, seq_len: int) -> list[str]:
+    split = candidates[0].split
     if split.cp == 1:
-        return [f"A stream of {plan.seq_len:,} tokens fits one GPU's memory: no need to cut it."]
+        return [f"A stream of {seq_len:,} tokens fits one GPU's memory: no need to cut it."]
     does = describe_strategy(split)
-    cut = f"Each stream of {plan.seq_len:,} tokens is cut over {split.cp} GPUs"
-    why = _least_cp(plan)
+    cut = f"Each stream of {seq_len:,} tokens is cut over {split.cp} GPUs"
+    why = _least_cp(candidates)
     return [f"{cut}{why}: {does}."]
 
 
-def _least_cp(plan: "Plan") -> str:
-    """What says that it is cut so often."""
-    fewer = [c for c in plan.candidates if c.split.cp < plan.best.split.cp]
+def _least_cp(candidates: Candidates) -> str:
+    """Return why the sequence is cut over so many GPUs and not over fewer."""
+    fewer = [c for c in candidates if c.split.cp < candidates[0].split.cp]
     if not fewer:
         return ""
     if not any(c.fits for c in fewer):
         return ", because over fewer it would not fit"
     best = next(c for c in fewer if c.fits)
-    share = plan.best.cost.tokens_per_s / best.cost.tokens_per_s - 1
+    share = candidates[0].cost.tokens_per_s / best.cost.tokens_per_s - 1
     if share < 0.01:
         return f", as fast as over {best.split.cp} and with more memory to spare"
     return f", {share:.0%} faster than over {best.split.cp}"
 
 
-def _tensor(plan: "Plan") -> list[str]:
-    split = plan.best.split
+def _tensor(candidates: Candidates) -> list[str]:
+    split = candidates[0].split
     if split.tp > 1:
-        sums = _waits(plan.best, "summed over tp")
+        sums = _waits(candidates[0], "summed over tp")
         return [
             f"Weights are cut over {split.tp} GPUs (tp) as well: sums that nothing hides take "
             f"{sums:.0%} of the step, and each GPU has fewer heads and less memory to fill."
         ]
-    best = _best_of(plan, lambda c: c.split.tp > 1)
+    best = _best_of(candidates, lambda c: c.split.tp > 1)
     if best is None:
         return []
-    slower = 1 - best.cost.tokens_per_s / plan.best.cost.tokens_per_s
+    slower = 1 - best.cost.tokens_per_s / candidates[0].cost.tokens_per_s
     if slower < 0.005:
         return [
             f"Tensor parallelism (tp {best.split.tp}) would be as fast; without it, it is simpler."
@@ -89,9 +94,9 @@ def _tensor(plan: "Plan") -> list[str]:
     ]
 
 
-def _transfers(plan: "Plan") -> list[str]:
+def _transfers(best: Candidate) -> list[str]:
     lines = []
-    cost = plan.best.cost
+    cost = best.cost
     for transfer in cost.transfers:
         hidden = transfer.seconds - transfer.exposed
         size = f"{transfer.bytes / 1e9:.1f} GB per GPU and step {transfer.link}"
@@ -106,8 +111,7 @@ def _transfers(plan: "Plan") -> list[str]:
     return [line[0].upper() + line[1:] for line in lines]
 
 
-def _memory(plan: "Plan") -> list[str]:
-    best = plan.best
+def _memory(best: Candidate) -> list[str]:
     words = {
         "none": "nothing is recomputed",
         "attention": "layers are recomputed in backward, attention is kept",
@@ -119,38 +123,46 @@ def _memory(plan: "Plan") -> list[str]:
     return [f"{gib:.0f} of {best.device_bytes / 2**30:.0f} GiB per GPU: {words}; {shard}."]
 
 
-def _alternatives(plan: "Plan") -> list[str]:
-    lines = []
-    for comm_type in COMM_TYPES:
-        if comm_type == plan.best.split.comm_type or plan.best.split.cp == 1:
-            continue
-        best = _best_of(plan, lambda c, x=comm_type: c.split.comm_type == x and c.split.cp > 1)
-        if best is None:
-            lines.append(f"{comm_type}: does not fit, or the heads do not divide.")
-            continue
-        slower = 1 - best.cost.tokens_per_s / plan.best.cost.tokens_per_s
-        verdict = (
-            f"{slower:.1%} slower" if slower >= 0.01 else f"as fast, {_more_memory(plan, best)}"
-        )
-        most = max(best.cost.transfers, key=lambda t: t.exposed, default=None)
-        why = ""
-        if most is not None and most.exposed > 0.005 * best.cost.step_s:
-            waits = most.exposed / best.cost.step_s
-            where = "over NVLink" if most.link == INSIDE else "over the network"
-            why = f"; it waits {waits:.1%} of the step for: {most.what} {where}"
-        lines.append(f"{comm_type}, at its best ({best.split}): {verdict}{why}.")
-    return lines
+def _alternatives(candidates: Candidates) -> list[str]:
+    chosen = candidates[0]
+    if chosen.split.cp == 1:
+        return []
+    return [
+        _compared(chosen, _best_of(candidates, _with_comm_type(comm_type)), comm_type)
+        for comm_type in COMM_TYPES
+        if comm_type != chosen.split.comm_type
+    ]
 
 
-def _more_memory(plan: "Plan", candidate: "Candidate") -> str:
-    gib = (candidate.peak_bytes - plan.best.peak_bytes) / 2**30
+def _with_comm_type(comm_type: CommType) -> Callable[[Candidate], bool]:
+    return lambda candidate: candidate.split.comm_type == comm_type and candidate.split.cp > 1
+
+
+def _compared(chosen: Candidate, best: Candidate | None, comm_type: CommType) -> str:
+    """Return how much slower the best split of another comm type is, and why."""
+    if best is None:
+        return f"{comm_type}: does not fit, or the heads do not divide."
+    slower = 1 - best.cost.tokens_per_s / chosen.cost.tokens_per_s
+    memory = _more_memory(chosen, best)
+    verdict = f"{slower:.1%} slower" if slower >= 0.01 else f"as fast, {memory}"
+    most = max(best.cost.transfers, key=lambda t: t.exposed, default=None)
+    why = ""
+    if most is not None and most.exposed > 0.005 * best.cost.step_s:
+        waits = most.exposed / best.cost.step_s
+        where = "over NVLink" if most.link == INSIDE else "over the network"
+        why = f"; it waits {waits:.1%} of the step for: {most.what} {where}"
+    return f"{comm_type}, at its best ({best.split}): {verdict}{why}."
+
+
+def _more_memory(chosen: Candidate, other: Candidate) -> str:
+    gib = (other.peak_bytes - chosen.peak_bytes) / 2**30
     return f"{gib:.0f} GiB more memory" if gib >= 0.5 else "with the same memory"
 
 
-def _best_of(plan: "Plan", condition) -> "Candidate | None":
-    return next((c for c in plan.candidates if c.fits and condition(c)), None)
+def _best_of(candidates: Candidates, condition: Callable[[Candidate], bool]) -> Candidate | None:
+    return next((c for c in candidates if c.fits and condition(c)), None)
 
 
-def _waits(candidate: "Candidate", words: str) -> float:
+def _waits(candidate: Candidate, words: str) -> float:
     waits = sum(t.exposed for t in candidate.cost.transfers if words in t.what)
     return waits / candidate.cost.step_s

@@ -1,8 +1,8 @@
-"""Every split of a cluster for a model and a length of sequence, costed and ranked.
+"""Rank every split of a cluster for a model and a length of sequence.
 
-Every (dp, tp, cp_outer, cp_inner, comm type, remat policy) whose product is the cluster and that
-the model's heads allow is put through the cost model and the memory model; those that fit are
-ranked by tokens per second. Nothing is compiled, so that 64 GPUs take a second or two.
+Every (dp, tp, cp_outer, cp_inner, comm type, remat policy) that fills the cluster and that the
+model's heads allow goes through the cost model and the memory model; those that fit are ranked by
+tokens per second. Nothing is compiled, so 64 GPUs take a second or two.
 """
 
 import dataclasses
@@ -13,62 +13,17 @@ from typing import Any, get_args
 
 from hcp_jax import checks, hardware
 from hcp_jax.arguments import MOST_TOKENS
-from hcp_jax.cost.memory import MemoryEstimate, estimate_memory
+from hcp_jax.cost.memory import estimate_memory
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.step import Estimate, Split, estimate
+from hcp_jax.cost.step import Split, estimate
 from hcp_jax.cost.traffic import COMM_TYPES, Remat
 from hcp_jax.hardware import Cluster
+from hcp_jax.planner.candidate import USABLE, Candidate
 from hcp_jax.planner.explain import explain
 
-USABLE = 0.9  # of the memory: the rest is CUDA's, NCCL's and what fragments leave unused
 REMATS: tuple[Remat, ...] = get_args(Remat)
 MOST_GPUS = 2048  # tables of (2 cp)² chunks of the stream grow with the square
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One split, with what it costs.
-
-    Attributes:
-        split: the mesh, the comm type and the remat policy.
-        cost: of a step.
-        memory: of a device, modelled.
-        compiled_bytes: of a device, from the compiled program; None unless verified.
-        device_bytes: what the GPU has.
-    """
-
-    split: Split
-    cost: Estimate
-    memory: MemoryEstimate
-    device_bytes: int
-    compiled_bytes: int | None = None
-
-    @property
-    def peak_bytes(self) -> float:
-        """Memory of a device: compiled if known, else modelled."""
-        return self.memory.peak if self.compiled_bytes is None else self.compiled_bytes
-
-    @property
-    def fits(self) -> bool:
-        """Whether it leaves a tenth of the memory."""
-        return self.peak_bytes <= USABLE * self.device_bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures, as plain numbers and strings."""
-        cost = self.cost
-        links = (hardware.INSIDE, hardware.BETWEEN)
-        return dataclasses.asdict(self.split) | {
-            "step_s": cost.step_s,
-            "tokens_per_s_per_gpu": cost.tokens_per_s,
-            "mfu": cost.mfu,
-            "compute_s": cost.compute,
-            "exposed_s": cost.exposed_s,
-            "bytes": {link: cost.bytes_on(link) for link in links},
-            "memory_bytes": self.peak_bytes,
-            "memory_source": "modelled" if self.compiled_bytes is None else "compiled",
-            "fits": self.fits,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +50,11 @@ class Plan:
         return self.candidates[0]
 
     def explain(self) -> str:
-        """Why the best is the best, in words."""
-        return explain(self)
+        """Return in words why the best is the best."""
+        return explain(self.candidates, self.seq_len)
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, as plain numbers and strings."""
+        """Return all figures, as plain numbers and strings."""
         return {
             "cluster": str(self.cluster),
             "seq_len": self.seq_len,
@@ -119,7 +74,7 @@ def plan(
     batch: int | None = None,
     implementation: str = "triton",
 ) -> Plan:
-    """Rank every split of a cluster.
+    """Rank every split of a cluster for a model and a length of sequence.
 
     Args:
         model: a name in `MODELS`, or a `ModelConfig`.
@@ -159,7 +114,7 @@ def plan(
 
 
 def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
-    """Every split of `gpus` devices that the model's heads and the sequence allow."""
+    """Yield every split of `gpus` devices that the model's heads and the sequence allow."""
     for tp in _divisors(gpus):
         if model.num_kv_heads % tp or model.intermediate_size % tp or model.vocab_size % tp:
             continue
@@ -192,7 +147,7 @@ def _ranked(model, cluster, seq_len, batch, implementation) -> list[Candidate]:
 
 
 def _rank(candidate: Candidate) -> tuple:
-    """Those that fit first, the fastest first; what is within 1 % goes by the memory it leaves."""
+    """Return a sort key: what fits first, then by speed in steps of 1 %, then by memory."""
     if not candidate.fits:
         return (1, candidate.peak_bytes, 0.0, 0.0)
     speed = candidate.cost.tokens_per_s

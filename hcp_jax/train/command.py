@@ -101,12 +101,13 @@ def _end(args: argparse.Namespace, met: list[Peers], number: int, stepping: bool
 
 
 def _run(args: argparse.Namespace, signals: Signals, met: list[Peers]) -> int:
-    from hcp_jax.train.loop import train
-    from hcp_jax.train.record.profile import ProfileSteps, check_profile
-
     folder = _folder(args)
     config = config_of(args, folder)
     require_can_begin(config, folder, 0 if has_gpus() else num_devices(args))
+
+    from hcp_jax.train.loop import train
+    from hcp_jax.train.record.profile import ProfileSteps, check_profile
+
     profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
     if folder is None:
         check_profile(profile, 0, config.steps)

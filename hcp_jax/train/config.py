@@ -129,6 +129,11 @@ class TrainConfig:
                 f"layout={parallel.layout!r} does not go with parallel.dynamic, which cuts every "
                 "document zigzag over its group."
             )
+        if self.data.packing != "whole":
+            raise ValueError(
+                f"data.packing={self.data.packing!r} does not go with parallel.dynamic, which "
+                "keeps documents whole; leave it out."
+            )
         parallel.dynamic.check_sizes(parallel.num_devices // parallel.tp)
 
     @property
@@ -282,7 +287,8 @@ def _from_text(text: str, kind: Any, key: str) -> Any:
     options = typing.get_args(kind)
     if text in ("null", "~") and type(None) in options:
         return None
-    if kind is not str and text.lstrip()[:1] in ("[", "{"):
+    nested = _part(kind) is not None or any(typing.get_origin(option) is list for option in options)
+    if nested and text.lstrip()[:1] in ("[", "{"):
         return reading.parse_yaml(text, f"the command line: {key}")
     return text
 

@@ -246,7 +246,10 @@ def make_sums_by_position(
     def sums_by_position(params: Any, batch: dict) -> tuple[Array, Array]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
-        bins = jnp.sum(batch["positions"][..., None] >= begins, axis=-1, dtype=jnp.int32) - 1
+        bins = (
+            jnp.sum(batch["positions"][..., None] >= begins[None, None], axis=-1, dtype=jnp.int32)
+            - 1
+        )
         return cross_entropy_by_bin(
             hidden,
             transformer.unembedding,

@@ -115,6 +115,8 @@ def train(
         if evaluator is not None:
             every, more = config.eval.every, f"{beside / 2**20:,.0f} MiB beside the state"
             _print(console, f"evaluation every {every} steps: {evaluator}; {more}")
+            if config.eval.path is not None and held_out is not None:
+                _print(console, "\n".join(f"  {line}" for line in held_out.report))
 
         path = folder.make_new(config) if resume is None else resume
         if resume is None:
@@ -218,6 +220,7 @@ def _introduction(
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
             f"data: {corpus}",
             *_about_warmup(config),
+            *(f"  {line}" for line in corpus.report),
             *program.describe(num_params),
         ]
     )

@@ -157,4 +157,4 @@ def collective(groups):
 )
 def test_groups_are_told_by_the_axes_of_the_mesh(groups, axes):
     mesh = Mesh(np.array(jax.devices()).reshape(1, 1, 2, 4), ("dp", "tp", "cp_outer", "cp_inner"))
-    assert report.axes_of(collective(groups), mesh) == axes
+    assert report.collective_axes(collective(groups), mesh) == axes

@@ -40,10 +40,11 @@ def test_the_command_line_wins_over_the_file(load):
         ("parallel.comm_type", "[p2p, a2a, p2p, a2a]"),
         ("parallel.fsdp", "true"),
         ("data.path", "7"),
+        ("data.tokenizer", "[a] {b}: c"),
     )
     assert got.parallel.comm_type == ["p2p", "a2a", "p2p", "a2a"]
     assert (got.steps, got.parallel.cp_inner, got.parallel.fsdp) == (3, 4, True)
-    assert got.data.path == "7"
+    assert (got.data.path, got.data.tokenizer) == ("7", "[a] {b}: c")
 
 
 def test_an_optional_part_can_be_given_overridden_and_taken_away(load):

@@ -5,6 +5,7 @@ import pytest
 
 from hcp_jax.train.optimizer import (
     OptimizerConfig,
+    fitted_warmup,
     make_optimizer,
     make_schedule,
     rounded_by_chance,
@@ -19,6 +20,38 @@ def test_learning_rate_rises_from_the_first_step_and_ends_at_its_share():
     assert np.all(np.diff(rates[3:]) < 0)
     assert rates[-1] == pytest.approx(0.1)
     assert float(make_schedule(OptimizerConfig(1.0, warmup_steps=0), 20)(0)) > 0.9
+
+
+@pytest.mark.parametrize("steps", [20, 40])
+def test_a_constant_rate_stays_after_the_warmup_whatever_the_steps(steps):
+    schedule = make_schedule(OptimizerConfig(1.0, schedule="constant", warmup_steps=4), steps)
+    rates = [float(schedule(step)) for step in range(steps)]
+    assert rates == [0.25, 0.5, 0.75] + [1.0] * (steps - 3)
+
+
+@pytest.mark.parametrize(
+    ("share", "warmup", "end"),
+    [
+        (0.25, 4, [1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1]),
+        (0.0, 4, [1.0] * 7),
+        (0.1, 0, [1.0] * 5 + [0.55, 0.1]),
+    ],
+)
+def test_warmup_stable_decay_falls_linearly_over_its_share_at_the_end(share, warmup, end):
+    config = OptimizerConfig(1.0, schedule="wsd", warmup_steps=warmup, decay_share=share)
+    schedule = make_schedule(config, 20)
+    rates = [float(schedule(step)) for step in range(20)]
+    assert rates[:warmup] == [(i + 1) / warmup for i in range(warmup)]
+    assert rates[warmup : -len(end)] == [1.0] * (20 - warmup - len(end))
+    np.testing.assert_allclose(rates[-len(end) :], end, rtol=1e-6)
+
+
+def test_a_decay_that_is_as_long_as_the_training_begins_after_the_warmup():
+    config = OptimizerConfig(1.0, schedule="wsd", warmup_steps=4, decay_share=1.0)
+    rates = [float(make_schedule(config, 20)(step)) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert np.all(np.diff(rates[3:]) < 0)
+    assert rates[-1] == pytest.approx(0.1)
 
 
 def test_weight_decay_is_on_the_matrices_of_layers_alone():
@@ -51,18 +84,30 @@ def test_gradients_are_clipped_to_the_norm_given():
     [
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "must not be negative"),
-        (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive or None"),
+        (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive, or null"),
         (
             lambda: OptimizerConfig(moments_dtype="float16"),
             "one of float32, bfloat16, got 'float16'",
         ),
         (lambda: OptimizerConfig(max_skipped=0), "max_skipped must be at least 1"),
-        (lambda: make_optimizer(OptimizerConfig(warmup_steps=10), 10), "fewer than the 10 steps"),
+        (lambda: OptimizerConfig(schedule="linear"), "one of cosine, constant, wsd, got 'linear'"),
     ],
 )
 def test_impossible_optimizers_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "fitted"),
+    [(10, 100, 10), (10, 11, 10), (10, 10, 1), (10, 5, 1), (100, 50, 5), (10, 1, 0), (0, 1, 0)],
+)
+def test_a_warmup_that_does_not_fit_shrinks_and_every_step_has_a_rate(warmup, steps, fitted):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=warmup)
+    assert fitted_warmup(config, steps) == fitted
+    rates = [float(make_schedule(config, steps)(step)) for step in range(steps)]
+    assert min(rates) > 0
+    assert max(rates) == pytest.approx(1.0, rel=0.1) or steps == 1
 
 
 def test_rounding_by_chance_is_right_on_average_and_to_one_of_the_two_nearest():

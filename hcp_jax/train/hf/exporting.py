@@ -5,20 +5,21 @@ not been trained yet, from the folder that it begins from.
 """
 
 import argparse
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from hcp_jax import terminal
 from hcp_jax.models import hf, hf_config, hf_write
 from hcp_jax.models.hf import Slot
+from hcp_jax.train import checksums, sealed
 from hcp_jax.train import config as configuration
-from hcp_jax.train.checkpoint import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hf import weights
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     config = configuration.load(args.run / "config.yaml")
     origin = _origin(args.run, config)
     like = None if origin is None else hf_config.read_raw(origin)
-    step = _latest(args.run, config)
+    step = next(iter(sealed.steps(args.run)), None)
     values_of, source = _source(args.run, config, step)
     dtype = args.dtype or _dtype(like)
     trained = config.seq_len if step else 0
@@ -66,23 +67,13 @@ def _dtype(like: dict[str, Any] | None) -> str:
     return named if isinstance(named, str) and named in hf_write.NUMPY_DTYPES else "float32"
 
 
-def _latest(run_folder: pathlib.Path, config: TrainConfig) -> int | None:
-    if not (run_folder / "checkpoints").is_dir():
-        return None
-    checkpoints = Checkpoints(run_folder, dataclasses.asdict(config.model))
-    try:
-        return checkpoints.latest()
-    finally:
-        checkpoints.close()
-
-
 def _source(
     run_folder: pathlib.Path, config: TrainConfig, step: int | None
 ) -> tuple[Callable[[Slot], np.ndarray], str]:
     """What has the values of a slot, and where they are from, in words."""
     if step is not None:
-        state = (run_folder / "checkpoints" / str(step) / "state").absolute()
-        return _OfCheckpoint(state), f"the weights of step {step}"
+        folder = (run_folder / "checkpoints" / str(step)).absolute()
+        return _OfCheckpoint(folder), f"the weights of step {step}"
     if config.init_from is None:
         raise ValueError(f"{run_folder} has no checkpoint and no init_from: nothing to export.")
     folder = pathlib.Path(config.init_from)
@@ -94,18 +85,42 @@ class _OfCheckpoint:
     """The values of a slot in a checkpoint.
 
     The parameter that was read last is kept, since slots come parameter by parameter.
+
+    Raises:
+        ValueError: if the checkpoint, or a parameter in it, is damaged.
     """
 
-    def __init__(self, state: pathlib.Path):
-        self._state = state
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        try:
+            self._arrays = sealed.read(epath.Path(folder))[0]["arrays"]
+        except Exception as error:  # Whatever a reader makes of a file that is not whole.
+            raise self._damage(error) from error
         self._path: tuple[str, ...] = ()
         self._values = np.zeros(())
 
     def __call__(self, slot: Slot) -> np.ndarray:
         if slot.path != self._path:
             self._values = np.zeros(())  # Let go of the one before, first.
-            self._values, self._path = _restore(self._state, slot.path), slot.path
+            self._values, self._path = self._restore(slot.path), slot.path
         return self._values if slot.layer is None else self._values[slot.layer]
+
+    def _restore(self, path: tuple[str, ...]) -> np.ndarray:
+        name = ".".join(("params", *path))
+        try:
+            values = _restore(self._folder / "state", path)
+            found = checksums.sum_arrays({name: jnp.asarray(values)})[name]
+        except Exception as error:
+            raise self._damage(error) from error
+        if found != self._arrays[name][2]:
+            raise self._damage(f"the bits of {name} are not those that were saved")
+        return values
+
+    def _damage(self, why: object) -> ValueError:
+        return ValueError(
+            f"the checkpoint {self._folder} is damaged ({why}); hcp train --resume puts it aside "
+            "and goes on from the one before, or move it away to export that one."
+        )
 
 
 def _restore(state: pathlib.Path, path: tuple[str, ...]) -> np.ndarray:

@@ -23,8 +23,9 @@ from hcp_jax.train.hf import weights
 
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp import`."""
-    hf_folder.require(args.folder)  # before it is absolute: names of the Hub are told
-    folder = args.folder.absolute()
+    folder = pathlib.Path(args.folder)
+    hf_folder.require(folder)  # before it is absolute: names of the Hub are told
+    folder = folder.absolute()
     model = hf_config.model_config(hf_config.read_raw(folder), f"{folder}/config.json")
     told = weights.check(model, str(folder))
     stored = hf.check(model, folder)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hcp_jax import reading
+from hcp_jax.terminal import printable
 
 if TYPE_CHECKING:
     from hcp_jax.train.evaluation import Evaluation
@@ -143,7 +144,18 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]
-    return [reading.parse_json(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
+    return [_record(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
+
+
+def _record(line: str, place: str) -> dict[str, Any]:
+    values = reading.parse_json(line, place)
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} must hold keys and values, got {type(values).__name__}.")
+    for key in ("step", "loss"):
+        if type(values.get(key)) not in (int, float):
+            got = printable(repr(values.get(key)), 80)
+            raise ValueError(f"{place}: {key} must be a number, got {got}.")
+    return values
 
 
 def _rewrite(path: pathlib.Path, lines: list[dict]) -> None:

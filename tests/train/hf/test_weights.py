@@ -132,6 +132,22 @@ def test_a_checkpoint_is_exported_bit_for_bit_also_without_the_folder(
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("item", ["state", "about"])
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys, item):
+    """Another one's arrays, whole by themselves, and another one's config under a seal that fails."""
+    there = tmp_path / "run"
+    shutil.copytree(run.path, there)
+    other = Checkpoints(tmp_path / "other", {})
+    other.save(7, jax.tree.map(lambda x: x + 1, run.state), {"next": 3})
+    other.close()
+    shutil.rmtree(there / "checkpoints" / "7" / item)
+    shutil.copytree(
+        tmp_path / "other" / "checkpoints" / "7" / item, there / "checkpoints" / "7" / item
+    )
+    assert cli.main(["export", str(there), str(tmp_path / "out")]) == 2
+    assert "checkpoints/7 is damaged" in capsys.readouterr().err
+
+
 def test_a_run_that_began_at_random_is_written_as_the_family_of_its_parameters(run, tmp_path):
     random = shutil.copytree(run.path, tmp_path / "run")
     shutil.rmtree(random / weights.KEPT)

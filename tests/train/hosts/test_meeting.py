@@ -148,6 +148,32 @@ def test_strangers_cost_neither_the_run_nor_its_time(monkeypatch):
         here.all_met()
 
 
+def test_no_more_than_so_many_wait_and_the_oldest_goes_first(monkeypatch):
+    monkeypatch.setattr(meeting, "GUESTS", 4)
+    with Meeting(2) as here:
+        silent = [here.connect() for _ in range(10)]
+        last = here.connect()
+        last.sendall(greeting(process=7))
+        assert "refused" in last.makefile().readline()  # all before it have been heard
+        assert [sock.recv(1) for sock in silent[:7]] == [b""] * 7
+        for sock in silent[7:]:
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+        here.join(1)
+        here.all_met()
+
+
+def test_who_says_nothing_is_let_go(monkeypatch):
+    monkeypatch.setattr(meeting, "PATIENCE", 0.1)
+    with Meeting(2) as here:
+        silent, half = here.connect(), here.connect()
+        half.sendall(greeting()[:9])
+        assert (silent.recv(1), half.recv(1)) == (b"", b"")
+        here.join(1)
+        here.all_met()
+
+
 def test_who_has_no_place_is_told_why_and_process_0_waits_on(caplog):
     with Meeting(2) as here:
         for said in ({"process": 7}, {"process": 0}, {"processes": 3}, {"secret": "x"}):

@@ -175,3 +175,19 @@ def test_a_run_folder_that_vanishes_is_told(tmp_path, goes_on):
     with pytest.raises(FileNotFoundError, match="the run folder .*run is gone: it was deleted"):
         recorder.write(1, {"loss": 1.0})
     recorder.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[]", "must hold keys and values, got list"),
+        ('{"loss": 1}', "step must be a number, got None"),
+        ('{"step": 1, "loss": "\\u001b[2J"}', r"loss must be a number, got '\\x1b\[2J'"),
+        ('{"step": 1, "loss": 1, "loss": 2}', "key 'loss' twice"),
+        ("[" * 9999, "nested too deeply"),
+    ],
+)
+def test_a_line_that_is_none_is_named(tmp_path, line, says):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0, "loss": 3.0}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"metrics.jsonl:2 .*{says}|metrics.jsonl:2: {says}"):
+        metrics.read(tmp_path)
