@@ -37,7 +37,7 @@ FLOORS = [
     ["hardware"],
     ["tables"],
     ["layout", "mask", "dense_mask", "compat", "host_memory", "arguments", "names", "settings"],
-    ["checks", "reading", "terminal"],
+    ["checks", "reading", "terminal", "watch"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 
