@@ -1,7 +1,8 @@
 """Tables and sentences for a person: readable on a narrow terminal, whole in a file or a pipe.
 
-`console` knows how wide the output is; `show` prints a table and leaves out the least important
-columns where the terminal is too narrow, and says so. Text is printed as it is: rich's markup, such
+`console` knows how wide the output is; `show` prints a table. Where the terminal is too narrow it
+leaves out the least important columns, and says so; if that is not enough, each row becomes a line
+of names and values. Text is printed as it is: rich's markup, such
 as `[in, out]`, is never interpreted.
 """
 
@@ -57,11 +58,15 @@ def show(
             break
         kept.remove(name)
         dropped.append(name)
-    fits = _total(widths, kept) <= to.width
+    if title:
+        to.print(title)
+    if _total(widths, kept) > to.width:
+        for row in rows:
+            cells_of = zip(headings, row, strict=True)
+            to.print("- " + ", ".join(f"{name} {cell}".strip() for name, cell in cells_of))
+        return
+    chosen = [[row[i] for i, name in enumerate(headings) if name in kept] for row in rows]
     table = rich.table.Table(
-        title=rich.text.Text(title) if title else None,
-        title_justify="left",
-        title_style="",
         box=rich.box.SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
@@ -71,12 +76,10 @@ def show(
         table.add_column(
             rich.text.Text(name),
             justify="left" if name in left else "right",
-            no_wrap=fits,
-            overflow="fold",
+            no_wrap=True,
         )
-    for row in rows:
-        chosen = [row[i] for i, name in enumerate(headings) if name in kept]
-        table.add_row(*(rich.text.Text(str(cell)) for cell in chosen))
+    for row in chosen:
+        table.add_row(*(rich.text.Text(str(cell)) for cell in row))
     to.print(table)
     if dropped:
         to.print(

@@ -1,4 +1,4 @@
-"""Tables: what does not fit is left out and told, or folded; nothing is cut or taken for markup."""
+"""Tables: what does not fit is left out and told, or told row by row; nothing is cut or taken for markup."""
 
 import io
 
@@ -38,11 +38,11 @@ def test_the_least_important_columns_go_first_and_are_named(width, dropped):
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_what_cannot_be_dropped_is_folded_and_never_cut():
-    text = printed(14, drop=())
-    assert "…" not in text
-    letters = "".join(text.split())
-    assert all(c in letters for c in "a2a+p2p")
+def test_what_cannot_be_dropped_becomes_a_line_of_names_and_values():
+    words = printed(30, drop=()).split()
+    told = " ".join(words)
+    assert "- name a2a+p2p, [in, out] [8, 4], seconds 12.5, share 30 %, remark [red]not red" in told
+    assert "- name p2p, [in, out] [1, 32], seconds 9, share 1 %, remark" in told
 
 
 def test_a_pipe_has_the_whole_table(capsys):

@@ -10,13 +10,12 @@ one cost model: as a table, JSON and a picture. No jax, no devices.
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from hcp_jax import arguments, terminal
+from hcp_jax import arguments
 from hcp_jax.cost.models import MODELS
 from hcp_jax.dynamic import baselines, gantt
 from hcp_jax.dynamic.baselines import Outcome
@@ -200,27 +199,20 @@ def _mean(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(*(float(np.mean(column)) for column in columns))
 
 
-def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
-    from rich.table import Table
+_HEADINGS = (
+    *("strategy", "ms", "ours is faster by", "unpadded ms", "microbatches"),
+    *("programs", "token fill", "balance", "idle", "padding"),
+)
 
+
+def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
+    from hcp_jax import tables
     from hcp_jax.dynamic.groups import describe
 
-    # A table in a file is not broken to the width of a terminal that is not there.
-    console = terminal.console(width=None if sys.stdout.isatty() else 160)
+    console = tables.console()
     for record in records:
-        table = Table(
-            title=f"{record['devices']} devices × {record['max_tokens_per_device']} tokens, "
-            f"{record['documents']} documents of {record['mean_length']:.0f} tokens on average, "
-            f"{record['model']}",
-            title_justify="left",
-        )
-        for column in (
-            *("strategy", "ms", "ours is faster by", "unpadded ms", "microbatches"),
-            *("programs", "token fill", "balance", "idle", "padding"),
-        ):
-            table.add_column(column, justify="left" if column == "strategy" else "right")
-        for name, row in record["strategies"].items():
-            table.add_row(
+        rows = [
+            (
                 name,
                 f"{1e3 * row['seconds']:.2f}",
                 "" if name == OURS else f"{row['ours_is_faster_by']:.3f} ×",
@@ -232,8 +224,15 @@ def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
                 f"{row['idle_share']:.3f}",
                 f"{row['padding']:.2%}",
             )
-        console.print(table)
-        console.print(f"ours is {record['above_lower_bound']:.2%} above the proven lower bound")
-        console.print(
-            "layouts: " + ", ".join(describe(layout) for layout in record["layouts"]) + "\n"
+            for name, row in record["strategies"].items()
+        ]
+        title = (
+            f"{record['devices']} devices × {record['max_tokens_per_device']} tokens, "
+            f"{record['documents']} documents of {record['mean_length']:.0f} tokens on average, "
+            f"{record['model']}"
         )
+        drop = ("padding", "unpadded ms", "programs", "balance", "microbatches", "token fill")
+        tables.show(console, _HEADINGS, rows, left=("strategy",), drop=drop, title=title)
+        console.print(f"ours is {record['above_lower_bound']:.2%} above the proven lower bound")
+        layouts = ", ".join(describe(layout) for layout in record["layouts"])
+        console.print(f"layouts: {layouts}\n")

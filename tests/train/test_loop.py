@@ -306,6 +306,22 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_before_they_are_saved(conf
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["3"]
 
 
+@pytest.mark.slow
+def test_checkpoints_by_time_are_written_between_and_a_short_run_has_a_short_warmup(config):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, width=200)
+    timed = dataclasses.replace(
+        config,
+        name="timed",
+        steps=4,
+        checkpoint=CheckpointConfig(every_minutes=1e-9, keep=9),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=50),
+    )
+    folder = loop.train(timed, console=console).folder
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"1", "2", "3", "4"}
+    assert "warm-up: 1 step, since 50 do not fit into a training of 4" in out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -313,7 +329,6 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_before_they_are_saved(conf
         ({"parallel": ParallelConfig(cp_outer=3)}, "needs 3 devices, but there are 8"),
         ({"parallel": ParallelConfig(cp_inner=8, comm_type=["a2a"] * 3)}, "lists 3 layers"),
         ({"parallel": ParallelConfig(tp=4, cp_inner=2)}, "tp=4 cannot cut num_kv_heads=2"),
-        ({"optimizer": OptimizerConfig(warmup_steps=50)}, "warmup_steps=50"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_folder_is_made(config, tmp_path, change, message):

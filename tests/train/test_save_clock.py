@@ -49,3 +49,34 @@ def test_without_minutes_nothing_is_due_and_nobody_looks():
     due, looks = saved_at(None, [100.0] * 100)
     assert due == []
     assert looks == 1
+
+
+def test_all_processes_save_after_the_same_step_whatever_their_clocks_say(monkeypatch):
+    said = []
+
+    class Words:
+        """Of process 0, who says; and of another one, who hears."""
+
+        def __init__(self, about):
+            self.heard = 0
+
+        def of_all(self, word):
+            if self is first._words:
+                said.append(word)
+            self.heard += 1
+            return [said[self.heard - 1], word]
+
+    monkeypatch.setattr("hcp_jax.train.save_clock.Words", Words)
+    clocks = Clock(), Clock()
+    first, other = (SaveClock(5, 0, clock) for clock in clocks)
+    due = []
+    for done in range(1, 500):
+        for clock, seconds in zip(clocks, (1.0, 0.3 + done % 7), strict=True):
+            clock.seconds += seconds
+        decided = first.is_due(done), other.is_due(done)
+        assert decided[0] == decided[1]
+        if decided[0]:
+            due.append(done)
+            first.saved(done)
+            other.saved(done)
+    assert due == [300]

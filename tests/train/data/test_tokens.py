@@ -137,7 +137,7 @@ def test_a_model_that_knows_fewer_ids_is_refused(folder):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--tokenizer", "/gone"], "/gone does not exist; give a tokenizer.json"),
+        (["--tokenizer", "/gone"], "/gone: there is no such file"),
         (["--tokenizer", "{}/text.jsonl"], "is no tokenizer.json"),
         (["--eos", "<end>"], "has no token '<end>'"),
         (["--out", "{}"], "exists and is not empty"),

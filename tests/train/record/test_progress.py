@@ -34,6 +34,12 @@ def test_a_terminal_has_a_bar_with_loss_speed_and_time_left():
         assert part in text
 
 
+def test_a_dumb_terminal_has_lines_since_it_cannot_draw(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    lines = shown(force_terminal=True).splitlines()
+    assert [line.split()[1] for line in lines] == ["0", "10", "20", "24"]
+
+
 def test_mfu_is_told_where_it_is_known():
     assert "128 tokens/s  MFU 41.3%  0:07 left" in shown(values={"mfu": 0.413})
     assert "MFU" not in shown()
