@@ -117,8 +117,8 @@ def check(config: Any, prefix: str = "") -> None:
             fault = _wrong_kind(value, kinds[field.name]) or bounds.fault(value)
             if fault is not None:
                 must = "must" if fault.startswith("not be") else "must be"
-                or_null = ", or null" if "None" in str(field.type) else ""
-                raise ValueError(f"{prefix}{field.name} {must} {fault}{or_null}, got {value!r}.")
+                or_null = " (or null)" if "None" in str(field.type) else ""
+                raise ValueError(f"{prefix}{field.name} {must} {fault}, got {value!r}{or_null}.")
 
 
 def changes(before: Mapping[str, Any], now: Any, prefix: str = "") -> list[Change]:

@@ -105,7 +105,7 @@ def test_nor_can_it_bring_in_what_is_no_number(text):
     [
         ("optimizer: {learning_rate: .nan}", "learning_rate must be a finite number, got nan"),
         ("optimizer: {weight_decay: -.inf}", "weight_decay must be a finite number, got -inf"),
-        ("optimizer: {clip_norm: 1e38}", r"clip_norm must be at most 1e\+18, or null, got 1e\+38"),
+        ("optimizer: {clip_norm: 1e38}", r"clip_norm must be at most 1e\+18, got 1e\+38"),
         ("model: {rope_scaling: {kind: linear, factor: .nan}}", "factor must be a finite number"),
         ("steps: 1000000000000", "steps must be at most 2,147,483,647, got 1000000000000"),
         ("parallel: {dynamic: {menu: [[1, -1]]}}", "menu must be at least 1, got -1"),

@@ -14,8 +14,10 @@ def test_megatrons_word_is_understood():
     assert config(**words).tokens == config(max_tokens_per_device=96).tokens == 96
 
 
-def test_what_is_not_enabled_is_not_looked_at():
-    assert DynamicConfig(max_tokens_per_device=-1).enabled is False
+def test_what_is_not_enabled_need_not_be_complete():
+    assert DynamicConfig(max_tokens_per_device=None).enabled is False
+    with pytest.raises(ValueError, match="max_tokens_per_device must be at least 1, got -1"):
+        DynamicConfig(max_tokens_per_device=-1)
 
 
 @pytest.mark.parametrize(

@@ -210,9 +210,9 @@ def test_held_out_text_that_cannot_be_is_told(lines):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"every": 0}, r"eval\.every must be at least 1, or null, got 0"),
+        ({"every": 0}, r"eval\.every must be at least 1, got 0 \(or null\)"),
         ({"tokens": 0}, r"eval\.tokens"),
-        ({"holdout": 1.0}, r"eval\.holdout must lie between"),
+        ({"holdout": 1.0}, r"eval\.holdout must be at most 0.999999, got 1.0"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(values, message):

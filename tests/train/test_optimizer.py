@@ -84,7 +84,7 @@ def test_gradients_are_clipped_to_the_norm_given():
     [
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "must not be negative"),
-        (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive, or null"),
+        (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive, got 0.0 .or null"),
         (
             lambda: OptimizerConfig(moments_dtype="float16"),
             "one of float32, bfloat16, got 'float16'",
