@@ -139,7 +139,7 @@ def pack_whole(
         left_over: of the window before.
         last: whether no window follows, so that no segment can wait for one.
         may_cut: which segments are of documents that are cut anyway.
-        rng: shuffles the streams; None leaves them in the order of their largest segment.
+        rng: shuffles the streams; None puts them into the order of their first segments.
     """
     items = np.concatenate([left_over[:, 0], numbers])
     waited = np.concatenate([left_over[:, 1], np.zeros_like(numbers)])
@@ -156,7 +156,8 @@ def pack_whole(
     if not last:
         waits = _take_waiting(bins, sizes_here, waited)
     _cut_some(bins, free)
-    order = np.arange(len(bins.parts)) if rng is None else rng.permutation(len(bins.parts))
+    firsts = [min(item for item, _, _ in parts) for parts in bins.parts]
+    order = np.argsort(np.array(firsts, np.int64)) if rng is None else rng.permutation(len(firsts))
     parts = np.array([part for parts in bins.parts for part in parts], np.int64).reshape(-1, 3)
     parts[:, 0] = items[parts[:, 0]]
     counts = np.array([len(parts) for parts in bins.parts], np.int64)

@@ -182,9 +182,11 @@ class Streams(grain.IterDataset[Stream]):
                 break
         share = f"{whole / fitting:.1%} of the documents" if fitting else "no document"
         fill = tokens / max(1, streams * self.segments.seq_len)
+        hint = " (documents of these lengths do not fill streams whole; 'dense' would)"
         return (
             f"packing {self.packing!r}: {share} that fit{'' if fitting else 's'} "
             f"{self.segments.seq_len:,} tokens, whole; {fill:.1%} of the places hold a token"
+            f"{hint if fill < 0.95 else ''}"
         )
 
     def _first_windows(self) -> Iterator[Window]:

@@ -86,7 +86,8 @@ class Texts:
         if not seen:
             # What was left out may be what was meant.
             why = "".join(f" ({line})" for line in self.report()[1:])
-            what = "is empty" if self.files and not why else "holds no text files"
+            empty = self.files == [self.path] and set(self._left_out) <= {"empty"}
+            what = "is empty" if empty else "holds no text files"
             raise ValueError(
                 f"data.path: {self.source} {what}; training needs at least one document.{why}"
             )
@@ -135,9 +136,14 @@ class Texts:
             if kind == "text" and self._bad_lines == "skip":
                 formats.check_text(file)
             self._files[kind] += 1
+            empty = True
             for piece in formats.read(file, kind, self._field, self._note_bad):
                 self._documents[kind] += piece.ends
+                empty = False
                 yield piece
+            if empty:
+                self._files[kind] -= 1
+                self._left_out["empty"].append(shown(file.name))
         except formats.NoRecordsError:
             if file == self.path:
                 raise

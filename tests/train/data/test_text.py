@@ -114,6 +114,7 @@ def test_what_a_folder_holds_and_what_is_left_out_is_told(tmp_path):
     (tmp_path / "deep" / "d.txt").write_text("plain")
     for name in ("README.md", "index.json", "LICENSE", "dataset_infos.json", ".hidden"):
         (tmp_path / name).write_text("{}")
+    (tmp_path / "deep" / "none.txt").touch()
     (tmp_path / "package.json").write_text('{"name": "x"}')
     found, report = read(tmp_path)
     assert found == [*TEXTS * 3, "plain"]
@@ -122,6 +123,7 @@ def test_what_a_folder_holds_and_what_is_left_out_is_told(tmp_path):
         "1 file of text (1 document)",
         "left out, JSON, but no list of records: package.json",
         "left out, by data.skip: LICENSE, README.md, dataset_infos.json, index.json",
+        "left out, empty: none.txt",
         "left out, hidden: .hidden",
     ]
     assert "README.md" in str(Texts(tmp_path, skip=()).files)
