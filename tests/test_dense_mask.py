@@ -65,6 +65,5 @@ def test_a_traced_matrix_is_checked_when_the_program_runs():
     start, end = numbers(np.tri(4, dtype=bool))
     assert np.asarray(start).tolist() == [[0, 0, 0, 0]]
     assert np.asarray(end).tolist() == [[1, 2, 3, 4]]
-    with pytest.raises(Exception, match="query 2 of row 0 cannot be an interval mask"):  # noqa: PT012
-        jax.block_until_ready(numbers(GAP))
-        jax.effects_barrier()
+    with pytest.raises(Exception, match="query 2 of row 0 cannot be an interval mask"):
+        jax.block_until_ready(numbers(GAP))  # on jax 0.10 and 0.12 alike: the error is jaxlib's

@@ -9,7 +9,9 @@ This is the door: what the kernels can do, and which arrays they get. `triton_ke
 arithmetic, `walks` says which blocks are visited, `tiles` how large they are.
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from hcp_jax.kernels.core import CoreSpec, Problem
@@ -39,6 +41,8 @@ def unsupported(problem: Problem) -> str | None:
         return f"it runs on NVIDIA GPUs and, interpreted, on CPUs, not on {problem.platform}"
     if problem.dtype not in _DTYPES:
         return f"it takes {', '.join(_DTYPES)}, not {problem.dtype}"
+    if problem.platform == "cpu" and jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        return "its interpreter on CPUs does not run with jax_enable_x64"
     for name, size in (("head", problem.head_size), ("v head", problem.v_head_size)):
         if size % LEAST_PART or not 0 < size <= GREATEST_HEAD:
             return (

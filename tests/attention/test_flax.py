@@ -69,9 +69,67 @@ def test_the_dtype_asked_for_is_computed_in():
     assert hcp.attention_fn()(x, x, x, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_matrices_that_flax_builds_are_masks_in_natural_order(layout):
+    cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), layout=layout)
+    x = jnp.asarray(X).reshape(2, 48, 4, 8)
+    tokens = np.arange(48)[None] < np.array([[48], [20]])
+    padded = nn.combine_masks(CAUSAL, nn.make_attention_mask(np.ones((2, 48)), tokens))
+    for mask in (CAUSAL, padded):
+        want = jax.nn.dot_product_attention(x, x, x, mask=mask.astype(bool))
+        got = hcp.attention_fn(cp)(*(cp.shard(a) for a in (x, x, x)), mask=mask)
+        assert relative(cp.unshard(got), want) <= 2e-6
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_decoding_with_a_cache_gives_what_the_whole_sequence_gives(jit):
+    layer = nnx.MultiHeadAttention(
+        4, 32, decode=True, rngs=nnx.Rngs(0), attention_fn=hcp.attention_fn()
+    )
+    x = jnp.asarray(X[:, :6])
+    whole = layer(x, mask=nn.make_causal_mask(x[..., 0]), decode=False)
+    layer.init_cache(x.shape)
+    step = nnx.jit(lambda layer, x: layer(x)) if jit else lambda layer, x: layer(x)
+    steps = [step(layer, x[:, i : i + 1]) for i in range(6)]
+    assert relative(jnp.concatenate(steps, axis=1), whole) <= 2e-6
+
+
+def test_decoding_under_masks_that_count_queries_or_over_devices_is_refused(cp):
+    q, k = jnp.ones((2, 1, 4, 8)), jnp.ones((2, 16, 4, 8))
+    cached = jnp.ones((2, 1, 1, 16), bool)
+    with pytest.raises(ValueError, match="looks like decoding with a cache"):
+        hcp.attention_fn(mask=hcp.causal())(q, k, k, mask=cached)
+    with pytest.raises(NotImplementedError, match="cannot be cut over 8 devices"):
+        hcp.attention_fn(cp)(q, k, k, mask=cached)
+
+
+def test_shapes_are_looked_at_before_what_is_not_supported():
+    x = jnp.asarray(X).reshape(2, 48, 4, 8)
+    attend = hcp.attention_fn()
+    for wrong, message in (
+        (x[:1], "batch dims must match"),
+        (x[0], "same rank"),
+        (x[..., :4], "depths must match"),
+        (x[:, :, :3], "must be a multiple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(x, wrong, wrong, dropout_rate=0.1)
+    with pytest.raises(ValueError, match=r"does not broadcast to \[\*B, N, T, S\]"):
+        attend(x, x, x, mask=np.ones((2, 1, 48, 47)))
+    with pytest.raises(ValueError, match="logits_soft_cap must be"):
+        hcp.attention_fn(logits_soft_cap=0.0)
+    with pytest.raises(ValueError, match="mask must be a hcp_jax.Mask"):
+        hcp.attention_fn(mask=CAUSAL)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (
+            {"mask": np.arange(48)[None] % 2 == np.zeros((48, 1))},
+            ValueError,
+            "query 0 of row 0 .* no single interval",
+        ),
         ({"bias": np.zeros((2, 4, 48, 48))}, ValueError, "takes no bias"),
         ({"dropout_rate": 0.1}, NotImplementedError, r"attention dropout \(rate 0.1\)"),
         ({"module": nn.Dense(1)}, NotImplementedError, "none can be sown"),
