@@ -223,8 +223,8 @@ def _require_placed(mask: Mask, length: int, key_length: int, cp: ContextParalle
     if placed is None or placed._replace(key_length=None) != here:
         raise ValueError(
             f"the mask was placed for {_named(placed) or 'no layout'}, but attention runs in "
-            f"{_named(here) or 'natural order on one device'}; place it with the same cp (for groups, that "
-            "is what hcp.place_microbatch does)."
+            f"{_named(here) or 'natural order on one device'}; place it with the same cp (for "
+            "groups, that is what hcp.place_microbatch does)."
         )
     if here.groups is not None:
         return
