@@ -83,11 +83,15 @@ def untracked(function: Callable, *args: Any) -> Any:
     extend = importlib.import_module("jax.extend.core")
     with _config()._check_vma(False):
         traced, out = jax.make_jaxpr(function, return_shape=True)(*shapes)
-        # What any operation makes here varies over nothing, as what was traced expects.
-        leaves = [jax.lax.expand_dims(x, (0,)) for x in jax.tree.leaves(args)]
-        leaves = [jax.lax.squeeze(x, (0,)) for x in leaves]
+        leaves = [_invariant(x) for x in jax.tree.leaves(args)]
         leaves = jax.jit(extend.jaxpr_as_fun(traced))(*leaves)
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
+
+
+def _invariant(x: Any) -> Any:
+    """Return an array that varies over nothing, as all do that an operation makes untracked."""
+    with jax.sharding.use_abstract_mesh(jax.typeof(x).sharding.mesh):
+        return jax.lax.squeeze(jax.lax.expand_dims(x, (0,)), (0,))
 
 
 def _config() -> Any:

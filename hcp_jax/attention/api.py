@@ -20,7 +20,7 @@ from hcp_jax.attention.ring import Rings
 from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
 from hcp_jax.layout import to_layout
-from hcp_jax.mask import Intervals, Mask
+from hcp_jax.mask import Intervals, Mask, Placement
 from hcp_jax.placing import warn_of_padding
 
 
@@ -254,9 +254,9 @@ def _require_placed(mask: Mask, length: int, key_length: int, cp: ContextParalle
     placed, here = mask.placement, None if cp is None else cp.placement
     if placed is None or placed._replace(key_length=None) != here:
         raise ValueError(
-            f"the mask was placed for {placed or 'no layout'}, but attention runs in "
-            f"{here or 'natural order on one device'}; place it with the same cp (for groups, that "
-            "is what hcp.place_microbatch does)."
+            f"the mask was placed for {_named(placed) or 'no layout'}, but attention runs in "
+            f"{_named(here) or 'natural order on one device'}; place it with the same cp (for "
+            "groups, that is what hcp.place_microbatch does)."
         )
     if here.groups is not None:
         return
@@ -271,6 +271,13 @@ def _require_placed(mask: Mask, length: int, key_length: int, cp: ContextParalle
             f"the mask was placed for {placed.key_length} keys (padded), but k has {key_length}; "
             "in cross attention, place it with cp.place(mask, T, key_length=S)."
         )
+
+
+def _named(placement: Placement | None) -> str:
+    if placement is None:
+        return ""
+    layout, cp_size, groups, _ = placement
+    return f"Placement(layout={layout!r}, cp_size={cp_size}, groups={groups})"
 
 
 def _device_of(q) -> jax.Device:

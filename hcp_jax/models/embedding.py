@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax import spmd
@@ -121,12 +121,20 @@ def live_axes(cp: ContextParallel, axes: str | tuple[str, ...] | None) -> tuple[
 def live_tp(cp: ContextParallel | None) -> tuple[str, ...]:
     """Return the mesh axes that weights are cut over for tensor parallelism.
 
+    Every part of a model asks this first, so that it refuses what no part can do.
+
     Raises:
         NotImplementedError: if a `shard_map` around the call has made one of them Manual: which
-            part of a weight is here would then be anybody's guess.
+            part of a weight is here would then be anybody's guess; or if it leaves others Explicit,
+            since jax cannot yet differentiate `auto_axes` inside of a `shard_map`.
     """
     if cp is None:
         return ()
+    if spmd.inside_shard_map() and AxisType.Explicit in cp.mesh_in_context.axis_types:
+        raise NotImplementedError(
+            "models cannot run inside a shard_map that leaves other axes Explicit; make the mesh's "
+            "axes Auto (hcp.make_mesh does), or call the model outside of the shard_map."
+        )
     manual = spmd.manual_axes(cp.mesh_in_context, as_tuple(cp.tp))
     if any(cp.mesh.shape[name] > 1 for name in manual):
         raise NotImplementedError(

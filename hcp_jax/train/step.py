@@ -14,6 +14,7 @@ R / A, and since the loss is normalised by the weights of *all* rows, the gradie
 whole batch whatever A is.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from hcp_jax import host_memory
+from hcp_jax import host_memory, spmd
 from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.loss import summed_cross_entropy
@@ -145,6 +147,12 @@ def make_train_step(
     loss_sum = summed_loss(model, cp)
     shardings = _shardings(abstract_state(model, transform, cp, fsdp=fsdp))
 
+    def place(grads: Any) -> Any:
+        if cp is None:
+            return grads
+        constrain = functools.partial(spmd.constrain, mesh=cp.mesh, axes=cp.axes)
+        return jax.tree.map(lambda g, s: constrain(g, spec=s.spec), grads, shardings.params)
+
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
         tokens = jnp.sum(batch["weights"])
 
@@ -155,15 +163,21 @@ def make_train_step(
             jax.value_and_grad(loss_of),
             state.params,
             _portions(batch, accumulation, cp),
-            None if cp is None else shardings.params,
+            place,
         )
         state, metrics = apply_gradients(state, grads, loss, tokens, transform, schedule)
         return state, metrics | {"pairs": _visible_pairs(batch)}
 
     if cp is None:
         return jax.jit(step, donate_argnums=0)
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings), PartitionSpec()
+
+    @functools.wraps(step)
+    def over(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
+        return spmd.run(cp.mesh, cp.axes, step, specs, state, batch)
+
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None)
+        over, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None)
     )
 
 
@@ -303,13 +317,11 @@ def _portions(batch: dict, number: int, cp: ContextParallel | None) -> dict:
     return jax.tree.map(split, batch)
 
 
-def _accumulate(grad_of, params, portions, shardings) -> tuple[Float[Array, ""], Any]:
-    """Sums of loss and gradients over the portions, which are computed one after the other."""
+def _accumulate(grad_of, params, portions, place) -> tuple[Float[Array, ""], Any]:
+    """Sum loss and gradients over the portions, which are computed one after the other.
 
-    def place(grads: Any) -> Any:
-        if shardings is None:
-            return grads
-        return jax.lax.with_sharding_constraint(grads, shardings)
+    `place` says how gradients are cut.
+    """
 
     def add(total: tuple, portion: dict) -> tuple[tuple, None]:
         loss, grads = grad_of(params, portion)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import hcp_jax as hcp
 from hcp_jax import dynamic
@@ -27,6 +28,7 @@ MESHES = {
     "dp2 2x2": {"dp": 2, "cp_outer": 2, "cp_inner": 2},
     "tp2 2x2": {"tp": 2, "cp_outer": 2, "cp_inner": 2},
     "3x2 of 6": {"cp_outer": 3, "cp_inner": 2},
+    "inner first": {"cp_inner": 2, "cp_outer": 2, "dp": 2, "tp": 1},
 }
 
 
@@ -34,7 +36,11 @@ MESHES = {
 def context(mesh: str, comm_type: str, layout: tuple[int, ...], head_groups: int = 1):
     sizes = MESHES[mesh]
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    made = hcp.make_mesh(**sizes, devices=devices)
+    if mesh == "inner first":  # the reverse of the order in which groups count devices
+        types = (AxisType.Explicit, AxisType.Auto, AxisType.Explicit, AxisType.Auto)
+        made = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    else:
+        made = hcp.make_mesh(**sizes, devices=devices)
     return hcp.ContextParallel(made, comm_type, head_groups=head_groups, groups=layout)
 
 
@@ -129,6 +135,7 @@ def assert_exact(
         ("dp2 2x2", (1,) * 8),
         ("tp2 2x2", (2, 1, 1)),
         ("3x2 of 6", (3, 2, 1)),
+        ("inner first", (4, 2, 1, 1)),
     ],
 )
 def test_a_document_in_the_ring_of_its_group_is_what_it_is_alone(mesh, layout):
@@ -146,6 +153,7 @@ def test_a_document_in_the_ring_of_its_group_is_what_it_is_alone(mesh, layout):
         ("2x4", (4, 2, 1, 1), HEADS, 1),
         ("tp2 2x2", (2, 2), HEADS, 2),
         ("3x2 of 6", (4, 2), HEADS, 2),
+        ("inner first", (4, 2, 2), HEADS, 2),
     ],
 )
 def test_heads_are_exchanged_inside_equal_parts_of_all_groups(mesh, layout, heads, size):

@@ -84,7 +84,11 @@ def test_gradients_may_be_taken_inside_of_a_tracked_shard_map():
 
 
 @TRACKED
-@pytest.mark.parametrize("explicit", [(), ("cp_inner", "pp")], ids=["auto", "mixed"])
+@pytest.mark.parametrize(
+    "explicit",
+    [(), pytest.param(("cp_inner", "pp"), marks=pytest.mark.slow)],
+    ids=["auto", "mixed"],
+)
 @pytest.mark.parametrize("comm_type", ["p2p", "a2a+all_gather"])
 def test_attention_and_roll_in_a_pipeline(comm_type, explicit, check_vma):
     mesh = mesh_of({"cp_inner": 2, "pp": 2, "cp_outer": 2}, **dict.fromkeys(explicit))

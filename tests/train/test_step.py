@@ -144,6 +144,17 @@ def test_training_over_a_mesh_has_the_losses_of_one_device(sizes, comm_type, fsd
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
 
 
+@pytest.mark.slow
+def test_training_on_explicit_axes_has_the_losses_of_auto_ones():
+    explicit = jax.make_mesh(
+        (2, 2, 2),
+        ("cp_inner", "cp_outer", "dp"),
+        axis_types=(jax.sharding.AxisType.Explicit,) * 3,
+    )
+    cp = hcp.ContextParallel(explicit, "a2a+p2p", tp=None)
+    assert_same_history(trained(cp, True, 2)[1], trained()[1], 2e-5)
+
+
 def test_parameters_are_the_same_on_every_mesh_and_born_where_they_belong():
     cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
     state = fresh(cp, fsdp=True)
