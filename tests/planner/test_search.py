@@ -121,7 +121,7 @@ def test_a_length_that_nothing_fits_names_the_least_cluster_that_would():
 
 @pytest.mark.parametrize("length", [0, -5, 1.5])
 def test_a_length_must_be_a_number_of_tokens(length):
-    with pytest.raises(ValueError, match="seq_len must be a whole number from 1"):
+    with pytest.raises(ValueError, match="seq_len must be an integer from 1"):
         search.plan("llama3-8b", length)
 
 
