@@ -5,10 +5,12 @@ what came and what is needed. No jax, no NumPy: `hcp COMMAND --help` imports thi
 """
 
 import argparse
+import errno
 import math
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
@@ -156,5 +158,13 @@ def _require_writable(path: pathlib.Path, what: str) -> None:
         there = there.parent
     if not there.is_dir() and there != path:
         raise argparse.ArgumentTypeError(f"{path}: {there} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path}: {what} cannot be written there")
+    try:
+        if there.is_dir():
+            # To ask for permissions is not enough: /proc, or a full disk, would grant them.
+            tempfile.TemporaryFile(dir=there).close()
+        elif not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{path}: {what} cannot be written there ({error.strerror})"
+        ) from None

@@ -15,6 +15,7 @@ import difflib
 import glob
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 import shutil
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
-from hcp_jax import terminal
+from hcp_jax import terminal, watch
 
 
 class Command(NamedTuple):
@@ -35,7 +36,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("hcp_jax.train.command", "train a model with context parallelism"),
-    "tokenize": Command("hcp_jax.train.data.tokens", "turn text into tokens, for hcp train to map"),
+    "tokenize": Command("hcp_jax.train.data.command", "turn text into tokens, for hcp train"),
     "import": Command("hcp_jax.commands.importing", "begin from a Hugging Face folder's weights"),
     "export": Command("hcp_jax.commands.export", "write a run as a Hugging Face folder"),
     "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
@@ -64,12 +65,24 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else list(args)
-        parsed, unknown = super().parse_known_args(self._spelt(given), namespace)
+        spelt = self._spelt(given)
+        if not self._subparsers:  # whose options those would be
+            self._require_known(spelt)
+        parsed, unknown = super().parse_known_args(spelt, namespace)
         if unknown:
-            what = "option" if unknown[0].startswith("-") else "argument"
-            hint = _hint(unknown[0], self._options()) if what == "option" else "; see --help."
-            self.error(f"there is no {what} {unknown[0]!r}{hint}")
+            self._require_known(unknown)
+            self.error(f"there is no argument {unknown[0]!r}; see --help.")
         return parsed, unknown
+
+    def _require_known(self, args: list[str]) -> None:
+        """Refuse the first unknown option: argparse would rather ask for one that is missing."""
+        known = self._options()
+        for arg in itertools.takewhile(lambda arg: arg != "--", args):
+            name = arg.partition("=")[0]
+            if name.startswith("-") and name not in known and not _is_negative_number(name):
+                if name == "-":
+                    continue
+                self.error(f"there is no option {name!r}{_hint(name, known)}")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -108,8 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (`sys.argv` if None); returns the exit code."""
     logging.basicConfig(handlers=[terminal.log_handler()], level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
+    terminated = 0 if argv[:1] == ["train"] else 143
     try:
-        return _run(argv)
+        with watch.interruptible(terminated=terminated):
+            return _run(argv)
     except KeyboardInterrupt:
         print("hcp: interrupted", file=sys.stderr)
         return 130

@@ -6,7 +6,7 @@ keep it: when the oldest one is dropped, this is the file to shorten.
 
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +54,44 @@ def key_value_store() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def tracks_variation() -> bool:
+    """Return whether jax tracks here over which manual axes a value varies.
+
+    It does inside a `jax.shard_map` with check_vma=True.
+    """
+    return bool(_config()._check_vma.value)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Return the manual mesh axes over which jax believes an array to vary."""
+    aval = jax.typeof(x)
+    kind: Any = getattr(aval, "mat", None)
+    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
+
+
+def untracked(function: Callable, *args: Any) -> Any:
+    """Call a function with jax not tracking over which manual axes its values vary.
+
+    It is traced on its own, for arguments that vary over nothing, so that loops find their carries
+    to be of one type whatever is in them; the caller must declare what the results vary over.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding), args
+    )
+    extend = importlib.import_module("jax.extend.core")
+    with _config()._check_vma(False):
+        traced, out = jax.make_jaxpr(function, return_shape=True)(*shapes)
+        # What any operation makes here varies over nothing, as what was traced expects.
+        leaves = [jax.lax.expand_dims(x, (0,)) for x in jax.tree.leaves(args)]
+        leaves = [jax.lax.squeeze(x, (0,)) for x in leaves]
+        leaves = jax.jit(extend.jaxpr_as_fun(traced))(*leaves)
+    return jax.tree.unflatten(jax.tree.structure(out), leaves)
+
+
+def _config() -> Any:
+    return importlib.import_module("jax._src.config")
 
 
 def expect_pallas_triton() -> None:

@@ -15,16 +15,15 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from hcp_jax import checks, placing
+from hcp_jax import checks, placing, spmd
 from hcp_jax.cost.traffic import STRATEGIES, Strategy
 from hcp_jax.describe import collapse, describe
 from hcp_jax.dynamic.groups import check_layout
-from hcp_jax.layout import LAYOUTS, global_index, padded_length
+from hcp_jax.layout import LAYOUTS, padded_length
 from hcp_jax.mask import Mask, Placement
 from hcp_jax.mesh import as_tuple
 from hcp_jax.names import require_known
 from hcp_jax.placing import Gathered
-from hcp_jax.roll import roll_local
 
 _log = logging.getLogger("hcp_jax")
 
@@ -34,7 +33,8 @@ class ContextParallel:
     """How sequences are split over a mesh; frozen and hashable.
 
     Attributes:
-        mesh: any mesh that has the axes named below; its other axes are left alone.
+        mesh: any mesh that has the axes named below, in any order, Auto or Explicit; its other axes
+            are left alone.
         comm_type: what the two cp axes do: "p2p", "all_gather", "a2a", "a2a+p2p" or
             "a2a+all_gather"; or a tuple with one per layer (`for_layer` picks).
         layout: the order in which streams are cut, "zigzag" or "contiguous".
@@ -52,10 +52,9 @@ class ContextParallel:
             `hcp.place_microbatch` brings. None: one stream over the cp axes for each dp device.
 
     Raises:
-        ValueError: for an axis that the mesh lacks, for an unknown comm type or layout, and for
-            groups that do not add up to the dp and cp devices.
-        NotImplementedError: for a mesh with Explicit axes, and for groups with a comm type that
-            gathers K and V.
+        ValueError: for an axis that the mesh lacks or that has two roles, for an unknown comm type
+            or layout, and for groups that do not add up to the dp and cp devices.
+        NotImplementedError: for groups with a comm type that gathers K and V.
 
     >>> import hcp_jax as hcp
     >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
@@ -74,20 +73,15 @@ class ContextParallel:
     groups: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        for field in ("dp", "tp", "cp_outer", "cp_inner"):
-            for axis in as_tuple(getattr(self, field)):
-                if axis not in self.mesh.axis_names:
-                    raise ValueError(
-                        f"{field}={axis!r} is not an axis of the mesh, which has "
-                        f"{self.mesh.axis_names}. Name the mesh's own axis, or pass {field}=None."
-                    )
-        if AxisType.Explicit in self.mesh.axis_types:
-            raise NotImplementedError(
-                f"the mesh has Explicit axes, {self.mesh.axis_types}; Auto ones are needed: use "
-                "hcp.make_mesh, or jax.make_mesh with axis_types=(AxisType.Auto,) * n."
+        _require_mesh(self.mesh)
+        for field in ("dp", "tp", "comm_type", "groups"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        self._check_axes()
+        if not isinstance(self.comm_type, str | tuple) or not self.comm_type:
+            raise ValueError(
+                f"comm_type must be one name, or a list with one per layer, got {self.comm_type!r}."
             )
-        if isinstance(self.comm_type, list):
-            object.__setattr__(self, "comm_type", tuple(self.comm_type))
         for comm_type in as_tuple(self.comm_type):
             require_known("comm_type", comm_type, tuple(STRATEGIES))
         require_known("layout", self.layout, LAYOUTS)
@@ -119,9 +113,41 @@ class ContextParallel:
         """What a mask that is placed for this remembers."""
         return Placement(self.layout, self.size, self.groups)
 
-    def axis_size(self, axes: str | tuple[str, ...] | None) -> int:
-        """The number of devices along one or several mesh axes; 1 for none."""
-        return int(np.prod([self.mesh.shape[axis] for axis in as_tuple(axes)], dtype=int))
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All mesh axes that have a role here."""
+        return (*self.flat_axes, *as_tuple(self.tp))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether a `shard_map` around this place of the program has made the cp axes Manual.
+
+        Arrays are then one device's own part of the stream.
+
+        Raises:
+            NotImplementedError: if it has made some of them Manual, and not all.
+        """
+        manual = spmd.manual_axes(self.mesh_in_context, self.cp_axes)
+        left = [axis for axis in self.cp_axes if axis not in manual and self.mesh.shape[axis] > 1]
+        if manual and left:
+            raise NotImplementedError(
+                f"the shard_map around this call is over {', '.join(sorted(manual))} but not over "
+                f"{', '.join(left)}: put all cp axes into its axis_names, or none."
+            )
+        return bool(manual)
+
+    def axis_size(self, axes: str | tuple[str, ...] | None, *, here: bool = False) -> int:
+        """Return the number of devices along one or several mesh axes; 1 for none.
+
+        Args:
+            axes: names of mesh axes.
+            here: leave out the axes that a `shard_map` around this place has made Manual.
+        """
+        names = as_tuple(axes)
+        if here:
+            manual = spmd.manual_axes(self.mesh_in_context, names)
+            names = tuple(axis for axis in names if axis not in manual)
+        return int(np.prod([self.mesh.shape[axis] for axis in names], dtype=int))
 
     def for_layer(self, layer: int) -> "ContextParallel":
         """This, with the comm type of one layer.
@@ -228,22 +254,29 @@ class ContextParallel:
         self._require_one_stream("shard_batch")
         return placing.shard_batch(self, batch)
 
-    def place(self, mask: Mask, length: int) -> Mask:
-        """A mask in natural order as a placed one: its numbers, in the layout, on the devices.
+    def place(self, mask: Mask, length: int, key_length: int | None = None) -> Mask:
+        """Return a mask in natural order as a placed one: numbers, in the layout, on the devices.
 
         Args:
-            mask: written for a stream of `length` tokens, or for any.
-            length: T before padding; no query sees past it.
+            mask: written for a stream of `length` queries, or for any.
+            length: T before padding.
+            key_length: S before padding, in cross attention; T if None. No query sees past it.
+
+        Raises:
+            ValueError: if the mask was written for more queries, or has been placed already.
+
+        >>> import hcp_jax as hcp
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> cp.place(hcp.bidirectional(), 50, key_length=70).placement.key_length
+        80
         """
         self._require_one_stream("place")
-        return placing.place_mask(self, mask, length)
+        return placing.place_mask(self, mask, length, key_length)
 
     def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
         """The global index of every token of a stream, in the layout; for RoPE."""
         self._require_one_stream("positions")
-        index = global_index(self.padded_length(length), self.size, self.layout)[None]
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, self.cp_axes or None))
-        return jax.make_array_from_callback(index.shape, sharding, index.__getitem__)
+        return placing.positions(self, length)
 
     def roll(self, x: jax.Array, shift: int, dim: int = 1) -> jax.Array:
         """`jnp.roll` along the stream of an array in the layout, right across device borders.
@@ -258,24 +291,7 @@ class ContextParallel:
         """
         self._require_one_stream("roll")
         shift = checks.integer("shift", shift)
-        dim = checks.dimension("dim", dim, x.ndim)
-        if x.shape[dim] != self.padded_length(x.shape[dim]):
-            raise ValueError(
-                f"dim {dim} has {x.shape[dim]} tokens, which is not a whole layout over "
-                f"{self.size} devices; put it there with cp.shard first."
-            )
-        spec = self.spec(x.ndim, dim)
-        body = functools.partial(
-            roll_local,
-            axes=self.cp_axes,
-            cp_size=self.size,
-            layout=self.layout,
-            shift=shift,
-            dim=dim,
-        )
-        return jax.shard_map(
-            body, mesh=self.mesh_in_context, in_specs=spec, out_specs=spec, check_vma=False
-        )(x)
+        return placing.roll(self, x, shift, checks.dimension("dim", dim, x.ndim))
 
     def describe(self) -> str:
         """The mesh, the groups of every axis with their link, the comm types, and the core."""
@@ -293,13 +309,37 @@ class ContextParallel:
 
     @property
     def mesh_in_context(self) -> Mesh | AbstractMesh:
-        """The mesh to hand to shard_map, also inside somebody else's (a pipeline's, say)."""
-        context = jax.sharding.get_abstract_mesh()
-        inside = not context.empty and AxisType.Manual in context.axis_types
-        return context if inside and context.axis_names == self.mesh.axis_names else self.mesh
+        """The mesh of this place of the program, which is `mesh` but for the types of its axes."""
+        return spmd.mesh_here(self.mesh, self.axes)
+
+    def _check_axes(self) -> None:
+        """Refuse axes that the mesh lacks, and one axis in two roles."""
+        roles: dict[str, str] = {}
+        for field in ("dp", "tp", "cp_outer", "cp_inner"):
+            value = getattr(self, field)
+            names = as_tuple(value) if isinstance(value, str | tuple | None) else (value,)
+            if not all(isinstance(name, str) for name in names) or (
+                field.startswith("cp") and isinstance(value, tuple)
+            ):
+                kinds = "the name of one mesh axis" if field.startswith("cp") else "names of axes"
+                raise ValueError(f"{field} must be {kinds}, or None, got {value!r}.")
+            for axis in names:
+                if axis not in self.mesh.axis_names:
+                    raise ValueError(
+                        f"{field}={axis!r} is not an axis of the mesh, which has "
+                        f"{self.mesh.axis_names}. Name the mesh's own axis, or pass {field}=None."
+                    )
+                if axis in roles:
+                    raise ValueError(
+                        f"the mesh axis {axis!r} has two roles, {roles[axis]} and {field}: every "
+                        "axis can have one. Give each role an axis of its own, or None."
+                    )
+                roles[axis] = field
 
     def _check_groups(self) -> None:
-        layout = check_layout(self.groups or (), self.axis_size(self.flat_axes))
+        if not isinstance(self.groups, tuple):
+            raise ValueError(f"groups must be a tuple of sizes, or None, got {self.groups!r}.")
+        layout = check_layout(self.groups, self.axis_size(self.flat_axes))
         object.__setattr__(self, "groups", layout)
         gathers = [c for c in as_tuple(self.comm_type) if STRATEGIES[c].by == "gather"]
         if gathers:
@@ -318,6 +358,29 @@ class ContextParallel:
     def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
         axes = (getattr(self, field) for field in fields)
         return tuple(axis for axis in axes if axis is not None)
+
+
+def _require_mesh(mesh: Any) -> None:
+    if isinstance(mesh, AbstractMesh):
+        raise ValueError(
+            "mesh is an AbstractMesh, which has no devices; pass the jax.sharding.Mesh itself "
+            "(jax.sharding.get_mesh() gives that of jax.set_mesh)."
+        )
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            "mesh must be a jax.sharding.Mesh (hcp.make_mesh makes one), got "
+            f"{type(mesh).__name__}."
+        )
+    manual = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Manual
+    ]
+    if manual:
+        raise ValueError(
+            f"the mesh's axes {', '.join(manual)} are of type Manual; make it of Auto or Explicit "
+            "ones. A shard_map around a call makes them Manual where it has to."
+        )
 
 
 @functools.lru_cache(maxsize=256)

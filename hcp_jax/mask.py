@@ -39,11 +39,19 @@ class Intervals(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """The layout that a placed mask's queries are in, so that no other takes it by mistake."""
+    """Where a placed mask's queries lie, and for which keys it was placed.
+
+    Attributes:
+        layout: the order of the queries.
+        cp_size: the number of devices that they are cut over.
+        groups: the sizes of the groups of devices, under dynamic context parallelism.
+        key_length: padded number of keys that the mask was placed for; None under groups.
+    """
 
     layout: str
     cp_size: int
     groups: tuple[int, ...] | None = None
+    key_length: int | None = None
 
 
 class _Term:
@@ -53,6 +61,11 @@ class _Term:
     def length(self) -> int | None:
         """The number of queries that it was written for; None if it fits any."""
         return None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a query may see keys behind it of which the term does not say that they exist."""
+        return False
 
     def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         """(start, end) of the queries `index`; each broadcasts against `[B1, T]`."""
@@ -84,6 +97,10 @@ class _SlidingWindow(_Term):
     left: int = _static()  # keys before the query, at most NO_LIMIT - 1
     right: int = _static()  # keys after it
 
+    @property
+    def looks_ahead(self):
+        return self.right > 0
+
     def bounds(self, index, xp):
         # Written so that no sum passes int32, however wide the window is.
         return index - self.left, xp.minimum(index, NO_LIMIT - 1 - self.right) + (self.right + 1)
@@ -92,6 +109,10 @@ class _SlidingWindow(_Term):
 @_term
 class _ChunkedLocal(_Term):
     chunk: int = _static()
+
+    @property
+    def looks_ahead(self):
+        return True
 
     def bounds(self, index, xp):
         start = index - index % self.chunk
@@ -102,6 +123,10 @@ class _ChunkedLocal(_Term):
 class _PrefixLM(_Term):
     prefix_length: Any  # [B1, 1]
 
+    @property
+    def looks_ahead(self):
+        return True
+
     def bounds(self, index, xp):
         return 0, xp.maximum(index + 1, self.prefix_length)
 
@@ -109,7 +134,11 @@ class _PrefixLM(_Term):
 @_term
 class _Lengths(_Term):
     queries: Any  # [B1, 1]
-    keys: Any  # [B1, 1]
+    keys: Any  # [B1, 1]; NO_LIMIT where only the queries have a length
+
+    @property
+    def looks_ahead(self):
+        return isinstance(self.keys, np.ndarray) and bool(np.any(self.keys >= NO_LIMIT))
 
     def bounds(self, index, xp):
         # A query past the end is padding too: its interval is empty.
@@ -212,6 +241,14 @@ class Mask:
             )
         return sizes.pop() if sizes else None
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether queries may see keys that only pad the stream.
+
+        That is so unless some part of the mask ends before them: `causal`, say, or `lengths`.
+        """
+        return all(term.looks_ahead for term in self.terms)
+
     def intervals(
         self, length: int, key_length: int | None = None, *, xp: ModuleType = np
     ) -> Intervals:
@@ -219,7 +256,8 @@ class Mask:
 
         Args:
             length: T. Queries past the mask's own length (padding) get empty intervals.
-            key_length: S, the number of keys; those of the queries if None.
+            key_length: S, the number of keys; `length` if None. A mask from `intervals` sees the
+                keys that it was given, up to S, whatever the number of its own queries.
             xp: `numpy` (on the host), or `jax.numpy` (where leaves are traced).
 
         Returns:
@@ -232,9 +270,7 @@ class Mask:
         if key_length is not None:
             key_length = checks.integer("key_length", key_length, least=0)
         own = self.length
-        if key_length in (None, length):
-            # Self-attention: what pads the queries pads the keys.
-            key_length = length if own is None else min(own, length)
+        key_length = length if key_length is None else key_length
         if own is not None and own > length:
             raise ValueError(
                 f"the mask was written for {own} queries, but there are only {length}; "
@@ -434,10 +470,12 @@ def _integers(name: str, value: Any) -> Any:
         ValueError: for other dtypes, booleans among them.
     """
     try:
-        x = value if isinstance(value, jax.Array) else np.asarray(value)
+        # Shapes stand for arrays where a program is compiled and no array exists.
+        given = isinstance(value, jax.Array | jax.ShapeDtypeStruct)
+        x = value if given else np.asarray(value)
     except (TypeError, ValueError) as error:  # lists of unequal lengths
         raise ValueError(f"{name} must be integers of one shape: {error}") from None
-    if not isinstance(value, jax.Array | np.ndarray) and x.size == 0:
+    if isinstance(x, np.ndarray) and x is not value and x.size == 0:
         x = x.astype(np.int32)  # an empty list has no dtype of its own
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {x.dtype} of shape {x.shape}.")

@@ -11,7 +11,6 @@ moves between hosts, and each host packs the rows of its own devices.
 It stands apart from `context.py` because a stream is reordered there, and here nothing is.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from hcp_jax import checks
 from hcp_jax.context import ContextParallel
 from hcp_jax.dynamic.packing import PackedMicrobatch, max_runs
 from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Mask, intervals
+from hcp_jax.mask import Given, Mask
 
 
 def own_devices(cp: ContextParallel) -> range:
@@ -153,7 +152,7 @@ def num_runs(layout: tuple[int, ...], max_tokens_per_device: int) -> int:
 
 
 def _placed_mask(cp: ContextParallel, start, end, runs: KeyRuns) -> Mask:
-    return dataclasses.replace(intervals(start, end), placement=cp.placement, runs=runs)
+    return Mask((Given(start, end),), placement=cp.placement, runs=runs)
 
 
 def _filled_up(packed: PackedMicrobatch, places: int) -> tuple[np.ndarray, np.ndarray]:

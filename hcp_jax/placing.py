@@ -7,6 +7,7 @@ moves. Under groups there is no one stream to reorder: see `microbatch.py`.
 import dataclasses
 import functools
 import logging
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,9 +17,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from hcp_jax import checks
-from hcp_jax.layout import from_layout, runs_per_device, to_layout
+from hcp_jax import checks, spmd
+from hcp_jax.layout import from_layout, global_index, runs_per_device, to_layout
 from hcp_jax.mask import Mask, intervals
+from hcp_jax.roll import roll_local
 
 if TYPE_CHECKING:
     from hcp_jax.context import ContextParallel
@@ -44,28 +46,29 @@ class Gathered(NamedTuple):
 
 def shard(cp: "ContextParallel", x: Array | np.ndarray | Gathered, dim: int) -> jax.Array:
     """See `ContextParallel.shard`."""
+    _require_whole_streams(cp, "shard")
     x, read = x if isinstance(x, Gathered) else (x, None)
     dim = checks.dimension("dim", dim, x.ndim)
     length = x.shape[dim]
     padding = cp.padded_length(length) - length
     if padding:
-        _tell_padding(length, padding, cp.size, cp.layout)
+        _note_padding(length, padding, cp.size, cp.layout)
     if dim != 0:
         _require_batch(cp, x.shape[0], f"an array of shape {tuple(x.shape)}")
-    sharding = cp.sharding(x.ndim, dim)
     if isinstance(x, jax.Array):
-        return _reorder(x, cp, dim, cp.padded_length(length), sharding)
+        return _reorder(x, cp, dim, cp.padded_length(length))
     widths = [(0, padding if d == dim else 0) for d in range(x.ndim)]
     host = to_layout(np.pad(x, widths), cp.size, cp.layout, dim)
 
     def part(index: Any) -> np.ndarray:
         return host[index] if read is None else read(host[index])
 
-    return jax.make_array_from_callback(host.shape, sharding, part)
+    return jax.make_array_from_callback(host.shape, cp.sharding(x.ndim, dim), part)
 
 
 def unshard(cp: "ContextParallel", x: jax.Array, dim: int, length: int | None) -> jax.Array:
     """See `ContextParallel.unshard`."""
+    _require_whole_streams(cp, "unshard")
     dim = checks.dimension("dim", dim, x.ndim)
     if length is not None:
         length = checks.integer("length", length, least=0, most=x.shape[dim])
@@ -89,20 +92,75 @@ def shard_batch(cp: "ContextParallel", batch: dict[str, Any]) -> dict[str, Any]:
     return {name: _shard_entry(cp, name, x, length) for name, x in batch.items()}
 
 
-def place_mask(cp: "ContextParallel", mask: Mask, length: int) -> Mask:
+def place_mask(
+    cp: "ContextParallel", mask: Mask, length: int, key_length: int | None = None
+) -> Mask:
     """See `ContextParallel.place`."""
     if mask.placement is not None:
         raise ValueError("this mask has been placed already.")
+    key_length = length if key_length is None else key_length
+    for name, value in (("length", length), ("key_length", key_length)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a number of tokens >= 1, got {value!r}.")
     padded = cp.padded_length(length)
     placed = []
-    for x in mask.intervals(length):
+    for x in mask.intervals(length, key_length):
         host = np.pad(np.asarray(x), ((0, 0), (0, padded - length)))
         host = to_layout(host, cp.size, cp.layout, 1)
         rows = cp.dp if host.shape[0] > 1 else None
         if rows is not None:
             _require_batch(cp, host.shape[0], f"a mask of {host.shape[0]} rows")
         placed.append(_from_host(host, cp, PartitionSpec(rows, None)))
-    return dataclasses.replace(intervals(*placed), placement=cp.placement)
+    placement = cp.placement._replace(key_length=cp.padded_length(key_length))
+    return dataclasses.replace(intervals(*placed), placement=placement)
+
+
+def positions(cp: "ContextParallel", length: int) -> jax.Array:
+    """See `ContextParallel.positions`."""
+    index = global_index(cp.padded_length(length), cp.size, cp.layout)[None]
+    if cp.on_device:
+        device = jax.lax.axis_index(cp.cp_axes)
+        return jnp.asarray(index.reshape(cp.size, 1, -1))[device]
+    if spmd.inside_shard_map():
+        return jnp.asarray(index)
+    sharding = NamedSharding(cp.mesh, PartitionSpec(None, cp.cp_axes or None))
+    return jax.make_array_from_callback(index.shape, sharding, index.__getitem__)
+
+
+def roll(cp: "ContextParallel", x: jax.Array, shift: int, dim: int) -> jax.Array:
+    """See `ContextParallel.roll`."""
+    dim %= x.ndim
+    length = x.shape[dim] * (cp.size if cp.on_device else 1)
+    if length != cp.padded_length(length):
+        raise ValueError(
+            f"dim {dim} has {x.shape[dim]} tokens, which is not a whole layout over "
+            f"{cp.size} devices; put it there with cp.shard first."
+        )
+    return _roll(x, cp, int(shift), dim)
+
+
+def warn_of_padding(cp: "ContextParallel", mask: Mask, length: int, key_length: int) -> None:
+    """Warn, once per shape, if a mask shows keys that `shard` has padded a stream with.
+
+    Args:
+        cp: the context parallelism.
+        mask: in natural order.
+        length: T, padded.
+        key_length: S, padded.
+    """
+    shape = cp.size, cp.layout, key_length
+    for real in sorted(_padded.get(shape, set()) - _warned.get(shape, set())):
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask)):
+            start, end = mask.intervals(length, key_length)
+            if not np.any((end > np.maximum(start, real))[:, :real]):
+                continue
+        _warned.setdefault(shape, set()).add(real)
+        warnings.warn(
+            f"attention with this mask also sees padding: cp.shard has padded {real} tokens to "
+            f"{key_length}, and the mask does not say where the stream ends. Join it with "
+            f"hcp.lengths({real}), or place it with cp.place(mask, {real}).",
+            stacklevel=3,
+        )
 
 
 def _shard_entry(cp: "ContextParallel", name: str, x: Any, length: int) -> Any:
@@ -130,9 +188,17 @@ def _require_batch(cp: "ContextParallel", rows: int, what: str) -> None:
         )
 
 
-@functools.lru_cache(maxsize=1024)
-def _tell_padding(length: int, padding: int, size: int, layout: str) -> None:
-    # The cache makes it one line per shape, not one per step.
+# (C, layout, padded length) -> the lengths that `shard` has padded to it, and those that have been
+# warned of. Arrays do not remember them, and attention must not see padding in silence.
+_padded: dict[tuple[int, str, int], set[int]] = {}
+_warned: dict[tuple[int, str, int], set[int]] = {}
+
+
+def _note_padding(length: int, padding: int, size: int, layout: str) -> None:
+    known = _padded.setdefault((size, layout, length + padding), set())
+    if length in known:
+        return
+    known.add(length)
     _log.info(
         "padded %d tokens with %d: a %s layout over %d devices needs a multiple of %d. The padding "
         "is never seen under a causal mask; join others with hcp.lengths(%d).",
@@ -145,13 +211,41 @@ def _tell_padding(length: int, padding: int, size: int, layout: str) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _reorder(x, cp: "ContextParallel", dim: int, padded: int, sharding: NamedSharding):
+def _require_whole_streams(cp: "ContextParallel", what: str) -> None:
+    if cp.on_device:
+        raise ValueError(
+            f"cp.{what} was called inside a shard_map over {', '.join(cp.cp_axes)}, where arrays "
+            f"are one device's own part of a stream. Call cp.{what} outside of it."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _reorder(x, cp: "ContextParallel", dim: int, padded: int):
     widths = [(0, padded - x.shape[dim] if d == dim else 0) for d in range(x.ndim)]
-    y = to_layout(jnp.pad(x, widths), cp.size, cp.layout, dim)
-    return jax.lax.with_sharding_constraint(y, sharding)
+    spec = cp.spec(x.ndim, dim)
+
+    def reorder(x):
+        y = to_layout(jnp.pad(x, widths), cp.size, cp.layout, dim)
+        return spmd.constrain(y, cp.mesh, cp.axes, spec)
+
+    return spmd.run(cp.mesh, cp.axes, reorder, spec, x)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _restore(x, cp: "ContextParallel", dim: int):
-    return from_layout(x, cp.size, cp.layout, dim)
+    def restore(x):
+        return from_layout(x, cp.size, cp.layout, dim)
+
+    # Under Explicit axes results are whole along `dim`: it need not divide once it is cut short.
+    spec = PartitionSpec(*(None if d == dim else s for d, s in enumerate(cp.spec(x.ndim, dim))))
+    return spmd.run(cp.mesh, cp.axes, restore, spec, x)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _roll(x, cp: "ContextParallel", shift: int, dim: int):
+    spec = cp.spec(x.ndim, dim)
+    local = functools.partial(
+        roll_local, axes=cp.cp_axes, cp_size=cp.size, layout=cp.layout, shift=shift, dim=dim
+    )
+    rolled = spmd.shard_map(cp.mesh, cp.axes, local, in_specs=spec, out_specs=spec)
+    return spmd.run(cp.mesh, cp.axes, rolled, spec, x)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hcp_jax import spmd
 from hcp_jax.layout import chunk_order, runs_per_device
 
 
@@ -65,7 +66,7 @@ def _roll_step(x, axes: tuple[str, ...], cp_size: int, layout: str, step: int, d
         pairs = [(int(source[d]), d) for d in range(cp_size) if not at_home[d]]
         arrived = own
         if pairs:
-            visiting = jax.lax.ppermute(borders[jnp.asarray(sent)[device]], axes, pairs)
+            visiting = spmd.ppermute(borders[jnp.asarray(sent)[device]], axes, pairs)
             arrived = jnp.where(jnp.asarray(at_home)[device], own, visiting)
         kept = jax.lax.slice_in_dim(chunk, *rest, axis=dim)
         rolled.append(jnp.concatenate([kept, arrived] if step < 0 else [arrived, kept], axis=dim))

@@ -69,6 +69,32 @@ def test_help_lists_the_commands_that_are_there_and_imports_no_jax():
         assert f"\n  {name} " in done.stdout
 
 
+HELP = """
+import contextlib, io, sys
+from hcp_jax import cli
+for name in cli.COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        cli.main([name, "--help"])
+    assert f"usage: hcp {name}" in out.getvalue()
+heavy = "jax torch matplotlib flax orbax optax grain tensorboardX transformers scipy safetensors"
+print(sorted(set(heavy.split()) & set(sys.modules)))
+"""
+
+
+def test_the_help_of_every_command_imports_nothing_heavy():
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", HELP], env=kept, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_help_keeps_the_capitals_of_names(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["export", "--help"])
+    assert "Hugging Face folder" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_that_is_listed_can_be_run(name):
     module = importlib.import_module(cli.COMMANDS[name].module)
@@ -107,7 +133,10 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
         (["train", QUICKSTART, *_process("me", 1, 0)], "must be ADDRESS:PORT of process 0"),
         (["train", QUICKSTART, *_process("me:1", 1, 1)], "count from 0 to 0"),
         (["train", QUICKSTART, "--folder", "a", "--resume", "b"], "give one of them"),
-        (["launch", QUICKSTART, "--num-processes", "0"], "must be at least 1"),
+        (
+            ["launch", QUICKSTART, "--num-processes", "0"],
+            "must be a whole number, at least 1, got '0'",
+        ),
         (
             ["launch", QUICKSTART, "--num-processes", "3", "--devices-per-process", "2"],
             "3 processes of 2 devices have 6, but the config's mesh needs 8",

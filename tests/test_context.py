@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import hcp_jax as hcp
+from hcp_jax import placing
 from hcp_jax.compiled.hlo import collectives
 from hcp_jax.context import STRATEGIES
 from hcp_jax.describe import describe_strategy
@@ -94,6 +95,24 @@ def test_padding_is_told(caplog):
     assert "padded 33 tokens with 7" in caplog.text
 
 
+def test_attention_to_padding_is_warned_of_once_per_shape():
+    cp = context(cp_outer=4, layout="contiguous", comm_type="p2p")
+    x = cp.shard(np.zeros((1, 34, 1, 4), np.float32))
+
+    def attend(mask, x=x):
+        return jax.eval_shape(lambda x: hcp.dot_product_attention(x, x, x, cp=cp, mask=mask), x)
+
+    quiet = [hcp.lengths(34), hcp.causal() & hcp.chunked_local(5), hcp.prefix_lm(20)]
+    for mask in (*quiet, cp.place(hcp.bidirectional(), 34), hcp.chunked_local(17)):
+        attend(mask)  # a warning is an error
+    for mask in (hcp.prefix_lm(35), None, hcp.bidirectional(), hcp.chunked_local(5)):
+        placing._warned.clear()
+        with pytest.warns(UserWarning, match=r"34 tokens to 36, .* hcp.lengths\(34\)"):
+            attend(mask)
+    attend(None)
+    attend(None, cp.shard(np.zeros((1, 40, 1, 4), np.float32)))
+
+
 def test_a_context_is_hashable_and_names_its_groups():
     assert hash(context()) == hash(context())
     text = context().describe()
@@ -132,9 +151,46 @@ def test_contexts_that_cannot_be_are_refused():
         hcp.ContextParallel(mesh, layout="zig-zag")
     with pytest.raises(ValueError, match=r"cp_outer='ring' is not an axis of the mesh"):
         hcp.ContextParallel(mesh, cp_outer="ring")
-    explicit = jax.make_mesh((8,), ("cp",), axis_types=(jax.sharding.AxisType.Explicit,))
-    with pytest.raises(NotImplementedError, match="Explicit axes"):
-        hcp.ContextParallel(explicit, dp=None, tp=None, cp_outer="cp", cp_inner=None)
+
+
+BAD_FIELDS = {
+    "'cp_outer' has two roles, dp and cp_outer": {"dp": "cp_outer"},
+    "'tp' has two roles, dp and tp": {"dp": ("dp", "tp")},
+    "'dp' has two roles, dp and dp": {"dp": ("dp", "dp")},
+    "'cp_outer' has two roles, cp_outer and cp_inner": {"cp_inner": "cp_outer"},
+    r"cp_outer must be the name of one mesh axis, or None, got \('cp_outer', 'tp'\)": {
+        "cp_outer": ("cp_outer", "tp"),
+        "tp": None,
+    },
+    "dp must be names of axes, or None, got 3": {"dp": 3},
+    "comm_type must be one name, or a list .* got None": {"comm_type": None},
+    r"comm_type must be one name, or a list .* got \(\)": {"comm_type": []},
+    "unknown comm_type 7": {"comm_type": ("p2p", 7)},
+    "unknown layout None": {"layout": None},
+    "head_groups must be an integer of at least 1, got 2.0": {"head_groups": 2.0},
+    "head_groups must be an integer of at least 1, got True": {"head_groups": True},
+    "groups must be a tuple of sizes, or None, got 8": {"groups": 8},
+    "mesh must be a jax.sharding.Mesh .* got list": {"mesh": []},
+}
+
+
+@pytest.mark.parametrize("message", BAD_FIELDS)
+def test_fields_of_a_wrong_kind_are_refused(message):
+    fields = {"mesh": hcp.make_mesh(cp_outer=4, cp_inner=2)} | BAD_FIELDS[message]
+    with pytest.raises(ValueError, match=message):
+        hcp.ContextParallel(**fields)
+
+
+def test_an_abstract_mesh_is_refused():
+    with pytest.raises(ValueError, match="AbstractMesh, which has no devices"):
+        hcp.ContextParallel(hcp.make_mesh(cp_outer=8).abstract_mesh)
+
+
+def test_lists_are_taken_as_tuples():
+    mesh = hcp.make_mesh(dp=2, cp_outer=4)
+    cp = hcp.ContextParallel(mesh, ["p2p"], dp=["dp"], groups=[4, 4])
+    assert (cp.comm_type, cp.dp, cp.groups) == (("p2p",), ("dp",), (4, 4))
+    assert hash(cp) == hash(hcp.ContextParallel(mesh, ("p2p",), dp=("dp",), groups=(4, 4)))
 
 
 def grouped(groups, comm_type="a2a+p2p") -> hcp.ContextParallel:

@@ -23,17 +23,24 @@ config=${1:?a config, such as configs/llama3-8b-1m.yaml}
 folder=${2:?the run folder, on a shared file system}
 shift 2
 
-steps_before=$(wc -l <"$folder/metrics.jsonl" 2>/dev/null || echo 0)
+# Steps in the record of the run; 0 before its first start, when there is no record.
+steps_made() { if [ -f "$folder/metrics.jsonl" ]; then wc -l <"$folder/metrics.jsonl"; else echo 0; fi; }
+
+steps_before=$(steps_made)
 
 # jax gives a task of Slurm the GPU of its number; a process that has a whole host says so itself.
 gpus=$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:-8} - 1)))
 export JAX_LOCAL_DEVICE_IDS=$gpus
 
+# Whoever does not know it is sent away where the processes meet (docs/runs.md).
+HCP_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export HCP_SECRET
+
 srun --kill-on-bad-exit=1 --label \
     hcp train "$config" --distributed --folder "$folder" "$@"
 
 # Ended well: either all steps are made, or there was a SIGTERM. As long as steps are made, go on.
-steps=$(wc -l <"$folder/metrics.jsonl")
+steps=$(steps_made)
 if [ "$steps" -gt "$steps_before" ] && ! grep -q "^steps: $steps\$" "$folder/config.yaml"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from hcp_jax import checks
+from hcp_jax import checks, spmd
 from hcp_jax.attention import door, grouped
 from hcp_jax.attention.derivatives import reverse_only
 from hcp_jax.attention.heads import Exchange
@@ -20,7 +21,7 @@ from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
 from hcp_jax.layout import to_layout
 from hcp_jax.mask import Intervals, Mask
-from hcp_jax.mesh import as_tuple
+from hcp_jax.placing import warn_of_padding
 
 
 def dot_product_attention(
@@ -117,6 +118,9 @@ def dot_product_attention(
     mask = door.mask_of(
         mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size
     )
+    if cp is not None and mask.placement is None and mask.looks_ahead:
+        times = cp.size if cp.on_device else 1
+        warn_of_padding(cp, mask, times * q.shape[1], times * k.shape[1])
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
         out, lse = door.without_tokens(q, v, sinks)
     else:
@@ -128,32 +132,81 @@ def dot_product_attention(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 7))
 def _jitted(cp: ContextParallel | None, core: CoreSpec, q, k, v, mask: Mask, sinks, residual: bool):
-    intervals = _intervals(mask, q.shape, k.shape[1], cp)
+    arrays = q, k, v, mask, sinks
     if cp is None:
-        spec = LocalSpec(core=core, key_length=k.shape[1])
-        return attention(spec, q, k, v, intervals, sinks, return_residual=residual)
-    attend, of_queries = _on_device(cp, core, q, k, intervals)
+        alone = functools.partial(_attend_alone, core, residual)
+        specs = spmd.spec_of(q), PartitionSpec(*spmd.spec_of(q)[:3])
+        results = spmd.run(None, (), alone, specs[: 1 + residual], *arrays)
+    else:
+        over = functools.partial(_attend_over, cp, core, residual)
+        specs = (PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp),) * 2
+        results = spmd.run(cp.mesh, cp.axes, over, specs[: 1 + residual], *arrays)
+    return results if residual else (*results, None)
+
+
+def _attend_alone(core: CoreSpec, residual: bool, q, k, v, mask: Mask, sinks) -> tuple:
+    intervals = _intervals(mask, q.shape[0], q.shape[1], k.shape[1], None)
+    spec = LocalSpec(core=core, key_length=k.shape[1])
+    results = attention(spec, q, k, v, intervals, sinks, return_residual=residual)
+    return results[: 1 + residual]
+
+
+def _attend_over(
+    cp: ContextParallel, core: CoreSpec, residual: bool, q, k, v, mask: Mask, sinks
+) -> tuple:
+    # Where the cp axes are Manual, arrays are one device's own, and the mask is the stream's.
+    local = cp.on_device
+    times = cp.size if local else 1
+    length, key_length = times * q.shape[1], times * k.shape[1]
+    intervals = _intervals(mask, q.shape[0], length, key_length, cp)
+    local_heads = q.shape[2] // cp.axis_size(cp.tp, here=True)
+    attend, of_queries = _on_device(cp, core, local_heads, key_length, intervals)
     heads = PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp)
-    return jax.shard_map(
-        functools.partial(attend, return_residual=residual),
-        mesh=cp.mesh_in_context,
+
+    def on_device(q, k, v, intervals, sinks, runs):
+        if local:
+            intervals = _own_part(intervals, cp.strategy.move, cp)
+        results = attend(q, k, v, intervals, sinks, runs, return_residual=residual)
+        return results[: 1 + residual]
+
+    return spmd.shard_map(
+        cp.mesh,
+        cp.axes,
+        on_device,
         in_specs=(heads, heads, heads, of_queries, PartitionSpec(cp.tp), PartitionSpec()),
-        out_specs=(heads, heads if residual else None),
-        axis_names={*cp.flat_axes, *as_tuple(cp.tp)},
-        check_vma=False,
+        out_specs=(heads, heads)[: 1 + residual],
     )(q, k, v, intervals, sinks, mask.runs)
 
 
-def _on_device(cp: ContextParallel, core: CoreSpec, q, k, intervals: Intervals) -> tuple:
-    """What each device computes, and how the intervals it is given are cut."""
+def _own_part(intervals: Intervals, axes: tuple[str, ...], cp: ContextParallel) -> Intervals:
+    """Return the intervals of this device's queries out of those of the whole stream."""
+    if not axes:
+        return intervals
+    size = intervals.start.shape[1] // cp.axis_size(axes)
+    first = jax.lax.axis_index(axes) * size
+    return Intervals(*(jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in intervals))
+
+
+def _on_device(
+    cp: ContextParallel, core: CoreSpec, heads: int, key_length: int, intervals: Intervals
+) -> tuple[Callable, PartitionSpec]:
+    """Return what each device computes, and how the intervals that it is given are cut.
+
+    Args:
+        cp: the context parallelism.
+        core: how a device computes.
+        heads: query heads of a device (of its tp part).
+        key_length: keys of the whole stream, padded.
+        intervals: of all queries.
+    """
     if cp.groups is not None:
-        spec = grouped.spec_of(cp, core, q.shape[2] // cp.axis_size(cp.tp), k.shape[1])
+        spec = grouped.spec_of(cp, core, heads, key_length)
         return functools.partial(grouped.attention_of_group, spec), cp.spec_of_intervals
     exchange, move, by = cp.strategy
     size, ring = cp.axis_size(exchange), cp.axis_size(move)
     spec = LocalSpec(
         core=core,
-        key_length=k.shape[1],
+        key_length=key_length,
         cp_size=cp.size,
         layout=cp.layout,
         exchange=Exchange(exchange, size, size),
@@ -166,28 +219,58 @@ def _on_device(cp: ContextParallel, core: CoreSpec, q, k, intervals: Intervals) 
     return functools.partial(attention, spec), PartitionSpec(rows, move or None)
 
 
-def _intervals(mask: Mask, q_shape, key_length: int, cp: ContextParallel | None) -> Intervals:
-    """The intervals of the queries, in the layout's order."""
-    rows, length = q_shape[:2]
+def _intervals(
+    mask: Mask, rows: int, length: int, key_length: int, cp: ContextParallel | None
+) -> Intervals:
+    """Return the intervals of all queries of the stream, in the layout's order.
+
+    Args:
+        mask: placed, or in natural order.
+        rows: batch size of the queries.
+        length: T, padded.
+        key_length: S, padded.
+        cp: the context parallelism; None for one device.
+    """
     here = None if cp is None else cp.placement
+    placed = mask.placement
     grouped_here = here is not None and here.groups is not None
-    if mask.placement != here and (mask.placement is not None or grouped_here):
-        raise ValueError(
-            f"the mask was placed for {mask.placement or 'no layout'}, but attention runs in "
-            f"{here or 'natural order on one device'}; place it with the same cp (for groups, that "
-            "is what hcp.place_microbatch does)."
-        )
+    if placed is not None or grouped_here:
+        _require_placed(mask, length, key_length, cp)
     if grouped_here:
         key_length *= rows  # a group's stream may go on over the rows of several dp devices
     intervals = mask.intervals(length, key_length, xp=jnp)
     if intervals.start.shape[0] not in (1, rows):
         raise ValueError(
-            f"the mask has {intervals.start.shape[0]} rows, but q has a batch of {rows}; give one "
-            "row for all, or one per row."
+            f"the mask has {intervals.start.shape[0]} rows, but q has a batch of {rows}; it needs "
+            "as many, or one for all."
         )
-    if cp is None or mask.placement is not None:
+    if cp is None or placed is not None:
         return intervals
     return Intervals(*(to_layout(jnp.asarray(x), cp.size, cp.layout, 1) for x in intervals))
+
+
+def _require_placed(mask: Mask, length: int, key_length: int, cp: ContextParallel | None) -> None:
+    """Refuse a mask that was placed for another context, or for other lengths, than this call's."""
+    placed, here = mask.placement, None if cp is None else cp.placement
+    if placed is None or placed._replace(key_length=None) != here:
+        raise ValueError(
+            f"the mask was placed for {placed or 'no layout'}, but attention runs in "
+            f"{here or 'natural order on one device'}; place it with the same cp (for groups, that "
+            "is what hcp.place_microbatch does)."
+        )
+    if here.groups is not None:
+        return
+    if mask.length != length:
+        raise ValueError(
+            f"the mask was placed for {mask.length} queries (padded), but q has {length}; place it "
+            "for q's own length. Inside a shard_map over the cp axes a placed mask stays whole: "
+            "give it the spec PartitionSpec(dp), or PartitionSpec() if it has one row."
+        )
+    if placed.key_length != key_length:
+        raise ValueError(
+            f"the mask was placed for {placed.key_length} keys (padded), but k has {key_length}; "
+            "in cross attention, place it with cp.place(mask, T, key_length=S)."
+        )
 
 
 def _device_of(q) -> jax.Device:
@@ -200,14 +283,24 @@ def _device_of(q) -> jax.Device:
 
 
 def _require_divisible(q, k, cp: ContextParallel) -> None:
-    """That the mesh divides the batch, the sequences and the heads."""
-    dp, tp = cp.axis_size(cp.dp), cp.axis_size(cp.tp)
+    """Refuse batches, sequences and heads that the mesh does not divide.
+
+    Sizes count devices that arrays are yet to be cut over; along axes that are Manual already, they
+    are one device's own.
+    """
+    dp, tp = cp.axis_size(cp.dp, here=True), cp.axis_size(cp.tp, here=True)
     if q.shape[0] % dp:
         raise ValueError(f"q has a batch of B={q.shape[0]}, which dp={dp} does not divide.")
     if cp.groups is not None:
+        if spmd.manual_axes(cp.mesh_in_context, cp.flat_axes):
+            raise NotImplementedError(
+                f"with groups, attention cannot run inside a shard_map over {cp.flat_axes}; leave "
+                "dp and cp axes out of its axis_names (axes of no role, such as pp, may be in)."
+            )
         _require_buffers(q, k, cp)
+    times = cp.size if cp.on_device else 1
     for name, x in (("q", q), ("k", k)):
-        if cp.groups is None and x.shape[1] != cp.padded_length(x.shape[1]):
+        if cp.groups is None and times * x.shape[1] != cp.padded_length(times * x.shape[1]):
             raise ValueError(
                 f"{name} has {x.shape[1]} tokens, which do not fit a {cp.layout} layout over "
                 f"{cp.size} devices; put it there with cp.shard({name}, dim=1), which pads it to "

@@ -94,6 +94,7 @@ def attention_fn(
         if not (mask is None or isinstance(mask, Mask)):
             _require_not_decoding(q, k, cp, fixed is not None or is_causal)
             mask = _from_flax(mask, q, k)
+        _require_layout(cp, query.shape[-3])
         out: Any = dot_product_attention(
             q,
             k,
@@ -159,3 +160,17 @@ def _promoted(arrays: tuple, dtype: Any) -> tuple:
     if dtype is None:
         dtype = jnp.result_type(*(x.dtype for x in arrays))
     return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def _require_layout(cp: ContextParallel | None, tokens: int) -> None:
+    """Refuse a length that no layout has, in the words of somebody who calls a module's `init`."""
+    if cp is None or cp.groups is not None or cp.on_device:
+        return
+    if tokens == cp.padded_length(tokens):
+        return
+    raise ValueError(
+        f"the module's input has {tokens} tokens, which do not fit a {cp.layout} layout over "
+        f"{cp.size} devices: put it there with cp.shard(x, dim=1), which pads it to "
+        f"{cp.padded_length(tokens)}. The input of `init` needs such a length, too: give it "
+        f"{cp.padded_length(tokens)} tokens of zeros."
+    )

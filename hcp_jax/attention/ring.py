@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hcp_jax import spmd
 from hcp_jax.dynamic import groups
 from hcp_jax.kernels.merge import Partial, merge
 from hcp_jax.layout import KeyRuns
@@ -101,7 +102,7 @@ class Rings(NamedTuple):
         lanes = range(self.lanes)
         pairs = [(a * self.lanes + i, b * self.lanes + i) for a, b in members for i in lanes]
         with jax.named_scope("ring_hop"):
-            return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, pairs), tree)
+            return spmd.ppermute(tree, self.axes, pairs)
 
 
 def forward(attend: Attend, kv: KV, runs: KeyRuns, rings: Rings) -> Partial:

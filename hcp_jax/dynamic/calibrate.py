@@ -16,17 +16,19 @@ import dataclasses
 import json
 from pathlib import Path
 
-from hcp_jax import reading, terminal
+from hcp_jax import arguments, reading, terminal
 from hcp_jax.cost.models import MODELS
 from hcp_jax.dynamic.cost import Cost, TimedMicrobatch, model_cost
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the arguments that `run` reads."""
-    parser.add_argument("rows", type=Path, help="a JSON object per line and microbatch")
+    parser.add_argument("rows", type=arguments.file, help="a JSON object per line and microbatch")
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-12x2048")
-    parser.add_argument("--devices-per-host", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="write JSON here")
+    parser.add_argument("--devices-per-host", type=arguments.whole(), default=8)
+    parser.add_argument(
+        "--output", type=arguments.output(), default=None, metavar="FILE", help="write JSON here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     terminal.say(f"{len(rows)} microbatches, modelled within {max(map(abs, errors)):.1%} of each")
     if args.output is not None:
-        args.output.write_text(json.dumps(dataclasses.asdict(after), indent=2) + "\n")
+        Path(args.output).write_text(json.dumps(dataclasses.asdict(after), indent=2) + "\n")
     return 0
 
 
@@ -59,7 +61,7 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
         ValueError: naming the first line that is not one.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(reading.read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

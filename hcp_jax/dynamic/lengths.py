@@ -17,6 +17,12 @@ from statistics import NormalDist
 
 import numpy as np
 
+from hcp_jax import reading
+from hcp_jax.arguments import MOST_TOKENS, parse_length
+
+MOST_SIGMA = 10.0
+"""The widest lognormal: of a wider one, all lengths are min or max."""
+
 
 def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
     """Draw `count` lengths from the distribution `spec`; the same seed gives the same lengths.
@@ -38,8 +44,8 @@ def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
         return _mix(rest, count, rng)
     if kind in ("lognormal", "uniform"):
         values = _values(kind, rest)
-        if not 1 <= values["min"] <= values["max"]:
-            raise ValueError(f"{spec!r} needs 1 <= min <= max.")
+        if not 1 <= values["min"] <= values["max"] <= MOST_TOKENS:
+            raise ValueError(f"{spec!r} needs 1 <= min <= max <= {MOST_TOKENS}.")
         low, high = values["min"], values["max"]
         if kind == "uniform":
             return rng.integers(int(low), int(high) + 1, count)
@@ -61,9 +67,13 @@ def _values(kind: str, words: str) -> dict[str, float]:
     for word in filter(None, words.split(",")):
         name, _, value = word.partition("=")
         try:
-            values[name] = float(value)
+            # Lengths may be written 128K; sigma is a plain number.
+            tokens = parse_length(value)
+            values[name] = float(value) if tokens is None else float(tokens)
         except ValueError:
             raise ValueError(f"{kind}: {word!r} is not name=number.") from None
+        if not math.isfinite(values[name]):
+            raise ValueError(f"{kind}: {word!r} is not a finite number.")
     needed = _NEEDED[kind]
     if set(values) != set(needed):
         example = ",".join(f"{name}=…" for name in needed)
@@ -75,12 +85,19 @@ def _mix(words: str, count: int, rng: np.random.Generator) -> np.ndarray:
     try:
         parts = [word.split("@") for word in words.split(",")]
         shares = np.array([float(share) for share, _ in parts])
-        sizes = np.array([int(size) for _, size in parts])
+        sizes = np.array([_tokens(size) for _, size in parts])
     except ValueError:
         raise ValueError(f"mix:{words} must be written mix:share@length,share@length,…") from None
     if np.any(shares < 0) or not math.isclose(shares.sum(), 1.0, abs_tol=1e-6) or sizes.min() < 1:
         raise ValueError(f"mix:{words} needs shares that add up to 1, and lengths >= 1.")
     return rng.choice(sizes, count, p=shares / shares.sum())
+
+
+def _tokens(text: str) -> int:
+    tokens = parse_length(text)
+    if tokens is None or tokens > MOST_TOKENS:
+        raise ValueError(text)
+    return tokens
 
 
 def _from_file(path: Path, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -106,8 +123,10 @@ def _from_offsets(path: Path) -> np.ndarray:
 
 
 def _from_csv(path: Path) -> np.ndarray:
-    with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    try:
+        rows = [row for row in csv.reader(reading.read_text(path).splitlines()) if row]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}.") from None
     column = 0
     if rows and not rows[0][0].strip().isdigit():
         head = [name.strip() for name in rows.pop(0)]
@@ -122,8 +141,11 @@ def _from_csv(path: Path) -> np.ndarray:
 
 def _location(mean: float, sigma: float, low: float, high: float) -> float:
     """Return mu of the lognormal whose mean is `mean` after clipping to [low, high]."""
-    if not low < mean < high or sigma <= 0:
-        raise ValueError(f"lognormal needs min < mean < max and sigma > 0, got mean={mean}.")
+    if not low < mean < high or not 0 < sigma <= MOST_SIGMA:
+        raise ValueError(
+            f"lognormal needs min < mean < max and 0 < sigma <= {MOST_SIGMA:g}, got mean={mean:g} "
+            f"and sigma={sigma:g}."
+        )
     normal = NormalDist()
 
     def clipped_mean(mu: float) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hcp_jax import terminal
+from hcp_jax import arguments, terminal
 from hcp_jax.cost.models import MODELS
 from hcp_jax.dynamic import baselines, gantt
 from hcp_jax.dynamic.baselines import Outcome
@@ -26,6 +26,9 @@ from hcp_jax.dynamic.lengths import draw_lengths, mean_length
 from hcp_jax.dynamic.menu import schedule_batches
 from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.scheduler import schedule
+
+MOST_DOCUMENTS = 1_000_000
+"""Documents of a batch that are scheduled in reasonable time."""
 
 OURS = "dynamic (ours)"
 TOGETHER = "dynamic, batches filled together"
@@ -37,29 +40,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run` reads."""
     parser.add_argument(
         "--lengths",
+        type=arguments.filled,
         required=True,
         help="lognormal:mean=…,sigma=…,min=…,max=… (mean of the clipped lengths), "
         "uniform:min=…,max=…, mix:share@length,…, a CSV file, or a folder that hcp tokenize made",
     )
-    parser.add_argument("--devices", type=int, nargs="+", default=[64], help="dp · cp; several")
-    parser.add_argument("--max-tokens-per-device", type=int, default=2048, metavar="M")
-    parser.add_argument("--min-cp-size", type=int, default=1)
-    parser.add_argument("--max-cp-size", type=int, default=None)
     parser.add_argument(
-        "--documents", type=int, default=None, help="per batch (default: by tokens)"
+        "--devices",
+        type=arguments.whole(most=2**16),
+        nargs="+",
+        default=[64],
+        help="dp · cp; several",
+    )
+    parser.add_argument("--max-tokens-per-device", type=arguments.length, default=2048, metavar="M")
+    parser.add_argument("--min-cp-size", type=arguments.whole(), default=1)
+    parser.add_argument("--max-cp-size", type=arguments.whole(), default=None)
+    parser.add_argument(
+        "--documents",
+        type=arguments.whole(most=MOST_DOCUMENTS),
+        default=None,
+        help="per batch (default: by tokens)",
     )
     parser.add_argument(
-        "--microbatches", type=float, default=8.0, help="buffers' worth of tokens per batch"
+        "--microbatches",
+        type=arguments.positive,
+        default=8.0,
+        help="buffers' worth of tokens per batch (8)",
     )
-    parser.add_argument("--batches", type=int, default=1, help="batches to average over")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batches", type=arguments.whole(most=10**4), default=1, help="batches to average over"
+    )
+    parser.add_argument("--seed", type=arguments.whole(least=0, most=2**32 - 1), default=0)
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-12x2048")
-    parser.add_argument("--devices-per-host", type=int, default=8)
+    parser.add_argument("--devices-per-host", type=arguments.whole(), default=8)
     parser.add_argument(
-        "--cost", type=Path, default=None, metavar="FILE", help="of `hcp dynamic calibrate`"
+        "--cost",
+        type=arguments.file,
+        default=None,
+        metavar="FILE",
+        help="of `hcp dynamic calibrate`",
     )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
-    parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="a Gantt chart")
+    parser.add_argument("--json", type=arguments.output(), default=None, metavar="FILE")
+    parser.add_argument(
+        "--plot",
+        type=arguments.output(".png", ".pdf", ".svg"),
+        default=None,
+        metavar="FILE",
+        help="a Gantt chart",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,20 +99,24 @@ def run(args: argparse.Namespace) -> int:
     cost = model_cost(args.model, devices_per_host=args.devices_per_host)
     if args.cost is not None:
         cost = read_cost(args.cost)
-    if args.batches < 1:
-        raise ValueError(f"--batches must be >= 1, got {args.batches}.")
     mean = mean_length(args.lengths)
     records = []
     for num_devices in args.devices:
         count = args.documents
         if count is None:
             places = args.microbatches * num_devices * args.max_tokens_per_device
-            count = max(1, round(places / mean))
+            count = max(1, round(min(places / mean, 2.0**53)))
+        if count > MOST_DOCUMENTS:
+            raise ValueError(
+                f"a batch of {count:.3g} documents is too large to schedule here; at most "
+                f"{MOST_DOCUMENTS:,}. Lower --microbatches or --max-tokens-per-device, or give "
+                "--documents."
+            )
         batches = [draw_lengths(args.lengths, count, args.seed + i) for i in range(args.batches)]
         records.append(_simulate(batches, num_devices, cost, args))
     _print(records, args)
     if args.json is not None:
-        args.json.write_text(json.dumps(records, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(records, indent=2) + "\n")
     if args.plot is not None:
         plan = _ours(batches[0].tolist(), num_devices, cost, args)
         title = f"{args.lengths} on {num_devices} devices × {args.max_tokens_per_device} tokens"

@@ -127,7 +127,8 @@ class Call:
     def of_kv_head(self, width: int) -> pl.BlockSpec:
         """All rows of the kv head that the program's query head reads."""
         return pl.BlockSpec(
-            (None, self.padded_s, None, width), lambda _, n, b: (b, 0, lax.div(n, self.group), 0)
+            (None, self.padded_s, None, width),
+            lambda _, n, b: (b, 0, lax.div(n, jnp.int32(self.group)), 0),
         )
 
     @property

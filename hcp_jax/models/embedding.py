@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from hcp_jax import spmd
 from hcp_jax.context import ContextParallel
+from hcp_jax.mesh import as_tuple
 
 
 def lookup(
@@ -31,7 +33,11 @@ def lookup(
         dtype: of the result.
         cp: None for one device.
     """
-    return _lookup(_Table(table.shape, table.dtype, dtype, cp), table, tokens)
+    spec = _Table(table.shape, table.dtype, dtype, cp)
+    if cp is None:
+        return _lookup(spec, table, tokens)
+    look = functools.partial(_lookup, spec)
+    return spmd.run(cp.mesh, cp.axes, look, cp.spec(3), table, tokens)
 
 
 class _Table(NamedTuple):
@@ -49,20 +55,17 @@ def _lookup(spec: _Table, table, tokens):
     table, cp = table.astype(spec.in_dtype), spec.cp
     if cp is None:
         return jnp.take(table, tokens, axis=0)
-    tp = live_axes(cp, cp.tp)
+    tp = live_tp(cp)
 
     def on_device(table, tokens):
         row, here = _own_rows(table.shape[0], tokens, tp)
         rows = jnp.where(here[..., None], jnp.take(table, row, axis=0), 0)
         return jax.lax.psum(rows, tp) if tp else rows
 
-    return jax.shard_map(
-        on_device,
-        mesh=cp.mesh,
-        in_specs=(PartitionSpec(tp or None, None), cp.spec(2)),
-        out_specs=cp.spec(3),
-        check_vma=False,
-    )(table, tokens)
+    of_table = PartitionSpec(tp or None, None)
+    return spmd.shard_map(cp.mesh, cp.axes, on_device, (of_table, cp.spec(2)), cp.spec(3))(
+        table, tokens
+    )
 
 
 def _forward(spec: _Table, table, tokens):
@@ -71,7 +74,7 @@ def _forward(spec: _Table, table, tokens):
 
 def _backward(spec: _Table, tokens, cotangent):
     cp = spec.cp
-    tp = () if cp is None else live_axes(cp, cp.tp)
+    tp = live_tp(cp)
     sum_over = () if cp is None else live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes)
 
     def on_device(tokens, cotangent):
@@ -86,14 +89,9 @@ def _backward(spec: _Table, tokens, cotangent):
 
     if cp is None:
         return on_device(tokens, cotangent), None
-    grads = jax.shard_map(
-        on_device,
-        mesh=cp.mesh,
-        in_specs=(cp.spec(2), cp.spec(3)),
-        out_specs=PartitionSpec(tp or None, None),
-        check_vma=False,
-    )(tokens, cotangent)
-    return grads, None
+    of_table = PartitionSpec(tp or None, None)
+    grads = spmd.shard_map(cp.mesh, cp.axes, on_device, (cp.spec(2), cp.spec(3)), of_table)
+    return grads(tokens, cotangent), None
 
 
 _lookup.defvjp(_forward, _backward)
@@ -109,11 +107,30 @@ def _own_rows(size: int, tokens, tp: tuple[str, ...]):
 
 
 def live_axes(cp: ContextParallel, axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Those of `axes` that run over more than one device.
+    """Return those of `axes` that arrays are cut over here: of more than one device, not Manual.
 
     >>> import hcp_jax as hcp
     >>> live_axes(hcp.ContextParallel(hcp.make_mesh(cp_outer=8)), ("cp_outer", "cp_inner"))
     ('cp_outer',)
     """
-    names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    return tuple(name for name in names if cp.mesh.shape[name] > 1)
+    names = as_tuple(axes)
+    manual = spmd.manual_axes(cp.mesh_in_context, names)
+    return tuple(name for name in names if cp.mesh.shape[name] > 1 and name not in manual)
+
+
+def live_tp(cp: ContextParallel | None) -> tuple[str, ...]:
+    """Return the mesh axes that weights are cut over for tensor parallelism.
+
+    Raises:
+        NotImplementedError: if a `shard_map` around the call has made one of them Manual: which
+            part of a weight is here would then be anybody's guess.
+    """
+    if cp is None:
+        return ()
+    manual = spmd.manual_axes(cp.mesh_in_context, as_tuple(cp.tp))
+    if any(cp.mesh.shape[name] > 1 for name in manual):
+        raise NotImplementedError(
+            f"the model was called inside a shard_map over its tp axis ({', '.join(manual)}). "
+            "Leave tp out of the shard_map's axis_names; attention itself takes it."
+        )
+    return live_axes(cp, cp.tp)

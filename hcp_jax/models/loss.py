@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from hcp_jax import spmd
 from hcp_jax.context import ContextParallel
 from hcp_jax.models import chunks
-from hcp_jax.models.embedding import live_axes
+from hcp_jax.models.embedding import live_axes, live_tp
 
 
 def summed_cross_entropy(
@@ -33,6 +34,7 @@ def summed_cross_entropy(
     """Σ over all tokens of weight · (cross entropy in nats + z_loss · logZ²), in float32.
 
     It is a sum, so that sums over microbatches add up; divide it by the sum of all the weights.
+    Inside a `shard_map` over dp or cp axes it is the sum over the tokens that are given there.
 
     Args:
         hidden: outputs of the decoder, in cp's layout order.
@@ -48,18 +50,13 @@ def summed_cross_entropy(
     local = functools.partial(_on_device, chunk=chunk, z_loss=z_loss)
     if cp is None:
         return local(hidden, unembedding, targets, weights, sum_over=(), tp=())
-    tokens, tp = cp.spec(2), live_axes(cp, cp.tp)
+    tokens, tp = cp.spec(2), live_tp(cp)
     sum_over = live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes)
     of_device = functools.partial(local, sum_over=sum_over, tp=tp)
-    # check_vma would place the sum over devices of the matrix's gradient inside the scan, once per
-    # chunk; without it the sum is where shard_map ends.
-    return jax.shard_map(
-        of_device,
-        mesh=cp.mesh,
-        in_specs=(cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )(hidden, unembedding, targets, weights)
+    in_specs = (cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens)
+    summed = spmd.shard_map(cp.mesh, cp.axes, of_device, in_specs, PartitionSpec())
+    arrays = hidden, unembedding, targets, weights
+    return spmd.run(cp.mesh, cp.axes, summed, PartitionSpec(), *arrays)
 
 
 def cross_entropy_by_bin(
@@ -94,7 +91,8 @@ def cross_entropy_by_bin(
             hidden, targets, weights, bins = block
             log_z, of_target = _log_z_and_target(hidden, unembedding, targets, tp)
             # Compared, not scattered: the order of the sums is then always the same.
-            in_bin = weights[..., None] * (bins[..., None] == jnp.arange(num_bins))
+            own = bins[..., None] == jnp.arange(num_bins, dtype=bins.dtype)[None, None]
+            in_bin = jnp.where(own, weights[..., None], 0)
             loss = (log_z - of_target)[..., None]
             return jnp.sum(in_bin * loss, axis=1), jnp.sum(in_bin, axis=1)
 
@@ -104,16 +102,13 @@ def cross_entropy_by_bin(
 
     if cp is None:
         return on_device(hidden, unembedding, targets, weights, bins, sum_over=(), tp=())
-    tokens, tp = cp.spec(2), live_axes(cp, cp.tp)
+    tokens, tp = cp.spec(2), live_tp(cp)
     of_device = functools.partial(on_device, sum_over=live_axes(cp, cp.cp_axes), tp=tp)
     rows = PartitionSpec(cp.dp, None)
-    return jax.shard_map(
-        of_device,
-        mesh=cp.mesh,
-        in_specs=(cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens, tokens),
-        out_specs=(rows, rows),
-        check_vma=False,
-    )(hidden, unembedding, targets, weights, bins)
+    in_specs = (cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens, tokens)
+    binned = spmd.shard_map(cp.mesh, cp.axes, of_device, in_specs, (rows, rows))
+    arrays = hidden, unembedding, targets, weights, bins
+    return spmd.run(cp.mesh, cp.axes, binned, (rows, rows), *arrays)
 
 
 def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, sum_over, tp):
@@ -156,5 +151,5 @@ def _logit_of(targets, logits: Float[Array, "B t V"], tp: tuple[str, ...]) -> Fl
     """The target's logit, which one of the tp devices holds."""
     first = jax.lax.axis_index(tp) * logits.shape[-1] if tp else 0
     token = first + jnp.arange(logits.shape[-1], dtype=targets.dtype)
-    here = jnp.sum(jnp.where(token == targets[..., None], logits, 0), axis=-1)
+    here = jnp.sum(jnp.where(token[None, None] == targets[..., None], logits, 0), axis=-1)
     return jax.lax.psum(here, tp) if tp else here

@@ -16,10 +16,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from hcp_jax import spmd
 from hcp_jax.context import ContextParallel
 from hcp_jax.models import chunks
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.embedding import live_axes
+from hcp_jax.models.embedding import live_tp
 
 
 class MLP(nnx.Module):
@@ -35,27 +36,22 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], cp: ContextParallel | None = None
     ) -> Float[Array, "B T D"]:
-        """Each token on its own; `cp` says how they and the weights are cut."""
+        """Compute each token on its own; `cp` says how they and the weights are cut."""
+        tp = live_tp(cp)
         if self.config.mlp_chunk is None:
             return self._at_once(x)
         graph, state = nnx.split(self)
         dtype = self.config.compute_dtype
         # Cast here, so that what travels to each device is in the compute dtype.
         params = jax.tree.map(lambda p: p.astype(dtype), nnx.to_pure_dict(state))
-        tp = () if cp is None else live_axes(cp, cp.tp)
         local = functools.partial(_by_chunk, graph, self.config.mlp_chunk, tp)
         if cp is None:
             return local(params, x)
         columns, rows = PartitionSpec(None, tp or None), PartitionSpec(tp or None, None)
         cut = {"gate_proj": columns, "up_proj": columns, "down_proj": rows}
         of_params = {name: {"kernel": spec} for name, spec in cut.items()}
-        return jax.shard_map(
-            local,
-            mesh=cp.mesh,
-            in_specs=(of_params, cp.spec(3)),
-            out_specs=cp.spec(3),
-            check_vma=False,
-        )(params, x)
+        chunked = spmd.shard_map(cp.mesh, cp.axes, local, (of_params, cp.spec(3)), cp.spec(3))
+        return spmd.run(cp.mesh, cp.axes, chunked, cp.spec(3), params, x)
 
     def _at_once(self, x: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
         return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))

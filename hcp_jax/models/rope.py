@@ -67,10 +67,12 @@ def rotation(
         scaling: as in `rope_frequencies`; yarn's attention factor is in the result.
     """
     frequency = rope_frequencies(head_size, theta, scaling)
-    of_low = frequency.astype(np.float32)
-    of_high = np.mod(_SPLIT * frequency, 2 * np.pi).astype(np.float32)
-    low, high = positions % _SPLIT, positions // _SPLIT
-    angle = low[..., None, None] * of_low + high[..., None, None] * of_high
+    per_low = frequency.astype(np.float32)[None, None, None]
+    per_high = np.mod(_SPLIT * frequency, 2 * np.pi).astype(np.float32)[None, None, None]
+    low, high = (
+        x.astype(np.float32)[..., None, None] for x in (positions % _SPLIT, positions // _SPLIT)
+    )
+    angle = low * per_low + high * per_high
     factor = _attention_factor(scaling)
     return Rotation(factor * jnp.cos(angle), factor * jnp.sin(angle))
 

@@ -18,14 +18,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from hcp_jax import spmd
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.local import RESIDUALS
 from hcp_jax.context import ContextParallel
 from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.embedding import lookup
+from hcp_jax.models.embedding import live_tp, lookup
 from hcp_jax.models.mlp import MLP
 from hcp_jax.models.rope import Rotation, rotate, rotation
 
@@ -146,7 +148,19 @@ class Transformer(nnx.Module):
             ValueError: if cp has a comm type per layer, but not for as many layers as these.
         """
         config = self.config
+        live_tp(cp)
         mask = config.mask() if mask is None else mask
+        mesh, axes = (None, ()) if cp is None else (cp.mesh, cp.axes)
+        spec = PartitionSpec(*spmd.spec_of(tokens), None) if cp is None else cp.spec(3)
+        graphdef, params = nnx.split(self)
+
+        def hidden(params: Any, tokens: Any, positions: Any, mask: Mask) -> Any:
+            return nnx.merge(graphdef, params)._hidden(tokens, positions, mask, cp)
+
+        return spmd.run(mesh, axes, hidden, spec, params, tokens, positions, mask)
+
+    def _hidden(self, tokens: Any, positions: Any, mask: Mask, cp: ContextParallel | None) -> Any:
+        config = self.config
         turn = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
         graphdef, state = nnx.split(self.layers)
@@ -166,12 +180,17 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32, all of them at once; training uses `summed_cross_entropy` instead."""
-        return jnp.einsum(
-            "btd,vd->btv",
-            hidden,
-            self.unembedding.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+
+        def logits(hidden: Any, unembedding: Any) -> Any:
+            return jnp.einsum(
+                "btd,vd->btv",
+                hidden,
+                unembedding.astype(hidden.dtype),
+                preferred_element_type=jnp.float32,
+            )
+
+        spec = PartitionSpec(*spmd.spec_of(hidden)[:2], None)
+        return spmd.run(None, (), logits, spec, hidden, self.unembedding)
 
 
 def abstract_model(config: ModelConfig) -> tuple[Any, dict]:
@@ -267,7 +286,7 @@ def _remat(layer: Callable, config: ModelConfig, turns: int) -> Callable:
 def _cut(x: Float[Array, "B T D"], cp: ContextParallel | None) -> Float[Array, "B T D"]:
     if cp is None:
         return x
-    return jax.lax.with_sharding_constraint(x, cp.sharding(x.ndim))
+    return spmd.constrain(x, cp.mesh, cp.axes, cp.spec(x.ndim))
 
 
 def _norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -155,7 +155,8 @@ def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, A
 
     whole = NamedSharding(cp.mesh, PartitionSpec(cp.dp, None))
     number: Any = jax.ShapeDtypeStruct((rows, seq_len), np.int32, sharding=whole)
-    mask = dataclasses.replace(intervals(number, number), placement=cp.placement)
+    placement = cp.placement._replace(key_length=seq_len)
+    mask = dataclasses.replace(intervals(number, number), placement=placement)
     dtypes["positions"] = np.int32
     return {name: array(dtype) for name, dtype in dtypes.items()} | {"mask": mask}
 

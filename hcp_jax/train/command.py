@@ -1,18 +1,22 @@
 """`hcp train`: what its command line says, and what its exit code says."""
 
 import argparse
+import functools
 import importlib.metadata
+import os
 import pathlib
 import platform
 import signal
 from typing import TYPE_CHECKING, Any
 
-from hcp_jax import arguments, terminal
+from hcp_jax import arguments, terminal, watch
 from hcp_jax.settings import CONSENT
 from hcp_jax.train import config as configuration
 from hcp_jax.train import here
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster
+from hcp_jax.train.hosts.peers import Peers
+from hcp_jax.train.hosts.signals import Signals
 
 if TYPE_CHECKING:
     from hcp_jax.train.steps import Outcome
@@ -76,16 +80,39 @@ def run(args: argparse.Namespace) -> int:
         0, also for a run that SIGTERM (preemption) stopped, since it is saved; 130 after Ctrl-C;
         `cluster.WENT_WRONG` if something happened that is nobody's mistake.
     """
-    from hcp_jax.train.loop import train
-    from hcp_jax.train.record.profile import ProfileSteps, check_profile
+    met: list[Peers] = []
+    with Signals(functools.partial(_end, args, met)) as signals:
+        return _run(args, signals, met)
 
+
+def _end(args: argparse.Namespace, met: list[Peers], number: int, stepping: bool) -> None:
+    """End this process after a signal that cannot wait; see `Signals`."""
+    name = signal.Signals(number).name
+    for peers in met:
+        peers.fail(f"it was stopped by {name}")
+    if stepping:
+        said = "The run goes on from its last checkpoint."
+    elif args.resume is not None:
+        said = f"Nothing is lost. Go on with:\n  hcp train --resume {args.resume}"
+    else:
+        said = "Nothing is lost; give the same command again."
+    when = "while it was stopping" if stepping else "before the first step"
+    watch.end_now(f"hcp: stopped by {name} {when}. {said}", 130 if number == signal.SIGINT else 0)
+
+
+def _run(args: argparse.Namespace, signals: Signals, met: list[Peers]) -> int:
     folder = _folder(args)
     config = config_of(args, folder)
     require_can_begin(config, folder, 0 if has_gpus() else num_devices(args))
+
+    from hcp_jax.train.loop import train
+    from hcp_jax.train.record.profile import ProfileSteps, check_profile
+
     profile = None if args.profile is None else ProfileSteps(args.profile, args.profile_from)
     if folder is None:
         check_profile(profile, 0, config.steps)
     with cluster.joined(args, _same_everywhere(config, folder)) as peers:
+        met += [] if peers is None else [peers]
         try:
             outcome = train(
                 config,
@@ -94,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
                 profile=profile,
                 peers=peers,
                 accept=args.accept or (),
+                signals=signals,
             )
         except (ValueError, NotImplementedError, FloatingPointError):
             raise
@@ -138,7 +166,7 @@ def _exit_code(outcome: "Outcome") -> int:
 
 def _tell(error: Exception) -> None:
     """An error of the machine's is a line; any other one is ours, and a traceback."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and os.environ.get("HCP_DEBUG", "0") in ("", "0"):
         terminal.say_error(f"hcp: {error}")
     else:
         terminal.say_traceback(error)

@@ -129,6 +129,11 @@ class TrainConfig:
                 f"layout={parallel.layout!r} does not go with parallel.dynamic, which cuts every "
                 "document zigzag over its group."
             )
+        if self.data.packing != "whole":
+            raise ValueError(
+                f"data.packing={self.data.packing!r} does not go with parallel.dynamic, which "
+                "keeps documents whole; leave it out."
+            )
         parallel.dynamic.check_sizes(parallel.num_devices // parallel.tp)
 
     @property

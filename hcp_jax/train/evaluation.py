@@ -191,16 +191,21 @@ class Evaluator:
         self._program = self._program.lower(params, batch).compile()
         return self._program.memory_analysis().temp_size_in_bytes
 
-    def evaluate(self, step: int, params: Any) -> Evaluation:
-        """The loss of some parameters; `compile` first.
+    def evaluate(
+        self, step: int, params: Any, stops: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
+        """Return the loss of some parameters; None if it was broken off. `compile` first.
 
         Args:
             step: optimizer steps that they have made.
             params: on the devices.
+            stops: asked before each batch whether to break off; all processes must say the same.
         """
         began = time.perf_counter()
         found = []
         for batch in self._batches:
+            if stops():
+                return None
             of_batch = self._program(params, self._cp.shard_batch(batch))
             found.append([np.asarray(x, np.float64) for x in of_batch])
         sums, counts = (np.concatenate(x) for x in zip(*found, strict=True))
@@ -241,7 +246,10 @@ def make_sums_by_position(
     def sums_by_position(params: Any, batch: dict) -> tuple[Array, Array]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
-        bins = jnp.sum(batch["positions"][..., None] >= begins, axis=-1, dtype=jnp.int32) - 1
+        bins = (
+            jnp.sum(batch["positions"][..., None] >= begins[None, None], axis=-1, dtype=jnp.int32)
+            - 1
+        )
         return cross_entropy_by_bin(
             hidden,
             transformer.unembedding,

@@ -54,7 +54,8 @@ class RunFolder:
             written = path / "config.yaml.tmp"
             written.write_text(configuration.dump(config))
             written.replace(path / "config.yaml")
-            self._recorder = metrics.Recorder(path, start, config.log.tensorboard)
+            goes_on = config.checkpoint.on_error == "continue"
+            self._recorder = metrics.Recorder(path, start, config.log.tensorboard, goes_on)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -72,7 +73,10 @@ class RunFolder:
             self._recorder.close()
             from hcp_jax.train.record import figures  # matplotlib takes a second to import
 
-            figures.draw_run(self.path, self._title)
+            try:
+                figures.draw_run(self.path, self._title)
+            except OSError as also:  # the disk is full: the numbers are there, or are told of
+                _log.warning(f"the pictures of {self.path} cannot be drawn: {also}")
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes the metrics of a step."""
@@ -110,6 +114,12 @@ def has_checkpoint(folder: pathlib.Path) -> bool:
     return bool(Words("has checkpoint").of_all(sealed.steps(folder))[0])
 
 
+def has_evaluation(folder: pathlib.Path, step: int) -> bool:
+    """Say whether a run has evaluated after so many steps, as the first process sees it."""
+    steps = [line["step"] for line in metrics.read_evaluations(folder)]
+    return Words("has evaluation").of_all(step in steps)[0]
+
+
 def make_new(config: TrainConfig) -> pathlib.Path:
     """`make_numbered` by the first process; all of them know it."""
     number = 0
@@ -130,15 +140,21 @@ def make_numbered(config: TrainConfig) -> pathlib.Path:
 
 
 def latest(run_dir: str) -> pathlib.Path:
-    """The run that was begun or resumed last.
+    """Return the run with a checkpoint that was begun or resumed last.
 
     Raises:
-        ValueError: if there are no runs.
+        ValueError: if there are no runs, or none with a checkpoint.
     """
-    configs = list(pathlib.Path(run_dir).glob("*/config.yaml"))
-    if not configs:
+    runs = [path.parent for path in pathlib.Path(run_dir).glob("*/config.yaml")]
+    if not runs:
         raise ValueError(f"--resume latest: there are no runs in {run_dir}.")
-    return max(configs, key=lambda path: path.stat().st_mtime).parent
+    saved = [run for run in runs if sealed.steps(run)]
+    if not saved:
+        raise ValueError(
+            f"--resume latest: none of the {len(runs)} runs in {run_dir} has a checkpoint; begin "
+            "a new one."
+        )
+    return max(saved, key=lambda run: (run / "config.yaml").stat().st_mtime)
 
 
 def _numbered(config: TrainConfig, number: int) -> pathlib.Path:

@@ -47,7 +47,7 @@ def require_runs_here(config: TrainConfig, simulated: int) -> None:
     if there is not None and needed > there:
         parameters = ModelShape.from_config(config.model).params
         raise ValueError(
-            f"the state of training (parameters and optimizer) takes {_gib(needed)} for "
+            f"the state of training (parameters, moments and gradients) takes {_gib(needed)} for "
             f"{parameters / 1e6:,.0f} M parameters on {simulated} simulated devices, and this "
             f"machine has {_gib(there)} of memory. Use a smaller model or fewer devices, set "
             "--parallel.fsdp true if it is false, or look at it with hcp audit, which allocates "

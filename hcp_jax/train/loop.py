@@ -10,6 +10,7 @@ import math
 import pathlib
 import time
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import rich.console
@@ -24,6 +25,7 @@ from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.hf import weights
 from hcp_jax.train.hosts.peers import Peers
+from hcp_jax.train.hosts.signals import Signals
 from hcp_jax.train.optimizer import fitted_warmup
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.record.meter import Meter
@@ -42,6 +44,7 @@ def train(
     profile: ProfileSteps | None = None,
     peers: Peers | None = None,
     accept: Collection[str] = (),
+    signals: Signals | None = None,
 ) -> Outcome:
     """Trains, or goes on training, and leaves a run folder behind.
 
@@ -57,6 +60,7 @@ def train(
         profile: steps to trace into the folder `profile` of the run folder.
         peers: the connections to the other processes, which must have the same data.
         accept: what may differ from the run that is resumed: words of `resuming.CONSENT`.
+        signals: what Ctrl-C and SIGTERM mean; if None, a wish to stop, while steps are made.
 
     Raises:
         ValueError: for anything about config, data, mesh or checkpoint that cannot be; if another
@@ -91,11 +95,18 @@ def train(
             held.enter_context(lock.held(resume))
             going_on = GoingOn(config, files, frozenset(accept))
             state = _restore(going_on, resume, abstract, program, begin, console)
-        if begin and resume and state is not None and int(state.step) >= config.steps:
-            _print(console, f"{resume} has made all its {config.steps} steps.")
+        evaluator = None if held_out is None else _evaluator(config, cp, held_out)
+        if resume is not None and state is not None and int(state.step) >= config.steps:
+            made = f"{resume} has made all its {config.steps} steps"
+            if evaluator is not None and not folder.has_evaluation(resume, config.steps):
+                _print(console, f"{made}; its last evaluation is made up for.")
+                _evaluate_last(config, resume, evaluator, state, files, console)
+            elif not begin:
+                raise ValueError(f"{made}; to go on, give --steps a greater number.")
+            else:
+                _print(console, f"{made}.")
             return Outcome(resume, config.steps)
         check_profile(profile, 0 if state is None else int(state.step), config.steps)
-        evaluator = None if held_out is None else _evaluator(config, cp, held_out)
         began = time.perf_counter()
         size = program.compile(abstract)
         beside = 0 if evaluator is None else evaluator.compile(abstract.params)
@@ -104,6 +115,8 @@ def train(
         if evaluator is not None:
             every, more = config.eval.every, f"{beside / 2**20:,.0f} MiB beside the state"
             _print(console, f"evaluation every {every} steps: {evaluator}; {more}")
+            if config.eval.path is not None and held_out is not None:
+                _print(console, "\n".join(f"  {line}" for line in held_out.report))
 
         path = folder.make_new(config) if resume is None else resume
         if resume is None:
@@ -117,7 +130,8 @@ def train(
             Profiler(profile, start, config.steps, path) as profiler,
         ):
             meter = Meter(config.model, cp.mesh)
-            outcome = Steps(config, program, evaluator, run, console, profiler, meter).make(state)
+            steps = Steps(config, program, evaluator, run, console, profiler, meter)
+            outcome = steps.make(state, signals)
         kept = ", ".join(sorted(entry.name for entry in path.iterdir()))
         _print(console, f"{path}: {kept}")
         return outcome
@@ -138,16 +152,28 @@ def _restore(
     checkpoints = folder.open_checkpoints(config, path)
     restored = checkpoints.restore(abstract, going_on.require)
     checkpoints.close()
-    if int(restored.state.step) >= config.steps and not begin:
-        raise ValueError(
-            f"{path} has made all its {config.steps} steps; to go on, give --steps a greater "
-            "number."
-        )
     for line in going_on.describe(restored):
         _print(console, line)
     for line in going_on.restore_data(program, restored.data):
         _print(console, line)
     return restored.state
+
+
+def _evaluate_last(
+    config: TrainConfig,
+    path: pathlib.Path,
+    evaluator: Evaluator,
+    state: TrainState,
+    files: dict[str, Any],
+    console: rich.console.Console,
+) -> None:
+    """Evaluate after the last step, where a signal kept the run from it."""
+    evaluator.compile(state.params)
+    with RunFolder(config, path, config.steps, config.name, files) as run:
+        found = evaluator.evaluate(config.steps, state.params)
+        assert found is not None
+        run.record_evaluation(found)
+        _print(console, str(found))
 
 
 def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: data.Corpus) -> Evaluator:
@@ -194,6 +220,7 @@ def _introduction(
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
             f"data: {corpus}",
             *_about_warmup(config),
+            *(f"  {line}" for line in corpus.report),
             *program.describe(num_params),
         ]
     )

@@ -56,10 +56,17 @@ class Program(Protocol):
 
 
 class PlacedBatch(NamedTuple):
-    """A batch as `ContextParallel.shard_batch` leaves it, and the documents that are in it."""
+    """A batch on the devices.
+
+    Attributes:
+        arrays: as `ContextParallel.shard_batch` leaves them.
+        documents: the numbers of the documents that are in it.
+        facts: how it is packed, for its metrics; see `data.packing_metrics`.
+    """
 
     arrays: dict[str, Any]
     documents: np.ndarray
+    facts: dict[str, float]
 
 
 class FixedProgram:
@@ -81,6 +88,7 @@ class FixedProgram:
             mask=config.model.mask,
             prefetch=config.data.prefetch,
             place=self._place,
+            packing=config.data.packing,
         )
         self._step: Any = make_train_step(
             config.model,
@@ -105,6 +113,12 @@ class FixedProgram:
         )
         portions = f" in {config.accumulation} microbatches" if config.accumulation > 1 else ""
         return [
+            data.describe_packing(
+                self._corpus,
+                seq_len=config.seq_len,
+                seed=config.seed,
+                packing=config.data.packing,
+            ),
             f"step: {config.batch_size} streams of {config.seq_len:,} tokens{portions}",
             "each device sends per step:",
             *(f"  {line}" for line in sent),
@@ -125,8 +139,9 @@ class FixedProgram:
         return next(self._batches)
 
     def step(self, state: TrainState, batch: PlacedBatch) -> tuple[TrainState, dict[str, Any]]:
-        """See `make_train_step`."""
-        return self._step(state, batch.arrays)
+        """See `make_train_step`; `PlacedBatch.facts` are metrics, too."""
+        state, metrics = self._step(state, batch.arrays)
+        return state, metrics | batch.facts
 
     def documents(self, batch: PlacedBatch) -> Sequence[int]:
         """The numbers of the documents in a batch."""
@@ -161,4 +176,5 @@ class FixedProgram:
         places = batch["tokens"].places
         begins = places[(batch["positions"] == 0) & (places > 0)]
         documents = self._corpus.documents_at(begins)
-        return PlacedBatch(self._cp.shard_batch(batch), np.unique(documents))
+        facts = data.packing_metrics(self._corpus, batch)
+        return PlacedBatch(self._cp.shard_batch(batch), np.unique(documents), facts)

@@ -12,6 +12,27 @@ from hcp_jax.settings import MOST, check, fixed, free, numbers
 
 MomentsDtype = Literal["float32", "bfloat16"]
 Schedule = Literal["cosine", "constant", "wsd"]
+Packing = Literal["whole", "dense"]
+BadLines = Literal["refuse", "skip"]
+SpecialTokens = Literal["text", "control"]
+
+SKIPPED = (
+    "readme*",
+    "license*",
+    "index.json*",
+    "index.csv*",
+    "index.tsv*",
+    "index.txt*",
+    "metadata.*",
+    "dataset_info*.json",
+    "manifest.*",
+    "*.md5",
+    "*.sha256",
+    "md5sums*",
+    "sha256sums*",
+    "_success",
+)
+"""Names of files in a folder that are about its documents, and hold none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,24 +40,43 @@ class DataConfig:
     """Where the text comes from.
 
     Attributes:
-        path: a .jsonl file (one document a line), any other text file (one document), a folder of
-            them, searched to its depth without hidden files, or a folder that `hcp tokenize` made.
-            None: the source files of the running Python's standard library, which every machine
-            has.
-        field: the field of a JSONL line that holds its text.
+        path: a file of text (one document), JSON lines, a JSON array, CSV or Parquet (a document a
+            record), also compressed (.gz, .bz2, .xz, .zst); a folder of them, searched to its
+            depth without hidden files; or a folder that `hcp tokenize` made. None: the source
+            files of the running Python's standard library, which every machine has.
+        field: the field, or the column, that holds the text of a record.
+        bad_lines: "refuse" lines and records that cannot be read, or "skip" and count them.
+        skip: patterns of the names of files in a folder that hold no documents.
         tokenizer: a tokenizer.json, which makes tokens of text before training begins; of a
             tokenised folder, the one it must have been made with. None: text stays bytes.
+        special_tokens: whether text that spells a special token of the tokenizer, such as "</s>",
+            stays "text" or becomes the "control" token.
+        packing: "whole" keeps documents whole that fit seq_len, at the price of a little padding;
+            "dense" fills every slot and cuts documents wherever a stream ends.
         prefetch: batches that a thread prepares ahead of the step.
     """
 
     # The files are compared by their contents, wherever they lie (data/fingerprint.py).
     path: str | None = dataclasses.field(default=None, metadata=free())
-    field: str = dataclasses.field(default="text", metadata=numbers())
+    field: str = dataclasses.field(default="text", metadata=fixed())
+    bad_lines: BadLines = dataclasses.field(default="refuse", metadata=fixed())
+    skip: tuple[str, ...] = dataclasses.field(default=SKIPPED, metadata=fixed())
     tokenizer: str | None = dataclasses.field(default=None, metadata=free())
+    special_tokens: SpecialTokens = dataclasses.field(default="text", metadata=fixed())
+    packing: Packing = dataclasses.field(default="whole", metadata=fixed())
     prefetch: int = dataclasses.field(default=2, metadata=free(least=1, most=100_000))
 
     def __post_init__(self):
         check(self, "data.")
+        for name, kind in (
+            ("packing", Packing),
+            ("bad_lines", BadLines),
+            ("special_tokens", SpecialTokens),
+        ):
+            value, choices = getattr(self, name), get_args(kind)
+            if value not in choices:
+                words = " or ".join(map(repr, choices))
+                raise ValueError(f"data.{name} must be {words}, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

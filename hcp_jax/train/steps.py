@@ -4,6 +4,7 @@ The host stays off the critical path: a step is dispatched before the metrics of
 fetched, while a thread prepares the next batch and a checkpoint is written.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -78,19 +79,25 @@ class Steps:
         self._advice = LongRunAdvice(config, self._print)
         self._skipped = SkippedSteps(config.optimizer.max_skipped, self._print)
 
-    def make(self, state: TrainState) -> Outcome:
-        """All steps that are left after `state`, or those until a signal comes."""
+    def make(self, state: TrainState, given: Signals | None = None) -> Outcome:
+        """Make all steps that are left after `state`, or those until a signal comes.
+
+        Args:
+            state: of the model and the optimizer.
+            given: what signals mean; if None, they are listened to here.
+        """
         config, program = self._config, self._program
         start = done = int(state.step)
         clock = SaveClock(config.checkpoint.every_minutes, start)
         with (
-            Signals() as signals,
+            Signals() if given is None else contextlib.nullcontext(given) as signals,
             Progress(self._console, config.steps, start, config.log.every) as progress,
         ):
             before: _Made | None = None
             due = False
             if config.eval.is_due(start, config.steps):
-                self._evaluate(start, state)
+                self._evaluate(start, state, signals)
+            signals.begin_steps()
             self._meter.start()
             while True:
                 with self._meter.waiting():
@@ -100,7 +107,7 @@ class Steps:
                 if before is not None:
                     self._report(before, progress)
                 before, done = _Made(done, metrics, program.documents(batch)), done + 1
-                stopped = signals.agreed(done)
+                stopped = signals.agreed()
                 ends = stopped is not None or done == config.steps
                 by_time = clock.is_due(done)  # asked every time: all processes look together
                 # One that was due while steps were skipped is made up for as soon as one is not.
@@ -114,8 +121,11 @@ class Steps:
                     self._run.save(done, state, program)
                     due = False
                     clock.saved(done)
-                if evaluates:
-                    self._evaluate(done, state)
+                if evaluates and not self._evaluate(done, state, signals):
+                    stopped, ends = signals.agreed(), True
+                    # What was made since the last checkpoint is kept.
+                    if self._skipped.allow_saving(done, ends, self._run.latest_checkpoint()):
+                        self._run.save(done, state, program)
                 if ends:
                     break
             # Only a run that is saved is told to have ended, and how to go on.
@@ -133,12 +143,19 @@ class Steps:
         if not values["skipped"]:
             self._losses.append(values["loss"])
 
-    def _evaluate(self, done: int, state: TrainState) -> None:
+    def _evaluate(self, done: int, state: TrainState, signals: Signals) -> bool:
+        """Evaluate, and return whether it was done: a signal breaks it off between batches."""
         assert self._evaluator is not None
         with self._meter.paused():
-            found = self._evaluator.evaluate(done, state.params)
+            found = self._evaluator.evaluate(
+                done, state.params, stops=lambda: signals.agreed() is not None
+            )
+            if found is None:
+                self._print(f"evaluation after {done} steps: broken off by a signal")
+                return False
             self._run.record_evaluation(found)
             self._print(str(found))
+            return True
 
     def _conclude(self, start: int, done: int, seconds: float) -> None:
         path, losses, last = self._run.path, self._losses, self._losses[-10:]

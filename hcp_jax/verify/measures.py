@@ -16,8 +16,8 @@ from hcp_jax.context import ContextParallel
 from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES, Strategy, layer_traffic
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model
-from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.sections import DataConfig
 
 EXACT = 2e-6  # float32 attention against float64, largest error over largest value
 SAME_STEP = 1e-5  # float32 loss and gradient norm, relative
@@ -52,7 +52,11 @@ def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
             head_size=min(model.head_dim, 32),
             vocab_size=512 * tp,
         )
-        config = dataclasses.replace(config, data=data.DataConfig())  # bytes fit 512 ids
+        parallel = dataclasses.replace(
+            config.parallel, comm_type=list(comm_types), cp_comm_type=None
+        )
+        # Bytes fit 512 ids.
+        return dataclasses.replace(config, model=model, parallel=parallel, data=DataConfig()), cp
     return dataclasses.replace(config, model=model), cp
 
 

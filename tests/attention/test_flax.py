@@ -45,6 +45,12 @@ def test_linen_attention_computes_what_it_does_on_one_device(cp):
     assert relative(cp.unshard(got), plain.apply(params, jnp.asarray(X), mask=CAUSAL)) <= 2e-6
 
 
+def test_an_init_with_a_length_that_has_no_layout_says_which_length_does(cp):
+    layer = nn.MultiHeadDotProductAttention(8, attention_fn=hcp.attention_fn(cp))
+    with pytest.raises(ValueError, match="input of `init` needs such a length, too: give it 16"):
+        layer.init(jax.random.key(0), jnp.ones((2, 7, 32)))
+
+
 def test_masks_of_the_function_and_of_the_call_join():
     x = jnp.asarray(X).reshape(2, 48, 4, 8)
     both = hcp.attention_fn(mask=hcp.causal())(x, x, x, mask=hcp.sliding_window(5))

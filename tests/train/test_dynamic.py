@@ -371,7 +371,8 @@ def test_a_run_that_was_stopped_in_a_window_goes_on_to_the_same_bits(small, whol
 @pytest.mark.slow
 def test_a_run_with_groups_and_one_without_cannot_go_on_as_the_other(small, whole):
     fixed = dataclasses.replace(small, steps=20, parallel=ParallelConfig(cp_outer=4, cp_inner=2))
-    with pytest.raises(ValueError, match="is of a run with parallel.dynamic"):
+    says = "a run keeps these settings: parallel.dynamic.enabled was True and is False"
+    with pytest.raises(ValueError, match=says):
         train(fixed, resume=whole[0].folder)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from hcp_jax.train.optimizer import (
     OptimizerConfig,
+    fitted_warmup,
     make_optimizer,
     make_schedule,
     rounded_by_chance,
@@ -90,12 +91,23 @@ def test_gradients_are_clipped_to_the_norm_given():
         ),
         (lambda: OptimizerConfig(max_skipped=0), "max_skipped must be at least 1"),
         (lambda: OptimizerConfig(schedule="linear"), "one of cosine, constant, wsd, got 'linear'"),
-        (lambda: make_optimizer(OptimizerConfig(warmup_steps=10), 10), "fewer than the 10 steps"),
     ],
 )
 def test_impossible_optimizers_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "fitted"),
+    [(10, 100, 10), (10, 11, 10), (10, 10, 1), (10, 5, 1), (100, 50, 5), (10, 1, 0), (0, 1, 0)],
+)
+def test_a_warmup_that_does_not_fit_shrinks_and_every_step_has_a_rate(warmup, steps, fitted):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=warmup)
+    assert fitted_warmup(config, steps) == fitted
+    rates = [float(make_schedule(config, steps)(step)) for step in range(steps)]
+    assert min(rates) > 0
+    assert max(rates) == pytest.approx(1.0, rel=0.1) or steps == 1
 
 
 def test_rounding_by_chance_is_right_on_average_and_to_one_of_the_two_nearest():

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
         Corpus as Corpus,
     )
     from hcp_jax.train.data.corpus import (
+        describe_packing as describe_packing,
+    )
+    from hcp_jax.train.data.corpus import (
         evenly as evenly,
     )
     from hcp_jax.train.data.corpus import (
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from hcp_jax.train.data.corpus import (
         open_corpus as open_corpus,
     )
+    from hcp_jax.train.data.corpus import (
+        packing_metrics as packing_metrics,
+    )
     from hcp_jax.train.sections import DataConfig as DataConfig
 
 _HOME = {
@@ -35,10 +41,12 @@ _HOME = {
     "VOCAB_SIZE": "data.corpus",
     "Corpus": "data.corpus",
     "DataConfig": "sections",
+    "describe_packing": "data.corpus",
     "evenly": "data.corpus",
     "held_out_batches": "data.corpus",
     "make_batches": "data.corpus",
     "open_corpus": "data.corpus",
+    "packing_metrics": "data.corpus",
 }
 
 __all__ = sorted(_HOME)

@@ -12,7 +12,7 @@ not all of one document. Every token has its true target, also the last one befo
 cut, positions begin at 0 again, and the batch's mask lets no token see past the beginning of its
 segment, still less of its document.
 
-Text is held in memory; a tokenised folder is mapped from its files and read where it is used.
+Text is held in memory, and read in pieces; a tokenised folder is read where it is used.
 Nothing is random but the seed, so a pipeline's state is a few integers: they are saved with a
 checkpoint, and the batches after it are the same ones.
 
@@ -22,12 +22,12 @@ its *place* in the corpus, and `ContextParallel.shard_batch` has tokens read at 
 on a process's own devices, and no others.
 """
 
+import array
 import copy
 import operator
 import pathlib
-import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import grain
@@ -37,9 +37,13 @@ from jaxtyping import Int32, Int64, Integer
 
 from hcp_jax.mask import Mask, causal, documents
 from hcp_jax.placing import Gathered
-from hcp_jax.train.data import text, tokens
+from hcp_jax.train.data import tokens
+from hcp_jax.train.data.background import Work, in_background
+from hcp_jax.train.data.formats import Piece
 from hcp_jax.train.data.streams import Segments, Stream, Streams
-from hcp_jax.train.sections import DataConfig
+from hcp_jax.train.data.text import Texts
+from hcp_jax.train.data.tokenizer import Tokenizer
+from hcp_jax.train.sections import DataConfig, Packing
 
 SEPARATOR = 256
 """The token before the first and after the last byte of a document."""
@@ -61,27 +65,45 @@ class Corpus:
 
     Attributes:
         source: as given.
+        report: what was read, and left out, and which tokens frame a document, in lines.
         separator: the id before the first one of every document.
         end: the id that the last one of every document is followed by.
         vocab_size: no id is as great as this.
     """
 
     def __init__(self, texts: Sequence[bytes], source: str):
+        self._fill((Piece(text, True) for text in texts), source)
+
+    def _fill(self, pieces: Iterable[Piece], source: str) -> None:
         self.source = source
+        self.report: list[str] = []
         self.separator = self.end = SEPARATOR
         self.vocab_size = VOCAB_SIZE
         self._unit = "bytes"
-        self._ids: np.ndarray = np.frombuffer(b"".join(texts), np.uint8)
-        self._set_offsets(np.cumsum([0, *(len(t) for t in texts)], dtype=np.int64))
+        held, offsets = bytearray(), array.array("q", [0])
+        for text, ends in pieces:
+            held += text
+            if ends:
+                offsets.append(len(held))
+        self._ids: np.ndarray | tokens.TokenFile = np.frombuffer(held, np.uint8)
+        self._set_offsets(np.frombuffer(offsets, np.int64))
 
     @classmethod
-    def of_tokens(cls, tokenised: "tokens.Tokenised", source: str) -> "Corpus":
-        """Documents that a tokenizer made tokens of."""
+    def from_pieces(cls, pieces: Iterable[Piece], source: str) -> "Corpus":
+        """Make a corpus of documents that stay bytes and come in pieces."""
+        corpus = cls.__new__(cls)
+        corpus._fill(pieces, source)
+        return corpus
+
+    @classmethod
+    def from_tokens(cls, tokenised: "tokens.Tokenised", source: str) -> "Corpus":
+        """Make a corpus of documents that a tokenizer made tokens of."""
         corpus = cls([], source)
         corpus._ids = tokenised.ids
         corpus._set_offsets(tokenised.offsets)
         corpus.separator, corpus.end = tokenised.meta.bos_id, tokenised.meta.eos_id
         corpus.vocab_size, corpus._unit = tokenised.meta.vocab_size, "tokens"
+        corpus.report = tokenised.report
         return corpus
 
     def _set_offsets(self, offsets: Int64[np.ndarray, "D+1"]) -> None:
@@ -123,13 +145,28 @@ class Corpus:
         return self._ids[self._begins[at] : self._ends[at]]
 
     def places(self, index: SupportsIndex, begin: int, end: int) -> Int64[np.ndarray, "n"]:
-        """The places of tokens `begin` to `end` of a document that begins with its separator."""
-        at = operator.index(index)
-        places = 4 * (1 + np.arange(self._begins[at] + begin, self._begins[at] + end))
-        if begin == 0:
-            places[0] += 2
-        if end == self._ends[at] - self._begins[at] + 1:
-            places[-1] += 1
+        """Return the places of tokens `begin` to `end` of a document; see `places_of`."""
+        return self.places_of(*np.array([[operator.index(index)], [begin], [end]]))
+
+    def places_of(
+        self,
+        documents: Int64[np.ndarray, "p"],
+        begins: Int64[np.ndarray, "p"],
+        ends: Int64[np.ndarray, "p"],
+    ) -> Int64[np.ndarray, "n"]:
+        """Return the places of parts of documents, end to end.
+
+        Args:
+            documents: the number of the document that each part is of.
+            begins: the first token of each part; token 0 of a document is its separator.
+            ends: the token behind the last one of each part.
+        """
+        sizes = ends - begins
+        stops = np.cumsum(sizes)
+        within = np.arange(stops[-1] if stops.size else 0) - np.repeat(stops - sizes, sizes)
+        places = 4 * (1 + within + np.repeat(self._begins[documents] + begins, sizes))
+        places[(stops - sizes)[begins == 0]] += 2
+        places[(stops - 1)[ends == (self._ends - self._begins)[documents] + 1]] += 1
         return places
 
     def tokens_at(self, places: Int64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
@@ -149,6 +186,10 @@ class Corpus:
         within = places // 4 - 1 - ((places & 1) > (places & 2) // 2)
         return np.searchsorted(self._offsets, within, side="right") - 1
 
+    def sizes_at(self, places: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
+        """Return the sizes of the documents at these places; see `documents_at`."""
+        return np.diff(self._offsets)[self.documents_at(places)]
+
     def _read(
         self, index: np.ndarray, special: np.ndarray, token: int, places: np.ndarray
     ) -> Int32[np.ndarray, "..."]:
@@ -163,7 +204,9 @@ class Corpus:
 
 
 def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
-    """Opens, and checks, all that the config names: text is read, a tokenised folder is mapped.
+    """Open, and check, all that the config names: text is read, a tokenised folder is opened.
+
+    Ctrl-C ends it at any time: the work is done in a thread.
 
     Args:
         config: where it is.
@@ -171,10 +214,10 @@ def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
 
     Raises:
         ValueError: if the path does not exist, holds no text, or holds something that is not UTF-8
-            text or not JSONL with the field (names the file and the line); if a tokenised folder is
+            text or has no text in the field (names the file and the line); if a tokenised folder is
             damaged or of another tokenizer; if the model knows fewer ids than there are.
     """
-    corpus = _open(config)
+    corpus = in_background(lambda work: _open(config, work))
     if vocab_size is not None and corpus.vocab_size > vocab_size:
         ids = "bytes and the separator are" if corpus._unit == "bytes" else "the tokenizer has"
         raise ValueError(
@@ -183,18 +226,22 @@ def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
     return corpus
 
 
-def _open(config: DataConfig) -> Corpus:
+def _open(config: DataConfig, work: Work) -> Corpus:
     path = None if config.path is None else pathlib.Path(config.path)
     if path is not None and tokens.is_tokenised(path):
-        return Corpus.of_tokens(tokens.read(path, config.tokenizer), str(path))
-    if path is None:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        texts, source = text.standard_library(), f"Python {version}'s standard library"
+        return Corpus.from_tokens(tokens.read(path, config.tokenizer), str(path))
+    tokenizer = None
+    if config.tokenizer is not None:
+        # Made first: what is wrong with it is told before a large text is read.
+        tokenizer = Tokenizer(pathlib.Path(config.tokenizer), special_tokens=config.special_tokens)
+    texts = Texts(path, config.field, config.bad_lines, config.skip)
+    if tokenizer is None:
+        corpus = Corpus.from_pieces(work.through(texts.pieces()), texts.source)
     else:
-        texts, source = text.documents(path, config.field), str(path)
-    if config.tokenizer is None:
-        return Corpus(list(texts), source)
-    return Corpus.of_tokens(tokens.tokenise(texts, pathlib.Path(config.tokenizer)), source)
+        made = tokens.tokenise(work.through(texts.documents()), tokenizer)
+        corpus = Corpus.from_tokens(made, texts.source)
+    corpus.report = [*texts.report(), *corpus.report]
+    return corpus
 
 
 def held_out_batches(
@@ -236,6 +283,42 @@ def evenly(number: int) -> Int64[np.ndarray, "n"]:
     return np.argsort(np.arange(number, dtype=np.uint64) * golden, kind="stable")
 
 
+def describe_packing(corpus: Corpus, *, seq_len: int, seed: int, packing: Packing) -> str:
+    """Return how full streams are and how many documents stay whole in them, in words.
+
+    Args:
+        corpus: the documents.
+        seq_len: T, tokens per stream.
+        seed: as in `make_batches`.
+        packing: likewise.
+    """
+    return Streams(Segments(corpus, seq_len), seed, packing=packing).describe()
+
+
+def packing_metrics(corpus: Corpus, batch: Mapping[str, Any]) -> dict[str, float]:
+    """Return how a batch of `make_batches` is packed.
+
+    Args:
+        corpus: the documents.
+        batch: before it is put on devices.
+
+    Returns:
+        "fill", the share of the places that hold a token, and "whole_documents": of the documents
+        that would fit a stream, the share that is whole; a document that is cut counts in the
+        batch where it begins. 1 if there is none.
+    """
+    places, positions = batch["tokens"].places, batch["positions"]
+    used = places > 0
+    begins = used & (positions == 0)
+    ends = used & np.pad((positions == 0)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    first, last = places[begins], places[ends]
+    from_start = first & 2 > 0
+    fits = corpus.sizes_at(first[from_start]) < positions.shape[1]
+    whole = last[from_start] & 1 > 0
+    share = float(whole[fits].mean()) if fits.any() else 1.0
+    return {"fill": float(used.mean()), "whole_documents": share}
+
+
 def _in_documents(segment_ids: Int32[np.ndarray, "B T"]) -> Mask:
     return causal() & documents(segment_ids, padding_id=0)
 
@@ -249,6 +332,7 @@ def make_batches(
     mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
     prefetch: int = 2,
     place: Callable[[dict[str, Any]], Any] = lambda batch: batch,
+    packing: Packing = "whole",
 ) -> grain.DatasetIterator:
     """Batches of packed streams, in natural order, without end.
 
@@ -264,12 +348,14 @@ def make_batches(
             (`ModelConfig.mask`).
         prefetch: batches prepared ahead by a thread.
         place: what that thread does with each batch, such as `ContextParallel.shard_batch`.
+        packing: whether documents stay whole or every place is filled; see `DataConfig`.
     """
 
     def prepare(rows: Stream) -> Any:
         return place(_batch(corpus, rows, mask))
 
-    batches = Streams(Segments(corpus, seq_len), seed).batch(batch_size).map(prepare)
+    streams = Streams(Segments(corpus, seq_len), seed, packing=packing)
+    batches = streams.batch(batch_size).map(prepare)
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
     return iter(ahead)
 

@@ -18,7 +18,8 @@ import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hcp_jax.train.data import text, tokens
+from hcp_jax.train.data import tokens
+from hcp_jax.train.data.text import Texts
 from hcp_jax.train.sections import DataConfig
 
 FULL = 2**32
@@ -75,12 +76,12 @@ def of_run(data: DataConfig, held_out: str | None) -> dict[str, list[Entry]]:
         data: where the text comes from.
         held_out: `eval.path`, if the run evaluates on text of its own.
     """
-    found = {"data.path": _of_path(data.path)}
+    found = {"data.path": _files_of(data, data.path)}
     if data.tokenizer is not None:
         tokenizer = pathlib.Path(data.tokenizer)
         found["data.tokenizer"] = fingerprint([tokenizer], tokenizer.parent)
     if held_out is not None:
-        found["eval.path"] = _of_path(held_out)
+        found["eval.path"] = _files_of(data, held_out)
     return found
 
 
@@ -117,16 +118,14 @@ def doubts(before: Mapping[str, Any], now: Mapping[str, Sequence[Entry]]) -> lis
     ]
 
 
-def _of_path(name: str | None) -> list[Entry]:
-    if name is None:
-        root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        return fingerprint(text.files_of_standard_library(), root)
-    path = pathlib.Path(name)
-    if not path.is_dir():
-        return fingerprint([path], path.parent)
-    if tokens.is_tokenised(path):
+def _files_of(data: DataConfig, name: str | None) -> list[Entry]:
+    """Return the fingerprint of the text at `name`, read as `data` says; None: the default text."""
+    path = None if name is None else pathlib.Path(name)
+    if path is not None and tokens.is_tokenised(path):
         return fingerprint([path / file for file in tokens.FILES], path)
-    return fingerprint(text.files(path), path)
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"]) if path is None else path
+    files = Texts(path, data.field, data.bad_lines, data.skip).files
+    return fingerprint(files, root if root.is_dir() else root.parent)
 
 
 def _compare(key: str, before: list[Entry], now: Sequence[Entry]) -> list[str]:

@@ -1,127 +1,211 @@
-"""Text files to documents: UTF-8 bytes, checked, one at a time.
+"""Text files to documents: which files a folder holds, what is left out, and why.
 
 Apart from `data`, so that what turns text into tokens reads it in the same way as training does.
 """
 
-import json
+import collections
+import fnmatch
 import os
 import pathlib
+import stat
+import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from hcp_jax.train.data import formats
+from hcp_jax.train.data.formats import Piece, shown
+from hcp_jax.train.sections import SKIPPED, BadLines
 
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_NAMES_SHOWN = 5
 
 
-def documents(path: pathlib.Path, field: str = "text") -> Iterator[bytes]:
-    """Every document of a file or a folder that is not empty; lines of JSONL one by one.
+class Texts:
+    """The documents of a file or a folder, read as they are asked for.
 
     Args:
-        path: a .jsonl file (one document a line), any other text file (one document), or a folder
-            of them, searched to its depth without hidden files, always in the same order.
-        field: the field of a JSONL line that holds its text.
+        path: a file, or a folder of files, which is searched to its depth without hidden files.
+            None: the source files of the running Python's standard library, which every machine
+            has.
+        field: the field, or the column, that holds the text of a record.
+        bad_lines: "refuse" a line or record that cannot be read, or "skip" and count it.
+        skip: patterns of the names of files in a folder that are left out, in small letters.
 
     Raises:
-        ValueError: if the path does not exist, holds no text, or holds something that is not UTF-8
-            text or not JSONL with the field; names the file and the line.
+        ValueError: if the path does not exist or something in it is neither file nor folder.
     """
-    if not path.exists():
-        raise ValueError(
-            f"data.path: {path} does not exist; give a .txt or .jsonl file, or a folder of "
-            "text files."
+
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        field: str = "text",
+        bad_lines: BadLines = "refuse",
+        skip: Sequence[str] = SKIPPED,
+    ):
+        self.path, self._field, self._bad_lines = path, field, bad_lines
+        self._left_out: dict[str, list[str]] = collections.defaultdict(list)
+        self._bad, self._first_bad = 0, ""
+        self._files: collections.Counter[str] = collections.Counter()
+        self._documents: collections.Counter[str] = collections.Counter()
+        if path is None:
+            root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+            found = _walk(root, self._left_out, leave_out=_STDLIB_LEFT_OUT)
+            self.files = [file for file in found if file.suffix == ".py"]
+            # What else is there is no part of the text that this is said to be.
+            self._left_out.clear()
+        elif path.is_dir():
+            self.files = list(self._choose(_walk(path, self._left_out), skip))
+        else:
+            if not path.exists():
+                raise ValueError(
+                    f"data.path: {shown(path)} does not exist; give a .txt or .jsonl file, or a "
+                    "folder of text files."
+                )
+            _require_file(path)
+            self.files = [path]
+
+    @property
+    def source(self) -> str:
+        """Where the documents come from, in words."""
+        if self.path is not None:
+            return shown(self.path)
+        return f"Python {sys.version_info.major}.{sys.version_info.minor}'s standard library"
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield all documents that are not empty, file by file, in pieces.
+
+        Raises:
+            ValueError: if there is none, or if something is no text or has no text in the field;
+                names the file and the line.
+        """
+        seen = False
+        for file in self.files:
+            for piece in self._read(file):
+                seen = True
+                yield piece
+        if not seen:
+            # What was left out may be what was meant.
+            why = "".join(f" ({line})" for line in self.report()[1:])
+            what = "is empty" if self.files and not why else "holds no text files"
+            raise ValueError(
+                f"data.path: {self.source} {what}; training needs at least one document.{why}"
+            )
+
+    def documents(self) -> Iterator[bytes]:
+        """Yield all documents that are not empty, each whole; see `pieces`."""
+        begun: list[bytes] = []
+        for text, ends in self.pieces():
+            begun.append(text)
+            if ends:
+                yield b"".join(begun)
+                begun = []
+
+    def report(self) -> list[str]:
+        """Return what was read, and what was left out and why, in lines; whole after reading."""
+        read = (
+            f"{_counted(count, 'file')} of {kind} ({_counted(self._documents[kind], 'document')})"
+            for kind, count in sorted(self._files.items())
+            if count
         )
-    files = _walk(path) if path.is_dir() else iter([path])
-    seen_file = seen_text = False
-    for file in files:
-        seen_file = True
-        for text in _read(file, field):
-            if text:
-                seen_text = True
-                yield text
-    if not seen_text:
-        what = "is empty" if seen_file else "holds no text files"
-        raise ValueError(f"data.path: {path} {what}; training needs at least one document.")
+        lines = [f"read: {', '.join(read) or 'nothing'}"]
+        for why, names in sorted(self._left_out.items()):
+            some = ", ".join(names[:_NAMES_SHOWN])
+            more = f", and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
+            lines.append(f"left out, {why}: {some}{more}")
+        if self._bad:
+            first = self._first_bad.removeprefix("data.path: ")
+            lines.append(f"skipped, {self._bad:,} bad lines or records; the first: {first}")
+        return lines
 
+    def _choose(self, files: Iterator[pathlib.Path], skip: Sequence[str]) -> Iterator[pathlib.Path]:
+        for file in files:
+            if any(fnmatch.fnmatchcase(file.name.lower(), pattern.lower()) for pattern in skip):
+                self._left_out["by data.skip"].append(shown(file.name))
+            else:
+                yield file
 
-def standard_library() -> Iterator[bytes]:
-    """The source files of the running Python's standard library, which every machine has."""
-    for file in files_of_standard_library():
-        text = file.read_bytes()
-        # Python also runs sources in older encodings; those few are left out.
-        if text and _fault(text) is None:
-            yield text
-
-
-def files_of_standard_library() -> Iterator[pathlib.Path]:
-    """List the files that `standard_library` reads."""
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    return (file for file in _walk(root, _STDLIB_LEFT_OUT) if file.suffix == ".py")
-
-
-def files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """List the files that `documents` reads of a folder, in its order."""
-    return _walk(folder)
-
-
-def _walk(root: pathlib.Path, left_out: set[str] | None = None) -> Iterator[pathlib.Path]:
-    """All files below a folder in an order that is the same on every machine; no hidden ones."""
-    for folder, subfolders, files in os.walk(root):
-        seen = (name for name in subfolders if not name.startswith("."))
-        subfolders[:] = sorted(name for name in seen if name not in (left_out or ()))
-        yield from (
-            pathlib.Path(folder, name) for name in sorted(files) if not name.startswith(".")
-        )
-
-
-def _read(file: pathlib.Path, field: str) -> Iterator[bytes]:
-    if file.suffix != ".jsonl":
-        text = file.read_bytes()
-        _require_text(file, text)
-        yield text
-        return
-    offset = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            _require_text(file, line, offset, number)
-            offset += len(line)
-            if line.strip():
-                yield _field(line, field, f"data.path: {file}, line {number}")
-
-
-def _require_text(file: pathlib.Path, text: bytes, offset: int = 0, line: int = 1) -> None:
-    """Refuses bytes that are no text; they begin at `offset`, in line `line`, of the file."""
-    at = _fault(text)
-    if at is not None:
-        line += text.count(b"\n", 0, at)
-        raise ValueError(
-            f"data.path: {file} is not text: byte 0x{text[at]:02x} at offset {offset + at} "
-            f"(line {line}). Training reads UTF-8 text."
-        )
-
-
-def _fault(text: bytes) -> int | None:
-    """Where these bytes stop being text; None if they are text to the end."""
-    at = text.find(b"\0")
-    if at < 0:
+    def _read(self, file: pathlib.Path) -> Iterator[Piece]:
         try:
-            text.decode()
-        except UnicodeDecodeError as error:
-            return error.start
-    return None if at < 0 else at
+            if self.path is None:
+                formats.check_text(file)
+                kind = "text"
+            else:
+                kind = formats.format_of(file, self._field)
+            # A document of which a part has been given away cannot be left out any more.
+            if kind == "text" and self._bad_lines == "skip":
+                formats.check_text(file)
+            self._files[kind] += 1
+            for piece in formats.read(file, kind, self._field, self._note_bad):
+                self._documents[kind] += piece.ends
+                yield piece
+        except formats.NoRecordsError:
+            if file == self.path:
+                raise
+            self._files[kind] -= 1
+            self._left_out["JSON, but no list of records"].append(shown(file.name))
+        except ValueError as error:
+            # Python also runs sources in older encodings; those few are left out.
+            if self.path is None:
+                self._left_out["not UTF-8"].append(shown(file.name))
+            elif self._bad_lines == "skip" and "is not text" in str(error):
+                self._left_out["not text"].append(shown(file.name))
+            else:
+                raise
+
+    def _note_bad(self, message: str) -> None:
+        if self._bad_lines == "refuse":
+            raise ValueError(f"{message} data.bad_lines: skip leaves such lines out.")
+        self._bad, self._first_bad = self._bad + 1, self._first_bad or message
 
 
-def _field(line: bytes, field: str, place: str) -> bytes:
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _walk(
+    root: pathlib.Path, left_out: dict[str, list[str]], leave_out: set[str] | None = None
+) -> Iterator[pathlib.Path]:
+    """Yield all files below a folder in an order that is the same on every machine.
+
+    Folders that are links are followed, each folder once; hidden files are left out.
+
+    Args:
+        root: the folder.
+        left_out: is told what is left out, by the reason why.
+        leave_out: names of folders that are not searched.
+
+    Raises:
+        ValueError: if something there is neither a file nor a folder, such as a pipe or a device.
+    """
+    folders, seen = [root], set()
+    while folders:
+        folder = folders.pop()
+        about = folder.stat()
+        if (about.st_dev, about.st_ino) in seen:
+            left_out["folders that were read before"].append(shown(folder.name))
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        below = []
+        for name in sorted(os.listdir(folder)):
+            path = folder / name
+            if name.startswith("."):
+                left_out["hidden"].append(shown(name))
+            elif path.is_dir():
+                if name not in (leave_out or ()):
+                    below.append(path)
+            else:
+                _require_file(path)
+                yield path
+        folders += reversed(below)
+
+
+def _require_file(path: pathlib.Path) -> None:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error}).") from None
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
-            f"{place}: no text in field {field!r} (it has: {has or 'nothing'}); "
-            "name the field with data.field."
-        )
-    # A lone surrogate is valid JSON, but no text.
-    try:
-        return record[field].encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: field {field!r} is not text ({error}).") from None
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise ValueError(f"data.path: {shown(path)} is a link to nothing.") from None
+    if stat.S_ISREG(mode):
+        return
+    kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    what = next((what for is_kind, what in kinds if is_kind(mode)), "a device")
+    raise ValueError(f"data.path: {shown(path)} is {what}; training reads files.")

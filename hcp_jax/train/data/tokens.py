@@ -1,36 +1,44 @@
-"""Text to tokens, by the `tokenizers` package, and `hcp tokenize`: tokens to a folder of arrays.
+"""Folders of tokens: written by `hcp tokenize`, checked when they are opened, read where used.
 
-A tokenised folder is three files that every process maps into memory and reads only where it uses
-them:
+A tokenised folder is three files:
 
     tokens.npy    uint16 or uint32, the documents' tokens one behind the other
     offsets.npy   int64, where each document begins, and at the end how many tokens there are
-    meta.json     vocabulary, special ids, the tokenizer's checksum, the source
+    meta.json     vocabulary, special ids, checksums, the tokenizer's checksum, the source
 
-meta.json is written last: a folder without it is one that was not finished.
+meta.json is written last. Until then there are progress.json, which says how much of the text the
+other files hold, and ends.part, where each document ends; from them writing goes on.
+
+Tokens are read from the file whenever they are needed, not mapped: a mapped file that somebody
+shortens ends the process with SIGBUS, a read that finds too little is an error that names the file.
 """
 
-import argparse
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
-import time
-from collections.abc import Iterable, Iterator
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import tokenizers
 from jaxtyping import Int64, Integer
 
-from hcp_jax import terminal
-from hcp_jax.train.data import text
+from hcp_jax.train.data.formats import shown
+from hcp_jax.train.data.tokenizer import Tokenizer, describe_special
 
 FILES = ("tokens.npy", "offsets.npy", "meta.json")
 """What a tokenised folder is made of."""
 
-_TEXT_AT_ONCE = 2**22
-"""Bytes that are turned into tokens together, by all cores."""
+_BLOCK = 2**26
+"""Bytes of tokens that have a checksum together."""
+
+_BLOCKS_CHECKED = 4
+"""Blocks that are read when a folder is opened: all of a small one, some of a large one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,13 @@ class Meta:
         documents: how many.
         tokens: of all documents together, without the two above.
         source: the path of the text.
+        bos: the token of `bos_id`.
+        eos: the token of `eos_id`.
+        special_tokens: what became of text that spells a special token; see `Tokenizer`.
+        offsets_crc32: of the numbers in offsets.npy; None in folders of older versions.
+        tokens_crc32: of each 64 MiB of the numbers in tokens.npy; none in folders of older
+            versions.
+        crc32: of all of the above; None in folders of older versions.
     """
 
     vocab_size: int
@@ -54,116 +69,169 @@ class Meta:
     documents: int = 0
     tokens: int = 0
     source: str = ""
+    bos: str = ""
+    eos: str = ""
+    special_tokens: str = "control"
+    offsets_crc32: int | None = None
+    tokens_crc32: tuple[int, ...] = ()
+    crc32: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "bos_id", "eos_id", "documents", "tokens"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be a number from 0, got {value!r}")
+        for name in ("bos_id", "eos_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not in a vocabulary of {self.vocab_size}"
+                )
+        if self.vocab_size > 2**31:
+            raise ValueError(f"vocab_size={self.vocab_size} is more than int32 can number")
+        if self.crc32 is not None and self.crc32 != self.checksum():
+            raise ValueError("meta.json does not say what was written")
+
+    def checksum(self) -> int:
+        """Return what `crc32` must be."""
+        values = {**dataclasses.asdict(self), "crc32": None}
+        return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+class TokenFile:
+    """The ids in a tokens.npy, read whenever they are asked for.
+
+    Args:
+        path: the file.
+        vocab_size: no id may be as great as this.
+
+    Attributes:
+        size: how many ids it has.
+        dtype: uint16 or uint32.
+
+    Raises:
+        ValueError: if it is no array of ids, or not as long as it says.
+    """
+
+    def __init__(self, path: pathlib.Path, vocab_size: int):
+        self._path, self._vocab_size = path, vocab_size
+        with path.open("rb") as file:
+            self.size, self.dtype = _read_header(file, ("<u2", "<u4"))
+            self._begin = file.tell()
+            self._file = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._file)
+
+    def __getitem__(self, key: slice | Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
+        """Return ids; consecutive ones are read together.
+
+        Raises:
+            OSError: if the file has become shorter.
+            ValueError: if one is not in the vocabulary.
+        """
+        if isinstance(key, slice):
+            begin, end, _ = key.indices(self.size)
+            runs = [(begin, max(end, begin))]
+        else:
+            borders = np.flatnonzero(np.diff(key) != 1) + 1
+            begins = key[np.append(0, borders)[: key.size]]
+            ends = key[np.append(borders, key.size)[: key.size] - 1] + 1
+            runs = list(zip(begins.tolist(), ends.tolist(), strict=True))
+        ids = np.empty(sum(end - begin for begin, end in runs), self.dtype)
+        at = 0
+        for begin, end in runs:
+            self._read(begin, ids[at : at + end - begin])
+            at += end - begin
+        if ids.size and int(ids.max()) >= self._vocab_size:
+            raise ValueError(
+                f"{shown(self._path)} is damaged: it has the id {int(ids.max())}, but its "
+                f"vocabulary ends with {self._vocab_size - 1}."
+            )
+        return ids
+
+    def _read(self, begin: int, ids: Integer[np.ndarray, "n"]) -> None:
+        view, done = ids.view(np.uint8), 0
+        offset = self._begin + begin * self.dtype.itemsize
+        while done < len(view):
+            got = os.preadv(self._file, [view[done:].data], offset + done)
+            if not got:
+                raise OSError(
+                    f"{shown(self._path)} has become shorter since it was opened: nothing is left "
+                    f"at byte {offset + done}. Restore the file, and go on from the last "
+                    "checkpoint."
+                )
+            done += got
 
 
 class Tokenised(NamedTuple):
     """Documents as tokens: document i is `ids[offsets[i] : offsets[i + 1]]`."""
 
-    ids: Integer[np.ndarray, "n"]
+    ids: TokenFile | Integer[np.ndarray, "n"]
     offsets: Int64[np.ndarray, "D+1"]
     meta: Meta
+    report: list[str]
 
 
-class Tokenizer:
-    """A tokenizer.json, and which of its tokens begin and end a text.
-
-    Special tokens that are written out in a text become special tokens; none are added.
-
-    Args:
-        path: the tokenizer.json.
-        bos: the token that begins a text; None for what the tokenizer_config.json beside it says,
-            and if that says nothing, the one that ends it.
-        eos: the token that ends a text; None for what the tokenizer_config.json says.
-
-    Raises:
-        ValueError: if the file does not exist or is no tokenizer, if nothing says which token ends
-            a text, or if it has not the token that was named.
-    """
-
-    def __init__(self, path: pathlib.Path, bos: str | None = None, eos: str | None = None):
-        if not path.is_file():
-            raise ValueError(f"tokenizer: {path} does not exist; give a tokenizer.json.")
-        content = path.read_bytes()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # The package raises nothing narrower.
-            raise ValueError(f"tokenizer: {path} is no tokenizer.json ({error}).") from None
-        # Truncation and padding are for inference; a file may have them switched on.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        beside = _special_tokens(path.with_name("tokenizer_config.json"))
-        eos = eos or beside.get("eos_token")
-        if eos is None:
-            raise ValueError(
-                f"tokenizer: nothing says which token of {path} ends a text: there is no "
-                "tokenizer_config.json beside it with an eos_token. Run hcp tokenize with --eos."
-            )
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        # Ids may have gaps, so that the number of tokens is not enough.
-        size = 1 + max(vocabulary.values())
-        bos_id, eos_id = (
-            _id_of(token, vocabulary, path)
-            for token in (bos or beside.get("bos_token") or eos, eos)
-        )
-        self.meta = Meta(size, bos_id, eos_id, hashlib.sha256(content).hexdigest())
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The smallest that holds every id."""
-        return np.dtype(np.uint16 if self.meta.vocab_size <= 2**16 else np.uint32)
-
-    def __call__(self, texts: Iterable[bytes]) -> Iterator[Integer[np.ndarray, "n"]]:
-        """The tokens of each text, in order; a few megabytes of text at a time are in memory."""
-        for batch in _batches(texts):
-            for encoded in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                yield np.asarray(encoded.ids, self.dtype)
+def meta_of(tokenizer: Tokenizer) -> Meta:
+    """Return what a folder says of the tokenizer it is made with."""
+    return Meta(
+        tokenizer.vocab_size,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.sha256,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        special_tokens=tokenizer.special_tokens,
+    )
 
 
-def tokenise(texts: Iterable[bytes], tokenizer: pathlib.Path) -> Tokenised:
-    """All texts as tokens, in memory.
+def tokenise(texts: Iterable[bytes], tokenizer: Tokenizer) -> Tokenised:
+    """Return all texts as tokens, in memory.
 
     Raises:
-        ValueError: as `Tokenizer` does.
+        ValueError: as `Tokenizer.batches` does.
     """
-    tokenize = Tokenizer(tokenizer)
-    documents = list(tokenize(texts))
+    documents = list(tokenizer(texts))
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents], dtype=np.int64)])
-    return Tokenised(np.concatenate(documents), offsets, tokenize.meta)
+    return Tokenised(np.concatenate(documents), offsets, meta_of(tokenizer), tokenizer.describe())
 
 
 def is_tokenised(path: pathlib.Path) -> bool:
-    """Whether this is a folder of tokens rather than text."""
-    return (path / "tokens.npy").is_file()
+    """Return whether this is a folder of tokens rather than text."""
+    names = ("tokens.npy", "offsets.npy", "meta.json")
+    return sum((path / name).is_file() for name in names) >= 2 or (path / names[0]).is_file()
 
 
 def read(folder: pathlib.Path, tokenizer: str | None = None) -> Tokenised:
-    """Maps a tokenised folder into memory; of the tokens, nothing is read.
+    """Open a tokenised folder and check it.
+
+    All of a folder of up to 256 MB is read and held against its checksums, and as much of a larger
+    one; whatever is read later is held against the vocabulary.
 
     Args:
         folder: one that `hcp tokenize` made.
         tokenizer: the tokenizer.json that it must have been made with; None for any.
 
     Raises:
-        ValueError: if a file is missing or does not fit the others, or if the tokenizer was another
-            one.
+        ValueError: if a file is missing, damaged or does not fit the others, or if the tokenizer
+            was another one.
     """
-    place = f"data.path: {folder}"
+    place = f"data.path: {shown(folder)}"
     if not (folder / "meta.json").is_file():
         raise ValueError(
-            f"{place} has tokens, but no meta.json: hcp tokenize did not finish. Remove the folder "
-            "and run it again."
+            f"{place} has tokens, but no meta.json: hcp tokenize did not finish. Run it again: it "
+            "goes on where it stopped."
         )
     try:
-        meta = Meta(**json.loads((folder / "meta.json").read_text()))
-        ids, offsets = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("tokens", "offsets"))
-    except (ValueError, TypeError, OSError) as error:
+        meta = _read_meta(folder / "meta.json")
+        offsets = _read_offsets(folder / "offsets.npy", meta)
+        ids = TokenFile(folder / "tokens.npy", meta.vocab_size)
+        if ids.size != meta.tokens or offsets[-1] != ids.size:
+            raise ValueError(
+                f"tokens.npy has {ids.size} tokens, offsets.npy {int(offsets[-1])} and meta.json "
+                f"{meta.tokens}"
+            )
+        checked = _check_tokens(ids, meta)
+    except Exception as error:  # Whatever is made of a file that is not what it should be.
         raise ValueError(f"{place} is damaged: {error}") from None
-    fits = offsets.size == meta.documents + 1 and ids.size == meta.tokens
-    if not fits or offsets[0] != 0 or offsets[-1] != ids.size or np.any(np.diff(offsets) < 0):
-        raise ValueError(
-            f"{place} is damaged: offsets.npy, tokens.npy ({ids.size} tokens) and meta.json "
-            f"({meta.documents} documents, {meta.tokens} tokens) do not fit each other."
-        )
     if tokenizer is not None:
         checksum = hashlib.sha256(pathlib.Path(tokenizer).read_bytes()).hexdigest()
         if checksum != meta.tokenizer_sha256:
@@ -172,116 +240,248 @@ def read(folder: pathlib.Path, tokenizer: str | None = None) -> Tokenised:
                 f"checksum begins with {meta.tokenizer_sha256[:12]}, that of the file with "
                 f"{checksum[:12]}."
             )
-    return Tokenised(ids, offsets, meta)
+    report = [
+        f"a document begins with {shown(meta.bos)!r} ({meta.bos_id}) and ends with "
+        f"{shown(meta.eos)!r} ({meta.eos_id})",
+        describe_special(meta.special_tokens),
+        checked,
+    ]
+    return Tokenised(ids, offsets, meta, report)
 
 
-def write(texts: Iterable[bytes], tokenize: Tokenizer, folder: pathlib.Path, source: str) -> Meta:
-    """Writes a tokenised folder; what it says of itself.
+def write(
+    texts: Callable[[], Iterable[bytes]],
+    tokenizer: Tokenizer,
+    folder: pathlib.Path,
+    asked: dict[str, Any],
+    tell: Callable[[str], None] = lambda line: None,
+) -> Meta:
+    """Write a tokenised folder, or go on with one that was begun; return what it says of itself.
 
     Args:
-        texts: the documents.
-        tokenize: the tokenizer.
-        folder: a new folder, or an empty one.
-        source: where the texts come from.
+        texts: the documents, from the first one on.
+        tokenizer: the tokenizer.
+        folder: a new folder, an empty one, or one that the same call began.
+        asked: what the texts depend on, among it "source"; it must be the same to go on.
+        tell: is told when writing goes on from an earlier call.
 
     Raises:
-        ValueError: if there is something in the folder.
+        ValueError: if there is something else in the folder; if it was begun with other texts, or
+            by a call that is still at work.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--out {folder} exists and is not empty; give another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    ends = [0]
-    with (folder / "tokens.npy").open("wb") as file:
-        _write_header(file, tokenize.dtype, 0)
-        begin = file.tell()
-        for ids in tokenize(texts):
-            file.write(ids.tobytes())
-            ends.append(ends[-1] + ids.size)
-        # NumPy leaves room in a header for the length to grow.
-        file.seek(0)
-        _write_header(file, tokenize.dtype, ends[-1])
-        assert file.tell() == begin
-    np.save(folder / "offsets.npy", np.asarray(ends, np.int64))
+    fresh = meta_of(tokenizer)
+    asked = json.loads(json.dumps({**asked, **dataclasses.asdict(fresh)}))
+    progress = _begin(folder, tokenizer.dtype, asked)
+    with (
+        (folder / "tokens.npy").open("r+b") as tokens,
+        (folder / "ends.part").open("r+b") as ends,
+    ):
+        _lock(tokens, folder)
+        begin = _header_size(tokenizer.dtype)
+        total, done, checksum = (progress[n] for n in ("tokens", "documents", "text_crc32"))
+        _cut(tokens, begin + total * tokenizer.dtype.itemsize, folder)
+        _cut(ends, done * 8, folder)
+        rest = iter(texts())
+        if done:
+            tell(f"{shown(folder)}: going on after {done:,} documents, {total:,} tokens")
+            _skip(rest, done, checksum, folder)
+        for batch, encoded in tokenizer.batches(rest):
+            sizes = np.array([ids.size for ids in encoded], np.int64)
+            tokens.write(np.concatenate(encoded).tobytes())
+            ends.write((total + np.cumsum(sizes)).tobytes())
+            tokens.flush()
+            ends.flush()
+            total, done = total + int(sizes.sum()), done + sizes.size
+            for text in batch:
+                checksum = zlib.crc32(text, checksum)
+            progress = {"documents": done, "tokens": total, "text_crc32": checksum}
+            _write_json(folder / "progress.json", {**progress, "asked": asked})
+        tokens.seek(0)
+        _write_header(tokens, tokenizer.dtype, total)
+        assert tokens.tell() == begin
+    offsets = np.concatenate([[0], np.fromfile(folder / "ends.part", np.int64)])
+    np.save(folder / "offsets.npy", offsets)
     meta = dataclasses.replace(
-        tokenize.meta, documents=len(ends) - 1, tokens=ends[-1], source=source
+        fresh,
+        documents=done,
+        tokens=total,
+        source=str(asked.get("source", "")),
+        offsets_crc32=zlib.crc32(offsets.tobytes()),
+        tokens_crc32=tuple(_block_checksums(folder / "tokens.npy", begin)),
     )
-    (folder / "meta.json").write_text(json.dumps(dataclasses.asdict(meta), indent=2) + "\n")
+    meta = dataclasses.replace(meta, crc32=meta.checksum())
+    _write_json(folder / "meta.json", dataclasses.asdict(meta))
+    for name in ("progress.json", "ends.part"):
+        (folder / name).unlink()
     return meta
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp tokenize`."""
-    parser.add_argument(
-        "data", type=pathlib.Path, help="a .jsonl or text file, or a folder of them"
-    )
-    parser.add_argument(
-        "--tokenizer", type=pathlib.Path, required=True, help="the model's tokenizer.json"
-    )
-    parser.add_argument(
-        "--out", type=pathlib.Path, required=True, help="a new folder, to be named in data.path"
-    )
-    parser.add_argument("--field", default="text", help="field of a JSONL line (text)")
-    for name, does in (("bos", "begins"), ("eos", "ends")):
-        parser.add_argument(
-            f"--{name}",
-            metavar="TOKEN",
-            help=f"the token that {does} a text, if no tokenizer_config.json beside the tokenizer "
-            "says so",
+def _begin(folder: pathlib.Path, dtype: np.dtype, asked: dict[str, Any]) -> dict[str, int]:
+    """Return how far writing has come; make the files if it has not begun."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "tokens.npy").open("wb") as file:
+            _write_header(file, dtype, 0)
+        (folder / "ends.part").touch()
+        nothing = {"documents": 0, "tokens": 0, "text_crc32": 0}
+        _write_json(folder / "progress.json", {**nothing, "asked": asked})
+        return nothing
+    if (folder / "meta.json").exists() or not (folder / "progress.json").is_file():
+        raise ValueError(
+            f"--out {shown(folder)} exists and is not empty; give another folder, or remove it."
+        )
+    progress = _read_json(folder / "progress.json")
+    before = progress.get("asked")
+    differ = [name for name in asked if not before or before.get(name) != asked[name]]
+    numbers: dict[str, Any] = {
+        name: progress.get(name) for name in ("documents", "tokens", "text_crc32")
+    }
+    if differ or any(type(value) is not int for value in numbers.values()):
+        what = f"another {', '.join(differ)}" if differ else "a progress.json that is damaged"
+        raise ValueError(
+            f"--out {shown(folder)} was begun with {what}; give another folder, or remove it."
+        )
+    return {name: int(value) for name, value in numbers.items()}
+
+
+def _skip(texts: Iterator[bytes], count: int, checksum: int, folder: pathlib.Path) -> None:
+    """Read the documents whose tokens are written already."""
+    found = 0
+    for _ in range(count):
+        text = next(texts, None)
+        found = zlib.crc32(text or b"", found)
+    if found != checksum:
+        raise ValueError(
+            f"--out {shown(folder)} was begun with other text than there is now; give another "
+            "folder, or remove it."
         )
 
 
-def uses_jax(args: argparse.Namespace) -> bool:
-    """Return False: text is read on the host."""
-    return False
+def _cut(file: BinaryIO, size: int, folder: pathlib.Path) -> None:
+    """Drop what was written behind the last note of progress."""
+    if os.fstat(file.fileno()).st_size < size:
+        raise ValueError(
+            f"--out {shown(folder)}: {shown(pathlib.Path(file.name).name)} is shorter than it was; "
+            "remove the folder and begin again."
+        )
+    file.truncate(size)
+    file.seek(size)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs `hcp tokenize`."""
-    tokenize = Tokenizer(args.tokenizer, args.bos, args.eos)
-    began = time.perf_counter()
-    meta = write(text.documents(args.data, args.field), tokenize, args.out, str(args.data))
-    seconds = time.perf_counter() - began
-    terminal.say(
-        f"{args.out}: {meta.documents:,} documents, {meta.tokens:,} tokens as {tokenize.dtype}, "
-        f"vocabulary of {meta.vocab_size:,}, in {seconds:.0f} s"
-    )
-    return 0
+def _lock(file: BinaryIO, folder: pathlib.Path) -> None:
+    # A file system without locks is no reason to stop.
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out {shown(folder)}: another hcp tokenize is writing there."
+            ) from None
+
+
+def _read_header(file: BinaryIO, dtypes: tuple[str, ...]) -> tuple[int, np.dtype]:
+    """Return length and dtype of a row in a .npy file; the file stands behind its header then.
+
+    Raises:
+        ValueError: if it is no row of one of these dtypes, or not as long as it says.
+    """
+    name = pathlib.Path(file.name).name
+    version = np.lib.format.read_magic(file)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"{name} is a .npy file of version {version}")
+    shape, _, dtype = readers[version](file)
+    if dtype.str not in dtypes or len(shape) != 1:
+        names = " or ".join(str(np.dtype(x)) for x in dtypes)
+        raise ValueError(f"{name} holds {dtype} of shape {shape}; it must be a row of {names}")
+    length = os.fstat(file.fileno()).st_size
+    expected = file.tell() + int(shape[0]) * dtype.itemsize
+    if length != expected:
+        raise ValueError(f"{name} has {length} bytes, but should have {expected}")
+    return int(shape[0]), dtype
+
+
+def _read_offsets(path: pathlib.Path, meta: Meta) -> Int64[np.ndarray, "D+1"]:
+    with path.open("rb") as file:
+        size, dtype = _read_header(file, ("<i8",))
+        offsets = np.frombuffer(file.read(), dtype)
+    if size != meta.documents + 1:
+        raise ValueError(
+            f"offsets.npy has {size} numbers; {meta.documents} documents need {meta.documents + 1}"
+        )
+    if offsets[0] != 0 or np.any(np.diff(offsets) < 0):
+        raise ValueError("the numbers in offsets.npy must ascend from 0")
+    if meta.offsets_crc32 is not None and zlib.crc32(offsets.tobytes()) != meta.offsets_crc32:
+        raise ValueError("the numbers in offsets.npy are not those that were written")
+    return offsets
+
+
+def _check_tokens(ids: TokenFile, meta: Meta) -> str:
+    """Hold tokens against their checksums; return how much was checked, in words."""
+    each = _BLOCK // ids.dtype.itemsize
+    count = -(-ids.size // each)
+    if meta.tokens_crc32 and len(meta.tokens_crc32) != count:
+        raise ValueError(f"meta.json has {len(meta.tokens_crc32)} checksums for {count} blocks")
+    chosen = np.unique(np.linspace(0, count - 1, min(count, _BLOCKS_CHECKED)).astype(int))
+    for block in chosen.tolist() if count else []:
+        found = ids[block * each : (block + 1) * each]
+        if meta.tokens_crc32 and zlib.crc32(found.tobytes()) != meta.tokens_crc32[block]:
+            raise ValueError(
+                f"tokens {block * each} to {block * each + found.size - 1} in tokens.npy are not "
+                "those that were written"
+            )
+    what = "checksums" if meta.tokens_crc32 else "the vocabulary (it has no checksums)"
+    return f"held against {what}: {chosen.size if count else 0} of {count} parts of 64 MiB"
+
+
+def _block_checksums(path: pathlib.Path, begin: int) -> Iterator[int]:
+    with path.open("rb") as file:
+        file.seek(begin)
+        yield from (zlib.crc32(block) for block in iter(lambda: file.read(_BLOCK), b""))
+
+
+def _header_size(dtype: np.dtype) -> int:
+    class Counter:
+        size = 0
+
+        def write(self, data: bytes) -> None:
+            self.size += len(data)
+
+    counter: Any = Counter()
+    _write_header(counter, dtype, 0)
+    return counter.size
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, size: int) -> None:
+    # NumPy leaves room in a header for the length to grow.
     header = {"descr": dtype.str, "fortran_order": False, "shape": (size,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _batches(texts: Iterable[bytes]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for one in texts:
-        batch.append(one.decode())
-        size += len(one)
-        if size >= _TEXT_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _read_meta(path: pathlib.Path) -> Meta:
+    values = _read_json(path)
+    known = {field.name for field in dataclasses.fields(Meta)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"meta.json has a key that is not known: {shown(unknown[0])!r}")
+    checksums = values.pop("tokens_crc32", ())
+    if not isinstance(checksums, list | tuple) or any(type(x) is not int for x in checksums):
+        raise ValueError("tokens_crc32 in meta.json must be a list of numbers")
+    return Meta(**values, tokens_crc32=tuple(checksums))
 
 
-def _special_tokens(file: pathlib.Path) -> dict[str, str]:
-    """The tokens that a tokenizer_config.json names, by what they are for."""
-    if not file.is_file():
-        return {}
-    try:
-        values: Any = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"tokenizer: {file} is not JSON ({error}).") from None
-    found = {name: values.get(name) for name in ("bos_token", "eos_token")}
-    # Older files hold a token together with how it is stripped.
-    tokens = {n: v.get("content") if isinstance(v, dict) else v for n, v in found.items()}
-    return {name: token for name, token in tokens.items() if token}
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    values = json.loads(path.read_bytes())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} must hold keys and values, got {type(values).__name__}")
+    return values
 
 
-def _id_of(token: str, vocabulary: dict[str, int], path: pathlib.Path) -> int:
-    if token not in vocabulary:
-        raise ValueError(
-            f"tokenizer: {path} has no token {token!r}, which is to begin or end a text."
-        )
-    return vocabulary[token]
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps(values, indent=2) + "\n")
+    written.replace(path)

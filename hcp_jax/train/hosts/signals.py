@@ -1,48 +1,94 @@
 """Ctrl-C and SIGTERM as a wish to stop after the step in hand, in one process or in many."""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
+from hcp_jax import watch
 
 
 class Signals:
-    """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once.
+    """Turns Ctrl-C and SIGTERM into a wish to stop, once there is something to save.
+
+    Before `begin_steps`, the first signal ends the process at once: nothing would be lost, and
+    what runs (reading, compiling) cannot be asked to stop. From then on the first is a wish, and a
+    second Ctrl-C ends the process at once.
 
     Of several processes all must stop after the same step: they hand the signal to jax's preemption
     service, which agrees on one.
+
+    Args:
+        end: ends the process, from any thread, whatever the main thread does; called with the
+            signal, and whether steps have begun. If None, the first signal is always a wish, and a
+            second one raises KeyboardInterrupt: for programs that are not ours to end.
     """
 
-    def __init__(self):
+    def __init__(self, end: Callable[[int, bool], None] | None = None):
+        self._end = end
         self._caught: int | None = None
+        self._seen = 0
+        self._asked = 0
+        self._agreed: int | None = None
+        self._stepping = end is None
         self._old: dict[int, Any] = {}
-        self._alone = jax.process_count() == 1
+        self._watch = contextlib.ExitStack()
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            # jax listens for SIGTERM itself where there are several processes.
-            for number in (signal.SIGINT, signal.SIGTERM)[: 2 if self._alone else 1]:
+            # Where there are several processes, jax listens for SIGTERM itself.
+            for number in (signal.SIGINT, signal.SIGTERM)[: 1 if _are_several() else 2]:
                 self._old[number] = signal.signal(number, self._catch)
+            if self._end is not None:
+                self._watch.enter_context(watch.signals_to(self._see))
         return self
 
     def __exit__(self, *_) -> None:
+        self._watch.close()
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def agreed(self, step: int) -> int | None:
-        """The signal after which all processes stop now, at `step`; None if they go on."""
-        if self._alone:
+    def begin_steps(self) -> None:
+        """From now on there is something to save."""
+        self._stepping = True
+
+    def agreed(self) -> int | None:
+        """Return the signal after which all processes stop now; None if they go on.
+
+        Of several processes, all must ask equally often.
+        """
+        if not _are_several():
             return self._caught
-        if multihost_utils.reached_preemption_sync_point(step):
-            return self._caught or signal.SIGTERM
-        return None
+        from jax.experimental import multihost_utils
+
+        self._asked += 1
+        if multihost_utils.reached_preemption_sync_point(self._asked):  # true once only
+            self._agreed = self._caught or signal.SIGTERM
+        return self._agreed
+
+    def _see(self, number: int) -> None:
+        """Note a signal, in the thread that watches."""
+        if number not in self._old or self._end is None:
+            return
+        self._seen += number == signal.SIGINT or not self._stepping
+        if not self._stepping or (self._seen > 1 and number == signal.SIGINT):
+            self._end(number, self._stepping)
 
     def _catch(self, number: int, frame: Any) -> None:
+        """Note a signal, in the main thread: it must not raise (see `watch`) if it can be seen."""
         if self._caught is not None:
-            raise KeyboardInterrupt
+            if self._end is None:
+                raise KeyboardInterrupt
+            return
         self._caught = number
-        if not self._alone:
+        if _are_several() and number == signal.SIGINT:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _are_several() -> bool:
+    """Return whether this is one of several processes; jax is not imported or started for it."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()

@@ -5,9 +5,14 @@ goes on from a checkpoint first forgets what came after it, so that the record h
 every evaluation, exactly once.
 """
 
+import collections
+import contextlib
+import errno
 import json
+import logging
+import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hcp_jax import reading
@@ -15,6 +20,8 @@ from hcp_jax.terminal import printable
 
 if TYPE_CHECKING:
     from hcp_jax.train.evaluation import Evaluation
+
+_log = logging.getLogger("hcp_jax")
 
 
 class Recorder:
@@ -25,9 +32,16 @@ class Recorder:
         start: the first step that will be written; those from it on that are there are dropped, and
             evaluations after them.
         tensorboard: write TensorBoard events to `folder/tensorboard`.
+        goes_on: whether a number that cannot be written (the disk is full) is told and left out;
+            else it is an error.
+
+    Raises:
+        OSError: here and in `write` and `write_evaluation`; names the file.
     """
 
-    def __init__(self, folder: pathlib.Path, start: int, tensorboard: bool):
+    def __init__(self, folder: pathlib.Path, start: int, tensorboard: bool, goes_on: bool = False):
+        self._folder, self._goes_on = folder, goes_on
+        self._missed: collections.Counter[pathlib.Path] = collections.Counter()
         steps = [line for line in read(folder) if line["step"] < start]
         # The evaluation at `start` is of the very parameters that the run goes on from.
         evaluations = [line for line in read_evaluations(folder) if line["step"] <= start]
@@ -35,44 +49,82 @@ class Recorder:
         self._evaluations_path = folder / "eval.jsonl"
         if self._evaluations_path.exists():
             _rewrite(self._evaluations_path, evaluations)
-        path = folder / "metrics.jsonl"
-        _rewrite(path, steps)
-        self._lines = path.open("a", buffering=1)
-        self._board = _board(folder, start) if tensorboard else None
+        self._steps_path = folder / "metrics.jsonl"
+        _rewrite(self._steps_path, steps)
+        self._board = None
+        if tensorboard:
+            with self._may_fail(folder / "tensorboard"):
+                self._board = _board(folder, start)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds one step; a line is on disk when this returns."""
-        self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        """Add one step; a line is on disk when this returns."""
+        with self._may_fail(self._steps_path):
+            _append(self._steps_path, {"step": step, **metrics})
+        self._to_board(step, metrics)
 
     def write_evaluation(self, found: "Evaluation") -> None:
-        """Adds an evaluation, unless it is there from before the run went on."""
+        """Add an evaluation, unless it is there from before the run went on."""
         line = found.to_json()
         if found.step not in self._evaluated:
             self._evaluated.add(found.step)
-            with self._evaluations_path.open("a") as lines:
-                lines.write(_as_lines([line]))
-        if self._board is None:
-            return
-        self._board.add_scalar("eval/loss", found.loss, found.step)
-        for begin, loss in zip(line["positions"][:-1], line["loss_by_position"], strict=True):
-            if loss is not None:
-                self._board.add_scalar(f"eval_by_position/{begin:08}", loss, found.step)
+            with self._may_fail(self._evaluations_path):
+                _append(self._evaluations_path, line)
+        of_bins = zip(line["positions"][:-1], line["loss_by_position"], strict=True)
+        bins = {f"eval_by_position/{begin:08}": x for begin, x in of_bins if x is not None}
+        self._to_board(found.step, {"eval/loss": found.loss, **bins})
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        self._lines.close()
+        """Close the files, and tell what could not be written to them; nothing is raised."""
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
+        for path, number in self._missed.items():
+            if number > 1:
+                _log.warning(f"{path} lacks what could not be written, {number} times.")
+
+    def _to_board(self, step: int, values: Mapping[str, float]) -> None:
+        if self._board is not None:
+            with self._may_fail(self._folder / "tensorboard"):
+                self._board.write(step, values)
+
+    @contextlib.contextmanager
+    def _may_fail(self, path: pathlib.Path) -> Iterator[None]:
+        """Name the file in an error of the disk; raise it, or tell it the first time and go on."""
+        try:
+            yield
+        except OSError as error:
+            if not self._folder.is_dir():
+                raise FileNotFoundError(
+                    f"the run folder {self._folder} is gone: it was deleted or renamed, or its "
+                    "disk went away. Training stops, since nothing of it could be kept."
+                ) from error
+            why = f"{path} cannot be written ({error.strerror or error})"
+            if not self._goes_on:
+                raise OSError(f"{why} (checkpoint.on_error: stop).") from error
+            self._missed[path] += 1
+            if self._missed[path] == 1:
+                _log.warning(f"{why}. Training goes on (checkpoint.on_error: continue).")
 
 
 def _board(folder: pathlib.Path, start: int) -> Any:
     # Imports torch where there is one: not before somebody wants it.
-    import tensorboardX
+    from hcp_jax.train.record.board import Board
 
-    return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+    return Board(folder / "tensorboard", start)
+
+
+def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a file, whole or not at all: a part of one would spoil the file."""
+    line = json.dumps(record).encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def read(folder: pathlib.Path) -> list[dict[str, float]]:

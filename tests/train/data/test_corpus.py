@@ -34,7 +34,7 @@ def batches_of(corpus, seed=0, **options):
     return data.make_batches(corpus, batch_size=2, seq_len=T, seed=seed, place=host, **options)
 
 
-def epochs_of(corpus, number=1, seed=0):
+def epochs_of(corpus, number=1, seed=0, packing="whole"):
     """Streams, with the pairs of token and target at their places."""
     return [
         {
@@ -42,7 +42,7 @@ def epochs_of(corpus, number=1, seed=0):
             "pairs_segment_ids": x.segment_ids,
             "pairs_positions": x.positions,
         }
-        for x in Streams(Segments(corpus, T), seed, number)
+        for x in Streams(Segments(corpus, T), seed, number, packing=packing)
     ]
 
 
@@ -57,10 +57,12 @@ def counted(pairs):
     return collections.Counter(map(tuple, np.asarray(pairs).tolist()))
 
 
-def test_every_token_of_every_document_comes_once_per_epoch_with_the_next_as_target(corpus):
-    found = counted(
-        np.concatenate([x["pairs"][x["pairs_segment_ids"] > 0] for x in epochs_of(corpus)])
-    )
+@pytest.mark.parametrize("packing", ["whole", "dense"])
+def test_every_token_of_every_document_comes_once_per_epoch_with_the_next_as_target(
+    corpus, packing
+):
+    made = epochs_of(corpus, packing=packing)
+    found = counted(np.concatenate([x["pairs"][x["pairs_segment_ids"] > 0] for x in made]))
     expected = collections.Counter()
     for i in range(len(corpus)):
         document = [SEPARATOR, *corpus[i].tolist(), SEPARATOR]
@@ -69,9 +71,10 @@ def test_every_token_of_every_document_comes_once_per_epoch_with_the_next_as_tar
     assert max(expected.values()) < 4  # the pairs tell the places apart
 
 
-def test_a_segment_is_consecutive_tokens_of_one_document(corpus):
+@pytest.mark.parametrize("packing", ["whole", "dense"])
+def test_a_segment_is_consecutive_tokens_of_one_document(corpus, packing):
     texts = [bytes(corpus[i]) for i in range(len(corpus))]
-    for stream in epochs_of(corpus):
+    for stream in epochs_of(corpus, packing=packing):
         for tokens, targets, positions in segments(stream):
             np.testing.assert_array_equal(tokens[1:], targets[:-1])
             np.testing.assert_array_equal(positions, np.arange(len(tokens)))
@@ -85,8 +88,8 @@ def test_long_documents_fill_whole_streams(corpus):
     assert len(whole) >= sum((corpus.sizes + 1) // T)
 
 
-def test_an_epoch_has_less_padding_than_one_stream(corpus):
-    packed = epochs_of(corpus)
+def test_a_dense_epoch_has_less_padding_than_one_stream(corpus):
+    packed = epochs_of(corpus, packing="dense")
     padding = sum(int((x["pairs_segment_ids"] == 0).sum()) for x in packed)
     assert padding < T
     assert T * len(packed) - padding == corpus.num_ids + len(corpus)
@@ -97,8 +100,10 @@ def test_no_token_attends_across_documents(corpus):
     start, end = batch["mask"].intervals(T)
     index = np.arange(T)
     # A token's interval reaches back to where its position counter began, and up to itself.
-    np.testing.assert_array_equal(start, index - batch["positions"])
-    np.testing.assert_array_equal(end, np.broadcast_to(index + 1, end.shape))
+    real = batch["weights"] > 0
+    np.testing.assert_array_equal(start[real], (index - batch["positions"])[real])
+    np.testing.assert_array_equal(end[real], np.broadcast_to(index + 1, end.shape)[real])
+    assert np.all((end <= start)[~real])
     begins = batch["positions"] == 0
     assert np.all(begins[:, 1:][batch["tokens"][:, 1:] == SEPARATOR])
 
@@ -109,7 +114,9 @@ def test_the_model_decides_the_mask_within_documents(corpus):
 
     wide = next(batches_of(corpus))["mask"].intervals(T)
     narrow = next(batches_of(corpus, mask=windowed))["mask"].intervals(T)
-    np.testing.assert_array_equal(narrow.start, np.maximum(wide.start, np.arange(T) - 4))
+    real = wide.end > wide.start
+    expected = np.maximum(wide.start, np.arange(T) - 4)
+    np.testing.assert_array_equal(narrow.start[real], expected[real])
 
 
 def test_padding_sees_nothing_and_weighs_nothing():
@@ -153,9 +160,9 @@ def test_documents_of_whole_streams_alone_come_for_ever_at_no_cost():
     }
 
 
-def test_rests_go_on_over_epochs_without_padding():
+def test_dense_streams_go_on_over_epochs_without_padding():
     corpus = Corpus([b"abc", b"defg"], "a test")  # 9 tokens an epoch, T of 64
-    made = [*itertools.islice(Streams(Segments(corpus, T), 0), 9)]
+    made = [*itertools.islice(Streams(Segments(corpus, T), 0, packing="dense"), 9)]
     assert all(np.all(x.segment_ids > 0) for x in made)
     places = np.concatenate([x.places for x in made])  # 64 epochs
     assert set(np.unique(places, return_counts=True)[1].tolist()) == {64}
@@ -167,15 +174,22 @@ def test_the_place_in_other_data_is_refused(corpus):
         iter(Streams(Segments(corpus, T), 1)).set_state(state)
     with pytest.raises(ValueError, match="seq_len was 64 and is 32|segments was"):
         iter(Streams(Segments(corpus, T // 2), 0)).set_state(state)
+    # Checkpoints of before there was a choice do not tell it: their streams were dense.
+    for key in ("packing", "window_in_epoch"):
+        del state[key]
+    with pytest.raises(ValueError, match="packing was dense and is whole.*--data.packing dense"):
+        iter(Streams(Segments(corpus, T), 0)).set_state(state)
+    iter(Streams(Segments(corpus, T), 0, packing="dense")).set_state(state)
 
 
+@pytest.mark.parametrize("packing", ["whole", "dense"])
 @pytest.mark.parametrize("stop", [0, 1, 7, 23])
-def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop):
-    whole = batches_of(corpus)
+def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop, packing):
+    whole = batches_of(corpus, packing=packing)
     for _ in range(stop):
         next(whole)
     state = json.loads(json.dumps(whole.get_state()))
-    resumed = batches_of(corpus)
+    resumed = batches_of(corpus, packing=packing)
     resumed.set_state(state)
     for _ in range(12):
         a, b = next(whole), next(resumed)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from hcp_jax.commands import plot
 from hcp_jax.train.record import figures
 from hcp_jax.train.record.figures import Run
 
@@ -107,13 +108,11 @@ def test_runs_are_drawn_side_by_side_against_steps_or_tokens(tmp_path):
 def test_hcp_plot_writes_the_picture_it_names(tmp_path, capsys):
     folder = run_folder(tmp_path / "a")
     parser = argparse.ArgumentParser()
-    figures.add_arguments(parser)
+    plot.add_arguments(parser)
     out = tmp_path / "x.png"
     assert figures.run(parser.parse_args([str(folder), "--out", str(out)])) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert imread(out).shape[0] > 400
-    with pytest.raises(ValueError, match=r"ends in \.png, \.pdf or \.svg"):
-        figures.run(parser.parse_args([str(folder), "--out", "x.docx"]))
 
 
 def test_what_is_no_run_is_told(tmp_path):

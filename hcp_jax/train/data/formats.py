@@ -1,0 +1,471 @@
+"""Read documents from one file: text, JSON lines, JSON arrays, CSV and Parquet, also compressed.
+
+Which format a file has is decided by its name and its first bytes. Files are read in pieces of
+about a megabyte, so that a file needs no more memory than its longest document; a plain text file
+is one document, which comes in several pieces.
+"""
+
+import bz2
+import codecs
+import contextlib
+import csv
+import gzip
+import json
+import lzma
+import pathlib
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
+
+PIECE = 2**20
+"""Bytes that are read at a time."""
+
+_HEAD = 2**16  # bytes by which a format is recognised
+_BOM = codecs.BOM_UTF8
+_LINES = {".jsonl", ".ndjson", ".jsonlines", ".ldjson"}
+_TABLES = {".csv", ".tsv"}
+_PARQUET = {".parquet", ".parq", ".pq"}
+_PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
+_KEYS_SHOWN = 12
+
+Bad = Callable[[str], None]
+"""Is told what is wrong with a line or a record; raises, or returns to have it skipped."""
+
+
+class Piece(NamedTuple):
+    """A part of a document's text, in UTF-8.
+
+    Attributes:
+        text: the bytes; a character may go on in the next piece.
+        ends: whether the document ends with them.
+    """
+
+    text: bytes
+    ends: bool
+
+
+class NoRecordsError(ValueError):
+    """A JSON file is no list of documents; in a folder, such a file is left out."""
+
+
+def shown(text: object) -> str:
+    """Return a name as messages show it: quoted if it has characters that a terminal acts on."""
+    words = str(text)
+    return words if words.isprintable() else repr(words)
+
+
+def format_of(file: pathlib.Path, field: str) -> str:
+    """Return the format of a file: "text", "JSON lines", "JSON", "CSV" or "Parquet".
+
+    Args:
+        file: a regular file.
+        field: the field that holds a record's text, by which JSON is recognised in files that are
+            not named so.
+
+    Raises:
+        ValueError: if the file is compressed and cannot be read.
+    """
+    suffixes = [s.lower() for s in file.suffixes]
+    while suffixes and (suffixes[-1] in _PACKED or suffixes[-1] == ".txt"):
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    with file.open("rb") as opened:
+        if suffix in _PARQUET or opened.read(4) == b"PAR1":
+            return "Parquet"
+    if suffix in _LINES:
+        return "JSON lines"
+    if suffix in _TABLES:
+        return "CSV"
+    head = b""
+    for piece in _pieces(file):
+        head += piece
+        if len(head) >= _HEAD:
+            break
+    head = head[:_HEAD].removeprefix(_BOM)
+    if suffix == ".json":
+        return "JSON lines" if _has_lines(head) else "JSON"
+    if re.match(rb'\s*\[\s*\{\s*"', head) and _has_field(head[head.index(b"{") :], field):
+        return "JSON"
+    if re.match(rb'\s*\{\s*"', head) and _has_field(head, field):
+        return "JSON lines"
+    return "text"
+
+
+def read(file: pathlib.Path, format_: str, field: str, bad: Bad) -> Iterator[Piece]:
+    """Yield the documents of a file that are not empty, in pieces.
+
+    Args:
+        file: a regular file.
+        format_: from `format_of`.
+        field: the field that holds a record's text.
+        bad: see `Bad`.
+
+    Raises:
+        ValueError: if the file is damaged, or not what it seems to be.
+        NoRecordsError: if it is JSON, but no list of documents.
+    """
+    readers = {
+        "JSON lines": _json_lines,
+        "JSON": _json_array,
+        "CSV": _csv,
+        "Parquet": _parquet,
+    }
+    if format_ == "text":
+        yield from _text(file)
+        return
+    for text in readers[format_](file, field, bad):
+        if text:
+            yield Piece(text, True)
+
+
+def check_text(file: pathlib.Path) -> None:
+    """Read a text file, and raise ValueError if it is none."""
+    for _ in _text(file):
+        pass
+
+
+def _text(file: pathlib.Path) -> Iterator[Piece]:
+    last = b""
+    for piece in _checked(file):
+        if last:
+            yield Piece(last, False)
+        last = piece
+    if last:
+        yield Piece(last, True)
+
+
+def _checked(file: pathlib.Path) -> Iterator[bytes]:
+    """Yield the pieces of a file, each found to be text; a piece ends with a whole character."""
+    offset, line, begun = 0, 1, b""
+    for piece in _pieces(file):
+        text = begun + piece
+        if offset == 0 and text.startswith(_BOM):
+            text, offset = text[len(_BOM) :], len(_BOM)
+        size = _check(file, text, offset, line, final=False)
+        begun, text = text[size:], text[:size]
+        offset, line = offset + size, line + text.count(b"\n")
+        if text:
+            yield text
+    _check(file, begun, offset, line, final=True)
+
+
+def _check(file: pathlib.Path, text: bytes, offset: int, line: int, final: bool) -> int:
+    """Return how many bytes are whole characters of text; refuse what is no text.
+
+    Args:
+        file: that is read.
+        text: some of its bytes.
+        offset: where they begin in it.
+        line: likewise.
+        final: whether no character goes on behind them.
+    """
+    at, size = text.find(b"\0"), len(text)
+    wide = offset == 0 and text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if wide:
+        at = 0
+    if at < 0:
+        try:
+            size = codecs.utf_8_decode(text, "strict", final)[1]
+        except UnicodeDecodeError as error:
+            at = error.start
+    if at >= 0:
+        line += text.count(b"\n", 0, at)
+        raise ValueError(
+            f"data.path: {shown(file)} is not text: byte 0x{text[at]:02x} at offset {offset + at} "
+            f"(line {line}). Training reads UTF-8 text{', and this is UTF-16' if wide else ''}."
+        )
+    return size
+
+
+def _lines(file: pathlib.Path, bad: Bad) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of each line that is text; numbers begin at 1."""
+    offset = 0
+    for number, line in enumerate(_cut_lines(_pieces(file)), 1):
+        text = line
+        if number == 1 and text.startswith(_BOM):
+            text, offset = text[len(_BOM) :], len(_BOM)
+        try:
+            _check(file, text, offset, number, final=True)
+        except ValueError as error:
+            bad(str(error))
+            text = b""
+        yield number, text
+        offset += len(line) + 1
+
+
+def _cut_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    begun: list[bytes] = []
+    for piece in pieces:
+        first, *more = piece.split(b"\n")
+        begun.append(first)
+        if more:
+            yield b"".join(begun)
+            yield from more[:-1]
+            begun = [more[-1]]
+    yield b"".join(begun)
+
+
+def _json_lines(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
+    for number, line in _lines(file, bad):
+        if line.strip():
+            place = f"data.path: {shown(file)}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                bad(f"{place}: not JSON ({error}).")
+                continue
+            yield _field(record, field, place, bad)
+
+
+def _json_array(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
+    """Yield the texts of the records of an array, of which one is in memory at a time."""
+    decoder, pieces = json.JSONDecoder(), _checked(file)
+    text, at, number, ended = "", 0, 0, False
+
+    def more(least: int) -> None:
+        nonlocal text, at, ended
+        read = [text[at:]]
+        while least > 0 and not ended:
+            piece = next(pieces, None)
+            ended = piece is None
+            read.append((piece or b"").decode())
+            least -= len(read[-1])
+        text, at = "".join(read), 0
+
+    def skip(pattern: str) -> str:
+        """Go on behind white space, and return the character there, if it is one of these."""
+        nonlocal at
+        while True:
+            match = re.compile(r"\s*").match(text, at)
+            assert match is not None
+            at = match.end()
+            if at < len(text) or ended:
+                break
+            more(1)
+        found = text[at : at + 1]
+        if found and found in pattern:
+            at += 1
+            return found
+        return ""
+
+    name = shown(file)
+    if not skip("["):
+        if text[at : at + 1] in ("", "{"):
+            yield from _json_object(file, text, field)
+            return
+        raise NoRecordsError(f"data.path: {name} is JSON, but no list of records.")
+    if skip("]"):
+        return
+    while True:
+        number += 1
+        skip("")
+        wanted = PIECE
+        while True:
+            try:
+                record, end = decoder.raw_decode(text, at)
+                break
+            except (ValueError, RecursionError) as error:
+                if ended:
+                    message = f"data.path: {name}, record {number}: not JSON ({error})."
+                    raise ValueError(message) from None
+            more(wanted)
+            wanted *= 2  # a long record is not read again for each of its pieces
+        at = end
+        if isinstance(record, str):
+            record = {field: record}
+        yield _field(record, field, f"data.path: {name}, record {number}", bad)
+        if skip("]"):
+            if skip("") or at < len(text):
+                raise ValueError(f"data.path: {name}: more text behind the list of records.")
+            return
+        if not skip(","):
+            raise ValueError(
+                f"data.path: {name}: the list of records breaks off after record {number}."
+            )
+
+
+def _json_object(file: pathlib.Path, begun: str, field: str) -> Iterator[bytes]:
+    """Yield the text of a file that is a single object."""
+    if not begun.strip():
+        return
+    place = f"data.path: {shown(file)}"
+    try:
+        record = json.loads(b"".join(_checked(file)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON ({error}).") from None
+    if not isinstance(record.get(field), str):
+        raise NoRecordsError(
+            f"{place} is JSON, but no list of records, and has no text in field {shown(field)!r}."
+        )
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    yield _field(record, field, place, refuse)
+
+
+def _csv(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    # A line that is no text may be in the middle of a record, so that it cannot be left out.
+    lines = (line.decode() + "\n" for _, line in _lines(file, refuse))
+    name = f"data.path: {shown(file)}"
+    first = next(lines, "")
+    tables = [(delimiter, next(csv.reader([first], delimiter=delimiter))) for delimiter in ",;\t"]
+    found = [(delimiter, names) for delimiter, names in tables if field in names]
+    if not first.strip():
+        return
+    if not found:
+        raise ValueError(
+            f"{name}, line 1: no column {field!r} (it has: {_listed(tables[0][1])}); name the "
+            "column with data.field."
+        )
+    delimiter, names = found[0]
+    # The module refuses fields of more than 128 kB, which documents are; the limit is its own.
+    with _longest_field(sys.maxsize):
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        while True:
+            begins = rows.line_num + 2
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                bad(f"{name}, line {begins}: not CSV ({error}).")
+                continue
+            if row is None:
+                return
+            if row and len(row) != len(names):
+                bad(f"{name}, line {begins}: {len(row)} values, but {len(names)} columns.")
+            elif row:
+                yield row[names.index(field)].encode()
+
+
+@contextlib.contextmanager
+def _longest_field(size: int) -> Iterator[None]:
+    before = csv.field_size_limit(size)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
+    pyarrow = _package("pyarrow", file)
+    parquet = _package("pyarrow.parquet", file)
+    name = f"data.path: {shown(file)}"
+    try:
+        with parquet.ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            if field not in names:
+                raise ValueError(
+                    f"no column {field!r} (it has: {_listed(names)}); name the column with "
+                    "data.field"
+                )
+            number = 0
+            for batch in opened.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _field({field: value}, field, f"{name}, row {number}", bad)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{name} is damaged: {error}") from None
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("data.path") else f"{name}: {text}.") from None
+
+
+def _field(record: Any, field: str, place: str, bad: Bad) -> bytes:
+    """Return the text of a record; nothing if it has none and `bad` has that skipped."""
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        has = _listed(record) if isinstance(record, dict) else type(record).__name__
+        bad(f"{place}: no text in field {field!r} (it has: {has}); name the field with data.field.")
+        return b""
+    # A lone surrogate is valid JSON, but no text.
+    try:
+        return record[field].encode()
+    except UnicodeEncodeError as error:
+        bad(f"{place}: field {field!r} is not text ({error}).")
+        return b""
+
+
+def _listed(names: Any) -> str:
+    names = [shown(name)[:80] for name in names]
+    more = f", and {len(names) - _KEYS_SHOWN} more" if len(names) > _KEYS_SHOWN else ""
+    return (", ".join(names[:_KEYS_SHOWN]) or "nothing") + more
+
+
+def _has_lines(head: bytes) -> bool:
+    """Whether a file that begins so is JSON lines: an object ends where its line does."""
+    first, _, rest = head.lstrip().partition(b"\n")
+    if not first.startswith(b"{") or not rest.lstrip().startswith(b"{"):
+        return False
+    return first.rstrip().endswith(b"}")
+
+
+def _has_field(head: bytes, field: str) -> bool:
+    """Whether the JSON object that a file begins with has this field."""
+    text = head.decode(errors="ignore").lstrip()
+    try:
+        record, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        # An object longer than what was read is taken by how it begins.
+        whole = "\n" in text or len(head) < _HEAD // 2
+        return not whole and f"{json.dumps(field)}:" in text.replace('" :', '":')
+    return isinstance(record, dict) and isinstance(record.get(field), str) and end > 0
+
+
+def _pieces(file: pathlib.Path) -> Iterator[bytes]:
+    """Yield the bytes of a file, unpacked if it is compressed."""
+    with file.open("rb") as raw:
+        begins = raw.read(6)
+        raw.seek(0)
+        packed = next((s for s, magic in _PACKED.items() if begins.startswith(magic)), None)
+        if packed is None and file.suffix.lower() in _PACKED and begins:
+            raise ValueError(f"data.path: {shown(file)} is damaged: no {file.suffix} file.")
+        if packed is None:
+            yield from iter(lambda: raw.read(PIECE), b"")
+            return
+        try:
+            yield from _unpacked(file, raw, packed)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"data.path: {shown(file)} is damaged: {error}") from None
+
+
+def _unpacked(file: pathlib.Path, raw: IO[bytes], packed: str) -> Iterator[bytes]:
+    if packed == ".zst":
+        yield from _unpacked_zstd(_package("zstandard", file), raw)
+        return
+    unpack: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opened = unpack[packed](raw)
+    yield from iter(lambda: opened.read(PIECE), b"")
+
+
+def _unpacked_zstd(zstandard: Any, raw: IO[bytes]) -> Iterator[bytes]:
+    # The package's own reader takes a file that breaks off for one that ends.
+    rest = b""
+    while data := rest or raw.read(PIECE // 8):
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        while True:
+            try:
+                if text := frame.decompress(data):
+                    yield text
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            if frame.eof:
+                break
+            data = raw.read(PIECE // 8)
+            if not data:
+                raise EOFError("it breaks off")
+        rest = frame.unused_data
+
+
+def _package(name: str, file: pathlib.Path) -> Any:
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError:
+        package = name.partition(".")[0]
+        raise ValueError(
+            f"data.path: {shown(file)} needs the package {package}: pip install {package} (the "
+            "extra 'data' of hcp_jax has it)."
+        ) from None
