@@ -470,10 +470,12 @@ def _integers(name: str, value: Any) -> Any:
         ValueError: for other dtypes, booleans among them.
     """
     try:
-        x = value if isinstance(value, jax.Array) else np.asarray(value)
+        # Shapes stand for arrays where a program is compiled and no array exists.
+        given = isinstance(value, jax.Array | jax.ShapeDtypeStruct)
+        x = value if given else np.asarray(value)
     except (TypeError, ValueError) as error:  # lists of unequal lengths
         raise ValueError(f"{name} must be integers of one shape: {error}") from None
-    if not isinstance(value, jax.Array | np.ndarray) and x.size == 0:
+    if isinstance(x, np.ndarray) and x is not value and x.size == 0:
         x = x.astype(np.int32)  # an empty list has no dtype of its own
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {x.dtype} of shape {x.shape}.")

@@ -30,7 +30,7 @@ FLOORS = [
     ["parallel", "microbatch"],
     ["context", "describe", "placing"],
     ["roll"],
-    ["mesh"],
+    ["mesh", "spmd"],
     ["kernels"],
     ["dynamic"],
     ["cost"],
@@ -98,7 +98,8 @@ def rooms(modules: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def upward(rooms: dict[str, set[str]], floor: dict[str, int]) -> list[tuple[str, str]]:
-    return [(a, b) for a in rooms for b in rooms[a] if floor[b] < floor[a]]
+    known = {a: rooms[a] & set(floor) for a in rooms if a in floor}
+    return [(a, b) for a in known for b in known[a] if floor[b] < floor[a]]
 
 
 def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
@@ -122,7 +123,7 @@ MODULES = graph(ROOT)
 
 
 def test_every_room_has_a_floor():
-    assert set(rooms(MODULES)) == set(FLOOR)
+    assert set(rooms(MODULES)) == set(FLOOR), "give each new room a floor; delete what is gone"
 
 
 def test_imports_run_downwards():

@@ -183,3 +183,10 @@ def test_masks_of_no_tokens_are_empty():
     for mask in nothing:
         for xp in (np, jnp):
             assert mask.intervals(0, xp=xp).start.shape == (1, 0)
+
+
+def test_intervals_may_be_shapes_where_a_program_is_only_compiled():
+    shape = jax.ShapeDtypeStruct((1, 8), np.int32)
+    assert jax.tree.leaves(hcp.intervals(shape, shape)) == [shape, shape]
+    with pytest.raises(ValueError, match="one shape"):
+        hcp.intervals(shape, jax.ShapeDtypeStruct((1, 9), np.int32))

@@ -38,7 +38,7 @@ from hcp_jax.kernels.mosaic_blocks import (
     per_row,
     ring,
 )
-from hcp_jax.kernels.mosaic_call import Facts, Masks, Share, Walked, call
+from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Walked, WorkSplit, call
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
@@ -80,14 +80,14 @@ class Side(NamedTuple):
     numbers: list
 
     @classmethod
-    def queries(cls, c: Facts, arrays: Arrays, row, head, rows) -> "Side":
+    def queries(cls, c: KernelShape, arrays: Arrays, row, head, rows) -> "Side":
         """With less_lse, less_delta, start and end, in 32 bits each."""
         numbers = [x.at[row, head, rows] for x in (arrays.less_lse, arrays.less_delta)]
         numbers += [x.at[c.mask_row(row), rows] for x in (arrays.masks.start, arrays.masks.end)]
         return cls(arrays.q.at[row, rows, head], arrays.dout.at[row, rows, head], numbers)
 
     @classmethod
-    def keys(cls, c: Facts, arrays: Arrays, row, head, rows) -> "Side":
+    def keys(cls, c: KernelShape, arrays: Arrays, row, head, rows) -> "Side":
         """With the global index."""
         k, v = arrays.k.at[row, rows, head], arrays.v.at[row, rows, head]
         return cls(k, v, [arrays.masks.key_index.at[rows]])
@@ -114,7 +114,7 @@ class Shared(NamedTuple):
 class Plan:
     """The static facts of one of the kernels: `sums` are the gradients that it computes."""
 
-    c: Facts
+    c: KernelShape
     sums: tuple[str, ...]
 
     @property
@@ -180,10 +180,10 @@ def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout,
 
 
 def _gradients(spec, intervals, runs, sums, q, k, v, dout, lse, delta):
-    c = Facts.of(spec, q, k, intervals, runs, "dq" if sums == ("dq",) else "dkv")
+    c = KernelShape.from_arrays(spec, q, k, intervals, runs, "dq" if sums == ("dq",) else "dkv")
     p = Plan(c, sums)
     masks = (c.masks_over_keys if p.holds_queries else c.masks_over_queries)(intervals, runs)
-    share = Share.of(c, p.length // p.held_rows, p.held_heads)
+    share = WorkSplit.over_processors(c, p.length // p.held_rows, p.held_heads)
     empty = (intervals.end <= intervals.start)[..., None] | (lse == -jnp.inf)
     less_lse = jnp.where(empty, -jnp.inf, lse * -LOG2_E).swapaxes(1, 2)
     arrays = Arrays(
@@ -232,7 +232,7 @@ def _shared(p: Plan) -> Shared:
     )
 
 
-def _program(p: Plan, share: Share, arrays: Arrays, outs, shared: Shared) -> None:
+def _program(p: Plan, share: WorkSplit, arrays: Arrays, outs, shared: Shared) -> None:
     c = p.c
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     rounds = share.rounds(program)
@@ -258,7 +258,7 @@ def _program(p: Plan, share: Share, arrays: Arrays, outs, shared: Shared) -> Non
         lax.fori_loop(jnp.int32(0), rounds, one, jnp.int32(0))
 
 
-def _load(p: Plan, share: Share, arrays: Arrays, shared: Shared) -> None:
+def _load(p: Plan, share: WorkSplit, arrays: Arrays, shared: Shared) -> None:
     """Fill the rings, item after item."""
     c, program, masks = p.c, lax.axis_index("program"), arrays.masks
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hcp_jax.kernels.mosaic_call import Facts
+from hcp_jax.kernels.mosaic_call import KernelShape
 
 ROWS = 64  # of a warpgroup's wgmma
 LOG2_E = math.log2(math.e)
@@ -84,7 +84,7 @@ def ring(depth: int, copies: int, readers: int, *slots: Any) -> Ring:
     )
 
 
-def matrices(c: Facts, *shape: int) -> Any:
+def matrices(c: KernelShape, *shape: int) -> Any:
     """Scratch for matrices that wgmma reads: in tiles of 8 rows of 128 bytes, swizzled."""
     return plgpu.SMEM(
         shape,
@@ -93,7 +93,7 @@ def matrices(c: Facts, *shape: int) -> Any:
     )
 
 
-def multiply(c: Facts, *terms, spare=None, meanwhile: Callable | None = None) -> tuple:
+def multiply(c: KernelShape, *terms, spare=None, meanwhile: Callable | None = None) -> tuple:
     """Matrix products `begin + left · right`, issued together and awaited together.
 
     Args:
@@ -165,7 +165,7 @@ def hide(logits, start, end, index):
     return jnp.where(seen, logits, -jnp.inf)
 
 
-def capped(c: Facts, products):
+def capped(c: KernelShape, products):
     """(logits but for a factor, that factor, which is positive, the cap's slope or None).
 
     Times the factor they are exponents of 2: it enters where they meet `exp2`, in one multiply-add.

@@ -37,8 +37,8 @@ from hcp_jax.mask import Intervals
 class Masks(NamedTuple):
     """What a kernel needs to find its blocks and to mask them (arrays, or references to them).
 
-    Every array has a row per mask: one for all rows of the batch, or one each (`Facts.mask_row`);
-    `key_index` has none, since all rows hold the same keys.
+    Every array has a row per mask: one for all rows of the batch, or one each
+    (`KernelShape.mask_row`); `key_index` has none, since all rows hold the same keys.
     """
 
     start: Any  # [B1, Tp], of each query
@@ -49,8 +49,8 @@ class Masks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """The static facts of one call; the letters are those of `core.attend`."""
+class KernelShape:
+    """What is static of one call; the letters are those of `core.attend`."""
 
     b: int
     t: int
@@ -65,8 +65,10 @@ class Facts:
     spec: CoreSpec
 
     @classmethod
-    def of(cls, spec: CoreSpec, q, k, intervals: Intervals, runs: KeyRuns, kernel: str) -> "Facts":
-        """The facts of calling `kernel`, a field of `Tiles`, with these arguments."""
+    def from_arrays(
+        cls, spec: CoreSpec, q, k, intervals: Intervals, runs: KeyRuns, kernel: str
+    ) -> "KernelShape":
+        """Return the shape of a call of `kernel`, a field of `Tiles`, with these arguments."""
         b, t, n, h = q.shape
         tiles = spec.tiles or mosaic_tiles_for(spec.device_kind, h)
         return cls(
@@ -159,8 +161,8 @@ def longest_first(spans: Int32[Array, "B1 X 4"]) -> Int32[Array, "B1 X 5"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """Which of the work items each program of the grid does.
+class WorkSplit:
+    """The work items that each program of the grid does.
 
     The longest blocks of all heads and rows come first, then the next ones. Items are dealt out in
     rounds to and fro, so that whoever got the longest of one round gets the shortest of the next.
@@ -181,8 +183,8 @@ class Share:
     programs: int
 
     @classmethod
-    def of(cls, c: Facts, blocks: int, heads: int) -> "Share":
-        """For a kernel with `blocks` and `heads` per batch row; the heads may be q's or k's."""
+    def over_processors(cls, c: KernelShape, blocks: int, heads: int) -> "WorkSplit":
+        """Return the split of a kernel with `blocks` and `heads` (q's or k's) per batch row."""
         items = blocks * heads * c.b
         return cls(blocks, heads, c.b, min(items, processors(c.spec.device_kind)))
 
@@ -240,7 +242,9 @@ class Walked(NamedTuple):
         return jnp.where(step < self.full, self.full_first + step, masked)
 
 
-def call(c: Facts, kernel: Callable, share: Share, outputs: Any, scratch: Any) -> Callable:
+def call(
+    c: KernelShape, kernel: Callable, share: WorkSplit, outputs: Any, scratch: Any
+) -> Callable:
     """`kernel(*inputs, *outputs, scratch)` as a function of arrays.
 
     Args:

@@ -36,7 +36,7 @@ from hcp_jax.kernels.mosaic_blocks import (
     ring,
     zeros,
 )
-from hcp_jax.kernels.mosaic_call import Facts, Masks, Share, Walked, call
+from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Walked, WorkSplit, call
 from hcp_jax.layout import KeyRuns
 from hcp_jax.mask import Intervals
 
@@ -61,8 +61,8 @@ class Shared(NamedTuple):
 
 def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Partial:
     """See `hcp_jax.kernels.core.attend`."""
-    c = Facts.of(spec, q, k, intervals, runs, "forward")
-    share = Share.of(c, c.blocks_q, c.n)
+    c = KernelShape.from_arrays(spec, q, k, intervals, runs, "forward")
+    share = WorkSplit.over_processors(c, c.blocks_q, c.n)
 
     def attention_forward(*refs):
         _program(*refs, c=c, share=share)
@@ -79,7 +79,7 @@ def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Par
     return Partial(out[:, : c.t], lse[:, :, : c.t].swapaxes(1, 2))
 
 
-def _shared(c: Facts) -> Shared:
+def _shared(c: KernelShape) -> Shared:
     groups, stages, block_k = c.warpgroups, c.tile.stages, c.tile.block_k
     items = 2 if c.h <= 128 else 1  # the next item's queries, where there is room for them
     bounds = plgpu.SMEM((items, groups, ROWS), jnp.int32)
@@ -123,7 +123,9 @@ def _program(q_ref, k_ref, v_ref, masks: Masks, out_ref, lse_ref, shared, *, c, 
         pl.when(group == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
 
 
-def _load(c: Facts, share: Share, q_ref, k_ref, v_ref, masks: Masks, shared: Shared) -> None:
+def _load(
+    c: KernelShape, share: WorkSplit, q_ref, k_ref, v_ref, masks: Masks, shared: Shared
+) -> None:
     """Fill the rings, item after item."""
     program = lax.axis_index("program")
 
@@ -165,7 +167,9 @@ def _load(c: Facts, share: Share, q_ref, k_ref, v_ref, masks: Masks, shared: Sha
     shared.values.drain(steps)
 
 
-def _attend(c: Facts, group, turn, base, walked: Walked, shared: Shared, out_ref, lse_ref) -> None:
+def _attend(
+    c: KernelShape, group, turn, base, walked: Walked, shared: Shared, out_ref, lse_ref
+) -> None:
     """The partial of a warpgroup's queries of an item, whose first step is `base`."""
     q, start, end = (ref.at[group] for ref in shared.queries.take(turn))
     start, end = (compat.mosaic_load(x, PER_ROW) for x in (start, end))

@@ -63,7 +63,7 @@ def test_any_length_is_answered_without_counting_its_tokens(monkeypatch):
     monkeypatch.setattr("hcp_jax.mask.Mask.intervals", pytest.fail)
     with pytest.raises(ValueError, match="no split of 1000000007 tokens"):
         search.plan("llama3-8b", 1_000_000_007, gpu="h100", hosts=4)
-    with pytest.raises(ValueError, match="from 1 to 2147483647"):
+    with pytest.raises(ValueError, match="seq_len must be an integer from 1 to 2147483647"):
         search.plan("llama3-8b", 10**14, gpu="h100", hosts=4)
     with pytest.raises(NotImplementedError, match="ranks at most"):
         search.plan("llama3-8b", 8192, gpu="h100", hosts=10**5)

@@ -71,5 +71,5 @@ def test_shapes_that_lie_nowhere_are_an_error():
 
 def test_without_the_plugin_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotImplementedError, match=r"pip install 'hcp_jax\[aot\]'"):
+    with pytest.raises(NotImplementedError, match="pip install .jax-cuda13-plugin"):
         aot.devices(Cluster(hardware.gpu("h200"), 1, 8))

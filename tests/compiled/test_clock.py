@@ -154,3 +154,24 @@ ENTRY %main (x: f32[64,1048576], i: s32[]) -> f32[1,1048576] {
 def test_a_slice_of_a_stack_reads_the_slice_alone():
     seconds = 2 * 4 * 2**20 / H200.memory_bandwidth
     assert walk(SLICED).step_s == pytest.approx(seconds + clock.LAUNCH_S, rel=0.01)
+
+
+def test_of_two_branches_the_longer_one_counts():
+    branches = [
+        f"%branch{i} (p: {KV}) -> {KV} {{\n  %k = {KV} parameter(0)\n{kernel(f'x{i}', tokens)}}}\n\n"
+        for i, tokens in enumerate((1024, 8192, 2048))
+    ]
+    conditional = (
+        f"  %c = {KV} conditional(%i, %k, %k, %k), "
+        "branch_computations={%branch0, %branch1, %branch2}\n"
+    )
+    found = walk("".join(branches) + entry(conditional))
+    assert found.step_s == pytest.approx(attention_s(8192) + clock.LAUNCH_S)
+
+
+@pytest.mark.parametrize(("name", "products"), [("dq", 3), ("dkv", 4)])
+def test_each_kernel_of_backward_takes_its_share_of_the_products(name, products):
+    text = entry(kernel("x", scope="attend_grads").replace("/call", f"/{name}_kernel"))
+    rate = H200.attention_rate("triton", "backward").value
+    backward = 2.5 * 4.0 * 4 * 1024 * 64 * 128 * 1024 / rate
+    assert walk(text).step_s - clock.LAUNCH_S == pytest.approx(products / 7 * backward)

@@ -15,9 +15,6 @@ from hcp_jax.dynamic.groups import group_of_device
 from hcp_jax.hardware import Cluster
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.planner import audit
-from tests.compiled import needs_cuda_compiler
-
-pytestmark = needs_cuda_compiler
 
 LLAMA3_8B = ModelConfig(
     vocab_size=128256,

@@ -70,3 +70,28 @@ def test_sharding_the_state_divides_it():
         for fsdp in (False, True)
     )
     assert whole.state == 8 * cut.state == 12 * MHA.params
+
+
+def test_the_worst_moment_is_the_loss_or_a_layer_s_backward_and_not_both():
+    held = estimate_memory(MHA, Split(cp_outer=8, comm_type="p2p"), 2**17)
+    always = held.state + held.kept + held.hidden
+    backward = held.gradients + held.layer
+    assert held.peak == always + max(held.vocabulary, backward)
+    assert min(held.vocabulary, backward) > 0.1 * max(held.vocabulary, backward)
+
+
+def test_the_loss_holds_the_head_gathered_in_float32_its_gradient_and_logits_of_a_chunk():
+    held = estimate_memory(MHA, Split(dp=2, cp_outer=4, comm_type="p2p"), 2**17)
+    assert held.vocabulary == 8 * MHA.head_params + 12 * MHA.loss_chunk * MHA.vocab_size
+    # Without FSDP the head is at hand: only its bfloat16 copy is held besides.
+    held = estimate_memory(MHA, Split(dp=2, cp_outer=4, comm_type="p2p", fsdp=False), 2**17)
+    assert held.vocabulary == 6 * MHA.head_params + 12 * MHA.loss_chunk * MHA.vocab_size
+
+
+def test_a_ring_holds_four_times_k_and_v_and_a_gather_those_of_all():
+    ring, gather = (
+        estimate_memory(MHA, Split(cp_outer=8, comm_type=comm_type), 2**17).layer
+        for comm_type in ("p2p", "all_gather")
+    )
+    # K and V in bfloat16, dK and dV in float32: 12 bytes an element pair, 8 instead of 4 times.
+    assert gather - ring == pytest.approx(4 * 12 * 2**14 * 16 * 128)

@@ -148,3 +148,45 @@ def test_an_axis_inside_some_hosts_and_across_others_goes_at_the_slower_pace():
     cluster = Cluster(hardware.gpu("h100"), 3, 4)
     split = Split(dp=2, cp_inner=6, comm_type="a2a")
     assert path(cluster, split, ("cp_inner",), "all-to-all").link == hardware.BETWEEN
+
+
+def test_a_ring_merges_partials_in_float32_and_a_gather_has_none():
+    for remat, passes in (("attention", 2), ("full", 3)):
+        ring, gather = (
+            estimate(
+                LLAMA3_8B, Split(cp_outer=8, comm_type=c, remat=remat), Cluster(H200.gpu, 1, 8), T
+            )
+            for c in ("p2p", "all_gather")
+        )
+        # 12 bytes for each element of out, at every hop but the first, of each pass.
+        merged = 32 * passes * 7 * 12 * T // 8 * 32 * 128
+        difference = ring.compute["attention"] - gather.compute["attention"]
+        assert difference == pytest.approx(merged / H200.gpu.memory_bandwidth)
+
+
+def test_what_is_made_again_is_read_and_written_again():
+    plain, again = (
+        estimate(LLAMA3_8B, Split(comm_type="p2p", remat=remat), Cluster(H200.gpu, 1, 1), 8192)
+        for remat in ("none", "attention")
+    )
+    assert again.compute["memory-bound"] == pytest.approx(4 / 3 * plain.compute["memory-bound"])
+    layers = 2 * 8192 * 32 * LLAMA3_8B.layer_params / H200.gpu.product_rate.value
+    assert again.compute["matmul"] - plain.compute["matmul"] == pytest.approx(layers)
+
+
+def test_fsdp_waits_for_what_lasts_longer_than_the_layers():
+    cluster = Cluster(hardware.gpu("a100"), 8, 8)
+    split = Split(dp=64, comm_type="p2p")
+    waits = [
+        transfer(estimate(LLAMA3_8B, split, cluster, length), "weights gathered")
+        for length in (128, 2**16)
+    ]
+    assert 0 < waits[0].exposed < waits[0].seconds
+    assert waits[1].exposed == 0
+
+
+def test_the_slowest_group_of_a_collective_sets_its_pace():
+    # Of three hosts of four, six devices in a group: one group has four and two, in any order.
+    cluster = Cluster(hardware.gpu("h100"), 3, 4)
+    found = path(cluster, Split(dp=2, cp_inner=6, comm_type="a2a"), ("cp_inner",), "all-gather")
+    assert found.rate == 2 * cluster.gpu.network.rate.value

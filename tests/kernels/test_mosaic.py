@@ -16,7 +16,7 @@ import pytest
 import hcp_jax.mask as masks
 from hcp_jax import compat
 from hcp_jax.kernels import core, mosaic, mosaic_blocks, reference, tiles
-from hcp_jax.kernels.mosaic_call import Masks, Share, Walked, longest_first
+from hcp_jax.kernels.mosaic_call import Masks, Walked, WorkSplit, longest_first
 from hcp_jax.kernels.walks import key_blocks, query_blocks, walk_over_keys
 from hcp_jax.layout import KeyRuns, single_run
 from hcp_jax.mask import Intervals
@@ -128,7 +128,7 @@ def test_several_cpu_devices_are_told_what_to_use():
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("blocks", "heads", "programs"), [(7, 6, 4), (9, 32, 132), (5, 1, 5)])
 def test_every_item_is_done_once(blocks, heads, rows, programs):
-    share = Share(blocks, heads, rows, programs)
+    share = WorkSplit(blocks, heads, rows, programs)
     done = []
     for program in map(jnp.int32, range(programs)):
         turns = jnp.arange(share.rounds(program), dtype=jnp.int32)
@@ -142,7 +142,7 @@ def test_every_item_is_done_once(blocks, heads, rows, programs):
 def test_programs_share_causal_work_evenly(tokens, heads):
     """None of 132 does more than a hundredth above the mean."""
     blocks = tokens // 128
-    share = Share(blocks, heads, 1, 132)
+    share = WorkSplit(blocks, heads, 1, 132)
     turns = np.arange(-(-blocks * heads // 132))
     work = np.zeros(132)
     for program in range(132):
