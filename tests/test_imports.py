@@ -20,7 +20,7 @@ FLOORS = [
     ["parallel", "microbatch"],
     ["context", "describe", "placing"],
     ["roll"],
-    ["mesh"],
+    ["mesh", "spmd"],
     ["kernels"],
     ["dynamic"],
     ["layout", "mask", "compat", "datasheet", "host_memory"],
