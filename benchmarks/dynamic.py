@@ -183,7 +183,7 @@ class Fixed:
         return sorted(rows, key=lambda row: -sum(len(d) ** 2 for d in row))
 
     def _packed(self, rows: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
-        from hcp_jax.mask import documents
+        from hcp_jax.sequence.mask import documents
 
         pairs = np.zeros((len(rows), self.length, 2), np.int32)
         ids, positions = (np.zeros((len(rows), self.length), np.int32) for _ in range(2))

@@ -18,45 +18,45 @@ if TYPE_CHECKING:
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
     from hcp_jax.cli import set_up_platform as set_up_platform
-    from hcp_jax.context import ContextParallel as ContextParallel
-    from hcp_jax.dense_mask import from_dense as from_dense
-    from hcp_jax.mask import Mask as Mask
-    from hcp_jax.mask import bidirectional as bidirectional
-    from hcp_jax.mask import causal as causal
-    from hcp_jax.mask import chunked_local as chunked_local
-    from hcp_jax.mask import documents as documents
-    from hcp_jax.mask import intervals as intervals
-    from hcp_jax.mask import lengths as lengths
-    from hcp_jax.mask import prefix_lm as prefix_lm
-    from hcp_jax.mask import sliding_window as sliding_window
-    from hcp_jax.mesh import make_mesh as make_mesh
-    from hcp_jax.mesh import xla_flags as xla_flags
-    from hcp_jax.microbatch import place_microbatch as place_microbatch
+    from hcp_jax.parallel.context import ContextParallel as ContextParallel
+    from hcp_jax.parallel.mesh import make_mesh as make_mesh
+    from hcp_jax.parallel.mesh import xla_flags as xla_flags
+    from hcp_jax.parallel.microbatch import place_microbatch as place_microbatch
     from hcp_jax.planner.search import plan as plan
+    from hcp_jax.sequence.dense_mask import from_dense as from_dense
+    from hcp_jax.sequence.mask import Mask as Mask
+    from hcp_jax.sequence.mask import bidirectional as bidirectional
+    from hcp_jax.sequence.mask import causal as causal
+    from hcp_jax.sequence.mask import chunked_local as chunked_local
+    from hcp_jax.sequence.mask import documents as documents
+    from hcp_jax.sequence.mask import intervals as intervals
+    from hcp_jax.sequence.mask import lengths as lengths
+    from hcp_jax.sequence.mask import prefix_lm as prefix_lm
+    from hcp_jax.sequence.mask import sliding_window as sliding_window
     from hcp_jax.verify.check import check as check
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "ContextParallel": "context",
-    "Mask": "mask",
+    "ContextParallel": "parallel.context",
+    "Mask": "sequence.mask",
     "attention_fn": "attention.flax",
-    "bidirectional": "mask",
-    "causal": "mask",
+    "bidirectional": "sequence.mask",
+    "causal": "sequence.mask",
     "check": "verify.check",
-    "chunked_local": "mask",
-    "documents": "mask",
+    "chunked_local": "sequence.mask",
+    "documents": "sequence.mask",
     "dot_product_attention": "attention.api",
-    "from_dense": "dense_mask",
-    "intervals": "mask",
-    "lengths": "mask",
-    "make_mesh": "mesh",
-    "place_microbatch": "microbatch",
+    "from_dense": "sequence.dense_mask",
+    "intervals": "sequence.mask",
+    "lengths": "sequence.mask",
+    "make_mesh": "parallel.mesh",
+    "place_microbatch": "parallel.microbatch",
     "plan": "planner.search",
-    "prefix_lm": "mask",
+    "prefix_lm": "sequence.mask",
     "set_up_platform": "cli",
-    "sliding_window": "mask",
-    "xla_flags": "mesh",
+    "sliding_window": "sequence.mask",
+    "xla_flags": "parallel.mesh",
 }
 
 _ROOMS = ("dynamic",)

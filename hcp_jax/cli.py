@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
-from hcp_jax import terminal, watch
+from hcp_jax.base import terminal, watch
 
 
 class Command(NamedTuple):
@@ -35,18 +35,18 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("hcp_jax.train.command", "train a model with context parallelism"),
-    "tokenize": Command("hcp_jax.train.data.command", "turn text into tokens, for hcp train"),
+    "train": Command("hcp_jax.commands.train", "train a model with context parallelism"),
+    "tokenize": Command("hcp_jax.commands.tokenize", "turn text into tokens, for hcp train"),
     "import": Command("hcp_jax.commands.importing", "begin from a Hugging Face folder's weights"),
     "export": Command("hcp_jax.commands.export", "write a run as a Hugging Face folder"),
     "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
     "plot": Command("hcp_jax.commands.plot", "draw the curves of runs side by side"),
-    "verify": Command("hcp_jax.verify.command", "prove that it computes what one device computes"),
+    "verify": Command("hcp_jax.commands.verify", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.commands.bench", "time attention strategies on the devices at hand"),
     "audit": Command("hcp_jax.commands.audit", "show what a compiled step moves, hides and holds"),
     "plan": Command("hcp_jax.commands.plan", "rank the meshes and comm types for a cluster"),
     "longest": Command("hcp_jax.commands.longest", "find the longest sequence that fits"),
-    "dynamic": Command("hcp_jax.dynamic.command", "schedule documents of uneven lengths"),
+    "dynamic": Command("hcp_jax.commands.dynamic", "schedule documents of uneven lengths"),
 }
 
 
@@ -182,7 +182,7 @@ def set_up_platform(num_devices: int | None = None) -> None:
         jax.config.update("jax_platforms", "cpu")
     given = os.environ.get("XLA_FLAGS", "")
     if gpu is not None:
-        flags = importlib.import_module("hcp_jax.mesh").xla_flags(gpu)
+        flags = importlib.import_module("hcp_jax.parallel.mesh").xla_flags(gpu)
         ours = [f"--{k}={str(v).lower()}" for k, v in flags.items() if f"--{k}" not in given]
         os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
     simulated = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in given

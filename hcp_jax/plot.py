@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hcp_jax.context import ContextParallel
 from hcp_jax.cost.pairs import chunk_pairs, pairs_by_hop
-from hcp_jax.layout import global_index, runs_per_device
-from hcp_jax.mask import Mask
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.layout import global_index, runs_per_device
+from hcp_jax.sequence.mask import Mask
 
 
 def ring_pairs(cp: ContextParallel, mask: Mask, length: int) -> Int64[np.ndarray, "ring hops"]:

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hcp_jax import mask as masks
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.heads import replicate_kv
-from hcp_jax.context import STRATEGIES, ContextParallel
-from hcp_jax.layout import LAYOUTS
-from hcp_jax.mesh import make_mesh
+from hcp_jax.parallel.context import STRATEGIES, ContextParallel
+from hcp_jax.parallel.mesh import make_mesh
+from hcp_jax.sequence import mask as masks
+from hcp_jax.sequence.layout import LAYOUTS
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 

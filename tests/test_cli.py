@@ -238,7 +238,9 @@ def test_devices_are_simulated_unless_the_user_says_otherwise(environment, shown
 )
 def test_flags_for_gpus_are_added_to_the_user_s(monkeypatch, given, expected):
     flags = {"xla_b": True, "xla_c": 4}
-    monkeypatch.setattr("hcp_jax.mesh.xla_flags", lambda kind: flags if kind == "GPU X" else {})
+    monkeypatch.setattr(
+        "hcp_jax.parallel.mesh.xla_flags", lambda kind: flags if kind == "GPU X" else {}
+    )
     monkeypatch.setattr(cli, "_gpu_kind", lambda: "GPU X")
     monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)

@@ -12,7 +12,7 @@ import hcp_jax
 from hcp_jax import support
 from hcp_jax.cost.traffic import EXCHANGE_HEADS, total
 from hcp_jax.train import config
-from hcp_jax.train.record import traffic
+from hcp_jax.train.metrics import traffic
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

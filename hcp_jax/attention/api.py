@@ -10,18 +10,19 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from hcp_jax import checks, spmd
 from hcp_jax.attention import door, grouped
 from hcp_jax.attention.derivatives import reverse_only
 from hcp_jax.attention.heads import Exchange
 from hcp_jax.attention.local import LocalSpec, attention
 from hcp_jax.attention.refusals import require_whole_call
 from hcp_jax.attention.ring import Rings
-from hcp_jax.context import ContextParallel
+from hcp_jax.base import checks
 from hcp_jax.kernels.core import CoreSpec, problem_of, resolve
-from hcp_jax.layout import to_layout
-from hcp_jax.mask import Intervals, Mask, Placement
-from hcp_jax.placing import warn_of_padding
+from hcp_jax.parallel import spmd
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.placing import warn_of_padding
+from hcp_jax.sequence.layout import to_layout
+from hcp_jax.sequence.mask import Intervals, Mask, Placement
 
 
 def dot_product_attention(

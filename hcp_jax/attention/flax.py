@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hcp_jax import checks
 from hcp_jax.attention import door
 from hcp_jax.attention.api import dot_product_attention
-from hcp_jax.context import ContextParallel
-from hcp_jax.dense_mask import from_dense
-from hcp_jax.mask import Mask
+from hcp_jax.base import checks
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.dense_mask import from_dense
+from hcp_jax.sequence.mask import Mask
 
 
 def attention_fn(

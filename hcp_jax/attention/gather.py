@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from hcp_jax.attention.ring import KV, Attend, AttendGrads, Rings
 from hcp_jax.kernels.merge import Partial
-from hcp_jax.layout import KeyRuns
+from hcp_jax.sequence.layout import KeyRuns
 
 
 def forward(attend: Attend, kv: KV, runs: KeyRuns, rings: Rings) -> Partial:

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float
 from hcp_jax.attention.heads import Exchange
 from hcp_jax.attention.local import LocalSpec, attention
 from hcp_jax.attention.ring import Rings
-from hcp_jax.context import ContextParallel
 from hcp_jax.kernels.core import CoreSpec
-from hcp_jax.layout import PADDING, KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.layout import PADDING, KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 
 def exchange_size(cp: ContextParallel, heads: int) -> int:

@@ -18,8 +18,8 @@ from hcp_jax.attention import gather, heads, ring
 from hcp_jax.attention.derivatives import first_order
 from hcp_jax.kernels.core import CoreSpec, attend, attend_grads
 from hcp_jax.kernels.merge import Partial, merge, softmax_weight
-from hcp_jax.layout import KeyRuns, ring_runs
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns, ring_runs
+from hcp_jax.sequence.mask import Intervals
 
 # What remat policies may keep, so that backward need not run attention's forward again.
 RESIDUALS = ("hcp_out", "hcp_lse")

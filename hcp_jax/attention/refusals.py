@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from hcp_jax.context import ContextParallel
-from hcp_jax.mask import Mask
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.mask import Mask
 
 
 class CutSequenceError(ValueError):

@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hcp_jax import spmd
-from hcp_jax.dynamic import groups
 from hcp_jax.kernels.merge import Partial, merge
-from hcp_jax.layout import KeyRuns
+from hcp_jax.parallel import spmd
+from hcp_jax.sequence import groupings
+from hcp_jax.sequence.layout import KeyRuns
 
 KV = tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]
 
@@ -61,7 +61,7 @@ class Rings(NamedTuple):
     @property
     def hops(self) -> int:
         """Hops of the widest ring; at the first of them a member has its own keys."""
-        return groups.num_hops(self.sizes)
+        return groupings.num_hops(self.sizes)
 
     def member(self) -> Any:
         """The number of the member that this device is, or is a lane of."""
@@ -74,7 +74,7 @@ class Rings(NamedTuple):
         """What gives the runs of the keys that are here at a hop: none once the ring is done."""
         starts, offsets = jnp.asarray(runs.starts), jnp.asarray(runs.offsets)
         member = self.member()
-        first, size = (jnp.asarray(x)[member] for x in groups.group_of_device(self.sizes))
+        first, size = (jnp.asarray(x)[member] for x in groupings.group_of_device(self.sizes))
 
         def at(hop) -> KeyRuns:
             source = first + (member - first - hop) % size
@@ -87,15 +87,15 @@ class Rings(NamedTuple):
 
     def send_on(self, kv: KV, hop: int) -> KV:
         """K and V, as they arrive for `hop`."""
-        return self._permute(kv, groups.hop_permutation(self.sizes, hop))
+        return self._permute(kv, groupings.hop_permutation(self.sizes, hop))
 
     def send_home(self, dkv, hop: int):
         """The gradients of the keys that are here at the hop before, as they arrive for `hop`."""
-        return self._permute(dkv, groups.homeward_permutation(self.sizes, hop))
+        return self._permute(dkv, groupings.homeward_permutation(self.sizes, hop))
 
     def come_home(self, home, dkv, hop: int):
         """Add to `home` what has come back at `hop`: in the rings of so many members."""
-        here = jnp.asarray(groups.group_of_device(self.sizes)[1] == hop)[self.member()]
+        here = jnp.asarray(groupings.group_of_device(self.sizes)[1] == hop)[self.member()]
         return _add(home, [jnp.where(here, x, 0) for x in dkv])
 
     def _permute(self, tree, members: tuple[tuple[int, int], ...]):

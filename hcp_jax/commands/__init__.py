@@ -1,1 +1,1 @@
-"""The `hcp` command, one file per verb: parse, call the library, print."""
+"""The verbs of `hcp`: each module parses its arguments, calls the library, and prints."""

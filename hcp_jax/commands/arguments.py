@@ -2,7 +2,7 @@
 
 import argparse
 
-from hcp_jax import arguments
+from hcp_jax.base import arguments
 from hcp_jax.hardware import GPUS, Cluster, gpu
 
 

@@ -10,7 +10,7 @@ import json
 import pathlib
 from typing import TYPE_CHECKING
 
-from hcp_jax import arguments, tables, terminal
+from hcp_jax.base import arguments, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments, cluster
 from hcp_jax.train import config as configuration
 

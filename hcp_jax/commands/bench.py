@@ -16,7 +16,7 @@ import subprocess
 import time
 from typing import Any, NamedTuple
 
-from hcp_jax import arguments, tables, terminal
+from hcp_jax.base import arguments, tables, terminal
 
 CONTESTANTS = ("mosaic", "triton", "blockwise", "cudnn", "xla")
 MASKS = ("causal", "full", "packed")

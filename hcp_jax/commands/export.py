@@ -2,7 +2,7 @@
 
 import argparse
 
-from hcp_jax import arguments
+from hcp_jax.base import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ hcp longest configs/llama3-8b-long.yaml --gpu h200 --hosts 1
 import argparse
 from typing import TYPE_CHECKING
 
-from hcp_jax import arguments, terminal
+from hcp_jax.base import arguments, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments, cluster
 from hcp_jax.train import config as configuration
 

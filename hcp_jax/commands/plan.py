@@ -13,7 +13,8 @@ import json
 import pathlib
 from typing import Any
 
-from hcp_jax import arguments, hardware, tables, terminal
+from hcp_jax import hardware
+from hcp_jax.base import arguments, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments
 from hcp_jax.cost.models import MODELS, model_fields
 from hcp_jax.planner.candidate import Candidate
@@ -173,7 +174,7 @@ _NOTES = {
 
 def _train_config(found: Plan, candidate: Candidate, fields: dict[str, Any]) -> Any:
     from hcp_jax.models.config import ModelConfig
-    from hcp_jax.parallel import ParallelConfig
+    from hcp_jax.parallel.config import ParallelConfig
     from hcp_jax.train.config import FILL_IN, TrainConfig
     from hcp_jax.train.sections import CheckpointConfig, DataConfig
 

@@ -1,9 +1,9 @@
-"""`hcp plot`: its command line; hcp_jax.train.record.figures does the work."""
+"""`hcp plot`: its command line; hcp_jax.train.metrics.figures does the work."""
 
 import argparse
 import pathlib
 
-from hcp_jax import arguments
+from hcp_jax.base import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `hcp plot`; return the exit code."""
-    from hcp_jax.train.record import figures
+    from hcp_jax.train.metrics import figures
 
     return figures.run(args)
 

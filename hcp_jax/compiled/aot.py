@@ -18,8 +18,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from hcp_jax import host_memory
 from hcp_jax.hardware import GPU, Cluster
+from hcp_jax.parallel import host_memory
 
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 

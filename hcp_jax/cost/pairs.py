@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 if TYPE_CHECKING:
-    from hcp_jax.mask import Intervals
+    from hcp_jax.sequence.mask import Intervals
 
 
 def chunk_pairs(intervals: "Intervals", chunks: int) -> Int64[np.ndarray, "chunks chunks"]:

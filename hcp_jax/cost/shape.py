@@ -16,7 +16,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hcp_jax.mask import Mask
+    from hcp_jax.sequence.mask import Mask
 
 BACKWARD = 2.5  # FLOPs of an attention kernel's backward, in forwards: five products for two
 
@@ -88,7 +88,7 @@ class ModelShape:
     def mask(self) -> "Mask":
         """What it attends with: a causal mask, within its window."""
         # Imported here because masks import jax, and the scheduler must not.
-        from hcp_jax.mask import causal, sliding_window
+        from hcp_jax.sequence.mask import causal, sliding_window
 
         if self.sliding_window is None:
             return causal()

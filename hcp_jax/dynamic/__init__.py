@@ -17,27 +17,29 @@ if TYPE_CHECKING:
     from hcp_jax.dynamic.cost import Cost as Cost
     from hcp_jax.dynamic.cost import TimedMicrobatch as TimedMicrobatch
     from hcp_jax.dynamic.cost import model_cost as model_cost
+    from hcp_jax.dynamic.gantt import draw as draw
     from hcp_jax.dynamic.menu import choose_menu as choose_menu
     from hcp_jax.dynamic.menu import schedule_batches as schedule_batches
-    from hcp_jax.dynamic.packing import PackedMicrobatch as PackedMicrobatch
-    from hcp_jax.dynamic.packing import max_runs as max_runs
-    from hcp_jax.dynamic.packing import pack as pack
-    from hcp_jax.dynamic.plan import Microbatch as Microbatch
     from hcp_jax.dynamic.plan import Schedule as Schedule
     from hcp_jax.dynamic.scheduler import schedule as schedule
+    from hcp_jax.sequence.packing import Microbatch as Microbatch
+    from hcp_jax.sequence.packing import PackedMicrobatch as PackedMicrobatch
+    from hcp_jax.sequence.packing import max_runs as max_runs
+    from hcp_jax.sequence.packing import pack as pack
 
 _HOME = {
-    "Cost": "cost",
-    "Microbatch": "plan",
-    "PackedMicrobatch": "packing",
-    "Schedule": "plan",
-    "TimedMicrobatch": "cost",
-    "choose_menu": "menu",
-    "max_runs": "packing",
-    "model_cost": "cost",
-    "pack": "packing",
-    "schedule": "scheduler",
-    "schedule_batches": "menu",
+    "Cost": "dynamic.cost",
+    "Microbatch": "sequence.packing",
+    "PackedMicrobatch": "sequence.packing",
+    "Schedule": "dynamic.plan",
+    "TimedMicrobatch": "dynamic.cost",
+    "choose_menu": "dynamic.menu",
+    "draw": "dynamic.gantt",
+    "max_runs": "sequence.packing",
+    "model_cost": "dynamic.cost",
+    "pack": "sequence.packing",
+    "schedule": "dynamic.scheduler",
+    "schedule_batches": "dynamic.menu",
 }
 
 __all__ = sorted(_HOME)
@@ -46,7 +48,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'hcp_jax.dynamic' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hcp_jax.dynamic.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"hcp_jax.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

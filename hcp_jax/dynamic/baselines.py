@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.cost import Cost
-from hcp_jax.dynamic.plan import Microbatch, Schedule
+from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.scheduler import MAX_MENU, schedule
+from hcp_jax.sequence import groupings
+from hcp_jax.sequence.packing import Microbatch
 
 # The reference's second scheduler stops a group at this much above the longest document's work.
 HEADROOM = 1.05
@@ -128,10 +129,10 @@ def seeded_greedy(
     times the work of the batch's longest. (Of the microbatch's longest, as the description can also
     be read, the groups of short documents would stay next to empty, which its published token fill
     of 0.87 to 0.98 excludes.) Devices that are left over double the smallest groups. (Sizes are
-    those of `groups.group_sizes`, so that device counts other than powers of two, which the
+    those of `groupings.group_sizes`, so that device counts other than powers of two, which the
     original does not survive, have an answer; what cannot double is left as empty groups of one.)
     """
-    sizes = groups.group_sizes(num_devices)
+    sizes = groupings.group_sizes(num_devices)
     left = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
     first = next(size for size in sizes if size * max_tokens_per_device >= lengths[left[0]])
     limit = HEADROOM * lengths[left[0]] ** 2 / first
@@ -153,7 +154,7 @@ def _schedule(
         menu=tuple(dict.fromkeys(mb.layout for mb in microbatches)),
         microbatches=tuple(microbatches),
         cost=cost,
-        sizes=groups.group_sizes(sum(microbatches[0].layout)),
+        sizes=groupings.group_sizes(sum(microbatches[0].layout)),
     )
 
 

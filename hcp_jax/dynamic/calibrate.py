@@ -16,7 +16,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from hcp_jax import arguments, reading, terminal
+from hcp_jax.base import arguments, reading, terminal
 from hcp_jax.cost.models import MODELS
 from hcp_jax.dynamic.cost import Cost, TimedMicrobatch, model_cost
 

@@ -8,8 +8,8 @@ import dataclasses
 from dataclasses import field
 from typing import Literal
 
-from hcp_jax.dynamic import groups
-from hcp_jax.settings import MOST, check, fixed, free, numbers
+from hcp_jax.base.settings import MOST, check, fixed, free, numbers
+from hcp_jax.sequence import groupings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class DynamicConfig:
         return next(value for value in given if value is not None)
 
     @property
-    def layouts(self) -> tuple[groups.Layout, ...] | None:
+    def layouts(self) -> tuple[groupings.Layout, ...] | None:
         """Return the menu if it is a list of layouts, else None."""
         if not isinstance(self.menu, list):
             return None
@@ -77,14 +77,14 @@ class DynamicConfig:
         Raises:
             ValueError: if no layout fits, or one of the menu does not.
         """
-        sizes = groups.group_sizes(num_devices, self.min_cp_size, self.max_cp_size)
+        sizes = groupings.group_sizes(num_devices, self.min_cp_size, self.max_cp_size)
         if self.layouts is None:
             return sizes[-1]
         for layout in self.layouts:
-            groups.check_layout(layout, num_devices)
+            groupings.check_layout(layout, num_devices)
             if min(layout) < sizes[0] or max(layout) > sizes[-1]:
                 raise ValueError(
-                    f"dynamic.menu: {groups.describe(layout)} has groups outside of min_cp_size="
+                    f"dynamic.menu: {groupings.describe(layout)} has groups outside of min_cp_size="
                     f"{sizes[0]} to max_cp_size={sizes[-1]}."
                 )
         return max(max(layout) for layout in self.layouts)

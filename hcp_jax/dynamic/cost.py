@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hcp_jax import checks
+from hcp_jax.base import checks
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import BACKWARD, ModelShape
 from hcp_jax.cost.traffic import GRADIENT_BYTES, ITEM_BYTES

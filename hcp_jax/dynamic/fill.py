@@ -11,17 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from hcp_jax.dynamic.cost import Cost, Ring
-from hcp_jax.dynamic.groups import Layout
-
-
-def max_documents_per_ring(max_tokens_per_device: int) -> int:
-    """Return how many documents a group of several devices may hold.
-
-    Each document adds two runs of keys to every device, and the number of runs is part of the
-    compiled program. One document per 32 tokens keeps the search through the runs cheap beside
-    attention.
-    """
-    return max(64, max_tokens_per_device // 32)
+from hcp_jax.sequence.groupings import Layout
+from hcp_jax.sequence.packing import max_documents_per_ring
 
 
 class Problem(NamedTuple):

@@ -6,7 +6,7 @@ It stands alone because matplotlib is imported here and nowhere else.
 import colorsys
 from typing import TYPE_CHECKING, Any
 
-from hcp_jax.dynamic import groups
+from hcp_jax.sequence import groupings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +108,7 @@ def _finish(plan: "Schedule", axes: "Axes", now: float, seconds: tuple[float, ..
     for mb, took in zip(plan.microbatches, seconds, strict=True):
         axes.axvline(left + took, color="black", linewidth=0.8)
         if took >= 0.05 * now:  # as wide as the words, about
-            label = groups.describe(mb.layout)
+            label = groupings.describe(mb.layout)
             axes.text(
                 left + took / 2, -0.015 * plan.num_devices, label, ha="center", va="bottom", size=8
             )

@@ -17,8 +17,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hcp_jax import reading
-from hcp_jax.arguments import MOST_TOKENS, parse_length
+from hcp_jax.base import reading
+from hcp_jax.base.arguments import MOST_TOKENS, parse_length
 
 MOST_SIGMA = 10.0
 """The widest lognormal: of a wider one, all lengths are min or max."""

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hcp_jax import checks
-from hcp_jax.dynamic import groups
+from hcp_jax.base import checks
 from hcp_jax.dynamic.cost import Cost
-from hcp_jax.dynamic.groups import Layout
-from hcp_jax.dynamic.plan import Microbatch, Schedule
+from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.scheduler import MAX_MENU, check_lengths, schedule
+from hcp_jax.sequence import groupings
+from hcp_jax.sequence.groupings import Layout
+from hcp_jax.sequence.packing import Microbatch
 
 
 class Step(NamedTuple):
@@ -73,12 +74,12 @@ def choose_menu(
     def plans(menu: Sequence[Layout] | None) -> list[Schedule]:
         return [schedule(sample, *limits, menu=menu, cost=cost) for sample in samples]
 
-    sizes = groups.group_sizes(num_devices, min_cp_size, max_cp_size)
+    sizes = groupings.group_sizes(num_devices, min_cp_size, max_cp_size)
     free = plans(None)
     # Not all of a mix's sizes can be of use: none wider than any batch chose, but for the fallback.
     widest = max((max(mb.layout) for plan in free for mb in plan.microbatches), default=sizes[0])
-    fallback = groups.canonical(
-        groups.uniform(sizes[-1], num_devices, sizes), cost.devices_per_host
+    fallback = groupings.canonical(
+        groupings.uniform(sizes[-1], num_devices, sizes), cost.devices_per_host
     )
     tried = _mixes(num_devices, [s for s in sizes if s <= widest], sizes, cost.devices_per_host)
     own = {mb.layout: None for plan in free for mb in plan.microbatches}
@@ -175,15 +176,15 @@ def _mixes(
     num_devices: int, wanted: Sequence[int], sizes: tuple[int, ...], devices_per_host: int
 ) -> list[Layout]:
     """Return layouts of equal groups, and of two neighbouring sizes on eighths of the devices."""
-    mixes = [groups.uniform(size, num_devices, sizes) for size in wanted]
-    can = groups.composable(num_devices, sizes)
+    mixes = [groupings.uniform(size, num_devices, sizes) for size in wanted]
+    can = groupings.composable(num_devices, sizes)
     for narrow, wide in itertools.pairwise(wanted):
         for eighths in range(1, 8):
             wides = [wide] * (num_devices * eighths // (8 * wide))
             narrows = [narrow] * ((num_devices - sum(wides)) // narrow)
             if wides and can[num_devices - sum(wides) - sum(narrows)]:
-                mixes.append(groups.complete([*wides, *narrows], num_devices, sizes))
-    return list(dict.fromkeys(groups.canonical(mix, devices_per_host) for mix in mixes))
+                mixes.append(groupings.complete([*wides, *narrows], num_devices, sizes))
+    return list(dict.fromkeys(groupings.canonical(mix, devices_per_host) for mix in mixes))
 
 
 def _seconds_by_layout(plans: Iterable[Schedule]) -> dict[Layout, float]:

@@ -6,34 +6,14 @@ the code that found it.
 
 import dataclasses
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.bound import lower_bound
 from hcp_jax.dynamic.cost import Cost
-from hcp_jax.dynamic.groups import Layout
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-@dataclasses.dataclass(frozen=True)
-class Microbatch:
-    """One run of the program: a layout and the documents of each of its groups.
-
-    Attributes:
-        layout: group sizes in device order.
-        documents: for each group, the indices into the schedule's lengths that it holds.
-    """
-
-    layout: Layout
-    documents: tuple[tuple[int, ...], ...]
-
-    def lengths(self, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Return the lengths of each group's documents."""
-        return tuple(tuple(lengths[d] for d in group) for group in self.documents)
+from hcp_jax.sequence import groupings
+from hcp_jax.sequence.groupings import Layout
+from hcp_jax.sequence.packing import Microbatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,22 +111,16 @@ class Schedule:
         if sorted(held) != list(range(len(self.lengths))):
             raise ValueError(f"{len(held)} places for {len(self.lengths)} documents, once each.")
         for i, mb in enumerate(self.microbatches):
-            groups.check_layout(mb.layout, self.num_devices)
+            groupings.check_layout(mb.layout, self.num_devices)
             if mb.layout not in self.menu:
                 raise ValueError(
-                    f"microbatch {i}: {groups.describe(mb.layout)} is not on the menu."
+                    f"microbatch {i}: {groupings.describe(mb.layout)} is not on the menu."
                 )
             if len(mb.documents) != len(mb.layout):
                 raise ValueError(f"microbatch {i}: one tuple of documents per group is needed.")
             for size, of_group in zip(mb.layout, mb.lengths(self.lengths), strict=True):
                 if sum(of_group) > size * self.max_tokens_per_device:
                     raise ValueError(f"microbatch {i}: a group of {size} is over its capacity.")
-
-    def plot(self, axes: "Axes | None" = None) -> Any:
-        """Draw a Gantt chart, devices × time, one colour per document: see `gantt.draw`."""
-        from hcp_jax.dynamic.gantt import draw
-
-        return draw(self, axes)
 
     def __str__(self) -> str:
         seconds = self.modelled_seconds
@@ -163,6 +137,6 @@ class Schedule:
             held = np.array([length for g in mb.lengths(self.lengths) for length in g])
             lines.append(
                 f"  {1e3 * took:9.2f} ms  {held.size:5d} documents of {held.min()} to "
-                f"{held.max()} tokens on {groups.describe(mb.layout)}"
+                f"{held.max()} tokens on {groupings.describe(mb.layout)}"
             )
         return "\n".join(lines)

@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from hcp_jax import checks
-from hcp_jax.dynamic import groups
+from hcp_jax.base import checks
 from hcp_jax.dynamic.bound import best_rings, document_prices
 from hcp_jax.dynamic.cost import Cost, Ring
 from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
-from hcp_jax.dynamic.groups import Layout
-from hcp_jax.dynamic.plan import Microbatch, Schedule
-from hcp_jax.dynamic.polish import polish
+from hcp_jax.dynamic.plan import Schedule
+from hcp_jax.dynamic.refine import polish
+from hcp_jax.sequence import groupings
+from hcp_jax.sequence.groupings import Layout
+from hcp_jax.sequence.packing import Microbatch
 
 MAX_MENU = 16  # programs that are worth compiling before the first step
 _TIE = 1.0002  # the cost model is not so good that less than this would tell two schedules apart
@@ -73,7 +74,7 @@ def schedule(
     [((4,), ((0, 3),)), ((1, 1, 1, 1), ((2,), (1,), (), ()))]
     """
     cost = Cost() if cost is None else cost
-    sizes = groups.group_sizes(num_devices, min_cp_size, max_cp_size)
+    sizes = groupings.group_sizes(num_devices, min_cp_size, max_cp_size)
     of_length = check_lengths(lengths)
     _check_tokens(max_tokens_per_device, num_devices)
     num_devices, max_tokens_per_device = int(num_devices), int(max_tokens_per_device)
@@ -142,14 +143,14 @@ def _check_fits(lengths: np.ndarray, max_tokens_per_device: int, widest: int) ->
 def _check_menu(
     menu: Iterable[Sequence[int]], num_devices: int, sizes: tuple[int, ...]
 ) -> tuple[Layout, ...]:
-    layouts = tuple(dict.fromkeys(groups.check_layout(m, num_devices) for m in menu))
+    layouts = tuple(dict.fromkeys(groupings.check_layout(m, num_devices) for m in menu))
     if not layouts:
         raise ValueError("menu holds no layout; give at least one, or None to have it chosen.")
     for layout in layouts:
         if min(layout) < sizes[0] or max(layout) > sizes[-1]:
             raise ValueError(
-                f"layout {groups.describe(layout)} of the menu has groups outside of min_cp_size="
-                f"{sizes[0]} to max_cp_size={sizes[-1]}."
+                f"layout {groupings.describe(layout)} of the menu has groups outside of "
+                f"min_cp_size={sizes[0]} to max_cp_size={sizes[-1]}."
             )
     return layouts
 
@@ -310,12 +311,12 @@ def _able(problem: Problem, length: int) -> list[Ring]:
 
 
 def _uniform(problem: Problem, size: int) -> Layout:
-    sizes = groups.uniform(size, problem.num_devices, problem.sizes)
-    return groups.canonical(sizes, problem.cost.devices_per_host)
+    sizes = groupings.uniform(size, problem.num_devices, problem.sizes)
+    return groupings.canonical(sizes, problem.cost.devices_per_host)
 
 
 def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Layout:
-    can = groups.composable(problem.num_devices, problem.sizes)
+    can = groupings.composable(problem.num_devices, problem.sizes)
     rest = problem.num_devices
     chosen: list[int] = []
     for rank in unscheduled.descending():
@@ -326,8 +327,8 @@ def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Lay
         rest -= size
     if not chosen and size > problem.sizes[0]:
         return _uniform(problem, problem.sizes[-1])
-    sizes = groups.complete(chosen, problem.num_devices, problem.sizes)
-    return groups.canonical(sizes, problem.cost.devices_per_host)
+    sizes = groupings.complete(chosen, problem.num_devices, problem.sizes)
+    return groupings.canonical(sizes, problem.cost.devices_per_host)
 
 
 def _narrowest_size(problem: Problem, length: int, target: float) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hcp_jax import arguments
+from hcp_jax.base import arguments
 from hcp_jax.cost.models import MODELS
 from hcp_jax.dynamic import baselines, gantt
 from hcp_jax.dynamic.baselines import Outcome
@@ -206,8 +206,8 @@ _HEADINGS = (
 
 
 def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
-    from hcp_jax import tables
-    from hcp_jax.dynamic.groups import describe
+    from hcp_jax.base import tables
+    from hcp_jax.sequence.groupings import describe
 
     console = tables.console()
     for record in records:

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from hcp_jax import reading
+from hcp_jax.base import reading
 from hcp_jax.hardware.gpu import GPU, Link, Rate, infiniband, nvlink
 
 _LINKS = {"nvlink": nvlink, "network": infiniband}

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int32
 
 from hcp_jax.kernels.core import CoreSpec, Problem
 from hcp_jax.kernels.merge import Partial, softmax_weight
-from hcp_jax.layout import KeyRuns, key_index
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns, key_index
+from hcp_jax.sequence.mask import Intervals
 
 BLOCK = 256  # queries, and keys, of a block: 1 MiB of float32 logits for four heads
 

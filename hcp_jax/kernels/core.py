@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 from hcp_jax.kernels import tiles
 from hcp_jax.kernels.merge import Partial
 from hcp_jax.kernels.tiles import Tiles
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic")
 

@@ -9,8 +9,8 @@ from hcp_jax import compat
 from hcp_jax.kernels.core import CoreSpec, Problem
 from hcp_jax.kernels.merge import Partial
 from hcp_jax.kernels.tiles import MOSAIC_HEAD_SIZES, has_wgmma
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 _DTYPES = ("bfloat16", "float16")
 

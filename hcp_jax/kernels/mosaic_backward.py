@@ -39,8 +39,8 @@ from hcp_jax.kernels.mosaic_blocks import (
     ring,
 )
 from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Walked, WorkSplit, call
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 # The largest head size for which a warpgroup's registers hold 64 rows of dk and of dv.
 _BOTH_SUMS = 128

@@ -21,17 +21,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from hcp_jax import compat
-from hcp_jax.kernels.core import CoreSpec
-from hcp_jax.kernels.tiles import Tile, mosaic_tiles_for, processors
-from hcp_jax.kernels.walks import (
+from hcp_jax.kernels.block_map import (
     Walk,
     key_blocks,
     query_blocks,
     walk_over_keys,
     walk_over_queries,
 )
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.kernels.core import CoreSpec
+from hcp_jax.kernels.tiles import Tile, mosaic_tiles_for, processors
+from hcp_jax.sequence.layout import KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 
 class Masks(NamedTuple):

@@ -37,8 +37,8 @@ from hcp_jax.kernels.mosaic_blocks import (
     zeros,
 )
 from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Walked, WorkSplit, call
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 
 class Shared(NamedTuple):

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from hcp_jax.kernels.core import CoreSpec, Problem
 from hcp_jax.kernels.merge import Partial, softmax_weight
-from hcp_jax.layout import KeyRuns, key_index
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns, key_index
+from hcp_jax.sequence.mask import Intervals
 
 
 def unsupported(problem: Problem) -> str | None:

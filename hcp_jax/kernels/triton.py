@@ -14,23 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from hcp_jax.kernels.block_map import key_blocks, query_blocks, walk_over_keys, walk_over_queries
 from hcp_jax.kernels.core import CoreSpec, Problem
 from hcp_jax.kernels.merge import Partial
 from hcp_jax.kernels.triton_call import GREATEST_HEAD, LEAST_PART, Call
-from hcp_jax.kernels.triton_kernels import (
-    LOG2_E,
-    attention_dkv,
-    attention_dq,
-    attention_forward,
-)
-from hcp_jax.kernels.walks import (
-    key_blocks,
-    query_blocks,
-    walk_over_keys,
-    walk_over_queries,
-)
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.kernels.triton_kernels import LOG2_E, attention_dkv, attention_dq, attention_forward
+from hcp_jax.sequence.layout import KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 _DTYPES = ("bfloat16", "float16", "float32")
 

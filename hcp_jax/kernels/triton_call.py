@@ -18,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from hcp_jax import compat
+from hcp_jax.kernels.block_map import KeyBlocks, QueryBlocks, Walk
 from hcp_jax.kernels.core import CoreSpec
 from hcp_jax.kernels.tiles import Tile, tiles_for
-from hcp_jax.kernels.walks import KeyBlocks, QueryBlocks, Walk
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 LEAST_PART = 16  # the least inner dim of a matrix product in Triton
 GREATEST_HEAD = 256

@@ -4,11 +4,11 @@ import dataclasses
 from dataclasses import field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from hcp_jax.models.rope_scaling import RopeScaling
-from hcp_jax.settings import MOST, check, fixed, free, numbers
+from hcp_jax.base.settings import MOST, check, fixed, free, numbers
+from hcp_jax.models.layers.rope_scaling import RopeScaling
 
 if TYPE_CHECKING:
-    from hcp_jax.mask import Mask
+    from hcp_jax.sequence.mask import Mask
 
 Remat = Literal["none", "attention", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -113,7 +113,7 @@ class ModelConfig:
             segment_ids: int32 `[B, T]`, equal for the tokens of one document; None for streams that
                 are one document each.
         """
-        from hcp_jax.mask import causal, documents, sliding_window
+        from hcp_jax.sequence.mask import causal, documents, sliding_window
 
         mask = causal()
         if segment_ids is not None:

@@ -21,15 +21,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from hcp_jax import spmd
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.local import RESIDUALS
-from hcp_jax.context import ContextParallel
-from hcp_jax.mask import Mask
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.embedding import live_tp, lookup
-from hcp_jax.models.mlp import MLP
-from hcp_jax.models.rope import Rotation, rotate, rotation
+from hcp_jax.models.layers.embedding import live_tp, lookup
+from hcp_jax.models.layers.mlp import MLP
+from hcp_jax.models.layers.rope import Rotation, rotate, rotation
+from hcp_jax.parallel import spmd
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.mask import Mask
 
 _INIT_STD = 0.02
 _INPUT = "hcp_layer_input"

@@ -16,14 +16,14 @@ from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.grouped import exchange_size
 from hcp_jax.compiled.aot import compile_for, devices
 from hcp_jax.compiled.report import Audit, busiest_density, read
-from hcp_jax.context import ContextParallel
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.hardware import Cluster
 from hcp_jax.kernels.core import Problem, resolve
-from hcp_jax.mask import intervals
-from hcp_jax.mesh import xla_flags
-from hcp_jax.microbatch import abstract_microbatch
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.mesh import xla_flags
+from hcp_jax.parallel.microbatch import abstract_microbatch
+from hcp_jax.sequence.mask import intervals
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.step import abstract_state, make_optimizer, make_train_step
 

@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from hcp_jax import checks, hardware
-from hcp_jax.arguments import MOST_TOKENS
+from hcp_jax import hardware
+from hcp_jax.base import checks
+from hcp_jax.base.arguments import MOST_TOKENS
 from hcp_jax.cost.memory import estimate_memory
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.step import (
     OptimizerConfig,
     TrainState,

@@ -23,11 +23,11 @@ import docstring_parser
 import msgspec
 import yaml
 
-from hcp_jax import reading
-from hcp_jax.arguments import parse_length
+from hcp_jax.base import reading
+from hcp_jax.base.arguments import parse_length
+from hcp_jax.base.settings import MOST, check, fixed, free, numbers
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.parallel import ParallelConfig
-from hcp_jax.settings import MOST, check, fixed, free, numbers
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train.sections import (
     CheckpointConfig,
     DataConfig,

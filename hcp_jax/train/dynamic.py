@@ -26,16 +26,15 @@ import rich.console
 import rich.progress
 from jax.experimental import multihost_utils
 
-from hcp_jax.context import ContextParallel
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.calibrate import read_cost
 from hcp_jax.dynamic.cost import Cost, model_cost
-from hcp_jax.dynamic.packing import pack
-from hcp_jax.dynamic.plan import Microbatch
-from hcp_jax.mesh import host_of
-from hcp_jax.microbatch import own_devices, place_microbatch
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.mesh import host_of
+from hcp_jax.parallel.microbatch import own_devices, place_microbatch
+from hcp_jax.sequence import groupings
+from hcp_jax.sequence.packing import Microbatch, pack
 from hcp_jax.train import accumulate, data
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.documents import Limits, PlannedStep, PlannedSteps, check_longest
@@ -46,7 +45,7 @@ from hcp_jax.train.step import TrainState
 class PlacedMicrobatch(NamedTuple):
     """A microbatch on the devices, as `place_microbatch` leaves it."""
 
-    layout: groups.Layout
+    layout: groupings.Layout
     arrays: dict[str, Any]
 
 
@@ -108,9 +107,9 @@ class DynamicProgram:
             )
         )
         self._zeros: Any = None
-        self.programs: dict[groups.Layout, Any] = {}
+        self.programs: dict[groupings.Layout, Any] = {}
         self._update: Any = None
-        self._used: Counter[groups.Layout] = Counter()
+        self._used: Counter[groupings.Layout] = Counter()
 
     def describe(self, num_params: int) -> list[str]:
         """The documents of a step, the menu, and what is sent."""
@@ -119,7 +118,7 @@ class DynamicProgram:
         return [
             f"step: {self._config.tokens_per_step:,} tokens of whole documents, each document on "
             f"{narrowest} to {widest} devices; microbatches of {self._tokens:,} tokens a device",
-            f"menu of {len(self.menu)} layouts: {'; '.join(map(groups.describe, self.menu))}",
+            f"menu of {len(self.menu)} layouts: {'; '.join(map(groupings.describe, self.menu))}",
         ]
 
     def compile(self, abstract: TrainState) -> int:
@@ -166,7 +165,7 @@ class DynamicProgram:
         """Which layouts have been used, for the end of a run's output."""
         total = self._used.total()
         shares = (
-            f"{groups.describe(layout)} in {count / total:.0%}"
+            f"{groupings.describe(layout)} in {count / total:.0%}"
             for layout, count in self._used.most_common()
         )
         return [f"{total} microbatches: {'; '.join(shares)}"] if total else []
@@ -195,7 +194,7 @@ class DynamicProgram:
             known = layout in self.programs
             cause = str(error) if known else "this layout is not on the menu."
             raise RuntimeError(
-                f"a microbatch of layout {groups.describe(layout)} has no compiled program, and "
+                f"a microbatch of layout {groupings.describe(layout)} has no compiled program, and "
                 f"nothing is compiled once training runs: {cause}"
             ) from error
 
@@ -262,7 +261,7 @@ def _cost(model: ModelConfig, cp: ContextParallel) -> Cost:
     return model_cost(shape, tp=tp, devices_per_host=max(1, on_first // tp))
 
 
-def _require_same_everywhere(menu: tuple[groups.Layout, ...]) -> None:
+def _require_same_everywhere(menu: tuple[groupings.Layout, ...]) -> None:
     """Processes that schedule differently would wait for each other for ever."""
     if jax.process_count() == 1:
         return

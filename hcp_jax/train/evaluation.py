@@ -32,10 +32,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Int64
 
-from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.loss import cross_entropy_by_bin
+from hcp_jax.models.layers.loss import cross_entropy_by_bin
 from hcp_jax.models.transformer import abstract_model
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train import data
 from hcp_jax.train.data import Corpus
 from hcp_jax.train.sections import DataConfig, EvalConfig

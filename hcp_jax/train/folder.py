@@ -14,15 +14,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hcp_jax import settings
+from hcp_jax.base import settings
 from hcp_jax.train import config as configuration
-from hcp_jax.train import sealed
-from hcp_jax.train.checkpoint import Checkpoints
+from hcp_jax.train.checkpoint import sealed
+from hcp_jax.train.checkpoint.manager import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluation
-from hcp_jax.train.hosts.words import Words
+from hcp_jax.train.hosts.kv_store import Words
+from hcp_jax.train.metrics import metrics
 from hcp_jax.train.program import Program
-from hcp_jax.train.record import metrics
 from hcp_jax.train.step import TrainState
 
 _log = logging.getLogger("hcp_jax")

@@ -26,11 +26,11 @@ import time
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-from hcp_jax import arguments, terminal
-from hcp_jax.train import command
+from hcp_jax.base import arguments, terminal
+from hcp_jax.commands import train
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster, meeting
-from hcp_jax.train.hosts.peers import GONE
+from hcp_jax.train.hosts.watchdog import GONE
 
 GRACE = 30.0
 """Seconds in which the others end by themselves when one has died; then they are killed."""
@@ -74,7 +74,7 @@ class End(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hcp launch`: those of `hcp train`, and how many processes."""
-    command.add_run_arguments(parser)
+    train.add_run_arguments(parser)
     of = parser.add_argument_group("processes")
     of.add_argument(
         "--num-processes",
@@ -103,11 +103,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs `hcp launch`; returns the exit code of the process that ended first, if not 0."""
     from hcp_jax.train import folder as run_folders
 
-    folder = command.resumed_folder(args)
-    config = command.config_of(args, folder)
-    command.require_can_begin(
-        config, folder, 0 if command.has_gpus() else config.parallel.num_devices
-    )
+    folder = train.resumed_folder(args)
+    config = train.config_of(args, folder)
+    train.require_can_begin(config, folder, 0 if train.has_gpus() else config.parallel.num_devices)
     environments = _environments(args, config)
     made = folder is None
     folder = folder or run_folders.make_numbered(config)
@@ -229,7 +227,7 @@ def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]
 def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[str, str]]:
     """What each process sees of the machine's devices."""
     processes, wanted = args.num_processes, config.parallel.num_devices
-    gpus = _gpus() if command.has_gpus() else []
+    gpus = _gpus() if train.has_gpus() else []
     each = args.devices_per_process or (len(gpus) or wanted) // processes or 1
     if each * processes != wanted:
         raise ValueError(

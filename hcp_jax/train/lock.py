@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import jax
 
-from hcp_jax.train.hosts.words import Words, in_words
+from hcp_jax.train.hosts.kv_store import Words, in_words
 
 NAME = "run.lock"
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import rich.console
 
-from hcp_jax import terminal
-from hcp_jax.context import ContextParallel
+from hcp_jax.base import terminal
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train import data, evaluation, folder, lock
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import fingerprint
@@ -24,12 +24,12 @@ from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.hf import weights
-from hcp_jax.train.hosts.peers import Peers
 from hcp_jax.train.hosts.signals import Signals
+from hcp_jax.train.hosts.watchdog import Peers
+from hcp_jax.train.metrics.meter import Meter
+from hcp_jax.train.metrics.profile import Profiler, ProfileSteps, check_profile
 from hcp_jax.train.optimizer import fitted_warmup
 from hcp_jax.train.program import FixedProgram, Program
-from hcp_jax.train.record.meter import Meter
-from hcp_jax.train.record.profile import Profiler, ProfileSteps, check_profile
 from hcp_jax.train.resuming import GoingOn
 from hcp_jax.train.step import TrainState, abstract_state, make_optimizer
 from hcp_jax.train.steps import Outcome, Steps

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hcp_jax.context import ContextParallel
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.record import traffic
+from hcp_jax.train.metrics import traffic
 from hcp_jax.train.step import TrainState, make_train_step
 
 

@@ -1,8 +1,8 @@
 """What a run that goes on may change, and what it says of it.
 
-The kinds of changes stand beside the fields of the config (`hcp_jax/settings.py`). What a run keeps
-is refused with another value; what changes the numbers, or the text, is refused without consent;
-the rest is told.
+The kinds of changes stand beside the fields of the config (`hcp_jax/base/settings.py`). What a run
+keeps is refused with another value; what changes the numbers, or the text, is refused without
+consent; the rest is told.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from hcp_jax import settings
-from hcp_jax.settings import CONSENT, Change
-from hcp_jax.train.checkpoint import Restored
+from hcp_jax.base import settings
+from hcp_jax.base.settings import CONSENT, Change
+from hcp_jax.train.checkpoint.manager import Restored
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import fingerprint
 from hcp_jax.train.optimizer import OptimizerConfig, make_schedule

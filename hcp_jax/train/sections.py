@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal, get_args
 
-from hcp_jax.settings import MOST, check, fixed, free, numbers
+from hcp_jax.base.settings import MOST, check, fixed, free, numbers
 
 MomentsDtype = Literal["float32", "bfloat16"]
 Schedule = Literal["cosine", "constant", "wsd"]

@@ -14,10 +14,10 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hcp_jax.context import ContextParallel
-from hcp_jax.host_memory import on_host
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.embedding import live_axes
+from hcp_jax.models.layers.embedding import live_axes
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.host_memory import on_host
 
 # The end of a parameter's path -> the dim of it that tp cuts, layers not counted. What is not
 # named here (the norms' scales, o_proj's and down_proj's outputs) is whole on every tp device.

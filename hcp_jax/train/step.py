@@ -25,11 +25,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from hcp_jax import host_memory, spmd
-from hcp_jax.context import ContextParallel
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.loss import summed_cross_entropy
+from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
+from hcp_jax.parallel import host_memory, spmd
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.optimizer import (
     OptimizerConfig,
     fetched,

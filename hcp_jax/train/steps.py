@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import rich.console
 
+from hcp_jax.train.checkpoint.save_clock import SaveClock
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
 from hcp_jax.train.hosts.signals import Signals
 from hcp_jax.train.long_run import LongRunAdvice
+from hcp_jax.train.metrics.meter import Meter
+from hcp_jax.train.metrics.profile import Profiler
+from hcp_jax.train.metrics.progress import Progress
+from hcp_jax.train.nonfinite import SkippedSteps
 from hcp_jax.train.program import Program
-from hcp_jax.train.record.meter import Meter
-from hcp_jax.train.record.profile import Profiler
-from hcp_jax.train.record.progress import Progress
-from hcp_jax.train.save_clock import SaveClock
-from hcp_jax.train.skipping import SkippedSteps
 from hcp_jax.train.step import TrainState
 
 

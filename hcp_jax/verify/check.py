@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from hcp_jax.attention.refusals import CutSequenceError, MaskLengthError
-from hcp_jax.context import ContextParallel
-from hcp_jax.mask import Mask
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.mask import Mask
 from hcp_jax.verify.programs import (
     Ran,
     Subject,

@@ -27,14 +27,13 @@ from jaxtyping import Int64, Shaped
 from hcp_jax import dynamic
 from hcp_jax.attention.grouped import exchange_size
 from hcp_jax.compiled import hlo
-from hcp_jax.context import ContextParallel
 from hcp_jax.cost.traffic import EXCHANGE_HEADS, RING_HOP, Strategy
-from hcp_jax.dynamic.groups import Layout, group_of_device
-from hcp_jax.dynamic.groups import describe as describe_layout
-from hcp_jax.dynamic.packing import PackedMicrobatch
-from hcp_jax.dynamic.plan import Microbatch
-from hcp_jax.microbatch import flat_devices, place_microbatch
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.microbatch import flat_devices, place_microbatch
+from hcp_jax.sequence.groupings import Layout, group_of_device
+from hcp_jax.sequence.groupings import describe as describe_layout
+from hcp_jax.sequence.packing import Microbatch, PackedMicrobatch
 from hcp_jax.train import data, evaluation
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.streams import Segments

@@ -12,10 +12,10 @@ import numpy as np
 
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.compiled import hlo
-from hcp_jax.context import ContextParallel
 from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES, Strategy, layer_traffic
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.sections import DataConfig
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hcp_jax.context import ContextParallel
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.verify.repairs import Order, Trial
 
 

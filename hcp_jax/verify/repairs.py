@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from hcp_jax.context import ContextParallel
-from hcp_jax.layout import global_index
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.layout import global_index
 
 # The names of jitted functions of the library, as they stand in a jaxpr.
 _ATTENTION = "_jitted"

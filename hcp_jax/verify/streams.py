@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from hcp_jax.compiled import hlo
-from hcp_jax.context import ContextParallel
 from hcp_jax.cost.traffic import SCOPES
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.placing import Gathered
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.placing import Gathered
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.step import init_state, make_eval_loss, make_optimizer, make_train_step

@@ -14,9 +14,9 @@ from hcp_jax import dynamic
 from hcp_jax.attention import grouped
 from hcp_jax.compiled.hlo import collectives
 from hcp_jax.dynamic import Microbatch
-from hcp_jax.dynamic.groups import group_of_device
-from hcp_jax.layout import KeyRuns, key_index
-from hcp_jax.microbatch import abstract_microbatch, place_microbatch
+from hcp_jax.parallel.microbatch import abstract_microbatch, place_microbatch
+from hcp_jax.sequence.groupings import group_of_device
+from hcp_jax.sequence.layout import KeyRuns, key_index
 from tests import oracle
 
 M = 13  # places of a device; odd, since nothing needs it even

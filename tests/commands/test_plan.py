@@ -7,7 +7,7 @@ import re
 import pytest
 import rich.console
 
-from hcp_jax import tables
+from hcp_jax.base import tables
 from hcp_jax.commands import plan
 from hcp_jax.planner import search
 from hcp_jax.train import config as configuration
@@ -60,7 +60,7 @@ def test_lengths_may_be_written_with_k_and_m(capsys):
 
 
 def test_any_length_is_answered_without_counting_its_tokens(monkeypatch):
-    monkeypatch.setattr("hcp_jax.mask.Mask.intervals", pytest.fail)
+    monkeypatch.setattr("hcp_jax.sequence.mask.Mask.intervals", pytest.fail)
     with pytest.raises(ValueError, match="no split of 1000000007 tokens"):
         search.plan("llama3-8b", 1_000_000_007, gpu="h100", hosts=4)
     with pytest.raises(ValueError, match="seq_len must be an integer from 1 to 2147483647"):

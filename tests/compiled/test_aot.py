@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hcp_jax import hardware, host_memory
+from hcp_jax import hardware
 from hcp_jax.compiled import aot, hlo
 from hcp_jax.hardware import Cluster
+from hcp_jax.parallel import host_memory
 from tests.compiled import needs_cuda_compiler
 
 

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 import hcp_jax as hcp
 from hcp_jax import hardware
 from hcp_jax.compiled import aot, hlo, report
-from hcp_jax.dynamic.groups import group_of_device
 from hcp_jax.hardware import Cluster
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.planner import audit
+from hcp_jax.sequence.groupings import group_of_device
 
 LLAMA3_8B = ModelConfig(
     vocab_size=128256,

@@ -9,7 +9,7 @@ from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.step import Split
 from hcp_jax.hardware import Cluster
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.parallel import ParallelConfig
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.planner import audit
 from hcp_jax.train.config import TrainConfig
 from tests.compiled import needs_cuda_compiler

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import hcp_jax as hcp
 from hcp_jax.cost.pairs import causal_chunk_pairs, chunk_pairs, merge_chunks, pairs_by_hop
-from hcp_jax.layout import global_index
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import global_index
+from hcp_jax.sequence.mask import Intervals
 
 MASKS = {
     "causal": hcp.causal(),

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost
-from hcp_jax.dynamic.groups import group_of_device
-from hcp_jax.dynamic.packing import PackedMicrobatch, Runs
+from hcp_jax.sequence.groupings import group_of_device
+from hcp_jax.sequence.packing import PackedMicrobatch, Runs
 
 # Deterministic, and as many cheap cases as there is time for.
 QUICK = {"deadline": None, "derandomize": True, "max_examples": 500}

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost, fill, schedule, scheduler
-from hcp_jax.dynamic.fill import max_documents_per_ring
-from hcp_jax.dynamic.groups import group_sizes
 from hcp_jax.dynamic.lengths import draw_lengths
 from hcp_jax.dynamic.scheduler import MAX_MENU
+from hcp_jax.sequence.groupings import group_sizes
+from hcp_jax.sequence.packing import max_documents_per_ring
 from tests.dynamic.strategies import QUICK, Case, all_layouts, cases
 
 BENCHMARK = "lognormal:mean=1024,sigma=1.5,min=128,max=8192"

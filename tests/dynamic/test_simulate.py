@@ -3,13 +3,14 @@ import json
 
 import pytest
 
-from hcp_jax.dynamic import command, schedule
+from hcp_jax.commands import dynamic
+from hcp_jax.dynamic import gantt, schedule
 
 
 def run(*words) -> int:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(word) for word in words]))
+    dynamic.add_arguments(parser)
+    return dynamic.run(parser.parse_args([str(word) for word in words]))
 
 
 ARGUMENTS = ("simulate", "--lengths", "uniform:min=10,max=400", "--max-tokens-per-device", 128)
@@ -80,7 +81,7 @@ def test_batches_must_be_some():
 
 def test_the_picture_has_a_box_for_every_document_and_ends_when_the_schedule_does():
     plan = schedule([3000, 700, 900, 100, 100], 4, 1024)
-    axes = plan.plot()
+    axes = gantt.draw(plan)
     documents = axes.collections[0]
     assert len(documents.get_paths()) == len(plan.lengths)
     assert len({tuple(colour) for colour in documents.get_facecolor()}) == len(plan.lengths)

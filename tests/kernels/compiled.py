@@ -10,8 +10,8 @@ from hcp_jax import hardware
 from hcp_jax.compiled import aot
 from hcp_jax.kernels import core
 from hcp_jax.kernels.tiles import Tiles
-from hcp_jax.layout import KeyRuns
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns
+from hcp_jax.sequence.mask import Intervals
 
 
 def compile_attention(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import hcp_jax as hcp
 from hcp_jax.kernels import blockwise
 from hcp_jax.kernels.core import CoreSpec, Problem, attend, attend_grads, describe, resolve
-from hcp_jax.layout import KeyRuns, single_run
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.mask import Intervals
 from tests.oracle import relative
 
 B, T, S, N, K, H = 2, 21, 27, 4, 2, 4

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hcp_jax.mask as masks
+import hcp_jax.sequence.mask as masks
 from hcp_jax import compat
 from hcp_jax.kernels import core, mosaic, mosaic_blocks, reference, tiles
+from hcp_jax.kernels.block_map import key_blocks, query_blocks, walk_over_keys
 from hcp_jax.kernels.mosaic_call import Masks, Walked, WorkSplit, longest_first
-from hcp_jax.kernels.walks import key_blocks, query_blocks, walk_over_keys
-from hcp_jax.layout import KeyRuns, single_run
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.mask import Intervals
 from tests.kernels import test_triton
 
 Case = functools.partial(

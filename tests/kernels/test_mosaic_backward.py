@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hcp_jax.mask as masks
+import hcp_jax.sequence.mask as masks
 from hcp_jax.kernels import core, reference, tiles
-from hcp_jax.layout import KeyRuns, single_run
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.mask import Intervals
 from tests.kernels import test_triton
 from tests.kernels.test_mosaic import RUNS, Case, any_intervals, needs_interpreter
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hcp_jax.mask as masks
+import hcp_jax.sequence.mask as masks
 from hcp_jax.kernels import core, reference, triton, triton_kernels
-from hcp_jax.layout import KeyRuns, single_run
-from hcp_jax.mask import Intervals
+from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.mask import Intervals
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 

@@ -8,8 +8,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hcp_jax.models import hf, hf_config, hf_folder
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf import config_json, loading, model_folder
 
 CONFIG = ModelConfig(
     vocab_size=272,
@@ -35,9 +35,9 @@ def stored_values(slot, dtype=ml_dtypes.bfloat16):
 def make_folder(folder, config=CONFIG, dtype=ml_dtypes.bfloat16, shard_bytes=60_000, **changes):
     """A folder with an index and several shards; `changes` are of single tensors, None for none."""
     folder.mkdir(exist_ok=True)
-    raw = hf_config.raw_config(config, 512, np.dtype(dtype).name)
+    raw = config_json.raw_config(config, 512, np.dtype(dtype).name)
     (folder / "config.json").write_text(json.dumps(raw))
-    tensors = {slot.name: stored_values(slot, dtype) for slot in hf.slots(config)} | changes
+    tensors = {slot.name: stored_values(slot, dtype) for slot in loading.slots(config)} | changes
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     shards = [{}]
     for name, tensor in tensors.items():
@@ -49,14 +49,14 @@ def make_folder(folder, config=CONFIG, dtype=ml_dtypes.bfloat16, shard_bytes=60_
         file = f"shard-{number}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         placed |= dict.fromkeys(shard, file)
-    (folder / hf_folder.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    (folder / model_folder.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     return folder
 
 
 def tensors_of(folder):
     """All tensors of a folder as bytes, with what they are."""
     found = {}
-    for name, stored in hf_folder.stored_tensors(folder).items():
+    for name, stored in model_folder.stored_tensors(folder).items():
         with safe_open(stored.file, framework="numpy") as file:
             tensor = file.get_tensor(name)
         found[name] = (tensor.dtype.name, tensor.shape, tensor.tobytes())

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hcp_jax import cli
-from hcp_jax.models import hf, hf_config, hf_folder
-from hcp_jax.models.rope import RopeScaling
+from hcp_jax.models.hf import config_json, loading, model_folder
+from hcp_jax.models.layers.rope import RopeScaling
 from hcp_jax.train.hf import weights
 from tests.models.folders import CONFIG, make_folder, stored_values
 
@@ -102,15 +102,15 @@ class Damage:
             name = self.rng.choice(sorted(index["weight_map"]))
             index["weight_map"][name] = self.rng.choice([*ODD, str(self.outside / "x.safetensors")])
 
-        self._edit(hf_folder.INDEX, change)
+        self._edit(model_folder.INDEX, change)
 
     def index_shape(self):
         odd = self.rng.choice([None, 3, [], {}, "x", [["a", "b"]]])
-        self._edit(hf_folder.INDEX, lambda index: index.update(weight_map=odd))
+        self._edit(model_folder.INDEX, lambda index: index.update(weight_map=odd))
 
     def index_text(self):
         text = self.rng.choice(["", "{", "[" * 10**5, "3", '{"weight_map": {"a": "b", "a": "c"}}'])
-        (self.folder / hf_folder.INDEX).write_text(text)
+        (self.folder / model_folder.INDEX).write_text(text)
 
     def cut(self):
         file = self._file()
@@ -151,7 +151,7 @@ class Damage:
     def no_numbers(self):
         bad = self.rng.choice([np.nan, np.inf, -np.inf])
         files = {}
-        for name, stored in hf_folder.stored_tensors(self.folder).items():
+        for name, stored in model_folder.stored_tensors(self.folder).items():
             files.setdefault(stored.file, {})[name] = np.full(stored.shape, bad, np.float32)
         for file, tensors in files.items():
             save_file(tensors, file)
@@ -179,7 +179,9 @@ class Damage:
         file = self._file()
         file.rename(
             self.folder
-            / self.rng.choice(["\x1b[2J.bin", "漢字.gguf", "x\n.safetensors", hf_folder.ONE_FILE])
+            / self.rng.choice(
+                ["\x1b[2J.bin", "漢字.gguf", "x\n.safetensors", model_folder.ONE_FILE]
+            )
         )
 
 
@@ -256,7 +258,7 @@ def test_a_hostile_folder_is_a_line_and_nothing_outside_is_read(
 
 
 def test_a_value_that_would_compute_something_else_is_refused_by_name():
-    raw = hf_config.raw_config(CONFIG, 512, "float32") | {"model_type": "llama"}
+    raw = config_json.raw_config(CONFIG, 512, "float32") | {"model_type": "llama"}
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
     llama3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4}
     nan, inf = float("nan"), float("inf")
@@ -272,31 +274,31 @@ def test_a_value_that_would_compute_something_else_is_refused_by_name():
         ("rope_scaling", [1]),
     ):
         with pytest.raises(ValueError, match=f"^config.json: {key} must be "):
-            hf_config.model_config(raw | {key: value})
+            config_json.model_config(raw | {key: value})
     for values, key in (
         *((yarn, name) for name in ("factor", "beta_fast", "attention_factor", "rope_theta")),
         *((llama3, name) for name in ("low_freq_factor", "high_freq_factor", "factor")),
     ):
         for value in (nan, inf, -1, "2", True, 0):
             with pytest.raises(ValueError, match=f"^config.json: rope_scaling: {key} must be "):
-                hf_config.model_config(raw | {"rope_scaling": values | {key: value}})
+                config_json.model_config(raw | {"rope_scaling": values | {key: value}})
     for window in (1.5, 0, -3, True, "4", nan):
         with pytest.raises(ValueError, match="sliding_window must be an integer"):
-            hf_config.model_config(raw | {"model_type": "mistral", "sliding_window": window})
+            config_json.model_config(raw | {"model_type": "mistral", "sliding_window": window})
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
-    [slot] = (s for s in hf.slots(CONFIG) if s.name == Q0)
+    [slot] = (s for s in loading.slots(CONFIG) if s.name == Q0)
     values = stored_values(slot, np.float32)
     everywhere = make_folder(tmp_path / "x", **{Q0: np.full_like(values, bad)})
     with pytest.raises(ValueError, match=rf"{Q0} has 64 values of 64 read that are NaN or inf"):
-        hf.check(CONFIG, everywhere)
+        loading.check(CONFIG, everywhere)
     values[77, 3] = bad  # one, which only reading all of them finds
     once = make_folder(tmp_path / "y", **{Q0: values})
-    hf.check(CONFIG, once)
+    loading.check(CONFIG, once)
     with pytest.raises(ValueError, match=rf"{Q0} has 1 values of"):
-        hf.load_params(CONFIG, once)
+        loading.load_params(CONFIG, once)
 
 
 def touch(*names):
@@ -312,7 +314,7 @@ def touch(*names):
 def rename_tensors(change):
     def make(folder):
         shutil.rmtree(folder)
-        old = hf.slots(CONFIG)
+        old = loading.slots(CONFIG)
         changes = {s.name: None for s in old} | {change(s.name): stored_values(s) for s in old}
         make_folder(folder, **changes)
 
@@ -351,10 +353,10 @@ def test_what_a_folder_is_instead_is_named(tmp_path, capsys, make, says):
 
 def test_an_index_of_the_one_file_may_lie_beside_it(tmp_path):
     folder = make_folder(tmp_path / "x", shard_bytes=10**9)
-    (folder / "shard-0.safetensors").rename(folder / hf_folder.ONE_FILE)
-    index = (folder / hf_folder.INDEX).read_text()
-    (folder / hf_folder.INDEX).write_text(index.replace("shard-0", "model"))
-    hf.check(CONFIG, folder)
+    (folder / "shard-0.safetensors").rename(folder / model_folder.ONE_FILE)
+    index = (folder / model_folder.INDEX).read_text()
+    (folder / model_folder.INDEX).write_text(index.replace("shard-0", "model"))
+    loading.check(CONFIG, folder)
 
 
 @pytest.mark.parametrize(
@@ -414,6 +416,6 @@ def test_a_sequence_longer_than_the_model_was_made_for_is_a_warning(tmp_path):
 
 def test_a_byte_order_mark_changes_nothing(tmp_path):
     folder = make_folder(tmp_path / "x")
-    for name in ("config.json", hf_folder.INDEX):
+    for name in ("config.json", model_folder.INDEX):
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
     weights.check(CONFIG, str(folder))

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 import hcp_jax as hcp
-from hcp_jax.models import hf, hf_config, hf_write
+from hcp_jax.models.hf import config_json, loading, writing
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.train.sharding import param_specs
 
@@ -87,8 +87,8 @@ def folder_of(tmp_path_factory):
 
 
 def imported(folder):
-    raw = hf_config.read_raw(folder)
-    return dataclasses.replace(hf_config.model_config(raw), compute_dtype="float32", remat="none")
+    raw = config_json.read_raw(folder)
+    return dataclasses.replace(config_json.model_config(raw), compute_dtype="float32", remat="none")
 
 
 def logits_of(config, params, cp=None):
@@ -104,7 +104,7 @@ def logits_of(config, params, cp=None):
 def test_logits_are_those_of_transformers(folder_of, name):
     folder, expected = folder_of(name)
     config = imported(folder)
-    params = hf.load_params(config, folder)
+    params = loading.load_params(config, folder)
     error = np.max(np.abs(logits_of(config, params) - expected))
     print(f"parity {name}: {error:.1e} of {np.max(np.abs(expected)):.2f}")
     assert error < 1e-5
@@ -123,7 +123,7 @@ def test_logits_over_eight_devices_are_those_of_transformers(folder_of, name):
     cp = hcp.ContextParallel(mesh, comm_type="a2a+p2p")
     specs = param_specs(abstract_model(config)[1], cp, fsdp=True)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    params = hf.load_params(config, folder, shardings)
+    params = loading.load_params(config, folder, shardings)
     assert np.max(np.abs(logits_of(config, params, cp) - expected)) < 1e-5
 
 
@@ -131,11 +131,11 @@ def test_logits_over_eight_devices_are_those_of_transformers(folder_of, name):
 def test_transformers_reads_what_is_written(folder_of, tmp_path, name):
     folder, expected = folder_of(name)
     config = imported(folder)
-    stored = hf.check(config, folder)
+    stored = loading.check(config, folder)
     # Without the config.json that it came with, so that every word of it is ours.
-    raw = hf_config.raw_config(config, 256, "float32")
-    hf_write.write_folder(
-        tmp_path, config, raw, lambda slot: hf.read_slot(slot, stored[slot.name]), 50_000
+    raw = config_json.raw_config(config, 256, "float32")
+    writing.write_folder(
+        tmp_path, config, raw, lambda slot: loading.read_slot(slot, stored[slot.name]), 50_000
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():

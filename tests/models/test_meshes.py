@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.loss import summed_cross_entropy
+from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 
 CONFIG = ModelConfig(

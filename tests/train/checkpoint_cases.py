@@ -22,9 +22,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hcp_jax.train import parts
-from hcp_jax.train.checkpoint import CheckpointConfig, Checkpoints
-from hcp_jax.train.hosts.words import Words
+from hcp_jax.train.checkpoint import writers
+from hcp_jax.train.checkpoint.manager import CheckpointConfig, Checkpoints
+from hcp_jax.train.hosts.kv_store import Words
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 MODEL = {"num_layers": 2}
@@ -226,7 +226,7 @@ def write_that_does_not_end(case, process):
     async def writes(*_, **__):
         return [Endless()]
 
-    with replaced(True, parts, "WRITE_SECONDS", 1):
+    with replaced(True, writers, "WRITE_SECONDS", 1):
         checkpoints = case.checkpoints(on_error="continue")
 
         def save_six():

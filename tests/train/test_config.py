@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from hcp_jax.models.rope import RopeScaling
+from hcp_jax.models.layers.rope import RopeScaling
 from hcp_jax.train import config
 from hcp_jax.train.config import TrainConfig
 

@@ -11,7 +11,7 @@ import pytest
 import hcp_jax as hcp
 from hcp_jax.attention import ring
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.parallel import ParallelConfig
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train import config as configuration
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hcp_jax.train.checkpoint import Checkpoints
+from hcp_jax.train.checkpoint.manager import Checkpoints
 from tests.train.test_checkpoint import MODEL, make_state, mesh, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

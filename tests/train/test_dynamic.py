@@ -15,11 +15,11 @@ import rich.console
 
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.parallel import ParallelConfig
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train import data, dynamic, loop
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.dynamic import DynamicProgram, PlacedMicrobatch
-from hcp_jax.train.record import metrics
+from hcp_jax.train.metrics import metrics
 from hcp_jax.train.sections import LogConfig
 from hcp_jax.train.step import (
     OptimizerConfig,

@@ -7,7 +7,7 @@ import rich.console
 
 from hcp_jax.train import config as configuration
 from hcp_jax.train import loop
-from hcp_jax.train.record import metrics
+from hcp_jax.train.metrics import metrics
 from tests.train.test_processes import Pair, losses
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hcp_jax.train.record import metrics
+from hcp_jax.train.metrics import metrics
 from tests.train.tiny import write_config
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def start(tmp_path_factory):
         "JAX_NUM_CPU_DEVICES": "1",
     }
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hcp_jax.train.command", __name__])
+    context.set_forkserver_preload(["hcp_jax.commands.train", __name__])
 
     def start(config, folder):
         arguments = ["train", str(config), f"--folder={folder}"]

@@ -7,9 +7,9 @@ import sys
 import pytest
 import yaml
 
-from hcp_jax.train.hosts.peers import GONE
+from hcp_jax.train.hosts.watchdog import GONE
 from hcp_jax.train.launch import _free_port
-from hcp_jax.train.record import metrics
+from hcp_jax.train.metrics import metrics
 from tests.train.tiny import write_config
 
 pytestmark = pytest.mark.slow

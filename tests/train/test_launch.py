@@ -13,7 +13,7 @@ import yaml
 
 from hcp_jax import cli
 from hcp_jax.train import launch
-from hcp_jax.train.record import metrics
+from hcp_jax.train.metrics import metrics
 from tests.train.tiny import write_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hcp_jax.parallel import ParallelConfig
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train import lock, loop
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig

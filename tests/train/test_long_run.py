@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from hcp_jax.train.checkpoint import CheckpointConfig
+from hcp_jax.train.checkpoint.manager import CheckpointConfig
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
 from hcp_jax.train.long_run import LongRunAdvice

@@ -16,15 +16,15 @@ import rich.console
 from matplotlib.image import imread
 
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.parallel import ParallelConfig
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train import config as configuration
 from hcp_jax.train import loop
-from hcp_jax.train.checkpoint import CheckpointConfig
+from hcp_jax.train.checkpoint.manager import CheckpointConfig
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig, corpus
 from hcp_jax.train.evaluation import EvalConfig
-from hcp_jax.train.record import metrics
-from hcp_jax.train.record.profile import ProfileSteps
+from hcp_jax.train.metrics import metrics
+from hcp_jax.train.metrics.profile import ProfileSteps
 from hcp_jax.train.sections import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 from hcp_jax.train.steps import Outcome

@@ -20,7 +20,7 @@ import rich.console
 
 from hcp_jax.train import config as configuration
 from hcp_jax.train import loop
-from hcp_jax.train.record import metrics
+from hcp_jax.train.metrics import metrics
 from hcp_jax.train.steps import Outcome
 
 pytestmark = pytest.mark.slow

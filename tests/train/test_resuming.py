@@ -6,9 +6,9 @@ import dataclasses
 import optax
 import pytest
 
-from hcp_jax.models.rope import RopeScaling
-from hcp_jax.train import command
-from hcp_jax.train.checkpoint import Restored
+from hcp_jax.commands import train
+from hcp_jax.models.layers.rope import RopeScaling
+from hcp_jax.train.checkpoint.manager import Restored
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.fingerprint import Entry
 from hcp_jax.train.resuming import GoingOn
@@ -171,6 +171,6 @@ def test_data_of_another_order_begin_anew_if_that_is_accepted():
 )
 def test_a_command_line_that_contradicts_itself_is_refused_at_once(line, says):
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    train.add_arguments(parser)
     with pytest.raises(ValueError, match=says):
-        command.num_devices(parser.parse_args(line))
+        train.num_devices(parser.parse_args(line))

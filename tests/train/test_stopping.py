@@ -10,7 +10,7 @@ import rich.console
 from hcp_jax.train import config as configuration
 from hcp_jax.train import folder, loop
 from hcp_jax.train.evaluation import Evaluator
-from hcp_jax.train.record import metrics
+from hcp_jax.train.metrics import metrics
 from tests.train.tiny import write_config
 
 STEPS = 4

@@ -13,8 +13,8 @@ import hcp_jax as hcp
 from hcp_jax.attention import ring
 from hcp_jax.compiled.hlo import Collective
 from hcp_jax.dynamic.config import DynamicConfig
-from hcp_jax.dynamic.groups import describe
-from hcp_jax.parallel import ParallelConfig
+from hcp_jax.parallel.config import ParallelConfig
+from hcp_jax.sequence.groupings import describe
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
 from hcp_jax.verify import groups

@@ -5,7 +5,7 @@ import pytest
 
 from hcp_jax.attention import ring
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.parallel import ParallelConfig
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
 from hcp_jax.verify import streams

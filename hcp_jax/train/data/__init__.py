@@ -7,33 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hcp_jax.train.data.corpus import (
-        SEPARATOR as SEPARATOR,
-    )
-    from hcp_jax.train.data.corpus import (
-        VOCAB_SIZE as VOCAB_SIZE,
-    )
-    from hcp_jax.train.data.corpus import (
-        Corpus as Corpus,
-    )
-    from hcp_jax.train.data.corpus import (
-        describe_packing as describe_packing,
-    )
-    from hcp_jax.train.data.corpus import (
-        evenly as evenly,
-    )
-    from hcp_jax.train.data.corpus import (
-        held_out_batches as held_out_batches,
-    )
-    from hcp_jax.train.data.corpus import (
-        make_batches as make_batches,
-    )
-    from hcp_jax.train.data.corpus import (
-        open_corpus as open_corpus,
-    )
-    from hcp_jax.train.data.corpus import (
-        packing_metrics as packing_metrics,
-    )
+    from hcp_jax.train.data.corpus import SEPARATOR as SEPARATOR
+    from hcp_jax.train.data.corpus import VOCAB_SIZE as VOCAB_SIZE
+    from hcp_jax.train.data.corpus import Corpus as Corpus
+    from hcp_jax.train.data.corpus import describe_packing as describe_packing
+    from hcp_jax.train.data.corpus import evenly as evenly
+    from hcp_jax.train.data.corpus import held_out_batches as held_out_batches
+    from hcp_jax.train.data.corpus import make_batches as make_batches
+    from hcp_jax.train.data.corpus import open_corpus as open_corpus
+    from hcp_jax.train.data.corpus import packing_metrics as packing_metrics
     from hcp_jax.train.sections import DataConfig as DataConfig
 
 _HOME = {

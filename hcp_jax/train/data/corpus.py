@@ -35,8 +35,8 @@ import jax
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from hcp_jax.mask import Mask, causal, documents
-from hcp_jax.placing import Gathered
+from hcp_jax.parallel.placing import Gathered
+from hcp_jax.sequence.mask import Mask, causal, documents
 from hcp_jax.train.data import tokens
 from hcp_jax.train.data.background import Work, in_background
 from hcp_jax.train.data.formats import Piece

@@ -25,12 +25,12 @@ import grain
 import numpy as np
 from jaxtyping import Int64
 
-from hcp_jax.dynamic import groups
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import choose_menu, schedule_batches
-from hcp_jax.dynamic.plan import Microbatch
 from hcp_jax.dynamic.scheduler import MAX_MENU
+from hcp_jax.sequence import groupings
+from hcp_jax.sequence.packing import Microbatch
 from hcp_jax.train.data.streams import Segments, require_same_data, shuffled
 
 _SAMPLES = 8  # windows that the menu is chosen for
@@ -124,7 +124,7 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
         config = self.limits.config
         return self.limits.num_devices, config.tokens, config.min_cp_size, config.max_cp_size
 
-    def _choose_menu(self) -> tuple[groups.Layout, ...]:
+    def _choose_menu(self) -> tuple[groupings.Layout, ...]:
         config = self.limits.config
         if config.layouts is not None:
             return config.layouts

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
-from hcp_jax.terminal import printable as shown
+from hcp_jax.base.terminal import printable as shown
 
 PIECE = 2**20
 """Bytes that are read at a time."""

@@ -15,11 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hcp_jax import terminal
-from hcp_jax.models import hf, hf_config, hf_write
-from hcp_jax.models.hf import Slot
-from hcp_jax.train import checksums, sealed
+from hcp_jax.base import terminal
+from hcp_jax.models.hf import config_json, loading, writing
+from hcp_jax.models.hf.loading import Slot
 from hcp_jax.train import config as configuration
+from hcp_jax.train.checkpoint import checksums, sealed
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hf import weights
 
@@ -34,16 +34,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--shard-gb must be positive, got {args.shard_gb}.")
     config = configuration.load(args.run / "config.yaml")
     origin = _origin(args.run, config)
-    like = None if origin is None else hf_config.read_raw(origin)
+    like = None if origin is None else config_json.read_raw(origin)
     step = next(iter(sealed.steps(args.run)), None)
     values_of, source = _source(args.run, config, step)
     dtype = args.dtype or _dtype(like)
     trained = config.seq_len if step else 0
-    raw = hf_config.raw_config(config.model, trained, dtype, like)
+    raw = config_json.raw_config(config.model, trained, dtype, like)
     args.out.mkdir(parents=True, exist_ok=True)
-    files = hf_write.write_folder(
-        args.out, config.model, raw, values_of, round(args.shard_gb * 1e9)
-    )
+    files = writing.write_folder(args.out, config.model, raw, values_of, round(args.shard_gb * 1e9))
     copied = _copy_tokenizer(origin, config, args.out)
     rounded = ", rounded from float32" if step and dtype != "float32" else ""
     terminal.say(
@@ -64,7 +62,7 @@ def _origin(run_folder: pathlib.Path, config: TrainConfig) -> pathlib.Path | Non
 def _dtype(like: dict[str, Any] | None) -> str:
     """What the tensors were when they came; float32, as they are in training, if they did not."""
     named = (like or {}).get("torch_dtype") or (like or {}).get("dtype")
-    return named if isinstance(named, str) and named in hf_write.NUMPY_DTYPES else "float32"
+    return named if isinstance(named, str) and named in writing.NUMPY_DTYPES else "float32"
 
 
 def _source(
@@ -77,8 +75,8 @@ def _source(
     if config.init_from is None:
         raise ValueError(f"{run_folder} has no checkpoint and no init_from: nothing to export.")
     folder = pathlib.Path(config.init_from)
-    stored = hf.check(config.model, folder)
-    return lambda slot: hf.read_slot(slot, stored[slot.name]), f"the weights of {folder}"
+    stored = loading.check(config.model, folder)
+    return lambda slot: loading.read_slot(slot, stored[slot.name]), f"the weights of {folder}"
 
 
 class _OfCheckpoint:

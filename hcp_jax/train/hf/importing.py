@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from hcp_jax import terminal
-from hcp_jax.models import hf, hf_config, hf_folder
+from hcp_jax.base import terminal
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf import config_json, loading, model_folder
 from hcp_jax.train import config as configuration
 from hcp_jax.train.config import SMALL_MODEL
 from hcp_jax.train.hf import weights
@@ -24,11 +24,11 @@ from hcp_jax.train.hf import weights
 def run(args: argparse.Namespace) -> int:
     """Runs `hcp import`."""
     folder = pathlib.Path(args.folder)
-    hf_folder.require(folder)  # before it is absolute: names of the Hub are told
+    model_folder.require(folder)  # before it is absolute: names of the Hub are told
     folder = folder.absolute()
-    model = hf_config.model_config(hf_config.read_raw(folder), f"{folder}/config.json")
+    model = config_json.model_config(config_json.read_raw(folder), f"{folder}/config.json")
     told = weights.check(model, str(folder))
-    stored = hf.check(model, folder)
+    stored = loading.check(model, folder)
     parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
     files = len({tensor.file for tensor in stored.values()})
     terminal.say(

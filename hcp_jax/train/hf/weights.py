@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hcp_jax import reading
-from hcp_jax.context import ContextParallel
-from hcp_jax.models import hf, hf_config, hf_folder
+from hcp_jax.base import reading
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf import config_json, loading, model_folder
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.step import TrainState, abstract_state, init_state
 
@@ -55,21 +55,21 @@ def check(model: ModelConfig, folder: str, seq_len: int = 0) -> str:
     """
     place = pathlib.Path(folder)
     for name in present(place):
-        hf_folder.member(place, name)
-    raw = hf_config.read_raw(place)
-    theirs = hf_config.model_config(raw, f"{place}/config.json")
-    wrong = hf_config.differences(hf_config.SHAPES, theirs, model)
+        model_folder.member(place, name)
+    raw = config_json.read_raw(place)
+    theirs = config_json.model_config(raw, f"{place}/config.json")
+    wrong = config_json.differences(config_json.SHAPES, theirs, model)
     if wrong:
         raise ValueError(
             f"init_from: {folder} has the weights of another model: {'; '.join(wrong)}. "
             "hcp import writes a config that fits."
         )
-    stored = hf.check(model, place)
+    stored = loading.check(model, place)
     lines = [f"weights: {folder} ({raw['model_type']}, {_dtype(stored)})"]
-    changed = hf_config.differences(hf_config.READINGS, theirs, model)
+    changed = config_json.differences(config_json.READINGS, theirs, model)
     if changed:
         lines.append(f"  read otherwise than there: {'; '.join(changed)}")
-    reach = hf_config.reach(raw, model)
+    reach = config_json.reach(raw, model)
     if reach is not None and seq_len > reach and model.rope_theta == theirs.rope_theta:
         lines.append(
             f"  warning: seq_len {seq_len:,} is longer than the {reach:,} tokens that the model "
@@ -99,7 +99,7 @@ def first_state(
         keep_small_files(pathlib.Path(config.init_from), run / KEPT)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    params = hf.load_params(config.model, pathlib.Path(config.init_from), shardings.params)
+    params = loading.load_params(config.model, pathlib.Path(config.init_from), shardings.params)
 
     def begin(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -111,9 +111,9 @@ def keep_small_files(origin: pathlib.Path, kept: pathlib.Path) -> None:
     """Copies what `hcp export` needs besides the weights."""
     kept.mkdir(exist_ok=True)
     copy_tokenizer(origin, kept)
-    raw = hf_config.read_raw(origin)
+    raw = config_json.read_raw(origin)
     # What the tensors are is what counts, whatever the file says of them.
-    raw["torch_dtype"] = _dtype(hf_folder.stored_tensors(origin))
+    raw["torch_dtype"] = _dtype(model_folder.stored_tensors(origin))
     raw.pop("dtype", None)
     (kept / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
@@ -126,7 +126,7 @@ def copy_tokenizer(origin: pathlib.Path, out: pathlib.Path) -> list[str]:
     """
     there = present(origin)
     for name in there:
-        shutil.copyfile(hf_folder.member(origin, name), out / name)
+        shutil.copyfile(model_folder.member(origin, name), out / name)
     return there
 
 
@@ -135,7 +135,9 @@ def present(folder: pathlib.Path) -> list[str]:
     return [name for name in TOKENIZER_FILES if reading.is_regular(folder / name)]
 
 
-def _dtype(stored: dict[str, hf_folder.Stored]) -> str:
+def _dtype(stored: dict[str, model_folder.Stored]) -> str:
     """The dtype that holds every tensor exactly."""
-    found = {hf.DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in hf.DTYPES}
+    found = {
+        loading.DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in loading.DTYPES
+    }
     return found.pop() if len(found) == 1 else "float32"

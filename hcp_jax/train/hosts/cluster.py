@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hcp_jax import arguments, terminal
-from hcp_jax.train.hosts.peers import Peers, Place
+from hcp_jax.base import arguments, terminal
+from hcp_jax.train.hosts.watchdog import Peers, Place
 
 LAUNCHER = "HCP_LAUNCHER"
 """The environment's variable that has the process id of `hcp launch`, where that started us."""

@@ -24,8 +24,8 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from hcp_jax import reading
-from hcp_jax.terminal import printable
+from hcp_jax.base import reading
+from hcp_jax.base.terminal import printable
 
 SECRET = "HCP_SECRET"
 """The environment variable with what all processes of a run know, if anything."""

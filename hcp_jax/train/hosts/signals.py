@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from hcp_jax import watch
+from hcp_jax.base import watch
 
 
 class Signals:

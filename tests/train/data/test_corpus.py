@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hcp_jax as hcp
-from hcp_jax.mask import documents, sliding_window
+from hcp_jax.sequence.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
 from hcp_jax.train.data.corpus import _batch, _in_documents

@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 
 from hcp_jax import cli
-from hcp_jax.train.data import DataConfig, command, open_corpus, tokenizer, tokens
+from hcp_jax.commands import tokenize as command
+from hcp_jax.train.data import DataConfig, open_corpus, tokenizer, tokens
 from hcp_jax.train.data.streams import Segments, Streams
 
 TEXTS = ["a b c", "c b", "a <s> zebra b", "c" * 5]

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from hcp_jax import cli
-from hcp_jax.models import hf, hf_config
-from hcp_jax.parallel import ParallelConfig
+from hcp_jax.models.hf import config_json, loading
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train import config as configuration
-from hcp_jax.train.checkpoint import Checkpoints
+from hcp_jax.train.checkpoint.manager import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hf import weights
 from hcp_jax.train.step import abstract_state, make_optimizer
@@ -65,7 +65,7 @@ def run(folder, tmp_path_factory):
 
 def test_the_first_state_has_the_folder_s_weights_where_they_belong(folder, run):
     state, abstract = run.state, run.abstract
-    jax.tree.map(np.testing.assert_array_equal, state.params, hf.load_params(CONFIG, folder))
+    jax.tree.map(np.testing.assert_array_equal, state.params, loading.load_params(CONFIG, folder))
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
     moments = jax.tree.leaves(state.opt_state)
     assert not any(np.any(np.asarray(x)) for x in moments)
@@ -76,7 +76,7 @@ def test_the_small_files_are_kept_in_the_run_folder_and_no_code(run):
     kept = run.path / weights.KEPT
     names = {f.name for f in kept.iterdir()}
     assert names == {"config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert hf_config.model_config(hf_config.read_raw(kept)).num_layers == CONFIG.num_layers
+    assert config_json.model_config(config_json.read_raw(kept)).num_layers == CONFIG.num_layers
 
 
 def test_another_rope_is_told_and_another_shape_refused(folder):
@@ -97,7 +97,7 @@ def test_import_writes_a_config_that_training_begins_from(folder, tmp_path, caps
     assert f"hcp train {file}" in printed
     assert f"# hcp train {file}" in file.read_text()
     config = configuration.load(file)
-    expected = hf_config.model_config(hf_config.read_raw(folder))
+    expected = config_json.model_config(config_json.read_raw(folder))
     assert (config.model, config.init_from, config.name) == (expected, str(folder), folder.name)
     assert config.data.tokenizer == str(folder / "tokenizer.json")
     assert cli.main(["import", str(folder), "--out", str(tmp_path / "run")]) == 2
@@ -116,7 +116,7 @@ def test_import_and_export_give_the_same_folder_bit_for_bit(folder, tmp_path, ca
     assert cli.main(["export", str(run), str(out), "--shard-gb", "0.0001"]) == 0
     assert "as qwen2, 4 files of bfloat16; config.json, tokenizer.json" in capsys.readouterr().out
     assert tensors_of(out) == tensors_of(folder)
-    assert json.loads((out / "config.json").read_text()) == hf_config.read_raw(folder)
+    assert json.loads((out / "config.json").read_text()) == config_json.read_raw(folder)
     assert not (out / "modeling.py").exists()
 
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_exported_bit_for_bit_also_without_the_folder(
     assert "the weights of step 7 as qwen2, 1 file of bfloat16, rounded from float32" in printed
     assert tensors_of(tmp_path / "out") == tensors_of(folder)
     # Trained further than it came.
-    assert hf_config.read_raw(tmp_path / "out")["max_position_embeddings"] == 4096
+    assert config_json.read_raw(tmp_path / "out")["max_position_embeddings"] == 4096
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
@@ -154,10 +154,10 @@ def test_a_run_that_began_at_random_is_written_as_the_family_of_its_parameters(r
     config = dataclasses.replace(run.config, init_from=None)
     (random / "config.yaml").write_text(configuration.dump(config))
     assert cli.main(["export", str(random), str(tmp_path / "out")]) == 0
-    raw = hf_config.read_raw(tmp_path / "out")
+    raw = config_json.read_raw(tmp_path / "out")
     assert raw["architectures"] == ["Qwen2ForCausalLM"]
     assert raw["torch_dtype"] == "float32"
-    exported = hf.load_params(CONFIG, tmp_path / "out")
+    exported = loading.load_params(CONFIG, tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, exported, run.state.params)
 
 

@@ -155,7 +155,7 @@ def test_hcp_train_ends_cleanly_whatever_runs(code, tmp_path):
 def test_every_command_hears_a_signal_that_the_collector_swallows(number, code):
     program = f"""
 import gc, signal
-from hcp_jax import watch
+from hcp_jax.base import watch
 with watch.interruptible(grace=0.1):
     def swallow(phase, info):
         signal.raise_signal({int(number)})

@@ -1,0 +1,75 @@
+"""`hcp verify`: proof, on the devices at hand, that context parallelism computes what one does.
+
+Three things are measured, and a table tells them: attention against dense attention in float64, a
+training step against the same step on one device, and the bytes that the compiled programs move
+against what the algorithm must move. `streams.py` does it for streams that are cut over the mesh,
+`groups.py` for documents on groups of devices (`parallel.dynamic`).
+
+The sequences are short and large models are made narrow, with their heads, masks, comm types and
+mesh kept: the mathematics does not depend on the rest.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from hcp_jax.base import tables
+from hcp_jax.train import config as configuration
+from hcp_jax.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from hcp_jax.verify.measures import Check
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `hcp verify`."""
+    configuration.add_arguments(parser)
+
+
+def num_devices(args: argparse.Namespace) -> int:
+    """Return how many devices to simulate where there is no GPU."""
+    return _config(args).parallel.num_devices
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hcp verify`; return 0, or 1 if a check failed."""
+    from hcp_jax.verify import groups, streams
+
+    config = _config(args)
+    console = tables.console()
+    cp = config.parallel.context_parallel(config.model.num_layers)
+    console.print(cp.describe())
+    checked: Iterable[tuple[str, Iterator[Check]]]
+    if config.parallel.dynamic.enabled:
+        checked = groups.checks(config, cp, console)
+    else:
+        checked = streams.checks(config, cp)
+    total = failed = 0
+    for title, checks in checked:
+        rows = list(checks)
+        total += len(rows)
+        failed += sum(not check.passed for check in rows)
+        if rows:
+            headings = (*rows[0].cells, "")
+            cells = [(*check.cells.values(), "ok" if check.passed else "FAILED") for check in rows]
+            console.print()
+            tables.show(console, headings, cells, left=headings, title=title)
+    console.print()
+    if failed:
+        console.print(f"{failed} of {total} checks FAILED")
+        return 1
+    console.print(f"all {total} checks passed: this computes what one device computes")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    config = configuration.from_arguments(args)
+    if config.parallel.num_devices == 1:
+        where = (
+            "no config is given, and the default" if args.config is None else f"{args.config}: the"
+        )
+        raise ValueError(
+            f"{where} mesh has one device: there is nothing to compare one device with. Name a "
+            "config, such as configs/quickstart.yaml, or sizes, such as --parallel.cp_inner 4."
+        )
+    return config

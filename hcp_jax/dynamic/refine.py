@@ -1,0 +1,115 @@
+"""The last small steps: documents change places so that groups finish together.
+
+It stands apart from the scheduler because it starts from its answer and can only better it.
+"""
+
+from collections.abc import Sequence
+
+from hcp_jax.dynamic.cost import Ring
+from hcp_jax.dynamic.fill import Filled, Problem
+from hcp_jax.sequence.packing import max_documents_per_ring
+
+# Enough for what the filling leaves to gain, and little enough not to be noticed in its time.
+_STEPS, _PARTNERS = 12, 4
+
+
+class _Group:
+    """A group whose documents are being exchanged."""
+
+    def __init__(self, ring: Ring, ranks: list[int], lengths: list[int], tokens: int):
+        self.ring = ring
+        self.ranks = list(ranks)
+        self.room = ring.size * tokens - sum(lengths[rank] for rank in ranks)
+        self.pairs = sum(ring.pairs(lengths[rank]) for rank in ranks)
+        self.seconds = ring.seconds(self.pairs)
+
+
+def polish(problem: Problem, filled: Sequence[Filled]) -> list[Filled]:
+    """Relieve the slowest group of each microbatch by exchanging documents with quick groups.
+
+    With groups of its own microbatch, as long as both end up quicker than the slowest was; and with
+    the last microbatch, which tends to have room, as long as that does not get slower.
+
+    Args:
+        problem: what does not change.
+        filled: microbatches, at least one.
+    """
+    lengths, tokens, cost = problem.lengths, problem.tokens, problem.cost
+    most = max_documents_per_ring(tokens)
+    work = [
+        [
+            _Group(*of, lengths, tokens)
+            for of in zip(cost.rings(mb.layout, tokens), mb.groups, strict=True)
+        ]
+        for mb in filled
+    ]
+    for own in work:
+        for _ in range(_STEPS):
+            if not _relieve(own, work[-1], lengths, most):
+                break
+    dense = cost.dense_seconds(tokens)
+    return [
+        mb._replace(
+            groups=[group.ranks for group in own],
+            seconds=dense + max(group.seconds for group in own),
+        )
+        for mb, own in zip(filled, work, strict=True)
+    ]
+
+
+def _relieve(own: list[_Group], last: list[_Group], lengths: list[int], most: int) -> bool:
+    """Make the best exchange that relieves the slowest group of `own`; False if there is none."""
+    order = sorted(own, key=lambda group: group.seconds)
+    slow = order[-1]
+    limit = slow.seconds * (1 - 1e-12)
+    partners = [(group, limit) for group in order[:_PARTNERS] if group is not slow]
+    if own is not last:
+        least = sorted(last, key=lambda group: group.seconds)
+        partners += [(group, least[-1].seconds) for group in least[:_PARTNERS]]
+    options = [
+        (*_best_exchange(slow, group, lengths, most, allowed), i)
+        for i, (group, allowed) in enumerate(partners)
+    ]
+    took, give, take, i = min(options, default=(limit, 0, -1, 0))
+    if took >= limit:
+        return False
+    _move(slow, partners[i][0], give, lengths)
+    if take >= 0:
+        _move(partners[i][0], slow, take, lengths)
+    return True
+
+
+def _best_exchange(
+    slow: _Group, quick: _Group, lengths: list[int], most: int, limit: float
+) -> tuple[float, int, int]:
+    """Return the best exchange: (seconds of the slower group, rank given, rank taken or -1).
+
+    `quick` may take `limit` seconds at most, and counts as no slower than `slow` was: one of
+    another microbatch may well be. Of documents of one length any will do.
+    """
+    best = (float("inf"), 0, -1)
+    takes = {lengths[rank]: rank for rank in quick.ranks}
+    if quick.ring.size == 1 or len(quick.ranks) < most:
+        takes[0] = -1
+    for length, give in {lengths[rank]: rank for rank in slow.ranks}.items():
+        less, more = slow.ring.pairs(length), quick.ring.pairs(length)
+        for back, take in takes.items():
+            if back >= length or length - back > quick.room:
+                continue
+            from_slow = slow.pairs - less + (slow.ring.pairs(back) if back else 0.0)
+            to_quick = quick.pairs + more - (quick.ring.pairs(back) if back else 0.0)
+            seconds = quick.ring.seconds(to_quick)
+            if seconds <= limit:
+                slower = max(slow.ring.seconds(from_slow), min(seconds, slow.seconds))
+                best = min(best, (slower, give, take))
+    return best
+
+
+def _move(source: _Group, target: _Group, rank: int, lengths: list[int]) -> None:
+    length = lengths[rank]
+    source.ranks.remove(rank)
+    target.ranks.append(rank)
+    for group, sign in ((source, -1), (target, 1)):
+        group.room -= sign * length
+        group.pairs += sign * group.ring.pairs(length)
+        group.seconds = group.ring.seconds(max(group.pairs, 0.0))

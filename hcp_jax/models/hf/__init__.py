@@ -1,0 +1,1 @@
+"""Models in Hugging Face folders: their config.json and their safetensors, read and written."""

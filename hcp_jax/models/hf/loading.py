@@ -1,0 +1,291 @@
+"""Weights of Hugging Face folders, in safetensors, to parameters and back.
+
+The model calls its modules what these folders call them, so that names need no table: the
+parameter `layers.self_attn.q_proj.kernel` holds the `model.layers.{i}.self_attn.q_proj.weight` of
+all layers, stacked. A matrix lies there as `[outputs, inputs]` and here as `[inputs, outputs]`,
+with inputs or outputs split into heads.
+
+What is read is only what the devices of this process hold, one tensor at a time: each is put on its
+devices, into its place among the layers, before the next one is opened. Nothing is ever unpickled.
+"""
+
+import functools
+import itertools
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+
+from hcp_jax.base.terminal import printable
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf.model_folder import Stored, some, stored_tensors
+from hcp_jax.models.transformer import abstract_model
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What a tensor may be stored as; every one of these is exact in float32."""
+
+
+class Slot(NamedTuple):
+    """Where a tensor of a folder goes.
+
+    Attributes:
+        name: of the tensor.
+        path: of the parameter, keys from the outside in.
+        layer: which of the layers stacked in it; None if it is no layer's.
+        shape: what the parameter has for it, layers not counted.
+        inputs: how many of these dims a matrix reads from; None for what lies there as it is here.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    inputs: int | None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The tensor's own shape."""
+        if self.inputs is None:
+            return self.shape
+        inputs, outputs = self.shape[: self.inputs], self.shape[self.inputs :]
+        return tuple(math.prod(dims) for dims in (outputs, inputs) if dims)
+
+
+def slots(config: ModelConfig) -> list[Slot]:
+    """Return all tensors of a model, parameter by parameter, the layers of each in order."""
+    return list(_slots(config))
+
+
+@functools.lru_cache(maxsize=4)
+def _slots(config: ModelConfig) -> tuple[Slot, ...]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])
+    found = []
+    for keys, leaf in leaves:
+        path = tuple(key.key for key in keys)
+        *modules, kind = path
+        stacked = modules[0] == "layers"
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        # o_proj reads heads; all else reads one dim.
+        inputs = {"kernel": 2 if "o_proj" in modules else 1, "bias": 0}.get(kind)
+        suffix = "bias" if kind == "bias" else "weight"
+        for layer in range(config.num_layers) if stacked else [None]:
+            inside = modules if layer is None else ["layers", str(layer), *modules[1:]]
+            root = [] if modules[0] == "lm_head" else ["model"]
+            name = ".".join([*root, *inside, suffix])
+            found.append(Slot(name, path, layer, tuple(shape), inputs))
+    return tuple(found)
+
+
+def check(config: ModelConfig, folder: pathlib.Path) -> dict[str, Stored]:
+    """The tensors of a model in a folder: all of them, of their shapes, and no others.
+
+    Raises:
+        ValueError: as `stored_tensors`, or if a tensor is missing, of another shape, stored in
+            another way than `DTYPES`, or not one of the model's; names them.
+    """
+    found = stored_tensors(folder)
+    place = printable(folder)
+    needed = {slot.name: slot for slot in slots(config)}
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(f"{place} lacks {some(missing)}{_why_missing(found, needed)}.")
+    for name, slot in needed.items():
+        stored = found[name]
+        if stored.shape != slot.stored_shape:
+            raise ValueError(
+                f"{place}: {name} is {printable(list(stored.shape))} in "
+                f"{printable(stored.file.name)}, and the model needs {list(slot.stored_shape)}."
+            )
+        if stored.dtype not in DTYPES:
+            raise ValueError(
+                f"{place}: {name} is stored as {stored.dtype}; only {', '.join(DTYPES)} can be "
+                "read."
+            )
+    _require_first_rows(needed, found)
+    others = [name for name in found if name not in needed and not _is_passed_over(name)]
+    if config.tie_embeddings and "lm_head.weight" in others:
+        _require_tied(folder, found)
+        others.remove("lm_head.weight")
+    if others:
+        raise ValueError(f"{place} has tensors that the model has not: {some(others)}.")
+    return {name: found[name] for name in needed}
+
+
+def load_params(config: ModelConfig, folder: pathlib.Path, shardings: Any = None) -> dict:
+    """The parameters of a model, in float32, each placed where it belongs.
+
+    Of each tensor this process reads what its own devices hold, and no more than one tensor is in
+    the host's memory at a time.
+
+    Args:
+        config: the model.
+        folder: a Hugging Face folder whose weights it fits.
+        shardings: a tree like the parameters of `NamedSharding`s; None for one device.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    found = check(config, folder)
+    shapes = abstract_model(config)[1]
+    alone = SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: alone, shapes) if shardings is None else shardings
+    params = jax.tree.map(lambda x: x, shapes)
+    for slot in slots(config):
+        parent: Any = functools.reduce(lambda tree, key: tree[key], slot.path[:-1], params)
+        sharding = functools.reduce(lambda tree, key: tree[key], slot.path, shardings)
+        key, stored = slot.path[-1], found[slot.name]
+        if slot.layer is None:
+            parent[key] = _placed(slot, stored, sharding)
+            continue
+        if slot.layer == 0:
+            parent[key] = _zeros(parent[key].shape, sharding)
+        one = _placed(slot, stored, _of_one_layer(sharding))
+        # Waited for: until then the tensor is in the host's memory.
+        parent[key] = jax.block_until_ready(_put_layer(sharding)(parent[key], one, slot.layer))
+    return params
+
+
+def read_slot(slot: Slot, stored: Stored) -> np.ndarray:
+    """A tensor as its parameter has it, in float32."""
+    return _read(slot, stored, tuple(slice(None) for _ in slot.shape))
+
+
+def to_stored(slot: Slot, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The values of a parameter for a slot as its folder has them."""
+    if slot.inputs is not None:
+        split = (math.prod(slot.shape[: slot.inputs]), math.prod(slot.shape[slot.inputs :]))
+        values = values.reshape(split).T
+    return np.ascontiguousarray(values.reshape(slot.stored_shape), dtype)
+
+
+def _placed(slot: Slot, stored: Stored, sharding: Any) -> jax.Array:
+    """A tensor on its devices."""
+    read: dict[str, np.ndarray] = {}
+
+    def of_device(index: Any) -> np.ndarray:
+        # Devices that hold the same part share one copy of it.
+        if str(index) not in read:
+            read[str(index)] = _read(slot, stored, index)
+        return read[str(index)]
+
+    return jax.make_array_from_callback(slot.shape, sharding, of_device)
+
+
+def _read(slot: Slot, stored: Stored, index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index` of what a parameter has for a tensor."""
+    k = slot.inputs
+    # A file has heads and their dims as one; only of the outermost dim can a part be read alone.
+    outermost = {0, k}
+    read = [i if d in outermost else slice(None) for d, i in enumerate(index)]
+    rest = tuple(slice(None) if d in outermost else i for d, i in enumerate(index))
+    try:
+        # Opened anew each time, so that no more of a file stays mapped than one tensor.
+        with safe_open(stored.file, framework="numpy") as file:
+            tensor = file.get_slice(slot.name)
+            if k is None:
+                return _finite(np.asarray(tensor[index], np.float32), slot.name, stored)
+            outputs = _flat(read[k:], slot.shape[k:])
+            part = tensor[outputs, _flat(read[:k], slot.shape[:k])].T if k else tensor[outputs]
+    except SafetensorError as error:
+        raise ValueError(
+            f"{printable(stored.file)}: {slot.name} cannot be read ({printable(error)})."
+        ) from None
+    sizes = [len(range(*i.indices(n))) for i, n in zip(read, slot.shape, strict=True)]
+    part = np.ascontiguousarray(part.reshape(sizes)[rest], np.float32)
+    return _finite(part, slot.name, stored)
+
+
+def _finite(values: np.ndarray, name: str, stored: Stored) -> np.ndarray:
+    """Return the values, if all of them are finite: one NaN would make a NaN of every loss."""
+    wrong = values.size - np.count_nonzero(np.isfinite(values))
+    if wrong:
+        raise ValueError(
+            f"{printable(stored.file)}: {name} has {wrong:,} values of {values.size:,} read that "
+            "are NaN or infinite; the file was written by a run that had diverged, or is damaged."
+        )
+    return values
+
+
+def _require_first_rows(needed: dict[str, Slot], found: dict[str, Stored]) -> None:
+    """Read a row of each tensor: weights that are NaN throughout are told before training loads."""
+    by_file = sorted((found[name].file, name) for name in needed)
+    for file, of_file in itertools.groupby(by_file, key=lambda pair: pair[0]):
+        with safe_open(file, framework="numpy") as opened:
+            for _, name in of_file:
+                row = opened.get_slice(name)[:1]
+                _finite(np.asarray(row, np.float32), name, found[name])
+
+
+def _why_missing(found: dict[str, Stored], needed: dict[str, Slot]) -> str:
+    """Return what the names that are there tell of where they come from, to end a sentence."""
+    if any(".lora_" in name or name.startswith("base_model.") for name in found):
+        return "; it holds an adapter (LoRA): merge it into its base model first, and save that"
+    for name in list(needed)[:20]:
+        for other in found:
+            if other.endswith(f".{name}"):
+                prefix = other.removesuffix(name)
+                return (
+                    f"; its tensors have {printable(prefix)!r} before their names, as a wrapper "
+                    "or a larger model saves them: save the language model on its own"
+                )
+            if name.endswith(f".{other}"):
+                return (
+                    f"; its tensors lack {name.removesuffix(other)!r} before their names: it is "
+                    "the base model without its head. Save it with AutoModelForCausalLM"
+                )
+    return f"; it has {some(found)}, named as in no family that is read here" if found else ""
+
+
+def _flat(index: Sequence[slice], shape: Sequence[int]) -> slice:
+    """The part of several dims laid out as one, of which only the outermost is cut."""
+    begin, end, _ = index[0].indices(shape[0])
+    inner = math.prod(shape[1:])
+    return slice(begin * inner, end * inner)
+
+
+def _zeros(shape: tuple[int, ...], sharding: Any) -> jax.Array:
+    return jax.jit(functools.partial(jnp.zeros, shape, jnp.float32), out_shardings=sharding)()
+
+
+def _of_one_layer(sharding: Any) -> Any:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = PartitionSpec(*sharding.spec[1:])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+@functools.cache
+def _put_layer(sharding: Any) -> Any:
+    """(all layers, one of them, its number) -> all layers; in place."""
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+def _is_passed_over(name: str) -> bool:
+    """Frequencies that old versions saved; they follow from the config."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _require_tied(folder: pathlib.Path, found: dict[str, Stored]) -> None:
+    """An output head of its own next to tied embeddings must be the embedding once more."""
+    head, table = found["lm_head.weight"], found["model.embed_tokens.weight"]
+    same = head.shape == table.shape
+    with (
+        safe_open(head.file, framework="numpy") as of_head,
+        safe_open(table.file, framework="numpy") as of_table,
+    ):
+        a, b = of_head.get_slice("lm_head.weight"), of_table.get_slice("model.embed_tokens.weight")
+        for row in range(0, table.shape[0] if same else 0, 1024):
+            rows = slice(row, min(row + 1024, table.shape[0]))
+            same = same and np.array_equal(a[rows], b[rows])
+    if not same:
+        raise ValueError(
+            f"{folder}: config.json says that embeddings are tied, but lm_head.weight is not "
+            "model.embed_tokens.weight. Say tie_word_embeddings=false, or remove the tensor."
+        )

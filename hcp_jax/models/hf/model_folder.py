@@ -1,0 +1,233 @@
+"""The files of a Hugging Face folder: which they are, and that they are what they say.
+
+A folder may be anybody's. Nothing outside of it is read, nothing is unpickled, and of the weights
+only the heads of the files are looked at. What is no such folder (an adapter, GGUF, a name of the
+Hub, a cache) is told by name, with what to do.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from hcp_jax.base import reading
+from hcp_jax.base.terminal import printable
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+
+_INDEX_BYTES = 2**26  # the index of a model of 100,000 tensors has some 10 MB
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_OTHERS = {
+    ".gguf": "GGUF files, of llama.cpp, whose weights are mostly quantised",
+    ".ggml": "GGML files, of llama.cpp",
+    ".h5": "weights of TensorFlow",
+    ".msgpack": "weights of Flax",
+    ".onnx": "an ONNX graph",
+    ".distcp": "a distributed checkpoint of PyTorch",
+    ".nemo": "an archive of NeMo",
+    ".npz": "arrays of NumPy",
+}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: where it is, and what it is stored as."""
+
+    file: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def require(folder: pathlib.Path) -> None:
+    """Check that a folder is a Hugging Face folder, as far as one can see from its names.
+
+    Raises:
+        ValueError: if it is not; says what it is instead, and what to do.
+    """
+    text = printable(folder)
+    try:
+        there, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, ValueError):  # a name too long, or one with a NUL
+        there = is_folder = False
+    if is_folder:
+        if not reading.is_regular(folder / CONFIG):
+            raise ValueError(f"{text} is no Hugging Face folder: {_what_else(folder)}")
+        return
+    if there:
+        raise ValueError(f"{text} is a file; give the Hugging Face folder with its {CONFIG}.")
+    hub = re.fullmatch(
+        r"(?:https?:/+(?:huggingface\.co|hf\.co)/|hf:/+)?([\w.-]+/[\w.-]+?)/*", str(folder)
+    )
+    if hub and not folder.is_absolute() and not hub[1].startswith("."):
+        name = hub[1].split("/")[1]
+        raise ValueError(
+            f"{text} is no folder here. Weights are read from a local folder, and nothing is "
+            f"downloaded. If it is a model of the Hugging Face Hub: hf download {hub[1]} "
+            f"--local-dir {name} (pip install huggingface_hub), then give the folder {name}."
+        )
+    raise ValueError(
+        f"{text} is no Hugging Face folder: it has no {CONFIG}, since there is no such folder."
+    )
+
+
+def member(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Return the path of a regular file of a folder, which may be a link only inside of it.
+
+    In the cache of the Hugging Face Hub, files of `snapshots/REVISION` are links into `blobs`
+    beside it; these are followed.
+
+    Raises:
+        ValueError: if there is no such file, its name leads out of the folder, or it is a link to
+            somewhere else.
+    """
+    shown = printable(name)
+    if pathlib.PurePath(name).name != name or not reading.is_regular(folder / name):
+        raise ValueError(f"{printable(folder)} has no file {shown!r}.")
+    root = folder.resolve()
+    target = (folder / name).resolve()
+    inside = [root]
+    if root.parent.name == "snapshots":
+        inside.append(root.parents[1] / "blobs")
+    if not any(target.is_relative_to(place) for place in inside):
+        raise ValueError(
+            f"{printable(folder / name)} is a link to {printable(target)}, outside of the folder, "
+            "and is not followed; put the file itself there."
+        )
+    return folder / name
+
+
+def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
+    """Return all tensors of a folder, by name; only the heads of its files are read.
+
+    Raises:
+        ValueError: if there are no safetensors (a pickle is never opened), a file is missing or
+            damaged, or the index and the files do not fit each other.
+    """
+    if not reading.is_regular(folder / INDEX):
+        if not reading.is_regular(folder / ONE_FILE):
+            raise ValueError(_no_safetensors(folder))
+        return _tensors_of(member(folder, ONE_FILE))
+    index = member(folder, INDEX)
+    placed = _read_index(index)
+    found: dict[str, Stored] = {}
+    for name in sorted(set(placed.values())):
+        if pathlib.PurePath(name).name != name or not reading.is_regular(folder / name):
+            raise ValueError(
+                f"{printable(index)} names the file {printable(name)!r}, which is not in "
+                f"{printable(folder)}."
+            )
+        found |= _tensors_of(member(folder, name))
+    for name, file in placed.items():
+        if name not in found or found[name].file.name != file:
+            raise ValueError(
+                f"{printable(index)} says that {printable(name)} is in {printable(file)}, but it "
+                "is not."
+            )
+    if reading.is_regular(folder / ONE_FILE) and ONE_FILE not in placed.values():
+        raise ValueError(
+            f"{printable(folder)} has two sets of weights: {ONE_FILE}, which transformers reads, "
+            f"and {some(sorted(set(placed.values())))}, which {INDEX} names. Remove the one that "
+            "is not meant (with the index, if it is that one)."
+        )
+    return found
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first names of many, each safe to print, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(printable(name, 100) for name in names[:3]) + more
+
+
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+    try:
+        held: Any = reading.read_json(index, _INDEX_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{printable(index)} is no index of tensors ({error})") from None
+    placed = held.get("weight_map") if isinstance(held, dict) else None
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise ValueError(
+            f"{printable(index)} is no index of tensors: it needs a weight_map of names and files."
+        )
+    return placed
+
+
+def _tensors_of(file: pathlib.Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+                for name, tensor in slices.items()
+            }
+    # An OSError of safetensors has neither number nor file.
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{printable(file)} is damaged, or not whole ({printable(error)}); fetch it again."
+        ) from None
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def _what_else(folder: pathlib.Path) -> str:
+    """Return what a folder without a config.json is."""
+    names = _names(folder)
+    if "adapter_config.json" in names:
+        return _ADAPTER
+    if "snapshots" in names or any(name.startswith("models--") for name in names):
+        return "it is a cache of the Hugging Face Hub; give the folder snapshots/REVISION inside."
+    if "config.yaml" in names:
+        return "it is a run of hcp train; hcp export writes one from it, --resume goes on with it."
+    if "params.json" in names:
+        return (
+            "it has params.json, the original form of Meta's or Mistral's weights; take the "
+            "folder in the form of transformers."
+        )
+    return f"it has no {CONFIG}{_holds(names)}."
+
+
+def _holds(names: list[str]) -> str:
+    """Return what the files are by their suffixes, to end a sentence."""
+    for suffix, what in _OTHERS.items():
+        found = [name for name in names if name.lower().endswith(suffix)]
+        if found:
+            return f", and holds {what} ({some(found)}), which are not read here"
+    return ""
+
+
+_ADAPTER = (
+    "it holds an adapter (LoRA), which is weights to add to a base model. Merge it into its base "
+    "first, in transformers and peft: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload()"
+    ".save_pretrained(NEW_FOLDER)."
+)
+
+
+def _no_safetensors(folder: pathlib.Path) -> str:
+    names, text = _names(folder), printable(folder)
+    if "adapter_config.json" in names:
+        return f"{text} has no weights of a model: {_ADAPTER}"
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    shards = [name for name in safetensors if re.search(r"-\d+-of-\d+\.safetensors$", name)]
+    if shards:
+        return (
+            f"{text} has shards ({some(shards)}) without {INDEX}, which says what is in which; "
+            "fetch it from where the shards came from."
+        )
+    if safetensors:
+        return f"{text} has {some(safetensors)}, but neither {ONE_FILE} nor {INDEX}; rename it."
+    pickles = [name for name in names if pathlib.PurePath(name).suffix in _PICKLES]
+    if not pickles:
+        return f"{text} has no weights: neither {ONE_FILE} nor {INDEX}{_holds(names)}."
+    return (
+        f"{text} has its weights in {some(pickles)} and none in safetensors. Such a file is a "
+        "pickle: to open it is to run whatever code is in it, so it is never opened here. Where "
+        "you trust it, write it anew with transformers: "
+        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+    )

@@ -1,0 +1,1 @@
+"""The parts of a decoder layer: rotary positions, MLP, embedding, loss."""

@@ -1,0 +1,116 @@
+"""Rotary position embeddings (Su et al., RoFormer, 2021), and how they stretch to longer contexts.
+
+Pair i of a head, the dims i and i + H/2 (the half-split convention of Hugging Face's weights),
+turns by the angle `position · frequency_i`. Positions are given token by token, so a stream that
+has been cut over devices, or packed with documents, needs nothing special here.
+
+The frequencies are worked out in float64 on the host, since that costs nothing. What needs care is
+the product with the position: in float32, position 2²⁰ times a frequency is off by up to 0.06 of a
+radian. So the position is split, p = 1024 h + l, and the turns that 1024 · frequency makes are
+taken off before anything is rounded; the angle is then good to 4e-4 at a million tokens.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int32
+
+from hcp_jax.models.layers.rope_scaling import RopeScaling
+
+_SPLIT = 1024
+
+
+class Rotation(NamedTuple):
+    """By what each pair of every token's heads is to be turned; one for all layers."""
+
+    cos: Float[Array, "B T 1 H/2"]
+    sin: Float[Array, "B T 1 H/2"]
+
+
+def rope_frequencies(
+    head_size: int, theta: float, scaling: RopeScaling | None = None
+) -> Float64[np.ndarray, "H/2"]:
+    """Radians that each pair turns from one token to the next.
+
+    Args:
+        head_size: H, even.
+        theta: base of the geometric series, theta^(-2i/H).
+        scaling: None for the frequencies as they are.
+
+    >>> rope_frequencies(4, 10_000.0).tolist()
+    [1.0, 0.01]
+    """
+    frequency = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    keep = (_llama3_share if scaling.kind == "llama3" else _yarn_share)(frequency, theta, scaling)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
+
+
+def rotation(
+    positions: Int32[jax.Array, "B T"],
+    head_size: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+) -> Rotation:
+    """The rotation of every token, in float32.
+
+    Args:
+        positions: of each token in its document, in any order.
+        head_size: as in `rope_frequencies`.
+        theta: as in `rope_frequencies`.
+        scaling: as in `rope_frequencies`; yarn's attention factor is in the result.
+    """
+    frequency = rope_frequencies(head_size, theta, scaling)
+    per_low = frequency.astype(np.float32)[None, None, None]
+    per_high = np.mod(_SPLIT * frequency, 2 * np.pi).astype(np.float32)[None, None, None]
+    low, high = (
+        x.astype(np.float32)[..., None, None] for x in (positions % _SPLIT, positions // _SPLIT)
+    )
+    angle = low * per_low + high * per_high
+    factor = _attention_factor(scaling)
+    return Rotation(factor * jnp.cos(angle), factor * jnp.sin(angle))
+
+
+def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
+    """Turns every pair (x_i, x_{i+H/2}); computed in float32, returned in the dtype of `x`."""
+    first, second = jnp.split(x.astype(by.cos.dtype), 2, axis=-1)
+    turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _llama3_share(frequency, theta: float, scaling: RopeScaling):
+    """How much of each frequency is kept: by how often its wave fits the original context."""
+    assert scaling.original_max_position_embeddings is not None
+    waves = scaling.original_max_position_embeddings * frequency / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return np.clip((waves - low) / (high - low), 0, 1)
+
+
+def _yarn_share(frequency, theta: float, scaling: RopeScaling):
+    """As `_llama3_share`, but linear in the pair's number."""
+    context = scaling.original_max_position_embeddings
+    assert context is not None
+    pairs = frequency.size
+
+    def pair_that_turns(times: float) -> float:
+        return pairs * math.log(context / (2 * math.pi * times)) / math.log(theta)
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    return 1 - np.clip((np.arange(pairs) - first) / ((last - first) or 1e-3), 0, 1)
+
+
+def _attention_factor(scaling: RopeScaling | None) -> float:
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0

@@ -1,0 +1,56 @@
+"""How rotary frequencies are stretched, as a config says it; apart from `rope.py`, without jax."""
+
+import dataclasses
+from dataclasses import field
+from typing import Literal
+
+from hcp_jax.base.settings import MOST, check, numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies change so that a model reads further than it was first trained to.
+
+    Attributes:
+        kind: "linear": all divided by `factor` (Chen et al., Position Interpolation, 2023);
+            "llama3": the slow ones, by wavelength (Llama 3.1's config); "yarn": the slow ones, by
+            the turns they make in the original context, and attention sharpened (Peng et al.,
+            2023).
+        factor: how many times longer the context becomes.
+        original_max_position_embeddings: context of the first training, in tokens (llama3, yarn).
+        low_freq_factor: llama3: wavelengths longer than original / low_freq_factor are stretched.
+        high_freq_factor: llama3: those shorter than original / high_freq_factor are kept.
+        beta_fast: yarn: those that make more turns than this in the original context are kept.
+        beta_slow: yarn: those that make fewer are stretched.
+        attention_factor: yarn: what q and k are multiplied by; 0.1 ln(factor) + 1 if None.
+        truncate: yarn: the borders of what is kept and what is stretched are whole pairs.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"] = field(metadata=numbers())
+    factor: float = field(metadata=numbers(least=1, most=1e9))
+    original_max_position_embeddings: int | None = field(
+        default=None, metadata=numbers(least=0, most=MOST)
+    )
+    low_freq_factor: float = field(default=1.0, metadata=numbers(above=0, most=1e9))
+    high_freq_factor: float = field(default=4.0, metadata=numbers(above=0, most=1e9))
+    beta_fast: float = field(default=32.0, metadata=numbers(above=0, most=1e9))
+    beta_slow: float = field(default=1.0, metadata=numbers(above=0, most=1e9))
+    attention_factor: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
+    truncate: bool = field(default=True, metadata=numbers())
+
+    def __post_init__(self):
+        check(self, "rope_scaling.")
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(
+                f"rope_scaling.kind must be linear, llama3 or yarn, got {self.kind!r}."
+            )
+        if self.kind != "linear" and not self.original_max_position_embeddings:
+            raise ValueError(
+                f"rope_scaling.kind={self.kind!r} needs original_max_position_embeddings, the "
+                "context length of the model's first training, in tokens."
+            )
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope_scaling needs high_freq_factor > low_freq_factor, got "
+                f"{self.high_freq_factor} and {self.low_freq_factor}."
+            )

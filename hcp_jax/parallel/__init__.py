@@ -1,0 +1,1 @@
+"""Meshes and what their axes do: contexts, sharding, roll, and one way into `shard_map`."""

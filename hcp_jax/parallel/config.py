@@ -1,0 +1,209 @@
+"""The configuration of a mesh and its communication, in this library's words or in Megatron's.
+
+Apart from `ContextParallel`, so that a config can be read, and its devices counted, before there
+are any.
+"""
+
+import dataclasses
+import math
+from dataclasses import field
+from typing import TYPE_CHECKING, Any
+
+from hcp_jax.base.names import COMM_TYPES, LAYOUTS, require_known
+from hcp_jax.base.settings import MOST, check, free
+from hcp_jax.dynamic.config import DynamicConfig
+
+if TYPE_CHECKING:
+    import jax
+
+    from hcp_jax.parallel.context import ContextParallel
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """The mesh and the communication of a run, in this library's words or in Megatron's.
+
+    Attributes:
+        dp: data parallelism.
+        tp: tensor parallelism.
+        cp_outer: P, size of the ring between hosts.
+        cp_inner: A, size of the all-to-all inside a host.
+        comm_type: one comm type, or one per layer.
+        layout: "zigzag" or "contiguous".
+        fsdp: cut parameters and optimizer state over dp and cp.
+        head_groups: as in `ContextParallel`.
+        dynamic: each document on as many of the dp * cp devices as it needs.
+        context_parallel_size: Megatron's word for cp_outer * cp_inner.
+        cp_comm_type: Megatron's word for comm_type.
+        hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
+    """
+
+    dp: int = field(default=1, metadata=free(least=1, most=MOST))
+    tp: int = field(default=1, metadata=free(least=1, most=MOST))
+    cp_outer: int = field(default=1, metadata=free(least=1, most=MOST))
+    cp_inner: int = field(default=1, metadata=free(least=1, most=MOST))
+    comm_type: str | list[str] = field(default="a2a+p2p", metadata=free())
+    layout: str = field(default="zigzag", metadata=free())
+    fsdp: bool = field(default=False, metadata=free())
+    head_groups: int = field(default=1, metadata=free(least=1, most=MOST))
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    context_parallel_size: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    cp_comm_type: str | list[str] | None = field(default=None, metadata=free())
+    hierarchical_context_parallel_sizes: list[int] | None = field(
+        default=None, metadata=free(least=1, most=MOST)
+    )
+
+    def __post_init__(self):
+        check(self, "parallel.")
+        for one in (*_listed(self.comm_type), *_listed(self.cp_comm_type or ())):
+            require_known("comm_type", one, COMM_TYPES)
+        require_known("layout", self.layout, LAYOUTS)
+
+    def resolve(self) -> "ParallelConfig":
+        """The same run in this library's words alone.
+
+        Raises:
+            ValueError: if the two sets of words contradict each other.
+        """
+        sizes = _cp_sizes(self)
+        comm_type = self.comm_type
+        if self.cp_comm_type is not None:
+            comm_type = self.cp_comm_type
+        return dataclasses.replace(
+            self,
+            cp_outer=sizes[1],
+            cp_inner=sizes[0],
+            comm_type=comm_type,
+            context_parallel_size=None,
+            cp_comm_type=None,
+            hierarchical_context_parallel_sizes=None,
+        )
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices the mesh has."""
+        r = self.resolve()
+        return r.dp * r.tp * r.cp_outer * r.cp_inner
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model whose heads or matrices these axes cannot share out.
+
+        Args:
+            model: a `ModelConfig`.
+
+        Raises:
+            ValueError: says what does not divide, and what would.
+        """
+        r = self.resolve()
+        if not isinstance(r.comm_type, str) and len(r.comm_type) != model.num_layers:
+            raise ValueError(
+                f"comm_type lists {len(r.comm_type)} layers, but the model has "
+                f"{model.num_layers}; give one comm type, or one per layer."
+            )
+        for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+            size = getattr(model, name)
+            if size % r.tp:
+                up = -(-size // r.tp) * r.tp
+                raise ValueError(
+                    f"tp={r.tp} cannot cut {name}={size}; use a tp that divides it, or {name} {up}."
+                )
+        if r.dynamic.enabled:
+            return  # each layout of groups exchanges heads among as many devices as they allow
+        heads, kv_heads = model.num_heads // r.tp, model.num_kv_heads // r.tp
+        for comm_type in dict.fromkeys(_listed(r.comm_type)):
+            exchange = _exchange_size(r, comm_type)
+            if heads % exchange:
+                raise ValueError(_heads_do_not_divide(r, model, comm_type, exchange))
+            after = math.lcm(kv_heads, exchange) // exchange
+            if after % r.head_groups:
+                raise ValueError(
+                    f"head_groups={r.head_groups} must divide the {after} kv heads that a device "
+                    f"has after the exchange; use one of {_divisors(after)}."
+                )
+
+    def context_parallel(
+        self, num_layers: int | None = None, devices: "list[jax.Device] | None" = None
+    ) -> "ContextParallel":
+        """Make the mesh.
+
+        Args:
+            num_layers: how many layers the model has, where it is known.
+            devices: all of `jax.devices()` if None.
+
+        Raises:
+            ValueError: for anything about the mesh or the comm types that cannot be.
+        """
+        from hcp_jax.parallel.context import ContextParallel
+        from hcp_jax.parallel.mesh import make_mesh
+
+        r = self.resolve()
+        comm_type = r.comm_type if isinstance(r.comm_type, str) else tuple(r.comm_type)
+        if not isinstance(comm_type, str) and num_layers not in (None, len(comm_type)):
+            raise ValueError(
+                f"comm_type lists {len(comm_type)} layers, but the model has {num_layers}; "
+                "give one comm type, or one per layer."
+            )
+        mesh = make_mesh(r.dp, r.tp, r.cp_outer, r.cp_inner, devices=devices)
+        return ContextParallel(
+            mesh, comm_type=comm_type, layout=r.layout, head_groups=r.head_groups
+        )
+
+
+def _cp_sizes(config: ParallelConfig) -> tuple[int, int]:
+    """(cp_inner, cp_outer), from whichever words the config uses."""
+    own = (config.cp_inner, config.cp_outer)
+    total, levels = config.context_parallel_size, config.hierarchical_context_parallel_sizes
+    if own != (1, 1) and (total, levels) != (None, None):
+        raise ValueError(
+            f"cp_inner={own[0]} and cp_outer={own[1]} are given together with Megatron's "
+            "context_parallel_size or hierarchical_context_parallel_sizes; use one of the two."
+        )
+    if levels is not None:
+        if len(levels) != 2:
+            raise ValueError(
+                "hierarchical_context_parallel_sizes needs two sizes, [all-to-all, p2p] = "
+                f"[cp_inner, cp_outer], got {levels}."
+            )
+        if total is not None and levels[0] * levels[1] != total:
+            raise ValueError(
+                f"hierarchical_context_parallel_sizes {levels} multiply to "
+                f"{levels[0] * levels[1]}, but context_parallel_size is {total}."
+            )
+        return levels[0], levels[1]
+    if total is None:
+        return own
+    comm_type = config.cp_comm_type if config.cp_comm_type is not None else config.comm_type
+    if any("+" in one for one in _listed(comm_type)) and total != 1:
+        raise ValueError(
+            f"comm_type {comm_type!r} needs hierarchical_context_parallel_sizes [cp_inner, "
+            f"cp_outer] whose product is context_parallel_size={total}; without them there is no "
+            "telling which devices exchange heads."
+        )
+    # One level. Heads are exchanged inside hosts, so a2a is given the inner axis.
+    return (total, 1) if "a2a" in _listed(comm_type) else (1, total)
+
+
+def _listed(comm_type: str | list[str] | tuple[str, ...]) -> list[str]:
+    return [comm_type] if isinstance(comm_type, str) else list(comm_type)
+
+
+def _exchange_size(r: ParallelConfig, comm_type: str) -> int:
+    """Return how many devices exchange heads with each other, in resolved words."""
+    if not comm_type.startswith("a2a"):
+        return 1
+    return r.cp_inner * (r.cp_outer if comm_type == "a2a" else 1)
+
+
+def _heads_do_not_divide(r: ParallelConfig, model: Any, comm_type: str, exchange: int) -> str:
+    heads = model.num_heads // r.tp
+    after_tp = f" ({heads} on each tp device)" if r.tp > 1 else ""
+    axes = "cp_outer * cp_inner" if comm_type == "a2a" else "cp_inner"
+    return (
+        f"comm_type {comm_type!r} exchanges heads among {axes}={exchange} devices, which must "
+        f"divide the model's num_heads={model.num_heads}{after_tp}; use comm_type 'p2p', or one "
+        f"of {_divisors(heads)} for {axes}."
+    )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

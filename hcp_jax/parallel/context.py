@@ -1,0 +1,389 @@
+"""ContextParallel: a mesh, what each of its axes does, and the layout that streams are cut in.
+
+One object says all that the parts of a program must agree on: attention, the data that is cut, the
+roll of multi-token prediction, the checks of `hcp verify`. It is frozen and hashable, so that `jit`
+can close over it.
+"""
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
+
+from hcp_jax.base import checks
+from hcp_jax.base.names import require_known
+from hcp_jax.cost.traffic import STRATEGIES, Strategy
+from hcp_jax.parallel import placing, spmd
+from hcp_jax.parallel.describe import collapse, describe
+from hcp_jax.parallel.mesh import as_tuple
+from hcp_jax.parallel.placing import Gathered
+from hcp_jax.sequence.groupings import check_layout
+from hcp_jax.sequence.layout import LAYOUTS, padded_length
+from hcp_jax.sequence.mask import Mask, Placement
+
+_log = logging.getLogger("hcp_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextParallel:
+    """How sequences are split over a mesh; frozen and hashable.
+
+    Attributes:
+        mesh: any mesh that has the axes named below, in any order, Auto or Explicit; its other axes
+            are left alone.
+        comm_type: what the two cp axes do: "p2p", "all_gather", "a2a", "a2a+p2p" or
+            "a2a+all_gather"; or a tuple with one per layer (`for_layer` picks).
+        layout: the order in which streams are cut, "zigzag" or "contiguous".
+        dp: mesh axis, or axes, that the batch is cut over; None if there is none.
+        tp: mesh axis, or axes, that attention heads are cut over; None if there is none.
+        cp_outer: mesh axis of the ring between hosts; None if there is none.
+        cp_inner: mesh axis of the all-to-all inside a host; None if there is none.
+        head_groups: exchange and attend to the heads in this many groups, so that the exchange of
+            one hides behind attention on another; it must divide the kv heads that a device has
+            after the exchange. It pays where the exchange is a large part of the step (plain a2a
+            of short sequences); each ring has hops of its own at a group's ends, which may then
+            stand exposed. `hcp audit` shows both.
+        groups: dynamic context parallelism: the sizes of the groups that the dp and cp devices are
+            cut into, in mesh order, whatever the mesh's axes; each has documents of its own, which
+            `hcp.place_microbatch` brings. None: one stream over the cp axes for each dp device.
+
+    Raises:
+        ValueError: for an axis that the mesh lacks or that has two roles, for an unknown comm type
+            or layout, and for groups that do not add up to the dp and cp devices.
+        NotImplementedError: for groups with a comm type that gathers K and V.
+
+    >>> import hcp_jax as hcp
+    >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
+    >>> cp.size
+    8
+    """
+
+    mesh: Mesh
+    comm_type: str | tuple[str, ...] = "a2a+p2p"
+    layout: str = "zigzag"
+    dp: str | tuple[str, ...] | None = "dp"
+    tp: str | tuple[str, ...] | None = "tp"
+    cp_outer: str | None = "cp_outer"
+    cp_inner: str | None = "cp_inner"
+    head_groups: int = 1
+    groups: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        _require_mesh(self.mesh)
+        for field in ("dp", "tp", "comm_type", "groups"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        self._check_axes()
+        if not isinstance(self.comm_type, str | tuple) or not self.comm_type:
+            raise ValueError(
+                f"comm_type must be one name, or a list with one per layer, got {self.comm_type!r}."
+            )
+        for comm_type in as_tuple(self.comm_type):
+            require_known("comm_type", comm_type, tuple(STRATEGIES))
+        require_known("layout", self.layout, LAYOUTS)
+        head_groups = checks.integer("head_groups", self.head_groups, least=1)
+        object.__setattr__(self, "head_groups", head_groups)
+        if self.groups is not None:
+            self._check_groups()
+            return
+        for note in sorted({collapse(self, c) for c in as_tuple(self.comm_type)} - {""}):
+            _log.warning(note)
+
+    @property
+    def cp_axes(self) -> tuple[str, ...]:
+        """The mesh axes that a sequence is cut over, the slower first."""
+        return tuple(axis for axis in (self.cp_outer, self.cp_inner) if axis is not None)
+
+    @property
+    def flat_axes(self) -> tuple[str, ...]:
+        """The mesh axes that groups run over: dp, and those of `cp_axes`."""
+        return (*as_tuple(self.dp), *self.cp_axes)
+
+    @property
+    def size(self) -> int:
+        """C, the context-parallel degree."""
+        return self.axis_size(self.cp_axes)
+
+    @property
+    def placement(self) -> Placement:
+        """What a mask that is placed for this remembers."""
+        return Placement(self.layout, self.size, self.groups)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All mesh axes that have a role here."""
+        return (*self.flat_axes, *as_tuple(self.tp))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether a `shard_map` around this place of the program has made the cp axes Manual.
+
+        Arrays are then one device's own part of the stream.
+
+        Raises:
+            NotImplementedError: if it has made some of them Manual, and not all.
+        """
+        manual = spmd.manual_axes(self.mesh_in_context, self.cp_axes)
+        left = [axis for axis in self.cp_axes if axis not in manual and self.mesh.shape[axis] > 1]
+        if manual and left:
+            raise NotImplementedError(
+                f"the shard_map around this call is over {', '.join(sorted(manual))} but not over "
+                f"{', '.join(left)}: put all cp axes into its axis_names, or none."
+            )
+        return bool(manual)
+
+    def axis_size(self, axes: str | tuple[str, ...] | None, *, here: bool = False) -> int:
+        """Return the number of devices along one or several mesh axes; 1 for none.
+
+        Args:
+            axes: names of mesh axes.
+            here: leave out the axes that a `shard_map` around this place has made Manual.
+        """
+        names = as_tuple(axes)
+        if here:
+            manual = spmd.manual_axes(self.mesh_in_context, names)
+            names = tuple(axis for axis in names if axis not in manual)
+        return int(np.prod([self.mesh.shape[axis] for axis in names], dtype=int))
+
+    def for_layer(self, layer: int) -> "ContextParallel":
+        """This, with the comm type of one layer.
+
+        Raises:
+            ValueError: if there are comm types for fewer layers.
+        """
+        layer = checks.integer("layer", layer, least=0)
+        if isinstance(self.comm_type, str):
+            return self
+        if layer >= len(self.comm_type):
+            raise ValueError(
+                f"comm_type is a list for {len(self.comm_type)} layers, but the model has a layer "
+                f"{layer} (counted from 0). Give one comm type, or one per layer."
+            )
+        return _with_comm_type(self, self.comm_type[layer])
+
+    @property
+    def strategy(self) -> Strategy:
+        """What each axis does, in this mesh's names.
+
+        Raises:
+            ValueError: if there is one comm type per layer.
+        """
+        if not isinstance(self.comm_type, str):
+            raise ValueError(
+                f"this cp has one comm_type per layer, {self.comm_type}; attention needs one: "
+                "use cp.for_layer(i)."
+            )
+        exchange, move, by = STRATEGIES[self.comm_type]
+        return Strategy(self._present(exchange), self._present(move), by)
+
+    def spec(self, ndim: int, dim: int = 1) -> PartitionSpec:
+        """How an array is cut: batch (dim 0) over dp, the sequence dim over the cp axes."""
+        ndim = checks.integer("ndim", ndim, least=1)
+        dim = checks.dimension("dim", dim, ndim)
+        axes: list[Any] = [None] * ndim
+        if dim != 0:
+            axes[0] = self.dp
+        axes[dim] = self.cp_axes or None
+        return PartitionSpec(*axes)
+
+    @property
+    def spec_of_intervals(self) -> PartitionSpec:
+        """How intervals are cut under groups: each device has those of its whole cp_inner row.
+
+        Among them are the queries that it gets if heads are exchanged, whoever takes part.
+        """
+        return PartitionSpec(self.dp, self.cp_outer)
+
+    def sharding(self, ndim: int, dim: int = 1) -> NamedSharding:
+        """`spec`, on this mesh."""
+        return NamedSharding(self.mesh, self.spec(ndim, dim))
+
+    def padded_length(self, length: int) -> int:
+        """The length that a stream of `length` tokens has in this layout."""
+        length = checks.integer("length", length, least=0)
+        return padded_length(length, self.size, self.layout)
+
+    def shard(self, x: Array | np.ndarray | Gathered, dim: int = 1) -> jax.Array:
+        """Put an array in natural order into the layout, `dim` cut over the cp devices.
+
+        Works on host arrays, device arrays and inside `jit`. `dim` is padded with zeros at its end
+        to `padded_length`; a mask that looks ahead must then end where the stream does
+        (`mask & hcp.lengths(T)`; `shard_batch` sees to that itself).
+
+        Args:
+            x: dim 0 is the batch, cut over dp (unless `dim` is 0). Of one that is `Gathered`, only
+                what this process's own devices hold is read.
+            dim: the sequence dim.
+
+        Raises:
+            ValueError: if dp does not divide the batch.
+        """
+        self._require_one_stream("shard")
+        return placing.shard(self, x, dim)
+
+    def unshard(self, x: jax.Array, dim: int = 1, length: int | None = None) -> jax.Array:
+        """Back to natural order.
+
+        Args:
+            x: an array in the layout.
+            dim: the sequence dim.
+            length: the length before padding; all of it if None.
+        """
+        self._require_one_stream("unshard")
+        return placing.unshard(self, x, dim, length)
+
+    def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of host arrays in natural order, as device arrays in the layout.
+
+        Args:
+            batch: arrays `[B, T, …]` (cut over dp and cp; also `Gathered`), `[B]` (cut over dp),
+                scalars (replicated), and `Mask`s, which are placed: their intervals are computed
+                here, once, and every cp device has all of them (8 bytes per token).
+
+        Returns:
+            The same keys. T is padded to `padded_length`: with zeros, and with queries that see
+            nothing and are seen by none.
+
+        Raises:
+            ValueError: if the arrays are of different lengths, or dp does not divide the batch.
+        """
+        self._require_one_stream("shard_batch")
+        return placing.shard_batch(self, batch)
+
+    def place(self, mask: Mask, length: int, key_length: int | None = None) -> Mask:
+        """Return a mask in natural order as a placed one: numbers, in the layout, on the devices.
+
+        Args:
+            mask: written for a stream of `length` queries, or for any.
+            length: T before padding.
+            key_length: S before padding, in cross attention; T if None. No query sees past it.
+
+        Raises:
+            ValueError: if the mask was written for more queries, or has been placed already.
+
+        >>> import hcp_jax as hcp
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> cp.place(hcp.bidirectional(), 50, key_length=70).placement.key_length
+        80
+        """
+        self._require_one_stream("place")
+        return placing.place_mask(self, mask, length, key_length)
+
+    def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
+        """The global index of every token of a stream, in the layout; for RoPE."""
+        self._require_one_stream("positions")
+        return placing.positions(self, length)
+
+    def roll(self, x: jax.Array, shift: int, dim: int = 1) -> jax.Array:
+        """`jnp.roll` along the stream of an array in the layout, right across device borders.
+
+        Only the |shift| tokens at the border of each chunk travel, by one ppermute for each of a
+        device's chunks (and once more for every full chunk's length in `shift`).
+
+        Args:
+            x: an array in the layout.
+            shift: places to move by; -1 puts the next token at each place.
+            dim: the sequence dim.
+        """
+        self._require_one_stream("roll")
+        shift = checks.integer("shift", shift)
+        return placing.roll(self, x, shift, checks.dimension("dim", dim, x.ndim))
+
+    def describe(self) -> str:
+        """The mesh, the groups of every axis with their link, the comm types, and the core."""
+        return describe(self)
+
+    @property
+    def platform(self) -> str:
+        """The platform of the mesh's devices, "cpu" or "gpu", whatever the default backend is."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def device_kind(self) -> str:
+        """The kind of the mesh's devices, such as "NVIDIA H200"."""
+        return self.mesh.devices.flat[0].device_kind
+
+    @property
+    def mesh_in_context(self) -> Mesh | AbstractMesh:
+        """The mesh of this place of the program, which is `mesh` but for the types of its axes."""
+        return spmd.mesh_here(self.mesh, self.axes)
+
+    def _check_axes(self) -> None:
+        """Refuse axes that the mesh lacks, and one axis in two roles."""
+        roles: dict[str, str] = {}
+        for field in ("dp", "tp", "cp_outer", "cp_inner"):
+            value = getattr(self, field)
+            names = as_tuple(value) if isinstance(value, str | tuple | None) else (value,)
+            if not all(isinstance(name, str) for name in names) or (
+                field.startswith("cp") and isinstance(value, tuple)
+            ):
+                kinds = "the name of one mesh axis" if field.startswith("cp") else "names of axes"
+                raise ValueError(f"{field} must be {kinds}, or None, got {value!r}.")
+            for axis in names:
+                if axis not in self.mesh.axis_names:
+                    raise ValueError(
+                        f"{field}={axis!r} is not an axis of the mesh, which has "
+                        f"{self.mesh.axis_names}. Name the mesh's own axis, or pass {field}=None."
+                    )
+                if axis in roles:
+                    raise ValueError(
+                        f"the mesh axis {axis!r} has two roles, {roles[axis]} and {field}: every "
+                        "axis can have one. Give each role an axis of its own, or None."
+                    )
+                roles[axis] = field
+
+    def _check_groups(self) -> None:
+        if not isinstance(self.groups, tuple):
+            raise ValueError(f"groups must be a tuple of sizes, or None, got {self.groups!r}.")
+        layout = check_layout(self.groups, self.axis_size(self.flat_axes))
+        object.__setattr__(self, "groups", layout)
+        gathers = [c for c in as_tuple(self.comm_type) if STRATEGIES[c].by == "gather"]
+        if gathers:
+            raise NotImplementedError(
+                f"comm_type {gathers[0]!r} cannot serve groups of devices: use 'p2p' or 'a2a+p2p'."
+            )
+
+    def _require_one_stream(self, what: str) -> None:
+        if self.groups is not None:
+            raise NotImplementedError(
+                f"{what} reorders streams that are cut over the cp axes, but with groups "
+                f"{self.groups} each group has documents of its own: hcp.place_microbatch puts "
+                "them and whatever belongs to their tokens where they belong."
+            )
+
+    def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
+        axes = (getattr(self, field) for field in fields)
+        return tuple(axis for axis in axes if axis is not None)
+
+
+def _require_mesh(mesh: Any) -> None:
+    if isinstance(mesh, AbstractMesh):
+        raise ValueError(
+            "mesh is an AbstractMesh, which has no devices; pass the jax.sharding.Mesh itself "
+            "(jax.sharding.get_mesh() gives that of jax.set_mesh)."
+        )
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            "mesh must be a jax.sharding.Mesh (hcp.make_mesh makes one), got "
+            f"{type(mesh).__name__}."
+        )
+    manual = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Manual
+    ]
+    if manual:
+        raise ValueError(
+            f"the mesh's axes {', '.join(manual)} are of type Manual; make it of Auto or Explicit "
+            "ones. A shard_map around a call makes them Manual where it has to."
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _with_comm_type(cp: ContextParallel, comm_type: str) -> ContextParallel:
+    return dataclasses.replace(cp, comm_type=comm_type)

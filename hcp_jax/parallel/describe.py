@@ -1,0 +1,80 @@
+"""A context in words: what the runs' logs begin with.
+
+It stands apart from `context.py` because it decides nothing.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+from jax.sharding import Mesh
+
+from hcp_jax.kernels import core
+from hcp_jax.parallel.mesh import as_tuple, axis_groups, axis_link
+from hcp_jax.sequence.groupings import describe as describe_layout
+
+if TYPE_CHECKING:
+    from hcp_jax.parallel.context import ContextParallel
+
+
+def describe(cp: "ContextParallel") -> str:
+    """The mesh, the groups of every axis with their link, the comm types, and the core."""
+    lines = [
+        f"{cp.mesh.devices.size} devices ({cp.device_kind}), context parallel size "
+        f"{cp.size}, {cp.layout} layout"
+    ]
+    for field in ("dp", "tp", "cp_outer", "cp_inner"):
+        for axis in as_tuple(getattr(cp, field)):
+            lines.append(f"  {axis:<9} {_describe_axis(cp.mesh, axis)}")
+    if cp.groups is not None:
+        lines.append(f"  groups    {describe_layout(cp.groups)}, in the order of the mesh")
+    if isinstance(cp.comm_type, str):
+        lines.append(f"  attention {describe_strategy(cp)}")
+    else:
+        for layer in range(len(cp.comm_type)):
+            lines.append(f"  layer {layer:<3} {describe_strategy(cp.for_layer(layer))}")
+    lines.append(f"  core      {core.describe(cp.platform, cp.device_kind)}")
+    return "\n".join(lines)
+
+
+def describe_strategy(cp: "ContextParallel") -> str:
+    """One line: what attention with `cp`'s comm type does on `cp`'s mesh.
+
+    >>> import hcp_jax as hcp
+    >>> describe_strategy(hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2)))
+    'a2a+p2p: heads exchanged over cp_inner (2), K/V ring over cp_outer (4)'
+    """
+    exchange, move, by = cp.strategy
+    if cp.groups is not None:
+        size = math.gcd(*cp.groups, cp.axis_size(cp.cp_inner))
+        does = [f"heads exchanged by up to {size} devices"] if exchange and size > 1 else []
+        does += [f"K/V {by} inside each group"] if move and max(cp.groups) > 1 else []
+        return f"{cp.comm_type}: " + (", ".join(does) or "one device per group, nothing moves")
+    does = []
+    for axes, what in ((exchange, "heads exchanged"), (move, f"K/V {by}")):
+        live = [axis for axis in axes if cp.mesh.shape[axis] > 1]
+        if live:
+            over = " x ".join(f"{axis} ({cp.mesh.shape[axis]})" for axis in live)
+            does.append(f"{what} over {over}")
+    return f"{cp.comm_type}: " + (", ".join(does) or "one device per sequence, nothing moves")
+
+
+def _describe_axis(mesh: Mesh, axis: str) -> str:
+    groups = [[d.id for d in group] for group in axis_groups(mesh, axis)]
+    size = len(groups[0])
+    if size == 1:
+        return "size 1"
+    shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:8])
+    more = f" ... {len(groups)} groups" if len(groups) > 8 else ""
+    return f"size {size}, {axis_link(mesh, axis)}: {shown}{more}"
+
+
+def collapse(cp: "ContextParallel", comm_type: str) -> str:
+    """What a comm type of two levels comes to where one of its axes has size 1."""
+    if "+" not in comm_type or cp.size == 1:
+        return ""
+    outer = comm_type.split("+")[1]
+    if cp.axis_size(cp.cp_inner) == 1:
+        return f"comm_type {comm_type!r} with cp_inner of size 1 is {outer!r} over cp_outer."
+    if cp.axis_size(cp.cp_outer) == 1:
+        return f"comm_type {comm_type!r} with cp_outer of size 1 is 'a2a' over cp_inner."
+    return ""

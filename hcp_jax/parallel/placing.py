@@ -1,0 +1,252 @@
+"""Streams onto the devices and back: arrays and masks in natural order, cut as a context says.
+
+It stands apart from `context.py`, whose methods these are, because that one decides and this one
+moves. Under groups there is no one stream to reorder: see `microbatch.py`.
+"""
+
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from hcp_jax.base import checks
+from hcp_jax.parallel import spmd
+from hcp_jax.parallel.roll import roll_local
+from hcp_jax.sequence.layout import from_layout, global_index, runs_per_device, to_layout
+from hcp_jax.sequence.mask import Mask, intervals
+
+if TYPE_CHECKING:
+    from hcp_jax.parallel.context import ContextParallel
+
+_log = logging.getLogger("hcp_jax")
+
+
+class Gathered(NamedTuple):
+    """A host array that is read where it is needed: a device has `read` of its part of `places`.
+
+    Attributes:
+        places: integers, 0 where there is nothing (padding).
+        read: makes values of places, elementwise.
+    """
+
+    places: np.ndarray
+    read: Callable[[np.ndarray], np.ndarray]
+
+    def whole(self) -> np.ndarray:
+        """All of it."""
+        return self.read(self.places)
+
+
+def shard(cp: "ContextParallel", x: Array | np.ndarray | Gathered, dim: int) -> jax.Array:
+    """See `ContextParallel.shard`."""
+    _require_whole_streams(cp, "shard")
+    x, read = x if isinstance(x, Gathered) else (x, None)
+    dim = checks.dimension("dim", dim, x.ndim)
+    length = x.shape[dim]
+    padding = cp.padded_length(length) - length
+    if padding:
+        _note_padding(length, padding, cp.size, cp.layout)
+    if dim != 0:
+        _require_batch(cp, x.shape[0], f"an array of shape {tuple(x.shape)}")
+    if isinstance(x, jax.Array):
+        return _reorder(x, cp, dim, cp.padded_length(length))
+    widths = [(0, padding if d == dim else 0) for d in range(x.ndim)]
+    host = to_layout(np.pad(x, widths), cp.size, cp.layout, dim)
+
+    def part(index: Any) -> np.ndarray:
+        return host[index] if read is None else read(host[index])
+
+    return jax.make_array_from_callback(host.shape, cp.sharding(x.ndim, dim), part)
+
+
+def unshard(cp: "ContextParallel", x: jax.Array, dim: int, length: int | None) -> jax.Array:
+    """See `ContextParallel.unshard`."""
+    _require_whole_streams(cp, "unshard")
+    dim = checks.dimension("dim", dim, x.ndim)
+    if length is not None:
+        length = checks.integer("length", length, least=0, most=x.shape[dim])
+    y = _restore(x, cp, dim)
+    return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim)
+
+
+def shard_batch(cp: "ContextParallel", batch: dict[str, Any]) -> dict[str, Any]:
+    """See `ContextParallel.shard_batch`."""
+    arrays = {n: x.places if isinstance(x, Gathered) else x for n, x in batch.items()}
+    lengths = {
+        name: x.shape[1]
+        for name, x in arrays.items()
+        if not isinstance(x, Mask) and np.ndim(x) >= 2
+    }
+    if len(set(lengths.values())) != 1:
+        raise ValueError(
+            f"shard_batch needs arrays [B, T, ...] of one length T, got {lengths or 'none'}."
+        )
+    length = next(iter(lengths.values()))
+    return {name: _shard_entry(cp, name, x, length) for name, x in batch.items()}
+
+
+def place_mask(
+    cp: "ContextParallel", mask: Mask, length: int, key_length: int | None = None
+) -> Mask:
+    """See `ContextParallel.place`."""
+    if mask.placement is not None:
+        raise ValueError("this mask has been placed already.")
+    key_length = length if key_length is None else key_length
+    for name, value in (("length", length), ("key_length", key_length)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a number of tokens >= 1, got {value!r}.")
+    padded = cp.padded_length(length)
+    placed = []
+    for x in mask.intervals(length, key_length):
+        host = np.pad(np.asarray(x), ((0, 0), (0, padded - length)))
+        host = to_layout(host, cp.size, cp.layout, 1)
+        rows = cp.dp if host.shape[0] > 1 else None
+        if rows is not None:
+            _require_batch(cp, host.shape[0], f"a mask of {host.shape[0]} rows")
+        placed.append(_from_host(host, cp, PartitionSpec(rows, None)))
+    placement = cp.placement._replace(key_length=cp.padded_length(key_length))
+    return dataclasses.replace(intervals(*placed), placement=placement)
+
+
+def positions(cp: "ContextParallel", length: int) -> jax.Array:
+    """See `ContextParallel.positions`."""
+    index = global_index(cp.padded_length(length), cp.size, cp.layout)[None]
+    if cp.on_device:
+        device = jax.lax.axis_index(cp.cp_axes)
+        return jnp.asarray(index.reshape(cp.size, 1, -1))[device]
+    if spmd.inside_shard_map():
+        return jnp.asarray(index)
+    sharding = NamedSharding(cp.mesh, PartitionSpec(None, cp.cp_axes or None))
+    return jax.make_array_from_callback(index.shape, sharding, index.__getitem__)
+
+
+def roll(cp: "ContextParallel", x: jax.Array, shift: int, dim: int) -> jax.Array:
+    """See `ContextParallel.roll`."""
+    dim %= x.ndim
+    length = x.shape[dim] * (cp.size if cp.on_device else 1)
+    if length != cp.padded_length(length):
+        raise ValueError(
+            f"dim {dim} has {x.shape[dim]} tokens, which is not a whole layout over "
+            f"{cp.size} devices; put it there with cp.shard first."
+        )
+    return _roll(x, cp, int(shift), dim)
+
+
+def warn_of_padding(cp: "ContextParallel", mask: Mask, length: int, key_length: int) -> None:
+    """Warn, once per shape, if a mask shows keys that `shard` has padded a stream with.
+
+    Args:
+        cp: the context parallelism.
+        mask: in natural order.
+        length: T, padded.
+        key_length: S, padded.
+    """
+    shape = cp.size, cp.layout, key_length
+    for real in sorted(_padded.get(shape, set()) - _warned.get(shape, set())):
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask)):
+            start, end = mask.intervals(length, key_length)
+            if not np.any((end > np.maximum(start, real))[:, :real]):
+                continue
+        _warned.setdefault(shape, set()).add(real)
+        warnings.warn(
+            f"attention with this mask also sees padding: cp.shard has padded {real} tokens to "
+            f"{key_length}, and the mask does not say where the stream ends. Join it with "
+            f"hcp.lengths({real}), or place it with cp.place(mask, {real}).",
+            stacklevel=3,
+        )
+
+
+def _shard_entry(cp: "ContextParallel", name: str, x: Any, length: int) -> Any:
+    if isinstance(x, Mask):
+        return place_mask(cp, x, length)
+    if isinstance(x, Gathered):
+        return shard(cp, x, dim=1)
+    x = np.asarray(x)
+    if x.ndim >= 2:
+        return shard(cp, x, dim=1)
+    if x.ndim == 1:
+        _require_batch(cp, x.shape[0], f"{name} of shape {x.shape}")
+    return _from_host(x, cp, PartitionSpec(cp.dp) if x.ndim else PartitionSpec())
+
+
+def _from_host(x: np.ndarray, cp: "ContextParallel", spec: PartitionSpec) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, NamedSharding(cp.mesh, spec), x.__getitem__)
+
+
+def _require_batch(cp: "ContextParallel", rows: int, what: str) -> None:
+    if rows % cp.axis_size(cp.dp):
+        raise ValueError(
+            f"{what} has a batch of {rows}, which dp={cp.axis_size(cp.dp)} does not "
+            "divide; change the batch size or dp."
+        )
+
+
+# (C, layout, padded length) -> the lengths that `shard` has padded to it, and those that have been
+# warned of. Arrays do not remember them, and attention must not see padding in silence.
+_padded: dict[tuple[int, str, int], set[int]] = {}
+_warned: dict[tuple[int, str, int], set[int]] = {}
+
+
+def _note_padding(length: int, padding: int, size: int, layout: str) -> None:
+    known = _padded.setdefault((size, layout, length + padding), set())
+    if length in known:
+        return
+    known.add(length)
+    _log.info(
+        "padded %d tokens with %d: a %s layout over %d devices needs a multiple of %d. The padding "
+        "is never seen under a causal mask; join others with hcp.lengths(%d).",
+        length,
+        padding,
+        layout,
+        size,
+        runs_per_device(layout) * size,
+        length,
+    )
+
+
+def _require_whole_streams(cp: "ContextParallel", what: str) -> None:
+    if cp.on_device:
+        raise ValueError(
+            f"cp.{what} was called inside a shard_map over {', '.join(cp.cp_axes)}, where arrays "
+            f"are one device's own part of a stream. Call cp.{what} outside of it."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _reorder(x, cp: "ContextParallel", dim: int, padded: int):
+    widths = [(0, padded - x.shape[dim] if d == dim else 0) for d in range(x.ndim)]
+    spec = cp.spec(x.ndim, dim)
+
+    def reorder(x):
+        y = to_layout(jnp.pad(x, widths), cp.size, cp.layout, dim)
+        return spmd.constrain(y, cp.mesh, cp.axes, spec)
+
+    return spmd.run(cp.mesh, cp.axes, reorder, spec, x)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _restore(x, cp: "ContextParallel", dim: int):
+    def restore(x):
+        return from_layout(x, cp.size, cp.layout, dim)
+
+    # Under Explicit axes results are whole along `dim`: it need not divide once it is cut short.
+    spec = PartitionSpec(*(None if d == dim else s for d, s in enumerate(cp.spec(x.ndim, dim))))
+    return spmd.run(cp.mesh, cp.axes, restore, spec, x)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _roll(x, cp: "ContextParallel", shift: int, dim: int):
+    spec = cp.spec(x.ndim, dim)
+    local = functools.partial(
+        roll_local, axes=cp.cp_axes, cp_size=cp.size, layout=cp.layout, shift=shift, dim=dim
+    )
+    rolled = spmd.shard_map(cp.mesh, cp.axes, local, in_specs=spec, out_specs=spec)
+    return spmd.run(cp.mesh, cp.axes, rolled, spec, x)

@@ -1,0 +1,1 @@
+"""Geometry of sequences: layouts, groupings, masks as intervals, packed buffers; no devices."""

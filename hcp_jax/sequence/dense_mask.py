@@ -1,0 +1,95 @@
+"""Read a dense boolean mask as one interval of keys per query, on the host or while a program runs.
+
+Other libraries build such matrices; everything else in this one works with intervals.
+"""
+
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from hcp_jax.sequence.mask import NO_LIMIT, Alike, Given, Mask
+
+
+def from_dense(
+    mask: Shaped[jax.Array | np.ndarray, "T S"]
+    | Shaped[jax.Array | np.ndarray, "B1 T S"]
+    | Shaped[jax.Array | np.ndarray, "*B N1 T S"],
+) -> Mask:
+    """The mask that a boolean matrix shows, if each query sees one interval of keys.
+
+    Causal, padding and windowed masks of Flax and others are such. Memory is T·S bytes: build
+    long masks with `causal`, `documents` and the others. A query that sees no key gives zeros, as
+    everywhere in this library; `jax.nn.dot_product_attention` and Flax give the mean of all
+    values.
+
+    Args:
+        mask: True (or 1) where query t sees key s, both in natural order. Heads (N1) must be
+            equal; further batch dims become rows. T or S of size 1 stands for all queries or all
+            keys, as in broadcasting.
+
+    Raises:
+        ValueError: for values other than True, False, 1 and 0 (a bias, for instance), for heads
+            that differ, and for the first query whose keys are no single interval. Where `mask`
+            is traced, this is checked on the host whenever the program runs, and ends it with a
+            runtime error that holds the same message.
+
+    >>> from_dense([[True, False], [True, True]]).intervals(2).end.tolist()
+    [[1, 2]]
+    """
+    dense = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    known = dense.dtype == bool or jnp.issubdtype(dense.dtype, np.number)
+    heads = dense.shape[-3] if dense.ndim > 3 else 1
+    if dense.ndim < 2 or not known or not heads:
+        raise ValueError(
+            "from_dense needs a boolean mask [T, S], [B, T, S] or [B, N, T, S], got "
+            f"{dense.dtype} of shape {dense.shape}."
+        )
+    traced = isinstance(dense, jax.core.Tracer)
+    dense, xp = (dense, jnp) if traced else (np.asarray(dense), np)
+    rows = math.prod(dense.shape[:-3] if dense.ndim > 3 else dense.shape[:-2])
+    dense = dense.reshape(rows, heads, *dense.shape[-2:])
+    shown = dense[:, 0] == 1
+    start, end, whole = _runs_of_keys(shown, xp)
+    sound = xp.all((dense == 0) | (dense == 1), axis=(1, 3)) & whole
+    alike = xp.all(dense == dense[:, :1], axis=(1, 3))
+    if traced:
+        jax.debug.callback(_require_intervals, sound, alike)
+    else:
+        _require_intervals(sound, alike)
+    if shown.shape[2] == 1:
+        end = xp.where(end > 0, NO_LIMIT, 0).astype(np.int32)
+    term = Alike if shown.shape[1] == 1 else Given
+    return Mask((term(start, end),))
+
+
+def _runs_of_keys(shown: Any, xp: ModuleType) -> tuple[Any, Any, Any]:
+    """Return the first key of each query, the end, and whether all between are seen; `[R, T]`."""
+    place = xp.arange(shown.shape[2], dtype=np.int32)[None, None]
+    end = xp.max(xp.where(shown, place + 1, 0), axis=2, initial=0)
+    start = xp.min(xp.where(shown, place, end[..., None]), axis=2, initial=NO_LIMIT)
+    start = xp.minimum(start, end)
+    return start, end, xp.sum(shown, axis=2, dtype=np.int32) == end - start
+
+
+def _require_intervals(sound: Any, alike: Any) -> None:
+    """Raise for the first query of `[R, T]` that is not `sound`, or whose heads are not `alike`."""
+    sound, alike = np.asarray(sound), np.asarray(alike)
+    wrong = np.argwhere(~(sound & alike))
+    if not wrong.size:
+        return
+    row, query = (int(x) for x in wrong[0][-2:])
+    what = (
+        "its keys are no single interval of True"
+        if alike[tuple(wrong[0])]
+        else "its keys differ between heads"
+    )
+    raise ValueError(
+        f"from_dense: query {query} of row {row} cannot be an interval mask: {what}. A mask is one "
+        "interval of keys per query, the same for all heads, in natural order; biases and masks "
+        "with gaps are not supported."
+    )

@@ -1,0 +1,502 @@
+"""Attention masks as one interval of keys per query, and their algebra.
+
+Query i sees the keys whose global index lies in `[start_i, end_i)`. That holds for causal masks,
+packed documents, sliding windows, prefix-LM, chunked-local attention, and, because two intervals
+meet in an interval, for every conjunction of them:
+
+    mask = causal() & documents(segment_ids) & sliding_window(4096)
+
+So two int32 vectors are the whole mask of a stream, however long, and no strategy, layout or kernel
+needs to know what the mask *means*. A mask is written in natural order, for streams of any length;
+`Mask.intervals` turns it into numbers. `ContextParallel.shard_batch` does that once per batch.
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import Any, NamedTuple, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from hcp_jax.base import checks
+from hcp_jax.sequence.layout import KeyRuns
+
+# Greater than the index of any key.
+NO_LIMIT = np.iinfo(np.int32).max
+
+
+class Intervals(NamedTuple):
+    """For every query, the half-open interval of global key indices that it sees.
+
+    `B1` is the batch size, or 1 where all rows share the mask. A query whose interval is empty
+    (`end <= start`) is padding: it gives zeros and zero gradients.
+    """
+
+    start: Int32[jax.Array | np.ndarray, "B1 T"]
+    end: Int32[jax.Array | np.ndarray, "B1 T"]
+
+
+class Placement(NamedTuple):
+    """Where a placed mask's queries lie, and for which keys it was placed.
+
+    Attributes:
+        layout: the order of the queries.
+        cp_size: the number of devices that they are cut over.
+        groups: the sizes of the groups of devices, under dynamic context parallelism.
+        key_length: padded number of keys that the mask was placed for; None under groups.
+    """
+
+    layout: str
+    cp_size: int
+    groups: tuple[int, ...] | None = None
+    key_length: int | None = None
+
+
+class _Term:
+    """One condition on (query, key) pairs."""
+
+    @property
+    def length(self) -> int | None:
+        """The number of queries that it was written for; None if it fits any."""
+        return None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a query may see keys behind it of which the term does not say that they exist."""
+        return False
+
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
+        """(start, end) of the queries `index`; each broadcasts against `[B1, T]`."""
+        raise NotImplementedError
+
+
+@dataclass_transform(frozen_default=True)
+def _term(cls):
+    """A frozen dataclass whose fields marked `static` are not leaves of the pytree."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)
+    static = [f.name for f in fields if f.metadata.get("static")]
+    data = [f.name for f in fields if f.name not in static]
+    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+
+
+def _static() -> Any:
+    return dataclasses.field(metadata={"static": True})
+
+
+@_term
+class _Causal(_Term):
+    def bounds(self, index, xp):
+        return 0, index + 1
+
+
+@_term
+class _SlidingWindow(_Term):
+    left: int = _static()  # keys before the query, at most NO_LIMIT - 1
+    right: int = _static()  # keys after it
+
+    @property
+    def looks_ahead(self):
+        return self.right > 0
+
+    def bounds(self, index, xp):
+        # Written so that no sum passes int32, however wide the window is.
+        return index - self.left, xp.minimum(index, NO_LIMIT - 1 - self.right) + (self.right + 1)
+
+
+@_term
+class _ChunkedLocal(_Term):
+    chunk: int = _static()
+
+    @property
+    def looks_ahead(self):
+        return True
+
+    def bounds(self, index, xp):
+        start = index - index % self.chunk
+        return start, xp.minimum(start, NO_LIMIT - self.chunk) + self.chunk
+
+
+@_term
+class _PrefixLM(_Term):
+    prefix_length: Any  # [B1, 1]
+
+    @property
+    def looks_ahead(self):
+        return True
+
+    def bounds(self, index, xp):
+        return 0, xp.maximum(index + 1, self.prefix_length)
+
+
+@_term
+class _Lengths(_Term):
+    queries: Any  # [B1, 1]
+    keys: Any  # [B1, 1]; NO_LIMIT where only the queries have a length
+
+    @property
+    def looks_ahead(self):
+        return isinstance(self.keys, np.ndarray) and bool(np.any(self.keys >= NO_LIMIT))
+
+    def bounds(self, index, xp):
+        # A query past the end is padding too: its interval is empty.
+        return 0, xp.where(index < self.queries, self.keys, 0)
+
+
+@_term
+class _Documents(_Term):
+    segment_ids: Any  # [B1, T], any integers
+    padding_id: int | None = _static()
+
+    @property
+    def length(self):
+        return self.segment_ids.shape[1]
+
+    def bounds(self, index, xp):
+        ids = xp.asarray(self.segment_ids)
+        place = xp.arange(ids.shape[1], dtype=np.int32)[None]
+        differs = ids[:, 1:] != ids[:, :-1]
+        edge = xp.ones((ids.shape[0], min(1, ids.shape[1])), bool)
+        first = xp.where(xp.concatenate([edge, differs], axis=1), place, 0)
+        last = xp.where(xp.concatenate([differs, edge], axis=1), place + 1, NO_LIMIT)
+        start = _accumulate_max(first, xp)
+        end = -_accumulate_max(-last[:, ::-1], xp)[:, ::-1]
+        if self.padding_id is not None:
+            end = xp.where(ids == self.padding_id, start, end)
+        return start, end
+
+
+@_term
+class Given(_Term):
+    """Intervals as numbers, one per query."""
+
+    start: Any  # [B1, T]
+    end: Any
+
+    @property
+    def length(self):  # noqa: D102
+        return self.start.shape[1]
+
+    def bounds(self, index, xp):  # noqa: D102
+        return xp.asarray(self.start), xp.asarray(self.end)
+
+
+@_term
+class Alike(_Term):
+    """All queries of a row see the same keys, however many queries there are."""
+
+    start: Any  # [B1, 1]
+    end: Any
+
+    def bounds(self, index, xp):  # noqa: D102
+        return xp.asarray(self.start), xp.asarray(self.end)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A conjunction of interval masks; a pytree, so that it passes through `jit`.
+
+    Build one with `causal`, `documents`, `sliding_window`, `prefix_lm`, `chunked_local`,
+    `bidirectional`, `lengths`, `intervals` or `from_dense`, and join them with `&`.
+
+    >>> (causal() & sliding_window(2)).intervals(4).start.tolist()
+    [[0, 0, 1, 2]]
+
+    Attributes:
+        terms: the masks that are joined.
+        placement: the layout that it has been placed in; None if it is in natural order.
+        runs: where its keys lie, if it was placed under a group layout: a row for every device.
+    """
+
+    terms: tuple[_Term, ...] = ()
+    placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
+    runs: KeyRuns | None = None
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """The keys that both masks show.
+
+        Raises:
+            ValueError: if one of them has been placed in a layout: compose first, place after.
+        """
+        if not isinstance(other, Mask):
+            return NotImplemented
+        if self.placement is not None or other.placement is not None:
+            raise ValueError(
+                "a mask that shard_batch has placed cannot be joined with another; "
+                "join them with & in natural order, before shard_batch."
+            )
+        return Mask(self.terms + other.terms)
+
+    @property
+    def length(self) -> int | None:
+        """The number of queries that the mask was written for; None if it fits any."""
+        sizes = {term.length for term in self.terms if term.length is not None}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the mask joins parts written for streams of different lengths {sorted(sizes)}; "
+                "give all of them the length of the stream."
+            )
+        return sizes.pop() if sizes else None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether queries may see keys that only pad the stream.
+
+        That is so unless some part of the mask ends before them: `causal`, say, or `lengths`.
+        """
+        return all(term.looks_ahead for term in self.terms)
+
+    def intervals(
+        self, length: int, key_length: int | None = None, *, xp: ModuleType = np
+    ) -> Intervals:
+        """The interval of each of `length` queries, in natural order.
+
+        Args:
+            length: T. Queries past the mask's own length (padding) get empty intervals.
+            key_length: S, the number of keys; `length` if None. A mask from `intervals` sees the
+                keys that it was given, up to S, whatever the number of its own queries.
+            xp: `numpy` (on the host), or `jax.numpy` (where leaves are traced).
+
+        Returns:
+            Clipped to `[0, key_length)`; `end == start` where a query sees nothing.
+
+        Raises:
+            ValueError: if the mask was written for more than `length` queries.
+        """
+        length = checks.integer("length", length, least=0)
+        if key_length is not None:
+            key_length = checks.integer("key_length", key_length, least=0)
+        own = self.length
+        key_length = length if key_length is None else key_length
+        if own is not None and own > length:
+            raise ValueError(
+                f"the mask was written for {own} queries, but there are only {length}; "
+                "give it the same tokens as the queries."
+            )
+        index = xp.arange(length if own is None else own, dtype=np.int32)[None]
+        start, end = xp.zeros_like(index), xp.full_like(index, key_length)
+        for term in self.terms:
+            term_start, term_end = term.bounds(index, xp)
+            start, end = xp.maximum(start, term_start), xp.minimum(end, term_end)
+        start, end = xp.broadcast_arrays(start, xp.maximum(start, end))
+        if own is not None and own < length:
+            tail = ((0, 0), (0, length - own))
+            start, end = xp.pad(start, tail), xp.pad(end, tail)
+        return Intervals(start.astype(np.int32), end.astype(np.int32))
+
+
+def causal() -> Mask:
+    """Query i sees keys `[0, i+1)`."""
+    return Mask((_Causal(),))
+
+
+def bidirectional() -> Mask:
+    """Every query sees every key. Padding included: join it with `lengths` where there is some."""
+    return Mask()
+
+
+def sliding_window(window: int, *, right: int = 0) -> Mask:
+    """Query i sees itself, the `window - 1` keys before it and the `right` keys after it.
+
+    That is `[i - window + 1, i + right + 1)`. The window of `jax.nn.dot_product_attention`,
+    `local_window_size=(left, right)`, is `sliding_window(left + 1, right=right)`.
+
+    Raises:
+        ValueError: if `window` is less than 1 or `right` less than 0.
+
+    >>> sliding_window(2, right=1).intervals(4).end.tolist()
+    [[2, 3, 4, 4]]
+    """
+    window = checks.integer("window of sliding_window", window, least=1)
+    right = checks.integer("right of sliding_window", right, least=0)
+    return Mask((_SlidingWindow(min(window, NO_LIMIT) - 1, min(right, NO_LIMIT - 1)),))
+
+
+def chunked_local(chunk: int) -> Mask:
+    """The stream in chunks of `chunk` tokens; a query sees the keys of its own chunk.
+
+    Join it with `causal()` for the masks of the Llama 4 kind.
+
+    Raises:
+        ValueError: if `chunk` is less than 1.
+    """
+    chunk = checks.integer("chunk of chunked_local", chunk, least=1)
+    return Mask((_ChunkedLocal(min(chunk, NO_LIMIT)),))
+
+
+def prefix_lm(prefix_length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
+    """The first `prefix_length` tokens see each other; all later ones are causal.
+
+    Args:
+        prefix_length: one number, or one per row.
+
+    Raises:
+        ValueError: unless they are integers, 0 or greater (not checked where they are traced).
+    """
+    return Mask((_PrefixLM(_per_row("prefix_length of prefix_lm", prefix_length)),))
+
+
+def lengths(
+    length: int | Int32[jax.Array | np.ndarray, "B"],
+    key_length: int | Int32[jax.Array | np.ndarray, "B"] | None = None,
+) -> Mask:
+    """Only the first `length` tokens are real: none sees the others, and those see nothing.
+
+    Args:
+        length: one number, or one per row.
+        key_length: of the keys, where they are another sequence than the queries; `length` if
+            None.
+
+    Raises:
+        ValueError: unless they are integers, 0 or greater (not checked where they are traced).
+
+    >>> lengths(2, 3).intervals(4, 8).end.tolist()
+    [[3, 3, 0, 0]]
+    """
+    queries = _per_row("length of lengths", length)
+    if key_length is None:
+        return Mask((_Lengths(queries, queries),))
+    return Mask((_Lengths(queries, _per_row("key_length of lengths", key_length)),))
+
+
+def documents(
+    segment_ids: Integer[jax.Array | np.ndarray, "B1 T"] | Integer[jax.Array | np.ndarray, "T"],
+    *,
+    padding_id: int | None = None,
+) -> Mask:
+    """Documents packed one behind the other; a query sees the keys of its own document.
+
+    Args:
+        segment_ids: integers of any size and sign, equal for the tokens of one document, which
+            stand side by side. Documents may have any length; ids need not be sorted, only not
+            come again.
+        padding_id: the id of tokens that belong to no document (0 in the packing of grain, Flax,
+            Megatron and Transformer Engine). They see nothing and no token sees them. They may
+            stand anywhere between documents and come as often as you like.
+
+    Raises:
+        ValueError: if `segment_ids` are no integers, if an id comes again after another one
+            (checked unless `segment_ids` is traced), or if the ids' dtype cannot hold
+            `padding_id`.
+
+    >>> documents([1, 1, 0, 2], padding_id=0).intervals(4).end.tolist()
+    [[2, 2, 2, 4]]
+    """
+    ids = _integers("segment_ids", segment_ids)
+    if ids.ndim not in (1, 2):
+        raise ValueError(
+            f"segment_ids must have shape [T] or [B, T], got {ids.dtype} of shape {ids.shape}."
+        )
+    ids = ids[None] if ids.ndim == 1 else ids
+    if padding_id is not None:
+        info = np.iinfo(ids.dtype)
+        padding_id = checks.integer(
+            f"padding_id of documents with ids of {ids.dtype}",
+            padding_id,
+            least=int(info.min),
+            most=int(info.max),
+        )
+    if not isinstance(ids, jax.core.Tracer):
+        # Numbers of our own: ids of 64 bits would be cut to 32 on their way to a device.
+        ids = _renumbered(np.asarray(ids), padding_id)
+        padding_id = None if padding_id is None else _PADDING_ID
+    return Mask((_Documents(ids, padding_id),))
+
+
+def intervals(
+    start: Integer[jax.Array | np.ndarray, "B1 T"], end: Integer[jax.Array | np.ndarray, "B1 T"]
+) -> Mask:
+    """Any mask of this kind, given as numbers: query i sees keys `[start_i, end_i)`.
+
+    Args:
+        start: arrays or nested lists of integers; those beyond int32 count as its limits.
+        end: likewise; a query with `end <= start` sees nothing.
+
+    Raises:
+        ValueError: if the two are not integers of one shape, `[B, T]` or `[1, T]`.
+
+    >>> intervals([[0, 0]], [[1, 2]]).intervals(2).end.tolist()
+    [[1, 2]]
+    """
+    start, end = _integers("start", start), _integers("end", end)
+    if start.shape != end.shape or len(start.shape) != 2:
+        raise ValueError(
+            "start and end must have one shape [B, T] or [1, T], got "
+            f"{start.shape} and {end.shape}."
+        )
+    return Mask((Given(_to_int32(start), _to_int32(end)),))
+
+
+def _accumulate_max(x, xp):
+    return np.maximum.accumulate(x, axis=1) if xp is np else jax.lax.cummax(x, axis=1)
+
+
+# The id of padding in `documents` that were renumbered.
+_PADDING_ID = -1
+
+
+def _renumbered(ids: np.ndarray, padding_id: int | None) -> np.ndarray:
+    """Return the ids `[B, T]` as the number of their document in the row, -1 for padding.
+
+    Raises:
+        ValueError: if the tokens of a document are not side by side.
+    """
+    new = np.ones(ids.shape, bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    padding = np.zeros(ids.shape, bool) if padding_id is None else ids == padding_id
+    for row, (of_row, first) in enumerate(zip(ids, new & ~padding, strict=True)):
+        values, counts = np.unique(of_row[first], return_counts=True)
+        if np.any(counts > 1):
+            hint = (
+                f"If {values[counts > 1][0]} is the id of padding, pass it as padding_id."
+                if padding_id is None
+                else "Padding inside a document is not supported: it would be seen."
+            )
+            raise ValueError(
+                f"segment_ids of row {row} are not sorted into runs: id {values[counts > 1][0]} "
+                "comes again after another one. Put the tokens of a document side by side, or give "
+                f"the second stretch an id of its own. {hint}"
+            )
+    return np.where(padding, _PADDING_ID, np.cumsum(new, axis=1)).astype(np.int32)
+
+
+def _integers(name: str, value: Any) -> Any:
+    """Return an array of integers; what is no array yet becomes one.
+
+    Raises:
+        ValueError: for other dtypes, booleans among them.
+    """
+    try:
+        # Shapes stand for arrays where a program is compiled and no array exists.
+        given = isinstance(value, jax.Array | jax.ShapeDtypeStruct)
+        x = value if given else np.asarray(value)
+    except (TypeError, ValueError) as error:  # lists of unequal lengths
+        raise ValueError(f"{name} must be integers of one shape: {error}") from None
+    if isinstance(x, np.ndarray) and x is not value and x.size == 0:
+        x = x.astype(np.int32)  # an empty list has no dtype of its own
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {x.dtype} of shape {x.shape}.")
+    return x
+
+
+def _to_int32(x: Any) -> Any:
+    """Return integers as int32, those beyond it as its limits."""
+    if x.dtype == np.int32:
+        return x
+    xp, own, wanted = jnp if isinstance(x, jax.Array) else np, np.iinfo(x.dtype), np.iinfo(np.int32)
+    least, most = max(int(own.min), int(wanted.min)), min(int(own.max), int(wanted.max))
+    return xp.clip(x, least, most).astype(np.int32)
+
+
+def _per_row(name: str, value: Any) -> Any:
+    """Return one number, or one per row, as int32 of shape `[B1, 1]`."""
+    x = _integers(name, value)
+    if x.ndim > 1:
+        raise ValueError(f"{name} must be one number, or one per row, got shape {x.shape}.")
+    known = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    if known and np.any(np.asarray(x) < 0):
+        raise ValueError(f"{name} must be 0 or greater, got {np.asarray(x).min()}.")
+    return _to_int32(x).reshape(-1, 1)

@@ -1,0 +1,1 @@
+"""Checkpoints: saved, sealed, checked and restored, by one process or many."""

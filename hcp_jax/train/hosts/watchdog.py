@@ -1,0 +1,210 @@
+"""The processes of a run, known to each other before jax knows of them, and while it trains.
+
+jax's own service ends every process when one is gone, but late (it counts missed heartbeats), by
+an abort, and without naming it; what differs between hosts it cannot tell at all. So the processes
+hold a connection each to process 0, a star, from the start of a run to its end:
+
+    1. they meet at the coordinator's port (see `meeting`), and whoever has not come in time is
+       named; the port is then given to jax, the connections stay;
+    2. they compare what must be the same everywhere, and each is told what differs;
+    3. a connection that closes is a process that died, one that is silent is a host that is gone,
+       and an error of one is told to all. Whichever comes first ends every process, each with a
+       line that names the one it began with.
+
+Without a secret (see `meeting`) nobody is authenticated: the port belongs inside the cluster's
+network, as jax's own does in any case.
+"""
+
+import json
+import os
+import queue
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hcp_jax.base import terminal
+from hcp_jax.base.terminal import printable
+from hcp_jax.train.hosts import meeting
+from hcp_jax.train.hosts.meeting import Line, Place
+
+GONE = 75
+"""Exit code of a process that ends because of another one (EX_TEMPFAIL: try again)."""
+
+
+class Peers:
+    """This process's connections to the others; see the module.
+
+    Args:
+        place: where this process stands.
+        timeout: seconds to wait for the others at the start.
+        silence: seconds without a sign of life after which a process counts as gone.
+    """
+
+    def __init__(self, place: Place, timeout: float = 300.0, silence: float = 60.0):
+        self.place, self._timeout, self._silence = place, timeout, silence
+        self._lines: dict[int, Line] = {}
+        self._told = threading.Lock()
+        self._closing = False
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        # Wakes the thread that watches.
+        self._wake, self._woken = socket.socketpair()
+        self._watcher = threading.Thread(target=self._watch, name="peers", daemon=True)
+
+    def meet(self) -> None:
+        """Waits for all processes; from then on they watch each other, and the port is free again.
+
+        Raises:
+            ValueError: if some did not come in time, or came with wrong numbers; names them.
+        """
+        if self.place.process == 0:
+            others = self.place.processes - 1
+            terminal.say_error(
+                f"hcp: process 0 on {socket.gethostname()} waits at {self.place.address} for "
+                f"{others} other process{'es' * (others != 1)}, {self._timeout:.0f} s at most"
+            )
+            self._lines = meeting.Door(self.place, self._timeout).gather()
+        else:
+            self._lines = {0: meeting.join(self.place, self._timeout)}
+        self._watcher.start()
+
+    def agree(self, same: Mapping[str, Any]) -> None:
+        """Compares what must be the same in every process; all of them must call this.
+
+        Args:
+            same: names, and plain values for JSON.
+
+        Raises:
+            ValueError: in every process, if something differs; says what it is where.
+        """
+        mine = json.loads(json.dumps(same))
+        if self.place.process:
+            self._lines[0].send(same=mine)
+            differ = self._inbox.get()["differ"]
+        else:
+            differ = self._differences(mine)
+            for line in self._lines.values():
+                line.send(differ=differ)
+        if differ:
+            self._closing = True
+            raise ValueError(
+                "the processes were started differently: "
+                f"{meeting.some(differ, '; ', 'differences')}. Start all of them with the same "
+                "config, data and versions."
+            )
+
+    def fail(self, error: str) -> None:
+        """Tells the others that this process ends, and why; they end too."""
+        with self._told:
+            self._closing = True
+            for line in self._lines.values():
+                line.send(failed=error, process=self.place.process, host=socket.gethostname())
+        self._let_others_hear()
+
+    def wait_for_cause(self, seconds: float) -> None:
+        """Lets the watch end this process, if an error here came of another one's death."""
+        self._watcher.join(seconds)
+
+    def close(self) -> None:
+        """Says goodbye: from now on nobody here or there minds that this connection ends."""
+        with self._told:
+            self._closing = True
+            for line in self._lines.values():
+                line.send(done=True)
+        self._wake.close()
+        self._watcher.join()
+        self._woken.close()
+        for line in self._lines.values():
+            line.sock.close()
+
+    def _differences(self, mine: dict[str, Any]) -> list[str]:
+        theirs = dict(self._inbox.get()["of"] for _ in self._lines)
+        return [
+            f"{key} is {_short(same.get(key))} in {self._lines[process].peer} and "
+            f"{_short(mine.get(key))} in process 0"
+            for process, same in sorted(theirs.items())
+            for key in dict.fromkeys([*mine, *same])
+            if same.get(key) != mine.get(key)
+        ]
+
+    def _watch(self) -> None:
+        """The thread: signs of life to and fro, until one fails, dies or is silent."""
+        every = self._silence / 4
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for line in self._lines.values():
+                selector.register(line.sock, selectors.EVENT_READ, line)
+                line.heard = time.monotonic()
+            sent = 0.0
+            while len(selector.get_map()) > 1 and not self._closing:
+                if time.monotonic() - sent >= every:
+                    sent = time.monotonic()
+                    for line in self._lines.values():
+                        line.send(alive=True)
+                for key, _ in selector.select(every):
+                    if key.data is None:
+                        return
+                    if not self._listen(key.data):
+                        selector.unregister(key.data.sock)
+                for key in list(selector.get_map().values()):
+                    silent = key.data and time.monotonic() - key.data.heard
+                    if silent and silent > self._silence:
+                        self._end(
+                            f"{key.data.peer} has given no sign of life for {silent:.0f} s: it "
+                            "hangs, or its host or the network is gone"
+                        )
+
+    def _listen(self, line: Line) -> bool:
+        """Takes in what has come; whether more may come."""
+        try:
+            got = line.receive()
+            if got is None:
+                self._end(f"{line.peer} died")
+                return False
+            return all(self._take(line, message) for message in got)
+        except (ValueError, KeyError, TypeError) as error:
+            self._end(f"{line.peer} says what is no message of a run ({printable(error)})")
+            return False
+
+    def _take(self, line: Line, message: dict[str, Any]) -> bool:
+        """Act on a message; return whether more may come from there."""
+        if "done" in message:
+            return False
+        if "failed" in message:
+            origin = f"process {message['process']} on {message['host']}"
+            self._end(f"{origin} stopped: {message['failed']}")
+        if "end" in message:
+            self._end(str(message["end"]))
+        if "same" in message:
+            process = next(p for p, of in self._lines.items() if of is line)
+            self._inbox.put({"of": (process, dict(message["same"]))})
+        if "differ" in message:
+            self._inbox.put({"differ": list(map(str, message["differ"]))})
+        return True
+
+    def _let_others_hear(self) -> None:
+        """They must not learn of this end from that of jax's service, which only says 'leader'."""
+        if self.place.process == 0:
+            time.sleep(0.5)
+
+    def _end(self, why: str) -> None:
+        """Ends this process because of another one, and from process 0 all the others."""
+        with self._told:
+            if self._closing:
+                return
+            for line in self._lines.values():
+                line.send(end=why)
+            me = f"process {self.place.process} on {socket.gethostname()}"
+            sys.stdout.flush()
+            terminal.say_error(f"hcp: {why}; so {me} ends too.")
+            self._let_others_hear()
+            # Nothing else reaches the main thread while it waits for a collective.
+            os._exit(GONE)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

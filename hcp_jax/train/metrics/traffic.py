@@ -1,0 +1,112 @@
+"""Tell what a step moves between devices, counted from shapes, before a run begins.
+
+Counted is what the algorithm needs (`cost/traffic.py`), in bytes that one device sends, without
+what a remat policy repeats. What the compiler made of it is in the compiled program (`hcp audit`,
+`hcp verify`).
+"""
+
+from collections.abc import Iterator
+
+from hcp_jax.cost import traffic
+from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, ITEM_BYTES, RING_HOP, Traffic
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.parallel.context import ContextParallel
+
+
+def attention_traffic(
+    cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: int
+) -> tuple[Traffic, ...]:
+    """List what one layer's attention moves, without what a remat policy repeats.
+
+    Args:
+        cp: with the layer's own comm type.
+        model: the decoder.
+        batch_size: streams per step, over all of dp.
+        seq_len: tokens per stream.
+    """
+    tp = cp.axis_size(cp.tp)
+    return traffic.layer_traffic(
+        cp.strategy,
+        cp.mesh.shape,
+        tokens=batch_size // cp.axis_size(cp.dp) * cp.padded_length(seq_len) // cp.size,
+        heads=model.num_heads // tp,
+        kv_heads=model.num_kv_heads // tp,
+        head_size=model.head_dim,
+        item_bytes=ITEM_BYTES[model.compute_dtype],
+    )
+
+
+def describe(
+    cp: ContextParallel,
+    model: ModelConfig,
+    batch_size: int,
+    seq_len: int,
+    num_params: int,
+    *,
+    fsdp: bool = False,
+) -> Iterator[str]:
+    """Yield lines that tell what each device sends in a step.
+
+    Args:
+        cp: the context parallelism, with one comm type or one per layer.
+        model: the decoder.
+        batch_size: streams per step, over all of dp.
+        seq_len: tokens per stream.
+        num_params: parameters of the model.
+        fsdp: parameters and optimizer state are cut over dp and cp.
+    """
+    layers: dict[ContextParallel, list[int]] = {}
+    for layer in range(model.num_layers):
+        layers.setdefault(cp.for_layer(layer), []).append(layer)
+    for layer_cp, numbers in layers.items():
+        moved = attention_traffic(layer_cp, model, batch_size, seq_len)
+        yield f"{_ranges(numbers)} ({layer_cp.comm_type}), each: {_attention(moved)}"
+    copies = cp.size * cp.axis_size(cp.dp)
+    if copies == 1:
+        return
+    share = num_params // cp.axis_size(cp.tp)
+    sent = traffic.state_bytes(share, copies, ITEM_BYTES[model.compute_dtype], fsdp=fsdp)
+    what = "parameters, gathered twice, and gradients, summed" if fsdp else "gradients, summed"
+    yield f"{what} over {copies} devices: {_bytes(sent)}"
+
+
+def _attention(moved: tuple[Traffic, ...]) -> str:
+    """Return what a layer's attention sends, in words."""
+    parts = []
+    for scopes, name in (((EXCHANGE_HEADS,), "heads"), ((RING_HOP, GATHER_KV), "K/V")):
+        found = [t for t in moved if t.scope in scopes]
+        if not found:
+            continue
+        forward, backward = (
+            _bytes(traffic.total(moved, scopes, direction)) for direction in ("forward", "backward")
+        )
+        parts.append(f"{name} {forward} forward, {backward} backward{_how(found[0])}")
+    return "; ".join(parts) or "nothing"
+
+
+def _how(first: Traffic) -> str:
+    if first.scope == EXCHANGE_HEADS:
+        return ""
+    if first.scope == GATHER_KV:
+        return " in one gather"
+    return f" in {first.count} hop{'s' * (first.count > 1)}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as "layers 0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    return f"layer {shown}" if len(numbers) == 1 else f"layers {shown}"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"
