@@ -39,7 +39,7 @@ COMMANDS = {
     "tokenize": Command("hcp_jax.commands.tokenize", "turn text into tokens, for hcp train"),
     "import": Command("hcp_jax.commands.importing", "begin from a Hugging Face folder's weights"),
     "export": Command("hcp_jax.commands.export", "write a run as a Hugging Face folder"),
-    "launch": Command("hcp_jax.train.launch", "train in several processes on this machine"),
+    "launch": Command("hcp_jax.commands.launch", "train in several processes on this machine"),
     "plot": Command("hcp_jax.commands.plot", "draw the curves of runs side by side"),
     "verify": Command("hcp_jax.commands.verify", "prove that it computes what one device computes"),
     "bench": Command("hcp_jax.commands.bench", "time attention strategies on the devices at hand"),

@@ -205,7 +205,7 @@ BASES = {
 
 DOORS = [
     "hcp_jax.train.loop.train",
-    "hcp_jax.train.launch._Processes",
+    "hcp_jax.commands.launch._Processes",
     "hcp_jax.verify.streams.checks",
     "hcp_jax.verify.groups.checks",
     "hcp_jax.commands.bench._compare",

@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from hcp_jax.train.launch import _free_port
+from hcp_jax.commands.launch import _free_port
 from tests.train import checkpoint_cases
 from tests.train.checkpoint_cases import CASES
 from tests.train.tiny import write_config

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
+from hcp_jax.commands.launch import _free_port
 from hcp_jax.train.hosts.watchdog import GONE
-from hcp_jax.train.launch import _free_port
 from hcp_jax.train.metrics import metrics
 from tests.train.tiny import write_config
 

@@ -11,9 +11,9 @@ import threading
 import jax
 import pytest
 
+from hcp_jax.commands.launch import _free_port, _from_launcher
 from hcp_jax.train.hosts import cluster, meeting
 from hcp_jax.train.hosts.meeting import Door, Place
-from hcp_jax.train.launch import _free_port, _from_launcher
 
 
 class Meeting:

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from hcp_jax.commands.launch import _free_port
 from hcp_jax.train.hosts.watchdog import GONE, Peers, Place
-from hcp_jax.train.launch import _free_port
 
 # One process: meets, agrees, and then does what it is told on its standard input.
 PROCESS = """

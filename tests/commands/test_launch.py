@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from hcp_jax import cli
-from hcp_jax.train import launch
+from hcp_jax.commands import launch
 from hcp_jax.train.metrics import metrics
 from tests.train.tiny import write_config
 
