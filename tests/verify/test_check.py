@@ -150,7 +150,7 @@ def test_two_mistakes_and_an_entry_that_was_forgotten_are_told_apart():
     """The labels were never placed, and positions are those of the layout's places."""
 
     def step(batch, cp):
-        x = cp.shard(batch["x"], dim=1) * jnp.arange(T)[:, None]
+        x = cp.shard(batch["x"], dim=1) * jnp.arange(T)[None, :, None]
         return jnp.sum(jnp.sin(x) * batch["labels"][..., None] * cp.positions(T)[..., None])
 
     batch = {"x": _batch()["x"], "labels": _batch()["tokens"].astype(np.float32)}
