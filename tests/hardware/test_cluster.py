@@ -32,3 +32,8 @@ def test_groups_share_their_network_cards_in_gathers_but_not_in_permutes():
     assert cluster.path("all-gather", (0, 8)).rate == network
     assert cluster.path("all-to-all", tuple(range(8))).link == hardware.INSIDE
     assert cluster.path("all-to-all", (3,)).link == hardware.NO_LINK
+
+
+def test_where_a_group_is_uneven_the_host_with_fewest_cards_sets_the_pace():
+    uneven = (*range(6), 8, 9)
+    assert Cluster(H200, 2, 8).path("all-gather", uneven).rate == 2 * H200.network.rate.value

@@ -1,6 +1,7 @@
 """Every split of a cluster, costed, ranked and explained."""
 
 import itertools
+import re
 from collections import Counter
 
 import pytest
@@ -127,3 +128,12 @@ def test_a_length_must_be_a_number_of_tokens(length):
 
 def test_the_face_has_it():
     assert callable(hcp.plan)
+
+
+def test_the_cluster_that_would_do_is_the_least_of_such_hosts():
+    with pytest.raises(ValueError, match="would do") as told:
+        search.plan("llama3-8b", 2**22, gpu="a100", hosts=1)
+    hosts = int(re.search(r"(\d+) x 8 A100 would do", str(told.value))[1])
+    assert search.plan("llama3-8b", 2**22, gpu="a100", hosts=hosts).best.fits
+    with pytest.raises(ValueError, match="would do"):
+        search.plan("llama3-8b", 2**22, gpu="a100", hosts=hosts // 2)
