@@ -113,7 +113,7 @@ def members_runs(runs: KeyRuns, size: int, places: int) -> KeyRuns:
         return runs
     starts, offsets = (jnp.asarray(x) for x in runs)
     members = starts.shape[0] // size
-    begin = places * jnp.arange(size, dtype=jnp.int32)[:, None]
+    begin = places * jnp.arange(size, dtype=jnp.int32)[None, :, None]
     offsets = (offsets.reshape(members, size, -1) + begin).reshape(members, -1)
     return KeyRuns(
         jnp.pad(starts, ((0, 0), (0, 1)), constant_values=PADDING).reshape(members, -1),
