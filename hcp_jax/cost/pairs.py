@@ -99,7 +99,9 @@ def pairs_by_hop(
         layout: "zigzag" or "contiguous".
         ring_size: P; each rank holds the chunks of C / P neighbouring devices.
     """
-    from hcp_jax.layout import chunk_order  # imports jax, which hcp plan --help can do without
+    from hcp_jax.sequence.layout import (
+        chunk_order,  # imports jax, which hcp plan --help can do without
+    )
 
     order = chunk_order(cp_size, layout)
     ordered = table[np.ix_(order, order)]

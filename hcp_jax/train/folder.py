@@ -71,7 +71,7 @@ class RunFolder:
                 _log.warning(str(also))
         if self._recorder is not None:
             self._recorder.close()
-            from hcp_jax.train.record import figures  # matplotlib takes a second to import
+            from hcp_jax.train.metrics import figures  # matplotlib takes a second to import
 
             try:
                 figures.draw_run(self.path, self._title)

@@ -5,10 +5,9 @@ import types
 
 import jax
 import pytest
-from hcp_jax.plan.hardware import GPUS
 
 import hcp_jax as hcp
-from hcp_jax.hardware import PEAK_FLOPS
+from hcp_jax.hardware import GPUS, PEAK_FLOPS
 from hcp_jax.parallel.mesh import AXES, axis_groups, axis_link
 
 
