@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import hcp_jax.sequence.mask as masks
 from hcp_jax.kernels.block_map import key_blocks, query_blocks, walk_over_keys, walk_over_queries
-from hcp_jax.sequence.layout import KeyRuns, chunk_order, single_run
+from hcp_jax.sequence.layout import KeyRuns, chunk_order
 from hcp_jax.sequence.mask import Intervals
+from tests.kernels.runs import single_run
 
 
 def _visible(intervals: Intervals, runs: KeyRuns, length: int) -> np.ndarray:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import hcp_jax as hcp
 from hcp_jax.kernels import blockwise
 from hcp_jax.kernels.core import CoreSpec, Problem, attend, attend_grads, describe, resolve
-from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
+from tests.kernels.runs import single_run
 from tests.oracle import relative
 
 B, T, S, N, K, H = 2, 21, 27, 4, 2, 4

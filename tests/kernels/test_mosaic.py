@@ -18,9 +18,10 @@ from hcp_jax import compat
 from hcp_jax.kernels import core, mosaic, mosaic_blocks, reference, tiles
 from hcp_jax.kernels.block_map import key_blocks, query_blocks, walk_over_keys
 from hcp_jax.kernels.mosaic_call import Masks, Walked, WorkSplit, longest_first
-from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 from tests.kernels import test_triton
+from tests.kernels.runs import single_run
 
 Case = functools.partial(
     test_triton.Case, h=64, hv=64, dtype="bfloat16", scale=0.125, implementation="mosaic"

@@ -14,9 +14,10 @@ import pytest
 
 import hcp_jax.sequence.mask as masks
 from hcp_jax.kernels import core, reference, tiles
-from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 from tests.kernels import test_triton
+from tests.kernels.runs import single_run
 from tests.kernels.test_mosaic import RUNS, Case, any_intervals, needs_interpreter
 
 

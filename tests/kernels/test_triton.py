@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import hcp_jax.sequence.mask as masks
 from hcp_jax.kernels import core, reference, triton, triton_kernels
-from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
+from tests.kernels.runs import single_run
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hcp_jax as hcp
-from tests.test_mask import dense, masks
+from tests.sequence.test_mask import dense, masks
 
 T = 37
 
