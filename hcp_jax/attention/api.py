@@ -136,7 +136,7 @@ def _jitted(cp: ContextParallel | None, core: CoreSpec, q, k, v, mask: Mask, sin
     arrays = q, k, v, mask, sinks
     if cp is None:
         alone = functools.partial(_attend_alone, core, residual)
-        specs = spmd.spec_of(q), PartitionSpec(*spmd.spec_of(q)[:3])
+        specs = spmd.explicit_spec(q), PartitionSpec(*spmd.explicit_spec(q)[:3])
         results = spmd.run(None, (), alone, specs[: 1 + residual], *arrays)
     else:
         over = functools.partial(_attend_over, cp, core, residual)
@@ -202,7 +202,7 @@ def _on_device(
     """
     if cp.groups is not None:
         spec = grouped.spec_of(cp, core, heads, key_length)
-        return functools.partial(grouped.attention_of_group, spec), cp.spec_of_intervals
+        return functools.partial(grouped.attention_of_group, spec), cp.interval_spec
     exchange, move, by = cp.strategy
     size, ring = cp.axis_size(exchange), cp.axis_size(move)
     spec = LocalSpec(

@@ -73,7 +73,7 @@ class _Term:
 
 
 @dataclass_transform(frozen_default=True)
-def _term(cls):
+def _term(cls: Any) -> Any:
     """Make a frozen dataclass a pytree; its fields marked `_static` are not leaves."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(cls)
@@ -88,7 +88,7 @@ def _static() -> Any:
 
 @_term
 class _Causal(_Term):
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         return 0, index + 1
 
 
@@ -98,10 +98,10 @@ class _SlidingWindow(_Term):
     right: int = _static()  # keys after it
 
     @property
-    def looks_ahead(self):
+    def looks_ahead(self) -> bool:
         return self.right > 0
 
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         # Written so that no sum overflows int32, however wide the window is.
         return index - self.left, xp.minimum(index, NO_LIMIT - 1 - self.right) + (self.right + 1)
 
@@ -111,10 +111,10 @@ class _ChunkedLocal(_Term):
     chunk: int = _static()
 
     @property
-    def looks_ahead(self):
+    def looks_ahead(self) -> bool:
         return True
 
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         start = index - index % self.chunk
         return start, xp.minimum(start, NO_LIMIT - self.chunk) + self.chunk
 
@@ -124,10 +124,10 @@ class _PrefixLM(_Term):
     prefix_length: Any  # [B1, 1]
 
     @property
-    def looks_ahead(self):
+    def looks_ahead(self) -> bool:
         return True
 
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         return 0, xp.maximum(index + 1, self.prefix_length)
 
 
@@ -137,10 +137,10 @@ class _Lengths(_Term):
     keys: Any  # [B1, 1]; NO_LIMIT where only the queries have a length
 
     @property
-    def looks_ahead(self):
+    def looks_ahead(self) -> bool:
         return isinstance(self.keys, np.ndarray) and bool(np.any(self.keys >= NO_LIMIT))
 
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         # Queries past the end are padding too: their intervals are empty.
         return 0, xp.where(index < self.queries, self.keys, 0)
 
@@ -151,10 +151,10 @@ class _Documents(_Term):
     padding_id: int | None = _static()
 
     @property
-    def length(self):
-        return self.segment_ids.shape[1]
+    def length(self) -> int | None:
+        return int(self.segment_ids.shape[1])
 
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         ids = xp.asarray(self.segment_ids)
         token = xp.arange(ids.shape[1], dtype=np.int32)[None]
         differs = ids[:, 1:] != ids[:, :-1]
@@ -176,10 +176,10 @@ class Given(_Term):
     end: Any
 
     @property
-    def length(self):  # noqa: D102
-        return self.start.shape[1]
+    def length(self) -> int | None:  # noqa: D102
+        return int(self.start.shape[1])
 
-    def bounds(self, index, xp):  # noqa: D102
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:  # noqa: D102
         return xp.asarray(self.start), xp.asarray(self.end)
 
 
@@ -190,7 +190,7 @@ class Alike(_Term):
     start: Any  # [B1, 1]
     end: Any
 
-    def bounds(self, index, xp):  # noqa: D102
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:  # noqa: D102
         return xp.asarray(self.start), xp.asarray(self.end)
 
 
@@ -433,7 +433,7 @@ def intervals(
     return Mask((Given(_to_int32(start), _to_int32(end)),))
 
 
-def _accumulate_max(x, xp):
+def _accumulate_max(x: Any, xp: ModuleType) -> Any:
     return np.maximum.accumulate(x, axis=1) if xp is np else jax.lax.cummax(x, axis=1)
 
 
