@@ -56,7 +56,7 @@ class CoreSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The shape of one call of the core, as implementations are asked whether they support it."""
+    """The shapes, dtype and device of a call; an implementation says whether it supports them."""
 
     dtype: str
     query_heads: int
@@ -65,6 +65,19 @@ class Problem:
     v_head_size: int
     platform: str
     device_kind: str
+
+    @classmethod
+    def from_arrays(cls, q: Any, k: Any, v: Any, platform: str, device_kind: str) -> "Problem":
+        """Return the problem of arrays (or shapes) q `BTNH`, k `BSKH` and v `BSKHv`."""
+        return cls(
+            dtype=str(q.dtype),
+            query_heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_size=q.shape[3],
+            v_head_size=v.shape[3],
+            platform=platform,
+            device_kind=device_kind,
+        )
 
 
 def attend(
@@ -171,16 +184,3 @@ def describe(platform: str, device_kind: str) -> str:
 def _module(implementation: str) -> ModuleType:
     # Imported on first use: a Pallas backend that is never used need not load.
     return importlib.import_module(f"hcp_jax.kernels.{implementation}")
-
-
-def problem_of(q: Any, k: Any, v: Any, platform: str, device_kind: str) -> Problem:
-    """The `Problem` of arrays (or shapes) q `BTNH`, k `BSKH` and v `BSKHv`."""
-    return Problem(
-        dtype=str(q.dtype),
-        query_heads=q.shape[2],
-        kv_heads=k.shape[2],
-        head_size=q.shape[3],
-        v_head_size=v.shape[3],
-        platform=platform,
-        device_kind=device_kind,
-    )

@@ -242,7 +242,7 @@ def test_a_group_that_is_done_sends_nothing_more():
 def test_a_member_s_key_runs_are_its_devices_one_behind_the_other(size):
     packed = dynamic.pack(Microbatch((6,), ((0, 1, 2),)), (30, 11, 20), M)
     alone = [np.asarray(key_index(KeyRuns(*rows), M)) for rows in zip(*packed.runs, strict=True)]
-    members = grouped.members_runs(KeyRuns(*packed.runs), size, M)
+    members = grouped.member_runs(KeyRuns(*packed.runs), size, M)
     for m, rows in enumerate(zip(*members, strict=True)):
         together = np.concatenate(alone[m * size : (m + 1) * size])
         assert np.array_equal(key_index(KeyRuns(*rows), size * M), together)
