@@ -14,8 +14,8 @@ from hcp_jax.sequence.mask import NO_LIMIT, Mask, bidirectional, causal, lengths
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 NO_BIAS = (
-    "attention takes no bias: it is a matrix of T x S numbers, and none is ever held here. "
-    "Write what it hides as a mask (hcp.causal(), hcp.documents, hcp.from_dense, ...)."
+    "attention takes no bias: a bias is a matrix of T x S numbers, which is never stored here. "
+    "Write the keys that it hides as a mask (hcp.causal(), hcp.documents, hcp.from_dense, ...)."
 )
 
 

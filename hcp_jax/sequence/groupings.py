@@ -148,13 +148,13 @@ def _host_by_host(descending: Sequence[int], devices_per_host: int) -> list[int]
     return [size for i in order for size in hosts[i]]
 
 
-def check_layout(layout: Sequence[int], num_devices: int) -> Layout:
-    """Return `layout` as a tuple of Python integers.
+def check_layout(grouping: Sequence[int], num_devices: int) -> Layout:
+    """Return `grouping` as a tuple of Python integers.
 
     Raises:
         ValueError: unless its sizes are positive integers that add up to `num_devices`.
     """
-    sizes = tuple(layout)
+    sizes = tuple(grouping)
     wrong = [s for s in sizes if isinstance(s, bool) or not isinstance(s, int | np.integer)]
     if wrong or not sizes or min(sizes) < 1 or sum(sizes) != num_devices:
         raise ValueError(
@@ -163,49 +163,49 @@ def check_layout(layout: Sequence[int], num_devices: int) -> Layout:
     return tuple(int(size) for size in sizes)
 
 
-def group_of_device(layout: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def group_of_device(grouping: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the first device and the size of the group of every device."""
-    sizes = np.asarray(layout, np.int32)
+    sizes = np.asarray(grouping, np.int32)
     first = np.cumsum(sizes) - sizes
     return np.repeat(first, sizes).astype(np.int32), np.repeat(sizes, sizes)
 
 
-def num_hops(layout: Sequence[int]) -> int:
+def num_hops(grouping: Sequence[int]) -> int:
     """Return the number of hops of the largest group; at hop 0 a device has its own keys."""
-    return max(layout)
+    return max(grouping)
 
 
-def hop_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
+def hop_permutation(grouping: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
     """Return the (source, destination) pairs of the `ppermute` from hop - 1 to `hop`.
 
     In every group of more than `hop` devices, each device sends to the next one of its group. The
     result is empty for hop 0 and after the last hop.
     """
-    return _cycles(layout, narrowest=hop + 1) if hop >= 1 else ()
+    return _cycles(grouping, narrowest=hop + 1) if hop >= 1 else ()
 
 
-def homeward_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
+def homeward_permutation(grouping: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
     """Return the (source, destination) pairs that move dk and dv from hop - 1 to `hop`.
 
     Gradients travel with their keys, and then one hop more: groups of exactly `hop` devices send
     too, which returns the gradients to the device that owns the keys.
     """
-    return _cycles(layout, narrowest=max(hop, 2)) if hop >= 1 else ()
+    return _cycles(grouping, narrowest=max(hop, 2)) if hop >= 1 else ()
 
 
-def _cycles(layout: Sequence[int], narrowest: int) -> tuple[tuple[int, int], ...]:
+def _cycles(grouping: Sequence[int], narrowest: int) -> tuple[tuple[int, int], ...]:
     """Pair each device with the next one of its group, in groups of `narrowest` or more."""
-    first, size = group_of_device(layout)
+    first, size = group_of_device(grouping)
     device = np.arange(size.size, dtype=np.int32)
     to = first + (device - first + 1) % size
     turning = size >= narrowest
     return tuple(zip(device[turning].tolist(), to[turning].tolist(), strict=True))
 
 
-def describe(layout: Sequence[int]) -> str:
+def describe(grouping: Sequence[int]) -> str:
     """Return a short text for a grouping: `4×3 + 2 + 1×2`."""
     parts: list[list[int]] = []
-    for size in layout:
+    for size in grouping:
         if parts and parts[-1][0] == size:
             parts[-1][1] += 1
         else:

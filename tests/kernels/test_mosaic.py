@@ -112,7 +112,7 @@ def test_a_race_is_noticed(monkeypatch, caplog):
 
 
 @needs_interpreter
-def test_several_cpu_devices_are_told_what_to_use():
+def test_several_cpu_devices_get_an_error_that_says_what_to_use():
     mesh = jax.make_mesh((2,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,))
     case, rows = Case(b=2), jax.P("dp")
     run = functools.partial(
@@ -172,7 +172,7 @@ def test_a_block_visits_its_span_once_and_masks_its_ends():
     assert sorted(np.asarray(work[0, :, 0])) == list(range(work.shape[1]))
 
 
-def test_none_does_not_take_it_yet():
+def test_implementation_none_does_not_choose_mosaic_yet():
     """Not before it has passed on a GPU."""
     problem = core.Problem("bfloat16", 8, 2, 128, 128, "gpu", "NVIDIA H200")
     assert core.resolve("mosaic", problem) == "mosaic"
@@ -189,7 +189,7 @@ def test_none_does_not_take_it_yet():
         ({"device_kind": "NVIDIA A100"}, r"wgmma and TMA \(H100, H200\), which 'NVIDIA A100' has"),
     ],
 )
-def test_what_it_cannot_do_it_says(change, reason):
+def test_unsupported_calls_say_why(change, reason):
     problem = core.Problem("bfloat16", 8, 2, 128, 128, "gpu", "NVIDIA H200")
     assert mosaic.unsupported(problem) is None
     with pytest.raises(NotImplementedError, match=f"{reason}.*These can: .*blockwise"):
