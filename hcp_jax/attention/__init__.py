@@ -1,1 +1,1 @@
-"""Attention over a mesh: the public op, and what each device does inside shard_map."""
+"""Compute attention over a mesh: the public op, and each device's part inside shard_map."""

@@ -1,7 +1,8 @@
-"""Refuse derivatives that attention does not have, in words, when a program is traced or compiled.
+"""Raise a clear error for derivatives that attention does not support, when a program is traced.
 
-Attention has a first derivative in reverse mode. Left to itself JAX raises whatever the first
-primitive without a rule raises: an assertion, or a remark about while loops.
+Attention has first derivatives in reverse mode. For others, JAX alone would raise the error of the
+first primitive that has no rule: an assertion, or a message about while loops. Errors are raised
+while a program is traced or lowered, before it runs.
 """
 
 from typing import Any, NoReturn
@@ -23,20 +24,20 @@ def refuse(what: str) -> NoReturn:
 
 
 def reverse_only(x: Any) -> Any:
-    """Return `x`; its tangent can be transposed, but not computed.
+    """Return `x` unchanged, with a tangent that can be transposed but not computed.
 
-    Reverse mode never computes a tangent: it transposes what would. So this costs nothing there,
-    and forward mode is refused: outside `jit` at once, inside when the program is lowered.
+    Reverse mode never computes a tangent, it only transposes its computation, so this costs
+    nothing there. Forward mode raises: at once outside `jit`, and at lowering inside.
 
     Raises:
-        NotImplementedError: as above.
+        NotImplementedError: in forward mode.
     """
     return _identity.bind(x) if isinstance(x, jax.core.Tracer) else x
 
 
 @jax.custom_jvp
 def first_order(x: Any) -> Any:
-    """Return a pytree `x` of what a forward or backward rule works with; it has no derivative.
+    """Return a pytree `x` of a forward or backward rule unchanged, without a derivative.
 
     Raises:
         NotImplementedError: as soon as the rule itself is differentiated.
@@ -64,8 +65,8 @@ _identity = _define("hcp_jax_reverse_only")
 _identity.def_impl(lambda x: x)
 mlir.register_lowering(_identity, lambda _, x: [x])
 
-# The identity again, of a tangent: nothing can execute it or batch it. It is batched in forward
-# mode alone, since `_identity` is batched before it is differentiated.
+# An identity for tangents that can be neither executed nor batched. Only forward mode would batch
+# it, since `_identity` is batched before it is differentiated.
 _tangent = _define("hcp_jax_reverse_only_tangent")
 _tangent.def_impl(_refuse_forward)
 mlir.register_lowering(_tangent, _refuse_forward)

@@ -1,4 +1,4 @@
-"""Attention for Flax's own modules, linen and nnx: `attention_fn=hcp.attention_fn(cp)`."""
+"""Provide attention for Flax's own modules, linen and nnx: `attention_fn=hcp.attention_fn(cp)`."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hcp_jax.attention import door
+from hcp_jax.attention import arguments
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.base import checks
 from hcp_jax.parallel.context import ContextParallel
@@ -24,21 +24,21 @@ def attention_fn(
     logits_soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> Callable[..., Float[Array, "*B T N Hv"]]:
-    """The `attention_fn` that `nnx.MultiHeadAttention` and linen's attention modules ask for.
+    """Return an `attention_fn` for `nnx.MultiHeadAttention` and linen's attention modules.
 
-    The module's input must be in `cp`'s layout (`cp.shard(x, dim=1)`). A mask may be given here, or
+    The module's input must be in `cp`'s layout (`cp.shard(x, dim=1)`). A mask can be given here, or
     to the module's call as its `mask`: a `hcp_jax.Mask`, or a matrix as Flax builds it
-    (`nn.make_causal_mask`, the mask of a decoding cache) that goes through `hcp.from_dense`. Both
-    are in natural order, whatever the layout.
+    (`nn.make_causal_mask`, the mask of a decoding cache), which is converted by `hcp.from_dense`.
+    Both are in natural order for any layout.
 
     Args:
-        cp: the mesh; None for one device, and for decoding with a cache.
-        mask: for every call; joined with that of the call.
+        cp: the mesh and the roles of its axes; None for one device, and for decoding with a cache.
+        mask: mask of every call; combined with the mask of the call.
         logits_soft_cap: as in `dot_product_attention`.
         implementation: as in `dot_product_attention`.
 
     Returns:
-        A function with the signature that Flax calls. It raises ValueError for arrays and masks
+        A function with the signature that Flax expects. It raises ValueError for arrays and masks
         that do not fit and for a bias, and NotImplementedError for attention dropout, sown weights
         and replaced einsums: they need the T x S matrix of weights.
 
@@ -50,14 +50,14 @@ def attention_fn(
     (2, 16, 32)
     """
     fixed = mask
-    # The function that Flax calls may run much later: what is wrong here is said here.
-    door.require_options(cp, implementation)
-    door.mask_of(fixed)
+    # Flax may call the function much later, so check the arguments now.
+    arguments.require_options(cp, implementation)
+    arguments.combined_mask(fixed)
     if logits_soft_cap is not None:
         logits_soft_cap = checks.soft_cap("logits_soft_cap", logits_soft_cap)
 
-    # Linen hands over only those keyword arguments that stand in the signature by name, so that all
-    # that would change the result must stand here, to be used or refused.
+    # Linen passes only keyword arguments that are named in the signature. So each argument that
+    # would change the result must be listed here, to be used or refused.
     def attend(
         query: Float[Array, "*B T N H"],
         key: Float[Array, "*B S K H"],
@@ -76,9 +76,9 @@ def attention_fn(
         attn_weights_value_einsum: Any = None,
     ) -> Float[Array, "*B T N Hv"]:
         q, k, v = _promoted((query, key, value), dtype)
-        door.require_arrays(q, k, v, None)
+        arguments.require_arrays(q, k, v, None)
         if bias is not None:
-            raise ValueError(door.NO_BIAS)
+            raise ValueError(arguments.NO_BIAS)
         if dropout_rate > 0.0 and not deterministic:
             raise NotImplementedError(
                 f"attention dropout (rate {dropout_rate}) is not supported; set dropout_rate=0 and "
@@ -111,10 +111,10 @@ def attention_fn(
 
 
 def _from_flax(mask: Any, q: Any, k: Any) -> Mask:
-    """Return the mask of a matrix that broadcasts to `[*B, N, T, S]`; Flax takes any dtype as bool.
+    """Convert a matrix that broadcasts to `[*B, N, T, S]`; as in Flax, nonzero means True.
 
     Raises:
-        ValueError: if it does not broadcast, or is no interval mask.
+        ValueError: if it does not broadcast, or is not an interval mask.
     """
     mask = mask if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
     batch = q.shape[:-3]
@@ -134,11 +134,12 @@ def _from_flax(mask: Any, q: Any, k: Any) -> Mask:
 
 
 def _require_not_decoding(q: Any, k: Any, cp: ContextParallel | None, joined: bool) -> None:
-    """Check a call with a matrix as mask, for what a decoding cache (`decode=True`) cannot have.
+    """Check a call whose mask is a matrix, in case it decodes with a cache (`decode=True`).
 
     Raises:
-        ValueError: if it joins a mask that counts queries from 0, which the one query is not.
-        NotImplementedError: if its one query would be cut over devices.
+        ValueError: if it is combined with a mask that counts queries from 0, although the one query
+            is not the first token.
+        NotImplementedError: if the one query would have to be cut over devices.
     """
     if not q.shape[-3] == 1 < k.shape[-3]:
         return
@@ -155,15 +156,15 @@ def _require_not_decoding(q: Any, k: Any, cp: ContextParallel | None, joined: bo
         )
 
 
-def _promoted(arrays: tuple, dtype: Any) -> tuple:
-    """Return the arrays in `dtype`; in the dtype that all of them promote to if it is None."""
+def _promoted(arrays: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
+    """Cast the arrays to `dtype`; if None, to the dtype that they all promote to."""
     if dtype is None:
         dtype = jnp.result_type(*(x.dtype for x in arrays))
     return tuple(jnp.asarray(x, dtype) for x in arrays)
 
 
 def _require_layout(cp: ContextParallel | None, tokens: int) -> None:
-    """Refuse a length that no layout has, in the words of somebody who calls a module's `init`."""
+    """Check that `tokens` is a padded length; the error also explains how to call `init`."""
     if cp is None or cp.groups is not None or cp.on_device:
         return
     if tokens == cp.padded_length(tokens):

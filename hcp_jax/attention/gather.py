@@ -1,8 +1,8 @@
-"""Gather K and V over a mesh axis, attend once; backward, gather again and scatter the gradients.
+"""Gather K and V over mesh axes and attend once; in backward, gather again, scatter the gradients.
 
-Simpler than a ring and with nothing to hide behind: the fewest, largest transfers, for short
-sequences or for fast links. What is saved for the gradient is the local K and V alone. dk and dv
-are summed in float32. (Dubey et al., The Llama 3 Herd of Models, 2024, section 3.3.2.)
+This is simpler than a ring. Its transfers are few and large and are not hidden behind compute, so
+it suits short sequences and fast links. Only the local K and V are saved for the gradient. dk and
+dv are summed in float32. (Dubey et al., The Llama 3 Herd of Models, 2024, section 3.3.2.)
 """
 
 import jax
@@ -14,13 +14,13 @@ from hcp_jax.sequence.layout import KeyRuns
 
 
 def forward(attend: Attend, kv: KV, runs: KeyRuns, rings: Rings) -> Partial:
-    """Attention of this device's queries against the keys of all devices of its ring.
+    """Compute attention of this device's queries against the keys of all devices of its ring.
 
     Args:
-        attend: the core, for this device's queries.
+        attend: the core, bound to this device's queries.
         kv: this device's own keys and values.
-        runs: `layout.ring_runs` for a ring of one: the runs of all keys, device by device.
-        rings: one ring; what would go round it is gathered over its axes.
+        runs: `layout.ring_runs` with ring_size 1: the runs of all keys, device by device.
+        rings: one ring; K and V are gathered over its axes.
     """
     return attend(_gather(kv, rings.axes), KeyRuns(runs.starts[0], runs.offsets))
 
@@ -28,7 +28,7 @@ def forward(attend: Attend, kv: KV, runs: KeyRuns, rings: Rings) -> Partial:
 def backward(
     attend_grads: AttendGrads, kv: KV, runs: KeyRuns, rings: Rings
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-    """The gradients of this device's queries, keys and values; arguments as in `forward`."""
+    """Return the gradients of this device's queries, keys and values; arguments as in `forward`."""
     axes, runs = rings.axes, KeyRuns(runs.starts[0], runs.offsets)
     dq, *dkv = attend_grads(_gather(kv, axes), runs)
     with jax.named_scope("gather_kv"):

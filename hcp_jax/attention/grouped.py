@@ -1,14 +1,14 @@
-"""Attention under a group layout: each group of devices attends to documents of its own.
+"""Compute attention under a grouping: each group of devices attends to its own documents.
 
     groups (4, 2, 2), hosts of 4 devices, exchange of heads in pairs (A = 2)
 
     devices    0  1 | 2  3 || 4  5 || 6  7      a pair is one member of a ring: it holds the
-    members      0  |   1  ||   2  ||   3       buffers of both, one behind the other, for half
+    members      0  |   1  ||   2  ||   3       buffers of both, one after the other, for half
     rings       0 → 1 → 0       2       3       of the heads
 
-It is the same composition as ever, of an exchange inside equal pairs, triples … of devices and of
-rings of any sizes side by side. All that is new is where a device finds its queries' intervals and
-its ring's key runs; both come with the batch, since they depend on its documents.
+The strategy is the usual composition: an exchange of heads inside equal sets of A neighbouring
+devices, and rings of any sizes side by side. Only one thing differs: the intervals of a device's
+queries and the key runs of its ring depend on the documents, so they come with the batch.
 """
 
 import math
@@ -27,13 +27,13 @@ from hcp_jax.sequence.mask import Intervals
 
 
 def exchange_size(cp: ContextParallel, heads: int) -> int:
-    """A, the devices that exchange heads with each other, given the heads that they share out.
+    """Return A, the number of devices that exchange heads with each other.
 
-    The most that are inside one group wherever they stand, and inside one row of cp_inner (a host),
-    and divide the heads.
+    A is the largest number that divides the heads, all group sizes and cp_inner, so that the
+    devices of an exchange are always in one group and on one host.
 
     Raises:
-        NotImplementedError: if the comm type is a2a and that is not every whole group.
+        NotImplementedError: if the comm type is a2a and some group is not of size A.
     """
     assert cp.groups is not None
     if not cp.strategy.exchange:
@@ -49,14 +49,14 @@ def exchange_size(cp: ContextParallel, heads: int) -> int:
     return size
 
 
-def spec_of(cp: ContextParallel, core: CoreSpec, heads: int, key_length: int) -> LocalSpec:
-    """The static facts of attention on one device of a group layout.
+def local_spec(cp: ContextParallel, core: CoreSpec, heads: int, key_length: int) -> LocalSpec:
+    """Return the static parameters of attention on one device under a grouping.
 
     Args:
-        cp: has groups.
-        core: how a device computes.
-        heads: query heads of a device (of its tp part).
-        key_length: places of a row, of all its devices together.
+        cp: a context with groups.
+        core: how one device computes.
+        heads: number of query heads of a device, after tp.
+        key_length: slots of a row, over all its devices.
     """
     assert cp.groups is not None
     size = exchange_size(cp, heads)
@@ -69,7 +69,7 @@ def spec_of(cp: ContextParallel, core: CoreSpec, heads: int, key_length: int) ->
     )
 
 
-def attention_of_group(
+def group_attention(
     spec: LocalSpec,
     q: Float[Array, "1 t N H"],
     k: Float[Array, "1 t K H"],
@@ -80,42 +80,42 @@ def attention_of_group(
     *,
     return_residual: bool,
 ) -> tuple[Float[Array, "1 t N Hv"], Float[Array, "1 t N"] | None]:
-    """`local.attention` of a device's queries against the keys of its group.
+    """Compute `local.attention` of a device's queries against the keys of its group.
 
     Args:
-        spec: from `spec_of`.
+        spec: from `local_spec`.
         q: this device's queries.
         k: its keys.
         v: its values.
-        intervals: of the queries of all devices along cp_inner.
+        intervals: intervals of the queries of all devices along cp_inner.
         sinks: as in `local.attention`.
-        runs: of the keys of all devices, as stacked rows.
+        runs: key runs of all devices, as stacked rows.
         return_residual: as in `local.attention`.
     """
-    places, size = q.shape[1], spec.exchange.size
-    number = intervals.start.shape[1] // (size * places)  # of members along cp_inner
-    here = spec.rings.member() % number * size * places
-    own = (jax.lax.dynamic_slice_in_dim(x, here, size * places, axis=1) for x in intervals)
+    slots, size = q.shape[1], spec.exchange.size
+    members = intervals.start.shape[1] // (size * slots)  # along cp_inner
+    first = spec.rings.member() % members * size * slots
+    own = (jax.lax.dynamic_slice_in_dim(x, first, size * slots, axis=1) for x in intervals)
     return attention(
         spec,
-        *(q, k, v, Intervals(*own), sinks, members_runs(runs, size, places)),
+        *(q, k, v, Intervals(*own), sinks, member_runs(runs, size, slots)),
         return_residual=return_residual,
     )
 
 
-def members_runs(runs: KeyRuns, size: int, places: int) -> KeyRuns:
-    """The key runs of members of `size` devices, from those of the devices.
+def member_runs(runs: KeyRuns, size: int, slots: int) -> KeyRuns:
+    """Return the key runs of ring members of `size` devices each, from the runs of the devices.
 
-    A member's keys are the buffers of its devices, one behind the other, so that what is padding at
-    the end of each buffer becomes a run of its own.
+    A member's keys are the buffers of its devices, one after the other. The padding at the end of
+    each buffer becomes a separate run.
     """
     if size == 1:
         return runs
     starts, offsets = (jnp.asarray(x) for x in runs)
     members = starts.shape[0] // size
-    begin = places * jnp.arange(size, dtype=jnp.int32)[None, :, None]
+    begin = slots * jnp.arange(size, dtype=jnp.int32)[None, :, None]
     offsets = (offsets.reshape(members, size, -1) + begin).reshape(members, -1)
     return KeyRuns(
         jnp.pad(starts, ((0, 0), (0, 1)), constant_values=PADDING).reshape(members, -1),
-        jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=size * places),
+        jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=size * slots),
     )

@@ -1,4 +1,4 @@
-"""Exchange heads for sequence: the all-to-all of DeepSpeed-Ulysses.
+"""Exchange heads for sequence with the all-to-all of DeepSpeed-Ulysses.
 
     before: every device has t tokens of all N heads      after: A·t tokens of N/A heads
 
@@ -7,12 +7,12 @@
             a0 | a1 | a2 | a3        all_to_all                   bbbbbbbbbbbbbbbb   device 1
             ...                      --------->                   ...
 
-The tokens arrive device by device in the order of the axis, that is, as one stretch of the layout.
+The tokens arrive device by device in the order of the axis, so they are contiguous in the layout.
 (Jacobs et al., DeepSpeed Ulysses, 2023.)
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ class Exchange(NamedTuple):
 
     Attributes:
         axes: mesh axes.
-        size: A, how many neighbouring devices along `axes` exchange among themselves.
-        devices: how many devices `axes` have; a multiple of A.
+        size: A, how many neighbouring devices along `axes` exchange heads with each other.
+        devices: number of devices along `axes`; a multiple of A.
     """
 
     axes: tuple[str, ...] = ()
@@ -34,24 +34,24 @@ class Exchange(NamedTuple):
 
     @property
     def index_groups(self) -> list[list[int]] | None:
-        """The devices along `axes` in groups of A; None if they are all one group."""
+        """The devices along `axes` in sets of A; None if all of them are one set."""
         if self.size == self.devices:
             return None
         return [[a + i for i in range(self.size)] for a in range(0, self.devices, self.size)]
 
 
 def to_sequence(x: Float[Array, "B t N *H"], exchange: Exchange) -> Float[Array, "B At nA *H"]:
-    """From a part of the sequence with all heads to more of the sequence with a part of them."""
+    """Exchange all heads of t tokens for a share of the heads of A·t tokens."""
     return _all_to_all(x, exchange, split=2, concat=1)
 
 
 def to_heads(x: Float[Array, "B At nA *H"], exchange: Exchange) -> Float[Array, "B t N *H"]:
-    """The inverse of `to_sequence`."""
+    """Exchange back: the inverse of `to_sequence`."""
     return _all_to_all(x, exchange, split=1, concat=2)
 
 
 def own_part(x: Float[Array, "N"], exchange: Exchange) -> Float[Array, "nA"]:
-    """Of numbers that every device has for all heads, those of the heads it has after exchange."""
+    """Select, from one number per head, those of the heads that this device has after exchange."""
     if exchange.size == 1:
         return x
     lane = jax.lax.axis_index(exchange.axes) % exchange.size
@@ -60,17 +60,17 @@ def own_part(x: Float[Array, "N"], exchange: Exchange) -> Float[Array, "nA"]:
 
 
 def replicate_kv(x: Float[Array, "B t K H"], size: int) -> Float[Array, "B t rK H"]:
-    """Repeat kv heads just often enough that `size` devices can share them out evenly.
+    """Repeat kv heads as few times as needed to divide them evenly among `size` devices.
 
     Each is repeated r = size / gcd(K, size) times. Since both K and `size` divide N, so does their
     least common multiple r·K, and query head n still reads kv head n // (N / rK). The transpose of
-    the repeat sums the replicas' gradients.
+    the repeat sums the gradients of the copies.
     """
     times = size // math.gcd(x.shape[2], size)
     return x if times == 1 else jnp.repeat(x, times, axis=2)
 
 
-def _all_to_all(x, exchange: Exchange, split: int, concat: int):
+def _all_to_all(x: Any, exchange: Exchange, split: int, concat: int) -> Any:
     if exchange.size == 1:
         return x
     with jax.named_scope("exchange_heads"):

@@ -1,13 +1,13 @@
-"""What one device does inside shard_map: exchange heads, attend while K and V move, exchange back.
+"""Run one device's part inside shard_map: exchange heads, attend while K and V move, exchange back.
 
-Every strategy is this one composition, and the only gradient of our own is around its middle: a
+Every strategy is this composition. Only its middle part has a gradient rule of its own: a
 custom_vjp that saves q, the local k and v, out and lse, and moves K and V once more in backward.
-The all-to-alls around it have JAX's own transpose, themselves.
+The all-to-alls around it use JAX's transpose, which is again an all-to-all.
 """
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from hcp_jax.kernels.merge import Partial, merge, softmax_weight
 from hcp_jax.sequence.layout import KeyRuns, ring_runs
 from hcp_jax.sequence.mask import Intervals
 
-# What remat policies may keep, so that backward need not run attention's forward again.
+# Names of the residuals. A remat policy that saves them avoids a second forward of attention.
 RESIDUALS = ("hcp_out", "hcp_lse")
 
 _MOVES = {"ring": ring, "gather": gather}
@@ -30,17 +30,17 @@ _ALONE, _STILL = heads.Exchange(), ring.Rings()
 
 @dataclasses.dataclass(frozen=True)
 class LocalSpec:
-    """All that is static about attention on one device; hashable.
+    """The static parameters of attention on one device; hashable.
 
     Attributes:
-        core: how a device computes.
+        core: how one device computes.
         key_length: S, keys in the whole stream, padded.
         cp_size: C.
-        layout: of queries and keys.
-        exchange: who exchanges heads with whom.
-        rings: whom K and V move to.
-        by: how they move, "ring" or "gather".
-        head_groups: how many parts the heads are exchanged and attended to in.
+        layout: layout of queries and keys.
+        exchange: the devices that exchange heads with each other.
+        rings: the devices that K and V move over.
+        by: how K and V move, "ring" or "gather".
+        head_groups: the number of parts that the heads are processed in, one after the other.
     """
 
     core: CoreSpec
@@ -54,7 +54,7 @@ class LocalSpec:
 
     @property
     def runs(self) -> KeyRuns:
-        """The key runs of each member of the one ring; one row where K and V are gathered."""
+        """The key runs of each member of the ring; one row if K and V are gathered."""
         ring_size = self.rings.hops if self.by == "ring" else 1
         return ring_runs(self.key_length, self.cp_size, self.layout, ring_size)
 
@@ -70,80 +70,85 @@ def attention(
     *,
     return_residual: bool,
 ) -> tuple[Float[Array, "B t N Hv"], Float[Array, "B t N"] | None]:
-    """This device's queries against all keys of the stream.
+    """Compute attention of this device's queries against all keys of the stream.
 
     Args:
-        spec: static.
+        spec: the static parameters.
         q: this device's queries, all heads (of its tp part).
         k: this device's keys.
         v: this device's values.
-        intervals: of the queries that this device has *after* the exchange of heads.
+        intervals: intervals of the queries that this device has *after* the exchange of heads.
         sinks: logits of the attention sinks of all heads (of its tp part).
         runs: the key runs of each member of the rings; those of `spec` if None.
-        return_residual: whether lse is wanted, too.
+        return_residual: whether to return lse; None in its place otherwise.
     """
     k, v = (heads.replicate_kv(x, spec.exchange.size) for x in (k, v))
-    groups = list(zip(*(jnp.split(x, spec.head_groups, axis=2) for x in (q, k, v)), strict=True))
-    sinks_of = [None] * spec.head_groups if sinks is None else jnp.split(sinks, spec.head_groups)
-    arriving = _to_sequence(spec, groups[0])
-    partials: list[tuple] = []
-    for group, of_group in enumerate(sinks_of):
+    number = spec.head_groups
+    parts = list(zip(*(jnp.split(x, number, axis=2) for x in (q, k, v)), strict=True))
+    sinks_by_part = [None] * number if sinks is None else jnp.split(sinks, number)
+    arriving = _to_sequence(spec, parts[0])
+    partials: list[tuple[Any, ...]] = []
+    for i, part_sinks in enumerate(sinks_by_part):
         here = arriving
-        if group + 1 < spec.head_groups:
-            # The next exchange starts when this one has arrived and the attention before is done:
-            # else XLA sends all groups first, and no attention stands beside any of them.
+        if i + 1 < number:
+            # The next exchange starts when this one has arrived and the attention before it is
+            # done. Without this barrier, XLA sends all parts first, and hides none of them.
             leaving, here, before = jax.lax.optimization_barrier(
-                (groups[group + 1], here, partials[-1:])
+                (parts[i + 1], here, partials[-1:])
             )
             partials[-1:] = before
             arriving = _to_sequence(spec, leaving)
-        own_sinks = None if of_group is None else heads.own_part(of_group, spec.exchange)
+        own_sinks = None if part_sinks is None else heads.own_part(part_sinks, spec.exchange)
         partials.append(_attend_moving(spec, *here, intervals, runs, own_sinks))
     out, lse = (
-        jnp.concatenate([heads.to_heads(x, spec.exchange) for x in parts], axis=2)
-        for parts in zip(*partials, strict=True)
+        jnp.concatenate([heads.to_heads(x, spec.exchange) for x in results], axis=2)
+        for results in zip(*partials, strict=True)
     )
     return out, lse if return_residual else None
 
 
-def _to_sequence(spec: LocalSpec, arrays: tuple) -> tuple:
+def _to_sequence(spec: LocalSpec, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(heads.to_sequence(x, spec.exchange) for x in arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_moving(spec: LocalSpec, q, k, v, intervals: Intervals, runs: KeyRuns | None, sinks):
-    def core(kv, runs):
+def _attend_moving(
+    spec: LocalSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns | None, sinks: Any
+) -> Any:
+    def core(kv: Any, runs: Any) -> Any:
         k, v = kv
         return attend(spec.core, q, k, v, intervals, runs)
 
     runs = spec.runs if runs is None else runs
     partial = _MOVES[spec.by].forward(core, (k, v), runs, spec.rings)
     if sinks is not None:
-        # A sink is one more key whose value is zero: seen once, whatever the number of hops.
+        # A sink is one more key whose value is zero. It is merged once, not at every hop.
         partial = merge(
             partial, Partial(jnp.zeros_like(partial.out), _by_query(sinks, partial.lse))
         )
     return partial.out.astype(q.dtype), partial.lse
 
 
-def _forward(spec: LocalSpec, q, k, v, intervals: Intervals, runs: KeyRuns | None, sinks):
+def _forward(
+    spec: LocalSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns | None, sinks: Any
+) -> Any:
     q, k, v, sinks = first_order((q, k, v, sinks))
     out, lse = _attend_moving(spec, q, k, v, intervals, runs, sinks)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
     return (out, lse), (q, k, v, intervals, runs, sinks, out, lse)
 
 
-def _backward(spec: LocalSpec, residuals, cotangents):
+def _backward(spec: LocalSpec, residuals: Any, cotangents: Any) -> Any:
     q, k, v, intervals, runs, sinks, out, lse = residuals
     dout, dlse = first_order(cotangents)
-    # lse is the forward's last result: nothing that backward moves may start before it, for XLA
-    # would otherwise send K and V for backward while the forward's ring still runs.
+    # lse is the forward's last result. Backward's transfers must wait for it: otherwise XLA would
+    # send K and V for backward while the forward's ring still runs.
     k, v, lse = jax.lax.optimization_barrier((k, v, lse))
-    # With l = log Σ exp(s), d l/d s = p: a cotangent of lse is one more term of delta.
+    # With l = log Σ exp(s), dl/ds = p, so the cotangent of lse is one more term of delta.
     delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
     delta = jnp.where(lse == -jnp.inf, 0, delta)
 
-    def core(kv, runs):
+    def core(kv: Any, runs: Any) -> Any:
         k, v = kv
         return attend_grads(spec.core, q, k, v, intervals, runs, dout, lse, delta)
 
@@ -156,7 +161,7 @@ def _backward(spec: LocalSpec, residuals, cotangents):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dsinks
 
 
-def _by_query(sinks, lse):
+def _by_query(sinks: Any, lse: Any) -> Any:
     return jnp.broadcast_to(sinks.astype(lse.dtype)[None, None], lse.shape)
 
 

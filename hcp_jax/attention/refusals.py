@@ -1,6 +1,6 @@
-"""What a call of attention shows of mistakes that would give wrong numbers without a word.
+"""Detect mistakes in a call of attention that would silently give wrong numbers.
 
-A module of its own, because `hcp.check` tells these mistakes apart by their errors.
+The errors have their own types, so that `hcp.check` can tell these mistakes apart.
 """
 
 from typing import Any
@@ -16,18 +16,18 @@ class CutSequenceError(ValueError):
 
 
 class MaskLengthError(ValueError):
-    """A mask was written for fewer queries than there are, and padding does not explain it."""
+    """A mask was written for fewer queries than q has, and padding does not explain it."""
 
 
 def require_whole_call(
     cp: ContextParallel | None, mask: Mask | None, q: Any, k: Any, v: Any
 ) -> None:
-    """Refuse a call whose shardings or lengths show a mistake.
+    """Raise if the shardings or lengths of a call show a mistake.
 
     Args:
         cp: as in `dot_product_attention`.
         mask: as in `dot_product_attention`.
-        q: queries `[*B, T, N, H]`; shardings are known of arrays, and of tracers over Explicit
+        q: queries `[*B, T, N, H]`. The sharding is known for arrays, and for tracers over Explicit
             axes.
         k: keys, likewise.
         v: values, likewise.
@@ -48,7 +48,7 @@ def require_whole_call(
     if not isinstance(mask, Mask) or mask.placement is not None or mask.length is None:
         return
     if cp is not None and (cp.groups is not None or _inside_shard_map(cp)):
-        return  # lengths there are a device's own, or those of buffers
+        return  # lengths are those of one device's part, or of buffers
     length, written = q.shape[-3], mask.length
     expected = written if cp is None else cp.padded_length(written)
     if written < length != expected:
@@ -61,7 +61,7 @@ def require_whole_call(
 
 
 def _is_cut(x: Any, dim: int) -> bool:
-    """Return whether several devices hold different parts of `x` along `dim`, if that is known."""
+    """Return whether `x` is known to be cut over several devices along `dim`."""
     if not isinstance(x, jax.Array):
         return False
     if isinstance(x, jax.core.Tracer):  # only axes of type Explicit show in a tracer's type

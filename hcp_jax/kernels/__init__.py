@@ -1,1 +1,1 @@
-"""The blockwise attention core: what one device computes, with no mesh and no axis names."""
+"""Compute attention on one device: the blockwise core, which knows no mesh and no axis names."""

@@ -1,14 +1,14 @@
-"""The core's contract, and the dispatch to its implementations.
+"""Define the attention core's interface and dispatch to its implementations.
 
     attend(spec, q, k, v, intervals, runs)                    -> Partial(out, lse)
     attend_grads(spec, q, k, v, intervals, runs, dout, lse, delta) -> (dq, dk, dv)
 
-`intervals` says which global key indices each query sees; `runs` says which global indices the
-keys at hand have. That is all a core knows. `lse` and `delta` in the gradient are *global*, over
-all the keys of the stream wherever they are, so that a ring adds up the gradients of its hops.
+`intervals` gives the global key indices that each query sees, and `runs` gives the global indices
+of the keys passed in. The core knows nothing else. `lse` and `delta` in the gradient are *global*:
+they cover all keys of the stream on all devices, so a ring just adds up the gradients of its hops.
 
 An implementation is a module with three functions: `forward` and `backward` with these signatures,
-and `unsupported(problem)`, which gives the reason why it cannot do a call, or None.
+and `unsupported(problem)`, which returns why it does not support a call, or None.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from hcp_jax.sequence.mask import Intervals
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic")
 
-# What `implementation=None` tries on GPUs, in turn. "mosaic" has never run on one: it is to come
-# first on Hopper as soon as `pytest -m gpu` has passed there.
+# What `implementation=None` tries on GPUs, in this order. "mosaic" has never run on a GPU. Put it
+# first for Hopper once `pytest -m gpu` has passed there.
 _BEST_ON_GPUS = ("triton", "blockwise")
 
 
@@ -40,10 +40,10 @@ class CoreSpec:
     Attributes:
         implementation: one of `IMPLEMENTATIONS`, resolved.
         scale: logits are `scale · q·k`.
-        logits_soft_cap: c, if logits are to be `c · tanh(logits / c)`.
-        device_kind: `jax.Device.device_kind` of the devices it will run on: tile sizes.
-        interpret: run a Pallas kernel in its interpreter (CPU devices).
-        tiles: tile sizes of the Pallas kernels; those of the device kind's table if None.
+        logits_soft_cap: c, to compute logits `c · tanh(logits / c)`; None for no cap.
+        device_kind: `jax.Device.device_kind` of the devices to run on; it selects tile sizes.
+        interpret: run a Pallas kernel in its interpreter (on CPU devices).
+        tiles: tile sizes of the Pallas kernels; from the device kind's table if None.
     """
 
     implementation: str
@@ -56,7 +56,7 @@ class CoreSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The shape of one call of the core, as implementations are asked whether they support it."""
+    """The shapes, dtype and device of a call; an implementation says whether it supports them."""
 
     dtype: str
     query_heads: int
@@ -65,6 +65,19 @@ class Problem:
     v_head_size: int
     platform: str
     device_kind: str
+
+    @classmethod
+    def from_arrays(cls, q: Any, k: Any, v: Any, platform: str, device_kind: str) -> "Problem":
+        """Return the problem of arrays (or shapes) q `BTNH`, k `BSKH` and v `BSKHv`."""
+        return cls(
+            dtype=str(q.dtype),
+            query_heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_size=q.shape[3],
+            v_head_size=v.shape[3],
+            platform=platform,
+            device_kind=device_kind,
+        )
 
 
 def attend(
@@ -75,21 +88,21 @@ def attend(
     intervals: Intervals,
     runs: KeyRuns,
 ) -> Partial:
-    """Attention of all queries against the keys at hand that their intervals show them.
+    """Compute attention of the queries against those of the keys that their intervals contain.
 
     Args:
-        spec: what to compute, and with what.
+        spec: how to compute it.
         q: queries; query head n reads kv head n // (N / K).
-        k: keys; places at or past `runs.offsets[-1]` are padding.
+        k: keys; slots at or past `runs.offsets[-1]` are padding.
         v: values.
         intervals: global key indices that each query sees.
         runs: global indices of the keys.
 
     Returns:
-        `out` and the natural-log `lse`, both float32 (float64 if q is); zeros and -inf for a query
-        that sees none of these keys.
+        `out` and the natural-log `lse`, both float32 (float64 if q is). A query that sees none of
+        these keys has zero `out` and -inf `lse`.
     """
-    # The scopes' names stand in the compiled program: `hcp audit` knows attention by them.
+    # The compiled program contains these scope names; `hcp audit` finds attention by them.
     with jax.named_scope("attend"):
         return _module(spec.implementation).forward(spec, q, k, v, intervals, runs)
 
@@ -105,10 +118,11 @@ def attend_grads(
     lse: Float[Array, "B T N"],
     delta: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-    """What these queries and these keys add to dq, dk and dv.
+    """Return the contributions of these queries and keys to dq, dk and dv.
 
     With p = exp(s - lse) and ds = p · (dout·v - delta), dq = scale · ds k, dk = scale · dsᵀ q and
-    dv = pᵀ dout (Dao, FlashAttention-2, 2023), dk and dv summed over the query heads of a group.
+    dv = pᵀ dout (Dao, FlashAttention-2, 2023); dk and dv are summed over the query heads of each kv
+    head.
 
     Args:
         spec: as in `attend`.
@@ -130,11 +144,12 @@ def attend_grads(
 
 
 def resolve(implementation: str | None, problem: Problem) -> str:
-    """The implementation that will run `problem`: the one named, or the best that can.
+    """Return the implementation to run `problem` with: the one named, or the best that supports it.
 
     Raises:
         ValueError: if there is no implementation of that name.
-        NotImplementedError: if the one named cannot do this call; says what can.
+        NotImplementedError: if the named one does not support the call; the message names those
+            that do.
     """
     if implementation is None:
         best = _BEST_ON_GPUS if problem.platform in ("gpu", "cuda") else ("blockwise",)
@@ -157,30 +172,17 @@ def resolve(implementation: str | None, problem: Problem) -> str:
 
 
 def describe(platform: str, device_kind: str) -> str:
-    """What `implementation=None` is on devices of this kind, for the usual call, in words.
+    """Describe which implementation `None` chooses for a typical call on devices of this kind.
 
     >>> describe("cpu", "cpu")
     'blockwise'
     """
-    usual = Problem("bfloat16", 8, 8, 128, 128, platform, device_kind)
-    name = resolve(None, usual)
+    typical = Problem("bfloat16", 8, 8, 128, 128, platform, device_kind)
+    name = resolve(None, typical)
     own_tiles = name in ("triton", "mosaic")
     return f"{name} ({tiles.describe(device_kind)})" if own_tiles else name
 
 
 def _module(implementation: str) -> ModuleType:
-    # Imported on first use: a Pallas backend that is never used need not load.
+    # Imported on first use, so that an unused Pallas backend is not loaded.
     return importlib.import_module(f"hcp_jax.kernels.{implementation}")
-
-
-def problem_of(q: Any, k: Any, v: Any, platform: str, device_kind: str) -> Problem:
-    """The `Problem` of arrays (or shapes) q `BTNH`, k `BSKH` and v `BSKHv`."""
-    return Problem(
-        dtype=str(q.dtype),
-        query_heads=q.shape[2],
-        kv_heads=k.shape[2],
-        head_size=q.shape[3],
-        v_head_size=v.shape[3],
-        platform=platform,
-        device_kind=device_kind,
-    )

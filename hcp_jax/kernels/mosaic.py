@@ -1,9 +1,12 @@
-"""The blockwise core as Pallas kernels on Mosaic GPU: Hopper's wgmma and TMA (H100, H200).
+"""Implement the blockwise core as Pallas kernels on Mosaic GPU, for wgmma and TMA (H100, H200).
 
-This is the door: what the kernels can do. `mosaic_forward` and `mosaic_backward` are the kernels;
-`mosaic_call` deals out their work, `mosaic_blocks` is what both do with a block, `walks` says which
-blocks are visited, `tiles` how large they are.
+This module is the entry point and says which calls are supported. `mosaic_forward` and
+`mosaic_backward` are the kernels. `mosaic_call` divides their work among programs, `mosaic_blocks`
+has the operations on a block, `block_map` says which blocks are visited, `tiles` how large they
+are.
 """
+
+from typing import Any
 
 from hcp_jax import compat
 from hcp_jax.kernels.core import CoreSpec, Problem
@@ -16,7 +19,7 @@ _DTYPES = ("bfloat16", "float16")
 
 
 def unsupported(problem: Problem) -> str | None:
-    """Why these kernels cannot do `problem`, or None."""
+    """Return why these kernels do not support `problem`, or None."""
     if problem.platform == "cpu":
         if not compat.HAS_MOSAIC_INTERPRETER:
             return "on CPUs it is interpreted, which needs jax 0.11 or later"
@@ -34,14 +37,24 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Partial:
+def forward(spec: CoreSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns) -> Partial:
     """See `hcp_jax.kernels.core.attend`."""
     from hcp_jax.kernels import mosaic_forward
 
     return mosaic_forward.forward(spec, q, k, v, intervals, runs)
 
 
-def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout, lse, delta):
+def backward(
+    spec: CoreSpec,
+    q: Any,
+    k: Any,
+    v: Any,
+    intervals: Intervals,
+    runs: KeyRuns,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+) -> Any:
     """See `hcp_jax.kernels.core.attend_grads`."""
     from hcp_jax.kernels import mosaic_backward
 

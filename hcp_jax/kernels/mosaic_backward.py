@@ -1,17 +1,19 @@
-"""The gradients on Mosaic GPU: dq in one kernel, dk and dv in another, from global lse and delta.
+"""Implement the gradients on Mosaic GPU: one kernel for dq, one for dk and dv.
 
-Both are one body. A program *holds* a block of one side, 64 rows in each of two warpgroups, while
-blocks of the other side *pass*, brought by a third warpgroup. With A and B what it holds and a and
-b what passes,
+They are computed from the global lse and delta.
+
+Both kernels have the same body. A program *holds* a block of one side, 64 rows in each of two
+warpgroups, while blocks of the other side *pass*, loaded by a third warpgroup. With A and B the
+held matrices and a and b the passing ones,
 
               A, B        a, b        S = A aᵀ      dP = B bᵀ     dS = P (dP - delta)
     dq        Q, dO       K, V        logits        dO Vᵀ         dQ += dS a
     dk, dv    K, V        Q, dO       transposed    V dOᵀ         dK += dS a,  dV += P b
 
-so neither logits nor weights ever move: what leaves one product's registers enters the next one's.
-All query heads of a kv head pass the block that its program holds, and one warpgroup makes each sum
-in a fixed order: dk and dv need no buffer per query head and no atomics, and every run gives the
-same bits.
+so logits and weights never leave the registers: the result of one product is an operand of the
+next. All query heads of a kv head pass the block that a program holds, and one warpgroup computes
+each sum in a fixed order. So dk and dv need no buffer per query head and no atomics, and repeated
+calls give the same bits.
 """
 
 import dataclasses
@@ -30,96 +32,96 @@ from hcp_jax.kernels.mosaic_blocks import (
     PER_COLUMN,
     PER_ROW,
     ROWS,
-    Ring,
+    Queue,
     capped,
     hide,
     matrices,
     per_column,
     per_row,
-    ring,
+    queue,
 )
-from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Walked, WorkSplit, call
+from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Visits, WorkSplit, call
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
 # The largest head size for which a warpgroup's registers hold 64 rows of dk and of dv.
 _BOTH_SUMS = 128
 
-# How many numbers, of 32 bits, the masks and weights need of each row.
-_OF_QUERIES, _OF_KEYS = 4, 1
+# How many 32-bit numbers per row the masks and weights need.
+_NUMBERS_PER_QUERY, _NUMBERS_PER_KEY = 4, 1
 
 
 class Arrays(NamedTuple):
-    """What the kernels read.
+    """The inputs of the kernels.
 
     Attributes:
         q: `[B, Tp, N, H]`.
         k: `[B, Sp, K, H]`.
         v: as k.
         dout: as q.
-        less_lse: the bits of -lse in log2, `[B, N, Tp]`; -inf where a query sees nothing: its
-            weights are 0.
-        less_delta: the bits of -delta, `[B, N, Tp]`.
-        masks: of the walk.
+        minus_lse: the bits of -lse in log2, `[B, N, Tp]`; -inf where a query sees nothing, so that
+            its weights are 0.
+        minus_delta: the bits of -delta, `[B, N, Tp]`.
+        masks: the blocks to visit, and their masks.
     """
 
     q: Any
     k: Any
     v: Any
     dout: Any
-    less_lse: Any
-    less_delta: Any
+    minus_lse: Any
+    minus_delta: Any
     masks: Masks
 
 
 class Side(NamedTuple):
-    """Some rows of one side: Q and dO or K and V, and their numbers for masks and weights."""
+    """Some rows of one side, Q and dO or K and V, and their numbers for masks and weights."""
 
     a: Any
     b: Any
-    numbers: list
+    numbers: list[Any]
 
     @classmethod
-    def queries(cls, c: KernelShape, arrays: Arrays, row, head, rows) -> "Side":
-        """With less_lse, less_delta, start and end, in 32 bits each."""
-        numbers = [x.at[row, head, rows] for x in (arrays.less_lse, arrays.less_delta)]
+    def queries(cls, c: KernelShape, arrays: Arrays, row: Any, head: Any, rows: Any) -> "Side":
+        """Return query rows; their numbers are minus_lse, minus_delta, start and end."""
+        numbers = [x.at[row, head, rows] for x in (arrays.minus_lse, arrays.minus_delta)]
         numbers += [x.at[c.mask_row(row), rows] for x in (arrays.masks.start, arrays.masks.end)]
         return cls(arrays.q.at[row, rows, head], arrays.dout.at[row, rows, head], numbers)
 
     @classmethod
-    def keys(cls, c: KernelShape, arrays: Arrays, row, head, rows) -> "Side":
-        """With the global index."""
+    def keys(cls, c: KernelShape, arrays: Arrays, row: Any, head: Any, rows: Any) -> "Side":
+        """Return key rows; their number is the global index."""
         k, v = arrays.k.at[row, rows, head], arrays.v.at[row, rows, head]
         return cls(k, v, [arrays.masks.key_index.at[rows]])
 
 
 class Shared(NamedTuple):
-    """What the warpgroups of a program share.
+    """The shared memory and barriers of a program.
 
     Attributes:
-        held: a ring of one: A and, unless only dv is summed, B.
-        a: a ring of a and the passing side's numbers.
-        b: a ring of b.
-        spare: for products whose left factor is in registers, which the interpreter has not; or
-            None.
+        held: a queue with one slot: A and, unless only dv is summed, B.
+        a: a queue of a and the passing side's numbers.
+        b: a queue of b.
+        spare: scratch for left factors, because the interpreter cannot multiply from registers;
+            None on GPUs.
     """
 
-    held: Ring
-    a: Ring
-    b: Ring
+    held: Queue
+    a: Queue
+    b: Queue
     spare: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static facts of one of the kernels: `sums` are the gradients that it computes."""
+    """The static parameters of one kernel: `sums` are the gradients that it computes."""
 
     c: KernelShape
     sums: tuple[str, ...]
 
     @property
     def holds_queries(self) -> bool:
-        """Else it holds keys."""
+        """Whether programs hold queries; otherwise they hold keys."""
         return self.sums == ("dq",)
 
     def __post_init__(self) -> None:
@@ -132,23 +134,23 @@ class Plan:
                 f"{'queries' if self.holds_queries else 'keys'} 16 rows per warp."
             )
 
-    def held(self, *args) -> Side:
-        """The held side's, of `Side.queries` and `Side.keys`."""
+    def held(self, *args: Any) -> Side:
+        """Return rows of the held side, from `Side.queries` or `Side.keys`."""
         return (Side.queries if self.holds_queries else Side.keys)(self.c, *args)
 
-    def passing(self, *args) -> Side:
-        """The passing side's, of `Side.queries` and `Side.keys`."""
+    def passing(self, *args: Any) -> Side:
+        """Return rows of the passing side, from `Side.queries` or `Side.keys`."""
         return (Side.keys if self.holds_queries else Side.queries)(self.c, *args)
 
     @property
     def passing_rows(self) -> int:
-        """Rows of a block that passes."""
+        """Rows of a passing block."""
         return self.c.tile.block_k if self.holds_queries else self.c.tile.block_q
 
     @property
     def passing_heads(self) -> int:
-        """Heads of the other side that pass a block."""
-        return 1 if self.holds_queries else self.c.group
+        """Heads of the passing side for each held head."""
+        return 1 if self.holds_queries else self.c.queries_per_kv
 
     @property
     def held_rows(self) -> int:
@@ -157,12 +159,12 @@ class Plan:
 
     @property
     def held_matrices(self) -> int:
-        """A alone, or A and B: dv needs no dP."""
+        """The number of held matrices: A only for dv, which needs no dP; else A and B."""
         return 1 if self.sums == ("dv",) else 2
 
     @property
     def length(self) -> int:
-        """Rows of the held side, in whole blocks."""
+        """Rows of the held side, padded to whole blocks."""
         return self.c.padded_t if self.holds_queries else self.c.padded_s
 
     @property
@@ -171,113 +173,135 @@ class Plan:
         return self.c.n if self.holds_queries else self.c.k
 
 
-def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout, lse, delta):
+def backward(
+    spec: CoreSpec,
+    q: Any,
+    k: Any,
+    v: Any,
+    intervals: Intervals,
+    runs: KeyRuns,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+) -> Any:
     """See `hcp_jax.kernels.core.attend_grads`."""
     arrays = (q, k, v, dout.astype(q.dtype), lse, delta)
-    apart = q.shape[-1] > _BOTH_SUMS
-    kernels = (("dq",), ("dk",), ("dv",)) if apart else (("dq",), ("dk", "dv"))
+    separate = q.shape[-1] > _BOTH_SUMS
+    kernels = (("dq",), ("dk",), ("dv",)) if separate else (("dq",), ("dk", "dv"))
     return tuple(x for sums in kernels for x in _gradients(spec, intervals, runs, sums, *arrays))
 
 
-def _gradients(spec, intervals, runs, sums, q, k, v, dout, lse, delta):
+def _gradients(
+    spec: Any,
+    intervals: Any,
+    runs: Any,
+    sums: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+) -> Any:
     c = KernelShape.from_arrays(spec, q, k, intervals, runs, "dq" if sums == ("dq",) else "dkv")
     p = Plan(c, sums)
     masks = (c.masks_over_keys if p.holds_queries else c.masks_over_queries)(intervals, runs)
-    share = WorkSplit.over_processors(c, p.length // p.held_rows, p.held_heads)
+    split = WorkSplit.over_processors(c, p.length // p.held_rows, p.held_heads)
     empty = (intervals.end <= intervals.start)[..., None] | (lse == -jnp.inf)
-    less_lse = jnp.where(empty, -jnp.inf, lse * -LOG2_E).swapaxes(1, 2)
+    minus_lse = jnp.where(empty, -jnp.inf, lse * -LOG2_E).swapaxes(1, 2)
     arrays = Arrays(
         c.pad_queries(q),
         c.pad_keys(k),
         c.pad_keys(v),
         c.pad_queries(dout),
-        _bits(c.pad_queries(less_lse, -jnp.inf, dim=2)),
+        _bits(c.pad_queries(minus_lse, -jnp.inf, dim=2)),
         _bits(c.pad_queries(-delta.swapaxes(1, 2), dim=2)),
         masks,
     )
 
-    def attention_gradients(arrays, *refs):
-        _program(p, share, arrays, refs[:-1], refs[-1])
+    def attention_gradients(arrays: Any, *refs: Any) -> None:
+        _program(p, split, arrays, refs[:-1], refs[-1])
 
     attention_gradients.__name__ = "attention_" + "_".join(sums)
     outputs = [(c.b, p.length, p.held_heads, c.h)] * len(sums)
-    results = call(c, attention_gradients, share, outputs, _shared(p))(arrays)
+    results = call(c, attention_gradients, split, outputs, _shared(p))(arrays)
     return [x[:, : c.t if p.holds_queries else c.s] for x in results]
 
 
-def _bits(x):
+def _bits(x: Any) -> Any:
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
 
 
-def _number(bits):
+def _number(bits: Any) -> Any:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _shared(p: Plan) -> Shared:
     c, groups, stages = p.c, p.c.warpgroups, p.c.tile.stages
-    # b is let go of in mid-step where only S and dP need it: one slot less will do.
+    # If only S and dP need b, it is released in the middle of a step: one slot less is enough.
     stages_b = stages if "dv" in p.sums else max(1, stages - 1)
-    numbers = _OF_KEYS if p.holds_queries else _OF_QUERIES
+    numbers = _NUMBERS_PER_KEY if p.holds_queries else _NUMBERS_PER_QUERY
     return Shared(
-        held=ring(
+        held=queue(
             *(1, p.held_matrices, groups),
             *[matrices(c, 1, p.held_rows, c.h)] * p.held_matrices,
         ),
-        a=ring(
+        a=queue(
             *(stages, 1 + numbers, groups, matrices(c, stages, p.passing_rows, c.h)),
             plgpu.SMEM((stages, numbers, p.passing_rows), jnp.int32),
         ),
-        b=ring(stages_b, 1, groups, matrices(c, stages_b, p.passing_rows, c.h)),
+        b=queue(stages_b, 1, groups, matrices(c, stages_b, p.passing_rows, c.h)),
         spare=matrices(c, groups, ROWS, p.passing_rows) if c.spec.interpret else None,
     )
 
 
-def _program(p: Plan, share: WorkSplit, arrays: Arrays, outs, shared: Shared) -> None:
+def _program(p: Plan, split: WorkSplit, arrays: Arrays, outs: Any, shared: Shared) -> None:
     c = p.c
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
-    rounds = share.rounds(program)
+    rounds = split.rounds(program)
 
     @pl.when(group == c.warpgroups)
-    def _():
+    def _() -> None:
         plgpu.set_max_registers(24, action="decrease")
-        _load(p, share, arrays, shared)
+        _load(p, split, arrays, shared)
 
     @pl.when(group < c.warpgroups)
-    def _():
+    def _() -> None:
         plgpu.set_max_registers(240, action="increase")
 
-        def one(turn, step):
-            rank, head, row = share.item(program, turn)
-            walked = Walked.of(arrays.masks, c.mask_row(row), rank)
-            rows = pl.ds(walked.block * p.held_rows + group * ROWS, ROWS)
+        def one(turn: Any, step: Any) -> Any:
+            rank, head, row = split.item(program, turn)
+            visits = Visits.load(arrays.masks, c.mask_row(row), rank)
+            rows = pl.ds(visits.block * p.held_rows + group * ROWS, ROWS)
             numbers = p.held(arrays, row, head, rows).numbers
             sums = [out.at[row, rows, head] for out in outs]
-            _sum(p, group, turn, step, walked, shared, numbers, sums)
-            return step + walked.steps * p.passing_heads
+            _sum(p, group, turn, step, visits, shared, numbers, sums)
+            return step + visits.steps * p.passing_heads
 
         lax.fori_loop(jnp.int32(0), rounds, one, jnp.int32(0))
 
 
-def _load(p: Plan, share: WorkSplit, arrays: Arrays, shared: Shared) -> None:
-    """Fill the rings, item after item."""
+def _load(p: Plan, split: WorkSplit, arrays: Arrays, shared: Shared) -> None:
+    """Fill the queues, item after item."""
     c, program, masks = p.c, lax.axis_index("program"), arrays.masks
 
-    def one(turn, step):
-        rank, head, row = share.item(program, turn)
-        walked = Walked.of(masks, c.mask_row(row), rank)
-        held = p.held(arrays, row, head, pl.ds(walked.block * p.held_rows, p.held_rows))
+    def one(turn: Any, step: Any) -> Any:
+        rank, head, row = split.item(program, turn)
+        visits = Visits.load(masks, c.mask_row(row), rank)
+        held = p.held(arrays, row, head, pl.ds(visits.block * p.held_rows, p.held_rows))
         shared.held.fill(turn, lambda *to: zip((held.a, held.b), to, strict=False))
-        steps = walked.steps * p.passing_heads
+        steps = visits.steps * p.passing_heads
 
         @pl.loop(jnp.int32(0), steps)
-        def _(i):
-            place = walked.place(lax.div(i, jnp.int32(p.passing_heads)))
+        def _(i: Any) -> None:
+            index = visits.order_index(lax.div(i, jnp.int32(p.passing_heads)))
             if p.holds_queries:
-                block = place if c.one_run else masks.order[0, place]
-                passing_head = lax.div(head, jnp.int32(c.group))
+                block = index if c.one_run else masks.order[0, index]
+                passing_head = lax.div(head, jnp.int32(c.queries_per_kv))
             else:
-                block = masks.order[c.mask_row(row), place]
-                passing_head = head * c.group + lax.rem(i, jnp.int32(c.group))
+                block = masks.order[c.mask_row(row), index]
+                queries_per_kv = jnp.int32(c.queries_per_kv)
+                passing_head = head * c.queries_per_kv + lax.rem(i, queries_per_kv)
             rows = pl.ds(block * p.passing_rows, p.passing_rows)
             passing = p.passing(arrays, row, passing_head, rows)
             shared.a.fill(
@@ -291,39 +315,50 @@ def _load(p: Plan, share: WorkSplit, arrays: Arrays, shared: Shared) -> None:
 
         return step + steps
 
-    rounds = share.rounds(program)
+    rounds = split.rounds(program)
     steps = lax.fori_loop(jnp.int32(0), rounds, one, jnp.int32(0))
     shared.held.drain(rounds)
     shared.a.drain(steps)
     shared.b.drain(steps)
 
 
-def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None:
-    """The gradients of a warpgroup's rows of an item, whose first step is `base`."""
+def _sum(
+    p: Plan,
+    group: Any,
+    turn: Any,
+    base: Any,
+    visits: Any,
+    shared: Any,
+    held_numbers: Any,
+    outs: Any,
+) -> None:
+    """Compute the gradients of a warpgroup's rows of an item, whose first step is `base`."""
     c, shape = p.c, (ROWS, p.passing_rows)
-    steps = walked.steps * p.passing_heads
+    steps = visits.steps * p.passing_heads
 
-    def of_held(i: int):
-        def read(_):
+    def held_reader(i: int) -> Any:
+        def read(_: Any) -> Any:
             numbers = compat.mosaic_load(held_numbers[i], PER_ROW, optimized=False)
             return per_row(numbers, p.passing_rows)
 
         return read
 
-    def of_passing(i: int):
+    def passing_reader(i: int) -> Any:
         return lambda numbers: per_column(compat.mosaic_load(numbers.at[i], PER_COLUMN), ROWS)
 
-    of_query, of_key = (of_held, of_passing) if p.holds_queries else (of_passing, of_held)
-    less_lse, less_delta, start, end = map(of_query, range(_OF_QUERIES))
-    [index] = map(of_key, range(_OF_KEYS))
+    readers = (held_reader, passing_reader)
+    query_reader, key_reader = readers if p.holds_queries else readers[::-1]
+    minus_lse, minus_delta, start, end = map(query_reader, range(_NUMBERS_PER_QUERY))
+    [index] = map(key_reader, range(_NUMBERS_PER_KEY))
     if p.holds_queries:
-        # Read once; what the mask needs is read again at each edge, for want of registers.
-        kept = less_lse(None), less_delta(None)
-        less_lse, less_delta = (lambda _, x=x: x for x in kept)
+        # These are read once. The mask's numbers are read again for each masked block, because they
+        # do not fit into the registers.
+        kept = minus_lse(None), minus_delta(None)
+        minus_lse, minus_delta = (lambda _, x=x: x for x in kept)
     held_a, *held_b = shared.held.take(turn)
 
-    def left(matrix):
-        """A matrix as the left factor of a product."""
+    def left(matrix: Any) -> Any:
+        """Return a matrix in the form that the left factor of a product needs."""
         matrix = matrix.astype(c.dtype)
         if shared.spare is None:
             return matrix
@@ -331,38 +366,38 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
         plgpu.commit_smem()
         return shared.spare.at[group]
 
-    def release(step):
+    def release(step: Any) -> None:
         shared.a.release(step)
         if "dv" in p.sums:
             shared.b.release(step)
 
-    def accumulate(*sums):
+    def accumulate(*sums: Any) -> None:
         by_name = dict(zip(p.sums, sums, strict=True))
         sum_a, sum_b = by_name.get("dq", by_name.get("dk")), by_name.get("dv")
 
-        def visit(i, _, masked: bool):
+        def visit(i: Any, _: Any, masked: bool) -> Any:
             step = base + i
 
-            def products(logits_acc, dweights_acc):
-                # Not a constant to the compiler, or it would keep the addresses of what lies still
-                # in registers: 64 of them with a head size of 256.
+            def products(logits_acc: Any, dweights_acc: Any) -> None:
+                # A zero that the compiler does not know. With a constant, it would keep the
+                # addresses of the held matrices in registers: 64 of them at head size 256.
                 zero = lax.optimization_barrier(jnp.int32(0))
                 mine, whole = pl.ds(zero + group * ROWS, ROWS), pl.ds(zero, p.passing_rows)
                 a, numbers = shared.a.take(step)
                 a = a.at[whole]
                 plgpu.wgmma(logits_acc, held_a.at[mine], compat.transpose_ref(a))
-                # The last step's products end while this one runs. Here they give back their
-                # registers, without which the next product would not fit, and their blocks.
+                # The last step's products end while this one runs. Waiting here frees their
+                # registers, which the next product needs, and their blocks.
                 plgpu.wgmma_wait(1)
                 pl.when(i > 0)(lambda: release(step - 1))
                 b = shared.b.take(step)[0].at[whole]
                 if sum_a is not None:
                     if not c.spec.interpret:
-                        dweights_acc[...] = _number(less_delta(numbers))
+                        dweights_acc[...] = _number(minus_delta(numbers))
                     plgpu.wgmma(dweights_acc, held_b[0].at[mine], compat.transpose_ref(b))
                 logits = _value(logits_acc, 0 if sum_a is None else 1)
                 logits, factor, slope = capped(c, logits)
-                exponents = logits * factor + _number(less_lse(numbers))
+                exponents = logits * factor + _number(minus_lse(numbers))
                 if masked:
                     exponents = hide(exponents, start(numbers), end(numbers), index(numbers))
                 weights = jnp.exp2(exponents)
@@ -375,13 +410,13 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
                     if sum_b is None:
                         shared.b.release(step)
                     if c.spec.interpret:
-                        dweights = dweights + _number(less_delta(numbers))
+                        dweights = dweights + _number(minus_delta(numbers))
                     plgpu.wgmma(sum_a, left(weights * dweights), a)
 
             pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
             return ()
 
-        full = walked.full * p.passing_heads
+        full = visits.full * p.passing_heads
         lax.fori_loop(jnp.int32(0), full, functools.partial(visit, masked=False), ())
         lax.fori_loop(full, steps, functools.partial(visit, masked=True), ())
         values = [acc[...] for acc in sums]
@@ -393,9 +428,9 @@ def _sum(p: Plan, group, turn, base, walked, shared, held_numbers, outs) -> None
     pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, c.h), jnp.float32) for _ in p.sums])
 
 
-def _value(acc, under_way: int):
-    """The value of an accumulator, when no more than the latest `under_way` products are not done.
+def _value(acc: Any, under_way: int) -> Any:
+    """Return an accumulator's value once at most the latest `under_way` products are unfinished.
 
-    The barrier keeps the compiler from using the value before.
+    The barrier prevents the compiler from using the value earlier.
     """
     return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=under_way))

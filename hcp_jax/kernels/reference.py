@@ -1,8 +1,10 @@
-"""The dense core: every logit at once, in float32, or in float64 for float64 inputs.
+"""Implement the dense core: all logits at once, in float32 (float64 for float64 inputs).
 
-The oracle of all other implementations, so written to be read: masks are built from their
-definition, softmax in one piece. Memory grows with T·S.
+All other implementations are tested against this one, so it is written to be easy to read: masks
+follow their definition, and the softmax is computed in one piece. Memory grows with T·S.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,11 @@ from hcp_jax.sequence.mask import Intervals
 
 
 def unsupported(problem: Problem) -> str | None:
-    """None: the reference does everything."""
+    """Return None: the reference supports every call."""
     return None
 
 
-def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Partial:
+def forward(spec: CoreSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns) -> Partial:
     """See `hcp_jax.kernels.core.attend`."""
     q, k, v = _grouped(q, k, v)
     logits, _ = _logits(spec, q, k, intervals, runs)
@@ -34,12 +36,22 @@ def forward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns) -> Par
     )
 
 
-def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout, lse, delta):
+def backward(
+    spec: CoreSpec,
+    q: Any,
+    k: Any,
+    v: Any,
+    intervals: Intervals,
+    runs: KeyRuns,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+) -> Any:
     """See `hcp_jax.kernels.core.attend_grads`."""
     q_shape, (q, k, v) = q.shape, _grouped(q, k, v)
-    batch, length, kv_heads, group, _ = q.shape
-    dout = dout.astype(q.dtype).reshape(batch, length, kv_heads, group, -1)
-    by_row = (batch, length, kv_heads, group)
+    batch, length, kv_heads, queries_per_kv, _ = q.shape
+    dout = dout.astype(q.dtype).reshape(batch, length, kv_heads, queries_per_kv, -1)
+    by_row = (batch, length, kv_heads, queries_per_kv)
     lse, delta = (jnp.moveaxis(x.reshape(by_row), 1, 3)[..., None] for x in (lse, delta))
 
     logits, cap_slope = _logits(spec, q, k, intervals, runs)
@@ -51,8 +63,8 @@ def backward(spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, dout,
     return dq, dk, dv
 
 
-def _logits(spec: CoreSpec, q, k, intervals: Intervals, runs: KeyRuns):
-    """Masked logits, `[B, K, G, T, S]`, and the slope of the soft cap at each of them."""
+def _logits(spec: CoreSpec, q: Any, k: Any, intervals: Intervals, runs: KeyRuns) -> Any:
+    """Return the masked logits, `[B, K, G, T, S]`, and the slope of the soft cap at each."""
     logits = spec.scale * _einsum("btkgh,bskh->bkgts", q, k)
     slope: Float[Array, ...] | float = 1.0
     if spec.logits_soft_cap is not None:
@@ -64,12 +76,12 @@ def _logits(spec: CoreSpec, q, k, intervals: Intervals, runs: KeyRuns):
     return jnp.where(visible, logits, -jnp.inf), slope
 
 
-def _grouped(q, k, v):
-    """The queries as `[B, T, K, G, H]`, and all in the dtype that we compute in."""
+def _grouped(q: Any, k: Any, v: Any) -> Any:
+    """Reshape queries to `[B, T, K, G, H]`, and cast all arrays to the computation's dtype."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
 
-def _einsum(subscripts, a, b):
+def _einsum(subscripts: Any, a: Any, b: Any) -> Any:
     return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,8 +1,8 @@
-"""Tile sizes of the Pallas kernels, per kind of device, dtype and head size.
+"""List the tile sizes of the Pallas kernels by kind of device, dtype and head size.
 
-It stands alone because it is data, not code: it changes when somebody measures, and the kernels do
-not. Chosen without a GPU at hand, by what ptxas reports (docs/kernels.md has the figures): no
-register spills, with a soft cap or without, and within those the largest tiles, since a tile's
+This is data, not code: it changes when somebody measures, and the kernels do not. The sizes were
+chosen without a GPU, from what ptxas reports (docs/kernels.md has the figures): the largest tiles
+without register spills, with a soft cap and without. Large tiles are better because a tile's
 arithmetic grows with its area and its loads with its edge. `hcp bench attention --sweep` measures
 alternatives.
 """
@@ -12,12 +12,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How one kernel is cut and compiled.
+    """The block sizes and compiler parameters of one kernel.
 
     Attributes:
-        block_q: queries of a block.
-        block_k: keys of a block.
-        warps: warps that work on one block (32 threads each).
+        block_q: number of queries of a block.
+        block_k: number of keys of a block.
+        warps: number of warps that work on one block (32 threads each).
         stages: depth of the pipeline that loads the blocks of the inner loop.
     """
 
@@ -36,7 +36,7 @@ class Tiles:
     dkv: Tile
 
 
-# By the greatest head size that they are for.
+# Keys are the largest head size that the tiles are for.
 _Table = dict[int, Tiles]
 
 # Hopper (wgmma) and Blackwell (tcgen05): 227 KiB of shared memory.
@@ -47,8 +47,8 @@ _HOPPER: _Table = {
     256: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
 }
 
-# Ampere (mma). All fit into 99 KiB of shared memory, the least that any GPU from Ampere on has, and
-# use nothing that later ones lack: so this is also what an unknown GPU gets.
+# Ampere (mma). All fit into 99 KiB of shared memory, the smallest of any GPU from Ampere on, and
+# use nothing that later GPUs lack. So they are also the tiles of unknown GPUs.
 _AMPERE: _Table = {
     64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
@@ -66,9 +66,9 @@ _FLOAT32: _Table = {
 # Small, so that the short sequences of tests have several blocks.
 _INTERPRETER = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 
-# The Mosaic kernels on Hopper. `warps` are those that compute: two warpgroups of four, with 64 rows
-# of the block each; one more warpgroup loads. `stages` is the depth of the ring of blocks in shared
-# memory.
+# The Mosaic kernels on Hopper. `warps` counts the warps that compute: two warpgroups of four, each
+# with 64 rows of the block; one more warpgroup loads. `stages` is the depth of the queues of blocks
+# in shared memory.
 _MOSAIC: _Table = {
     64: Tiles(Tile(128, 128, 8, 4), Tile(128, 128, 8, 4), Tile(64, 128, 8, 4)),
     128: Tiles(Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(64, 128, 8, 4)),
@@ -76,7 +76,7 @@ _MOSAIC: _Table = {
 }
 MOSAIC_HEAD_SIZES = tuple(_MOSAIC)
 
-# The least that wgmma takes.
+# The smallest sizes that wgmma supports.
 _MOSAIC_INTERPRETER = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
 
 _TABLES = {"A100": _AMPERE, "H100": _HOPPER, "H200": _HOPPER, "B200": _HOPPER}
@@ -86,10 +86,10 @@ def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) ->
     """Return the tiles for a call.
 
     Args:
-        device_kind: `jax.Device.device_kind`; `cpu` or nothing for the interpreter.
-        dtype: of q, k and v.
-        head_size: of q and k, at most 256.
-        v_head_size: of v, at most 256.
+        device_kind: `jax.Device.device_kind`; "cpu" or "" for the interpreter.
+        dtype: dtype of q, k and v.
+        head_size: head size of q and k, at most 256.
+        v_head_size: head size of v, at most 256.
     """
     if device_kind in ("", "cpu"):
         return _INTERPRETER
@@ -104,19 +104,22 @@ def mosaic_tiles_for(device_kind: str, head_size: int) -> Tiles:
 
 
 def has_wgmma(device_kind: str) -> bool:
-    """Whether the device is a Hopper GPU that has tiles here."""
+    """Return whether the device is a Hopper GPU with tiles in this module."""
     return _known(device_kind) in ("H100", "H200")
 
 
 def processors(device_kind: str) -> int:
-    """How many multiprocessors a Hopper GPU has; 2 for the interpreter, to have several rounds."""
+    """Return the number of multiprocessors of a Hopper GPU; 2 for the interpreter.
+
+    With 2, the short sequences of tests need several rounds of work.
+    """
     if device_kind in ("", "cpu"):
         return 2
     return 114 if "PCIe" in device_kind else 132
 
 
 def describe(device_kind: str) -> str:
-    """Where the tiles for a device kind come from, in words.
+    """Describe where the tiles for a device kind come from.
 
     >>> describe("NVIDIA H100 80GB HBM3")
     'tiles for H100'
@@ -133,6 +136,6 @@ def describe(device_kind: str) -> str:
 
 
 def _known(device_kind: str) -> str | None:
-    """The name in `_TABLES` of a device kind, such as "NVIDIA H100 80GB HBM3"."""
+    """Return the name in `_TABLES` of a device kind, such as "NVIDIA H100 80GB HBM3"; or None."""
     names = device_kind.replace("-", " ").split()
     return next((name for name in _TABLES for word in (name, "G" + name) if word in names), None)

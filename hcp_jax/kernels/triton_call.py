@@ -1,9 +1,9 @@
-"""One call of a Triton kernel: its static facts, and the blocks of arrays that its programs see.
+"""Prepare and launch a Triton kernel: its static shape, and the array blocks of its programs.
 
-Every program sees all rows of the heads that it works on, and takes its own with `pl.ds`. Lengths
-are rounded up to whole blocks; rows past the end are never read or written without a mask.
+Every program gets all rows of the heads that it works on, and selects its own with `pl.ds`. Lengths
+are rounded up to whole blocks; rows past the end are only read or written with a mask.
 
-It stands between the kernels, which know no grid, and the door, which knows no program.
+The kernels know no grid, and `triton.py` knows no program; this module connects them.
 """
 
 import dataclasses
@@ -18,29 +18,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from hcp_jax import compat
-from hcp_jax.kernels.block_map import KeyBlocks, QueryBlocks, Walk
+from hcp_jax.kernels.block_map import BlockMap, KeyBlocks, QueryBlocks
 from hcp_jax.kernels.core import CoreSpec
 from hcp_jax.kernels.tiles import Tile, tiles_for
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
-LEAST_PART = 16  # the least inner dim of a matrix product in Triton
+LEAST_PART = 16  # the smallest inner dim of a matrix product in Triton
 GREATEST_HEAD = 256
 
 
 class Masks(NamedTuple):
-    """What a program needs to find its blocks and to mask them (arrays, or references to them)."""
+    """The arrays (or references to them) with which a program finds and masks its blocks."""
 
     start: Any  # [Tp], of each query
     end: Any
     key_index: Any  # [Sp], global
-    order: Any  # [blocks walked over]
+    order: Any  # [blocks to visit]
     spans: Any  # [blocks, 4]
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The static facts of one call; the letters are those of `core.attend`."""
+    """The static parameters of one call; the letters are those of `core.attend`."""
 
     b: int
     t: int
@@ -55,10 +55,17 @@ class Call:
     spec: CoreSpec
 
     @classmethod
-    def of(
-        cls, spec: CoreSpec, q, k, v, intervals: Intervals, runs: KeyRuns, kernel: str
+    def from_arrays(
+        cls,
+        spec: CoreSpec,
+        q: Any,
+        k: Any,
+        v: Any,
+        intervals: Intervals,
+        runs: KeyRuns,
+        kernel: str,
     ) -> "Call":
-        """The facts of calling `kernel`, a field of `Tiles`, with these arguments."""
+        """Return the parameters of calling `kernel`, a field of `Tiles`, with these arguments."""
         b, t, n, h = q.shape
         tiles = spec.tiles or tiles_for(spec.device_kind, str(q.dtype), h, v.shape[3])
         return cls(
@@ -70,44 +77,44 @@ class Call:
         )
 
     @property
-    def group(self) -> int:
-        """Query heads of a kv head."""
+    def queries_per_kv(self) -> int:
+        """Query heads per kv head."""
         return self.n // self.k
 
     @property
     def blocks_q(self) -> int:
-        """Blocks of queries."""
+        """The number of query blocks."""
         return pl.cdiv(self.t, self.tile.block_q)
 
     @property
     def blocks_k(self) -> int:
-        """Blocks of keys."""
+        """The number of key blocks."""
         return pl.cdiv(self.s, self.tile.block_k)
 
     @property
     def padded_t(self) -> int:
-        """T in whole blocks."""
+        """T rounded up to whole blocks."""
         return self.blocks_q * self.tile.block_q
 
     @property
     def padded_s(self) -> int:
-        """S in whole blocks."""
+        """S rounded up to whole blocks."""
         return self.blocks_k * self.tile.block_k
 
     def like_q(self, *width: int) -> tuple[int, ...]:
-        """The shape of an array with a row (or a number) for each query and query head."""
+        """Return the shape of an array with a row (or a number) for each query and query head."""
         return self.b, self.t, self.n, *width
 
     def like_k(self, width: int) -> tuple[int, ...]:
-        """The shape of an array with a row for each key and kv head."""
+        """Return the shape of an array with a row for each key and kv head."""
         return self.b, self.s, self.k, width
 
     def parts(self, size: int) -> list[tuple[int, int]]:
-        """A head size cut into powers of two, the sizes that Triton knows, as (offset, width).
+        """Cut a head size into powers of two, which Triton needs; return (offset, width) pairs.
 
-        So 192 is 128 and 64: padding it to 256 would cost a third more arithmetic. Products of
-        float32 are unrolled into single multiply-adds, and what they would load for a wide part at
-        once does not fit into the registers; hence narrow parts there.
+        So 192 is 128 and 64: padding it to 256 would cost a third more arithmetic. Parts are narrow
+        for float32, whose products are unrolled into single multiply-adds: the operands of a wide
+        part would not fit into the registers.
         """
         widest = 32 if self.dtype == "float32" else GREATEST_HEAD
         parts, offset = [], 0
@@ -117,55 +124,65 @@ class Call:
             offset += width
         return parts
 
-    # For a grid of (query block, query head, batch row).
+    # Block specs for a grid of (query block, query head, batch row).
 
-    def of_head(self, *width: int) -> pl.BlockSpec:
-        """All rows (or numbers) of the program's query head."""
+    def head(self, *width: int) -> pl.BlockSpec:
+        """Return the spec of all rows (or numbers) of the program's query head."""
         zeros = (0,) * len(width)
         return pl.BlockSpec((None, self.padded_t, None, *width), lambda _, n, b: (b, 0, n, *zeros))
 
-    def of_kv_head(self, width: int) -> pl.BlockSpec:
-        """All rows of the kv head that the program's query head reads."""
+    def shared_kv_head(self, width: int) -> pl.BlockSpec:
+        """Return the spec of all rows of the kv head that the program's query head reads."""
         return pl.BlockSpec(
             (None, self.padded_s, None, width),
-            lambda _, n, b: (b, 0, lax.div(n, jnp.int32(self.group)), 0),
+            lambda _, n, b: (b, 0, lax.div(n, jnp.int32(self.queries_per_kv)), 0),
         )
 
     @property
-    def stats_of_head(self) -> pl.BlockSpec:
-        """All numbers of the program's query head."""
+    def head_stats(self) -> pl.BlockSpec:
+        """The spec of all numbers of the program's query head."""
         return pl.BlockSpec((None, None, self.padded_t), lambda _, n, b: (b, n, 0))
 
-    # For a grid of (key block, kv head, batch row).
+    # Block specs for a grid of (key block, kv head, batch row).
 
-    def of_group(self, width: int) -> pl.BlockSpec:
-        """All rows of the query heads that read the program's kv head."""
-        return pl.BlockSpec((None, self.padded_t, self.group, width), lambda _, k, b: (b, 0, k, 0))
+    def query_heads(self, width: int) -> pl.BlockSpec:
+        """Return the spec of all rows of the query heads that read the program's kv head."""
+        return pl.BlockSpec(
+            (None, self.padded_t, self.queries_per_kv, width), lambda _, k, b: (b, 0, k, 0)
+        )
 
-    def of_key_head(self, width: int) -> pl.BlockSpec:
-        """All rows of the program's kv head."""
+    def kv_head(self, width: int) -> pl.BlockSpec:
+        """Return the spec of all rows of the program's kv head."""
         return pl.BlockSpec((None, self.padded_s, None, width), lambda _, k, b: (b, 0, k, 0))
 
     @property
-    def stats_of_group(self) -> pl.BlockSpec:
-        """All numbers of the query heads that read the program's kv head."""
-        return pl.BlockSpec((None, self.group, self.padded_t), lambda _, k, b: (b, k, 0))
+    def query_heads_stats(self) -> pl.BlockSpec:
+        """The spec of all numbers of the query heads that read the program's kv head."""
+        return pl.BlockSpec((None, self.queries_per_kv, self.padded_t), lambda _, k, b: (b, k, 0))
 
-    def masks(self, queries: QueryBlocks, keys: KeyBlocks, walk: Walk) -> Masks:
-        """The arrays of the masks, each with its `BlockSpec`, for either grid."""
+    def masks(self, queries: QueryBlocks, keys: KeyBlocks, block_map: BlockMap) -> Masks:
+        """Return the mask arrays, each with its `BlockSpec`, for either grid."""
 
-        def of_row(array):
+        def with_spec(array: Any) -> Any:
             own_row, zeros = array.shape[0] > 1, (0,) * (array.ndim - 1)
             block = (None, *array.shape[1:])
             return array, pl.BlockSpec(block, lambda _, __, b: (b if own_row else 0, *zeros))
 
-        arrays = (queries.start, queries.end, keys.global_index[None], walk.order, walk.spans)
-        return Masks(*map(of_row, arrays))
+        arrays = (
+            queries.start,
+            queries.end,
+            keys.global_index[None],
+            block_map.order,
+            block_map.spans,
+        )
+        return Masks(*map(with_spec, arrays))
 
-    def run(self, kernel: Callable, grid, inputs, masks: Masks, outputs) -> Any:
-        """Call `kernel(*inputs, masks, *outputs, c=self)`; each with its `BlockSpec`.
+    def run(
+        self, kernel: Callable[..., Any], grid: Any, inputs: Any, masks: Masks, outputs: Any
+    ) -> Any:
+        """Call `kernel(*inputs, masks, *outputs, c=self)`; each array comes with its `BlockSpec`.
 
-        `outputs` are shapes; all are float32.
+        `outputs` are shapes; all outputs are float32.
         """
         compat.expect_pallas_triton()
         call = pl.pallas_call(

@@ -1,14 +1,15 @@
-"""The arithmetic of the Triton kernels: what one program does.
+"""Implement the Triton kernels: the arithmetic of one program.
 
-All three walk over blocks (`_walk`), and all compute a block's logits the same way: as they come
-out of the matrix product, with `scale · log2(e)` entering where they meet `exp2`, one multiply-add
-each. A head is a tuple of parts (`Call.parts`) throughout.
+All three kernels visit blocks (`_visit_blocks`) and compute a block's logits in the same way: as
+the matrix product gives them, with the factor `scale · log2(e)` applied just before `exp2`, in one
+multiply-add. A head is always a tuple of parts (`Call.parts`).
 
-It stands apart because it is the part that is read beside FlashAttention's paper.
+This module can be read side by side with the FlashAttention paper.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,16 @@ from hcp_jax.kernels.triton_call import Call, Masks
 LOG2_E = math.log2(math.e)
 
 
-def attention_forward(q_ref, k_ref, v_ref, masks: Masks, out_ref, lse_ref, *, c: Call) -> None:
-    """The partial of one block of queries: online softmax over the key blocks that it sees."""
+def attention_forward(
+    q_ref: Any, k_ref: Any, v_ref: Any, masks: Masks, out_ref: Any, lse_ref: Any, *, c: Call
+) -> None:
+    """Compute the partial of one query block: online softmax over the key blocks that it sees."""
     block = _last_block_first(c)
     rows = _rows(block, c.tile.block_q)
     q = _load(c, q_ref, rows, c.h, c.t)
     start, end = masks.start[rows], masks.end[rows]
 
-    def visit(key_block, _, carry, masked: bool):
+    def visit(key_block: Any, _: Any, carry: Any, masked: bool) -> Any:
         out, top, total = carry
         keys = _rows(key_block, c.tile.block_k)
         limit = c.s if masked else None
@@ -37,7 +40,7 @@ def attention_forward(q_ref, k_ref, v_ref, masks: Masks, out_ref, lse_ref, *, c:
         if masked:
             logits = _hide(logits, start[:, None], end[:, None], masks.key_index[keys][None, :])
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
-        # A row that has seen nothing yet has no finite top to measure from; 0 will do.
+        # A row that has seen no key yet has top = -inf; use 0 instead, to avoid inf - inf.
         anchor = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
         anchor = anchor * to_log2
         weights = _exp2(c, logits, to_log2, -anchor[:, None])
@@ -50,8 +53,8 @@ def attention_forward(q_ref, k_ref, v_ref, masks: Masks, out_ref, lse_ref, *, c:
 
     top = jnp.full((c.tile.block_q,), -jnp.inf, jnp.float32)
     carry = _zeros(c, c.tile.block_q, c.hv), top, jnp.zeros_like(top)
-    out, top, total = _walk(masks, block, visit, carry, in_order=c.one_run)
-    # Queries that see nothing rode along unmasked.
+    out, top, total = _visit_blocks(masks, block, visit, carry, in_order=c.one_run)
+    # Queries that see nothing were included, unmasked, in full blocks: reset them.
     empty = (total == 0) | (end <= start)
     total = jnp.where(empty, 1.0, total)
     _store(c, out_ref, rows, out, jnp.where(empty, 0.0, 1.0 / total), c.t)
@@ -61,35 +64,54 @@ def attention_forward(q_ref, k_ref, v_ref, masks: Masks, out_ref, lse_ref, *, c:
 
 
 def attention_dq(
-    q_ref, k_ref, v_ref, dout_ref, less_lse_ref, delta_ref, masks: Masks, dq_ref, *, c: Call
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    dout_ref: Any,
+    minus_lse_ref: Any,
+    delta_ref: Any,
+    masks: Masks,
+    dq_ref: Any,
+    *,
+    c: Call,
 ) -> None:
-    """The dq of one block of queries, over the key blocks that it sees."""
+    """Compute dq of one query block, over the key blocks that it sees."""
     block = _last_block_first(c)
     rows = _rows(block, c.tile.block_q)
     q, dout = _load(c, q_ref, rows, c.h, c.t), _load(c, dout_ref, rows, c.hv, c.t)
     start, end = masks.start[rows], masks.end[rows]
-    less_lse, delta = less_lse_ref[rows], delta_ref[rows]
+    minus_lse, delta = minus_lse_ref[rows], delta_ref[rows]
 
-    def visit(key_block, _, dq, masked: bool):
+    def visit(key_block: Any, _: Any, dq: Any, masked: bool) -> Any:
         keys = _rows(key_block, c.tile.block_k)
         limit = c.s if masked else None
         k = _load(c, k_ref, keys, c.h, limit)
         logits, to_log2, slope = _logits(c, q, k)
         if masked:
             logits = _hide(logits, start[:, None], end[:, None], masks.key_index[keys][None, :])
-        weights = _exp2(c, logits, to_log2, less_lse[:, None]) * slope
+        weights = _exp2(c, logits, to_log2, minus_lse[:, None]) * slope
         dweights = _dot_nt(dout, _load(c, v_ref, keys, c.hv, limit))
         dlogits = (weights * (dweights - delta[:, None])).astype(k_ref.dtype)
         return tuple(d + _dot(dlogits, x) for d, x in zip(dq, k, strict=True))
 
-    dq = _walk(masks, block, visit, _zeros(c, c.tile.block_q, c.h), in_order=c.one_run)
+    dq = _visit_blocks(masks, block, visit, _zeros(c, c.tile.block_q, c.h), in_order=c.one_run)
     _store(c, dq_ref, rows, dq, c.spec.scale, c.t)
 
 
 def attention_dkv(
-    q_ref, k_ref, v_ref, dout_ref, less_lse_ref, delta_ref, masks: Masks, dk_ref, dv_ref, *, c: Call
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    dout_ref: Any,
+    minus_lse_ref: Any,
+    delta_ref: Any,
+    masks: Masks,
+    dk_ref: Any,
+    dv_ref: Any,
+    *,
+    c: Call,
 ) -> None:
-    """The dk and dv of one block of keys, over the query blocks that see it, in all their heads.
+    """Compute dk and dv of one key block, over the query blocks of all heads that see it.
 
     Blocks are transposed: keys are rows, queries columns.
     """
@@ -98,7 +120,7 @@ def attention_dkv(
     k, v = _load(c, k_ref, keys, c.h, c.s), _load(c, v_ref, keys, c.hv, c.s)
     index = masks.key_index[keys]
 
-    def visit(query_block, head, carry, masked: bool):
+    def visit(query_block: Any, head: Any, carry: Any, masked: bool) -> Any:
         dk, dv = carry
         rows = _rows(query_block, c.tile.block_q)
         q = _load(c, q_ref, rows, c.h, c.t, head)
@@ -107,7 +129,7 @@ def attention_dkv(
         if masked:
             start, end = masks.start[rows], masks.end[rows]
             logits = _hide(logits, start[None, :], end[None, :], index[:, None])
-        weights = _exp2(c, logits, to_log2, less_lse_ref[head, rows][None, :])
+        weights = _exp2(c, logits, to_log2, minus_lse_ref[head, rows][None, :])
         cast = weights.astype(dout_ref.dtype)
         dv = tuple(d + _dot(cast, x) for d, x in zip(dv, dout, strict=True))
         dlogits = weights * slope * (_dot_nt(v, dout) - delta_ref[head, rows][None, :])
@@ -116,28 +138,35 @@ def attention_dkv(
         return dk, dv
 
     carry = _zeros(c, c.tile.block_k, c.h), _zeros(c, c.tile.block_k, c.hv)
-    dk, dv = _walk(masks, block, visit, carry, heads=c.group)
+    dk, dv = _visit_blocks(masks, block, visit, carry, heads=c.queries_per_kv)
     _store(c, dk_ref, keys, dk, c.spec.scale, c.s)
     _store(c, dv_ref, keys, dv, 1.0, c.s)
 
 
-def _walk(masks: Masks, block, visit: Callable, carry, heads: int = 1, in_order: bool = False):
-    """Visit the blocks of `block`'s span for every head: both ends masked, then the rest without.
+def _visit_blocks(
+    masks: Masks,
+    block: Any,
+    visit: Callable[..., Any],
+    carry: Any,
+    heads: int = 1,
+    in_order: bool = False,
+) -> Any:
+    """Visit the blocks of `block`'s span for every head: both ends masked, then the rest unmasked.
 
-    The two ends share a loop, so that the compiler has two loops to pipeline and not three.
+    The two ends share a loop, so that the compiler has two loops to pipeline, not three.
     """
     first, full_first, full_last, last = (masks.spans[block, i] for i in range(4))
 
-    def at(i):
+    def at(i: Any) -> Any:
         return i if in_order else masks.order[i]
 
-    def end_visit(step, carry):
+    def end_visit(step: Any, carry: Any) -> Any:
         i, head = _split(step, heads)
         i = first + i
         i = jnp.where(i < full_first, i, i + (full_last - full_first))
         return visit(at(i), head, carry, masked=True)
 
-    def inner_visit(step, carry):
+    def inner_visit(step: Any, carry: Any) -> Any:
         i, head = _split(step, heads)
         return visit(at(i), head, carry, masked=False)
 
@@ -146,24 +175,24 @@ def _walk(masks: Masks, block, visit: Callable, carry, heads: int = 1, in_order:
     return lax.fori_loop(full_first * heads, full_last * heads, inner_visit, carry)
 
 
-def _split(step, heads: int):
-    """(block, head) of a step; the heads of a block follow each other."""
+def _split(step: Any, heads: int) -> Any:
+    """Return (block, head) of a step; all heads of a block come before the next block."""
     return lax.div(step, jnp.int32(heads)), lax.rem(step, jnp.int32(heads))
 
 
-def _last_block_first(c: Call):
-    """The query block of this program. Under causal masks the last one has most to do."""
+def _last_block_first(c: Call) -> Any:
+    """Return the query block of this program; causal masks give the last block the most work."""
     return c.blocks_q - 1 - pl.program_id(0)
 
 
 def _to_log2(c: Call) -> float:
-    """What `_logits`' logits are multiplied by to be exponents of 2; positive."""
+    """Return the positive factor that makes the logits of `_logits` exponents of 2."""
     plain = c.spec.logits_soft_cap is None and c.spec.scale > 0
     return c.spec.scale * LOG2_E if plain else LOG2_E
 
 
-def _logits(c: Call, left, right):
-    """(logits without the factor `to_log2`, that factor, the slope of the soft cap) of a block."""
+def _logits(c: Call, left: Any, right: Any) -> Any:
+    """Return (logits without the factor `to_log2`, that factor, the soft cap's slope)."""
     logits, to_log2 = _dot_nt(left, right), _to_log2(c)
     cap = c.spec.logits_soft_cap
     if cap is None:
@@ -172,11 +201,11 @@ def _logits(c: Call, left, right):
     return capped * cap, to_log2, 1.0 - capped * capped
 
 
-def _exp2(c: Call, x, factor: float, plus):
-    """exp2(factor · x + plus) of a block, where `plus` broadcasts.
+def _exp2(c: Call, x: Any, factor: float, plus: Any) -> Any:
+    """Return exp2(factor · x + plus) of a block; `plus` is broadcast.
 
-    On a GPU as two instructions. Left to itself the compiler neither contracts the multiplication
-    with the addition nor believes that a weight below 2^-126 may be zero, and takes six.
+    On a GPU this is two instructions. The compiler alone needs six: it does not fuse the multiply
+    and the add, and does not know that weights below 2^-126 may be flushed to zero.
     """
     if c.spec.interpret:
         return jnp.exp2(factor * x + plus)
@@ -192,24 +221,24 @@ def _exp2(c: Call, x, factor: float, plus):
     return out
 
 
-def _hide(logits, start, end, index):
-    """-inf where a key's global index lies outside a query's interval; padding has index -1."""
+def _hide(logits: Any, start: Any, end: Any, index: Any) -> Any:
+    """Set logits to -inf where a key is outside a query's interval; padding has index -1."""
     return jnp.where((start <= index) & (index < end), logits, -jnp.inf)
 
 
-def _rows(block, size: int):
+def _rows(block: Any, size: int) -> Any:
     return pl.ds(pl.multiple_of(block * size, size), size)
 
 
-def _within(rows, limit: int | None):
-    """Which of `rows` come before `limit`; None if all must."""
+def _within(rows: Any, limit: int | None) -> Any:
+    """Return which of `rows` are below `limit`; None if all are known to be."""
     if limit is None or limit % rows.size == 0:
         return None
     return rows.start + lax.iota(jnp.int32, rows.size) < limit
 
 
-def _load(c: Call, ref, rows, width: int, limit: int | None, head=None):
-    """Rows of a head, one array per part of it; zeros for rows at or past `limit`."""
+def _load(c: Call, ref: Any, rows: Any, width: int, limit: int | None, head: Any = None) -> Any:
+    """Load rows of a head, one array per part; rows at or past `limit` are zero."""
     heads, mask = () if head is None else (head,), _within(rows, limit)
     masking = {} if mask is None else {"mask": mask[:, None], "other": 0.0}
     return tuple(
@@ -218,8 +247,8 @@ def _load(c: Call, ref, rows, width: int, limit: int | None, head=None):
     )
 
 
-def _store(c: Call, ref, rows, parts, weight, limit: int) -> None:
-    """Write `weight · parts`, without the rows at or past `limit`."""
+def _store(c: Call, ref: Any, rows: Any, parts: Any, weight: Any, limit: int) -> None:
+    """Write `weight · parts`, except rows at or past `limit`."""
     mask = _within(rows, limit)
     mask = None if mask is None else mask[:, None]
     weight = weight if isinstance(weight, float) else weight[:, None]
@@ -227,22 +256,22 @@ def _store(c: Call, ref, rows, parts, weight, limit: int) -> None:
         plgpu.store(ref.at[(rows, pl.ds(offset, width))], part * weight, mask=mask)
 
 
-def _zeros(c: Call, rows: int, size: int):
+def _zeros(c: Call, rows: int, size: int) -> Any:
     return tuple(jnp.zeros((rows, width), jnp.float32) for _, width in c.parts(size))
 
 
-def _dot(a, b):
-    """The product a b."""
+def _dot(a: Any, b: Any) -> Any:
+    """Return the product a b."""
     return _contract(a, b, 0)
 
 
-def _dot_nt(a, b):
-    """The product a bᵀ of two heads in parts."""
+def _dot_nt(a: Any, b: Any) -> Any:
+    """Return the product a bᵀ of two heads in parts."""
     return sum(_contract(x, y, 1) for x, y in zip(a, b, strict=True))
 
 
-def _contract(a, b, dim: int):
-    """Accumulated in float32. HIGHEST: no TF32 for float32."""
+def _contract(a: Any, b: Any, dim: int) -> Any:
+    """Contract in float32; HIGHEST precision means no TF32 for float32 operands."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
         a, b, (((1,), (dim,)), ((), ())), precision=precision, preferred_element_type=jnp.float32

@@ -151,7 +151,7 @@ class Transformer(nnx.Module):
         live_tp(cp)
         mask = config.mask() if mask is None else mask
         mesh, axes = (None, ()) if cp is None else (cp.mesh, cp.axes)
-        spec = PartitionSpec(*spmd.spec_of(tokens), None) if cp is None else cp.spec(3)
+        spec = PartitionSpec(*spmd.explicit_spec(tokens), None) if cp is None else cp.spec(3)
         graphdef, params = nnx.split(self)
 
         def hidden(params: Any, tokens: Any, positions: Any, mask: Mask) -> Any:
@@ -189,7 +189,7 @@ class Transformer(nnx.Module):
                 preferred_element_type=jnp.float32,
             )
 
-        spec = PartitionSpec(*spmd.spec_of(hidden)[:2], None)
+        spec = PartitionSpec(*spmd.explicit_spec(hidden)[:2], None)
         return spmd.run(None, (), logits, spec, hidden, self.unembedding)
 
 

@@ -1,1 +1,1 @@
-"""Meshes and what their axes do: contexts, sharding, roll, and one way into `shard_map`."""
+"""Describe meshes and the roles of their axes; shard arrays, roll them, and enter `shard_map`."""

@@ -1,7 +1,7 @@
-"""The configuration of a mesh and its communication, in this library's words or in Megatron's.
+"""Configure a mesh and its communication, in this library's words or in Megatron's.
 
-Apart from `ContextParallel`, so that a config can be read, and its devices counted, before there
-are any.
+This is separate from `ContextParallel`, so that a config can be read, and its devices counted,
+before any devices exist.
 """
 
 import dataclasses
@@ -30,9 +30,10 @@ class ParallelConfig:
         cp_inner: A, size of the all-to-all inside a host.
         comm_type: one comm type, or one per layer.
         layout: "zigzag" or "contiguous".
-        fsdp: cut parameters and optimizer state over dp and cp.
+        fsdp: shard parameters and optimizer state over dp and cp.
         head_groups: as in `ContextParallel`.
-        dynamic: each document on as many of the dp * cp devices as it needs.
+        dynamic: dynamic context parallelism: each document uses as many of the dp * cp devices as
+            it needs.
         context_parallel_size: Megatron's word for cp_outer * cp_inner.
         cp_comm_type: Megatron's word for comm_type.
         hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
@@ -53,14 +54,14 @@ class ParallelConfig:
         default=None, metadata=free(least=1, most=MOST)
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "parallel.")
         for one in (*_listed(self.comm_type), *_listed(self.cp_comm_type or ())):
             require_known("comm_type", one, COMM_TYPES)
         require_known("layout", self.layout, LAYOUTS)
 
     def resolve(self) -> "ParallelConfig":
-        """The same run in this library's words alone.
+        """Return the same config with Megatron's words replaced by this library's.
 
         Raises:
             ValueError: if the two sets of words contradict each other.
@@ -81,18 +82,18 @@ class ParallelConfig:
 
     @property
     def num_devices(self) -> int:
-        """How many devices the mesh has."""
+        """The number of devices of the mesh."""
         r = self.resolve()
         return r.dp * r.tp * r.cp_outer * r.cp_inner
 
     def check_model(self, model: Any) -> None:
-        """Refuse a model whose heads or matrices these axes cannot share out.
+        """Check that the axes divide the heads and matrices of a model.
 
         Args:
             model: a `ModelConfig`.
 
         Raises:
-            ValueError: says what does not divide, and what would.
+            ValueError: if a size is not divisible; the message names sizes that are.
         """
         r = self.resolve()
         if not isinstance(r.comm_type, str) and len(r.comm_type) != model.num_layers:
@@ -108,7 +109,7 @@ class ParallelConfig:
                     f"tp={r.tp} cannot cut {name}={size}; use a tp that divides it, or {name} {up}."
                 )
         if r.dynamic.enabled:
-            return  # each layout of groups exchanges heads among as many devices as they allow
+            return  # each grouping exchanges heads among as many devices as the heads allow
         heads, kv_heads = model.num_heads // r.tp, model.num_kv_heads // r.tp
         for comm_type in dict.fromkeys(_listed(r.comm_type)):
             exchange = _exchange_size(r, comm_type)
@@ -124,14 +125,14 @@ class ParallelConfig:
     def context_parallel(
         self, num_layers: int | None = None, devices: "list[jax.Device] | None" = None
     ) -> "ContextParallel":
-        """Make the mesh.
+        """Make the mesh and return its `ContextParallel`.
 
         Args:
-            num_layers: how many layers the model has, where it is known.
-            devices: all of `jax.devices()` if None.
+            num_layers: number of layers of the model; None if unknown.
+            devices: devices of the mesh; all of `jax.devices()` if None.
 
         Raises:
-            ValueError: for anything about the mesh or the comm types that cannot be.
+            ValueError: if the mesh or the comm types are not possible.
         """
         from hcp_jax.parallel.context import ContextParallel
         from hcp_jax.parallel.mesh import make_mesh
@@ -150,7 +151,7 @@ class ParallelConfig:
 
 
 def _cp_sizes(config: ParallelConfig) -> tuple[int, int]:
-    """(cp_inner, cp_outer), from whichever words the config uses."""
+    """Return (cp_inner, cp_outer), from this library's words or from Megatron's."""
     own = (config.cp_inner, config.cp_outer)
     total, levels = config.context_parallel_size, config.hierarchical_context_parallel_sizes
     if own != (1, 1) and (total, levels) != (None, None):
@@ -176,10 +177,10 @@ def _cp_sizes(config: ParallelConfig) -> tuple[int, int]:
     if any("+" in one for one in _listed(comm_type)) and total != 1:
         raise ValueError(
             f"comm_type {comm_type!r} needs hierarchical_context_parallel_sizes [cp_inner, "
-            f"cp_outer] whose product is context_parallel_size={total}; without them there is no "
-            "telling which devices exchange heads."
+            f"cp_outer] whose product is context_parallel_size={total}: they say which devices "
+            "exchange heads."
         )
-    # One level. Heads are exchanged inside hosts, so a2a is given the inner axis.
+    # One level. Heads are exchanged inside hosts, so a2a uses the inner axis.
     return (total, 1) if "a2a" in _listed(comm_type) else (1, total)
 
 
@@ -188,7 +189,7 @@ def _listed(comm_type: str | list[str] | tuple[str, ...]) -> list[str]:
 
 
 def _exchange_size(r: ParallelConfig, comm_type: str) -> int:
-    """Return how many devices exchange heads with each other, in resolved words."""
+    """Return how many devices exchange heads with each other; `r` is resolved."""
     if not comm_type.startswith("a2a"):
         return 1
     return r.cp_inner * (r.cp_outer if comm_type == "a2a" else 1)

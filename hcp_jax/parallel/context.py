@@ -1,8 +1,8 @@
-"""ContextParallel: a mesh, what each of its axes does, and the layout that streams are cut in.
+"""Describe a mesh, the roles of its axes and the layout of streams in one `ContextParallel`.
 
-One object says all that the parts of a program must agree on: attention, the data that is cut, the
-roll of multi-token prediction, the checks of `hcp verify`. It is frozen and hashable, so that `jit`
-can close over it.
+All parts of a program must agree on these: attention, the sharded data, the roll of multi-token
+prediction, the checks of `hcp verify`. The object is frozen and hashable, so `jit` can close over
+it.
 """
 
 import dataclasses
@@ -34,27 +34,27 @@ class ContextParallel:
     """How sequences are split over a mesh; frozen and hashable.
 
     Attributes:
-        mesh: any mesh that has the axes named below, in any order, Auto or Explicit; its other axes
-            are left alone.
-        comm_type: what the two cp axes do: "p2p", "all_gather", "a2a", "a2a+p2p" or
-            "a2a+all_gather"; or a tuple with one per layer (`for_layer` picks).
+        mesh: any mesh that has the axes named below, in any order, Auto or Explicit; other axes are
+            not used.
+        comm_type: how the two cp axes communicate: "p2p", "all_gather", "a2a", "a2a+p2p" or
+            "a2a+all_gather"; or a tuple with one per layer (`for_layer` selects one).
         layout: the order in which streams are cut, "zigzag" or "contiguous".
         dp: mesh axis, or axes, that the batch is cut over; None if there is none.
         tp: mesh axis, or axes, that attention heads are cut over; None if there is none.
         cp_outer: mesh axis of the ring between hosts; None if there is none.
         cp_inner: mesh axis of the all-to-all inside a host; None if there is none.
-        head_groups: exchange and attend to the heads in this many groups, so that the exchange of
-            one hides behind attention on another; it must divide the kv heads that a device has
-            after the exchange. It pays where the exchange is a large part of the step (plain a2a
-            of short sequences); each ring has hops of its own at a group's ends, which may then
-            stand exposed. `hcp audit` shows both.
-        groups: dynamic context parallelism: the sizes of the groups that the dp and cp devices are
-            cut into, in mesh order, whatever the mesh's axes; each has documents of its own, which
-            `hcp.place_microbatch` brings. None: one stream over the cp axes for each dp device.
+        head_groups: process the heads in this many parts, one after the other, so that the exchange
+            of one part is hidden behind attention on another. It must divide the number of kv
+            heads that a device has after the exchange. It helps where the exchange is a large part
+            of the step (plain a2a with short sequences). Each part runs its own ring, whose first
+            and last hops may not be hidden. `hcp audit` shows both effects.
+        groups: dynamic context parallelism: the sizes of the groups of dp and cp devices, in mesh
+            order, independent of the mesh's axes. Each group has its own documents, from
+            `hcp.place_microbatch`. None: one stream over the cp axes for each dp device.
 
     Raises:
         ValueError: for an axis that the mesh lacks or that has two roles, for an unknown comm type
-            or layout, and for groups that do not add up to the dp and cp devices.
+            or layout, and for groups that do not add up to the number of dp and cp devices.
         NotImplementedError: for groups with a comm type that gathers K and V.
 
     >>> import hcp_jax as hcp
@@ -73,7 +73,7 @@ class ContextParallel:
     head_groups: int = 1
     groups: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_mesh(self.mesh)
         for field in ("dp", "tp", "comm_type", "groups"):
             if isinstance(getattr(self, field), list):
@@ -96,12 +96,12 @@ class ContextParallel:
 
     @property
     def cp_axes(self) -> tuple[str, ...]:
-        """The mesh axes that a sequence is cut over, the slower first."""
+        """The mesh axes that a sequence is cut over, the slowest first."""
         return tuple(axis for axis in (self.cp_outer, self.cp_inner) if axis is not None)
 
     @property
     def flat_axes(self) -> tuple[str, ...]:
-        """The mesh axes that groups run over: dp, and those of `cp_axes`."""
+        """The mesh axes that groups span: dp and `cp_axes`."""
         return (*as_tuple(self.dp), *self.cp_axes)
 
     @property
@@ -111,7 +111,7 @@ class ContextParallel:
 
     @property
     def placement(self) -> Placement:
-        """What a mask that is placed for this remembers."""
+        """The placement that is recorded in masks placed for this context."""
         return Placement(self.layout, self.size, self.groups)
 
     @property
@@ -121,12 +121,12 @@ class ContextParallel:
 
     @property
     def on_device(self) -> bool:
-        """Whether a `shard_map` around this place of the program has made the cp axes Manual.
+        """Whether this code is inside a `shard_map` over the cp axes (they are then Manual).
 
-        Arrays are then one device's own part of the stream.
+        If so, arrays are one device's own part of the stream.
 
         Raises:
-            NotImplementedError: if it has made some of them Manual, and not all.
+            NotImplementedError: if only some of the cp axes are Manual.
         """
         manual = spmd.manual_axes(self.mesh_in_context, self.cp_axes)
         left = [axis for axis in self.cp_axes if axis not in manual and self.mesh.shape[axis] > 1]
@@ -142,7 +142,7 @@ class ContextParallel:
 
         Args:
             axes: names of mesh axes.
-            here: leave out the axes that a `shard_map` around this place has made Manual.
+            here: leave out the axes that a surrounding `shard_map` has made Manual.
         """
         names = as_tuple(axes)
         if here:
@@ -151,7 +151,7 @@ class ContextParallel:
         return int(np.prod([self.mesh.shape[axis] for axis in names], dtype=int))
 
     def for_layer(self, layer: int) -> "ContextParallel":
-        """This, with the comm type of one layer.
+        """Return this context with the comm type of one layer.
 
         Raises:
             ValueError: if there are comm types for fewer layers.
@@ -168,7 +168,7 @@ class ContextParallel:
 
     @property
     def strategy(self) -> Strategy:
-        """What each axis does, in this mesh's names.
+        """The axes that exchange heads, the axes that K and V move over, and how they move.
 
         Raises:
             ValueError: if there is one comm type per layer.
@@ -182,7 +182,7 @@ class ContextParallel:
         return Strategy(self._present(exchange), self._present(move), by)
 
     def spec(self, ndim: int, dim: int = 1) -> PartitionSpec:
-        """How an array is cut: batch (dim 0) over dp, the sequence dim over the cp axes."""
+        """Return the spec that cuts dim 0, the batch, over dp and `dim` over the cp axes."""
         ndim = checks.integer("ndim", ndim, least=1)
         dim = checks.dimension("dim", dim, ndim)
         axes: list[Any] = [None] * ndim
@@ -192,32 +192,32 @@ class ContextParallel:
         return PartitionSpec(*axes)
 
     @property
-    def spec_of_intervals(self) -> PartitionSpec:
-        """How intervals are cut under groups: each device has those of its whole cp_inner row.
+    def interval_spec(self) -> PartitionSpec:
+        """The spec of intervals under groups: each device has those of its whole cp_inner row.
 
-        Among them are the queries that it gets if heads are exchanged, whoever takes part.
+        They include the queries that the device gets when heads are exchanged within the row.
         """
         return PartitionSpec(self.dp, self.cp_outer)
 
     def sharding(self, ndim: int, dim: int = 1) -> NamedSharding:
-        """`spec`, on this mesh."""
+        """Return the sharding with `spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(ndim, dim))
 
     def padded_length(self, length: int) -> int:
-        """The length that a stream of `length` tokens has in this layout."""
+        """Return the length of a stream of `length` tokens after padding for this layout."""
         length = checks.integer("length", length, least=0)
         return padded_length(length, self.size, self.layout)
 
     def shard(self, x: Array | np.ndarray | Gathered, dim: int = 1) -> jax.Array:
-        """Put an array in natural order into the layout, `dim` cut over the cp devices.
+        """Reorder an array from natural order to the layout and cut `dim` over the cp devices.
 
         Works on host arrays, device arrays and inside `jit`. `dim` is padded with zeros at its end
-        to `padded_length`; a mask that looks ahead must then end where the stream does
-        (`mask & hcp.lengths(T)`; `shard_batch` sees to that itself).
+        to `padded_length`. A mask that looks ahead must then end where the stream ends
+        (`mask & hcp.lengths(T)`); `shard_batch` does this itself.
 
         Args:
-            x: dim 0 is the batch, cut over dp (unless `dim` is 0). Of one that is `Gathered`, only
-                what this process's own devices hold is read.
+            x: dim 0 is the batch, cut over dp (unless `dim` is 0). Of a `Gathered`, only the parts
+                on this process's own devices are read.
             dim: the sequence dim.
 
         Raises:
@@ -227,44 +227,44 @@ class ContextParallel:
         return placing.shard(self, x, dim)
 
     def unshard(self, x: jax.Array, dim: int = 1, length: int | None = None) -> jax.Array:
-        """Back to natural order.
+        """Reorder an array from the layout back to natural order.
 
         Args:
             x: an array in the layout.
             dim: the sequence dim.
-            length: the length before padding; all of it if None.
+            length: the length before padding, to cut the result to; keep the padding if None.
         """
         self._require_one_stream("unshard")
         return placing.unshard(self, x, dim, length)
 
     def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of host arrays in natural order, as device arrays in the layout.
+        """Put a batch of host arrays in natural order on the devices, in the layout.
 
         Args:
-            batch: arrays `[B, T, …]` (cut over dp and cp; also `Gathered`), `[B]` (cut over dp),
-                scalars (replicated), and `Mask`s, which are placed: their intervals are computed
-                here, once, and every cp device has all of them (8 bytes per token).
+            batch: arrays `[B, T, …]` or `Gathered` (cut over dp and cp), arrays `[B]` (cut over
+                dp), scalars (replicated), and `Mask`s. Masks are placed: their intervals are
+                computed here, once, and every cp device holds all of them (8 bytes per token).
 
         Returns:
-            The same keys. T is padded to `padded_length`: with zeros, and with queries that see
-            nothing and are seen by none.
+            A batch with the same keys. T is padded to `padded_length` with zeros. In masks, padding
+            sees nothing and no query sees it.
 
         Raises:
-            ValueError: if the arrays are of different lengths, or dp does not divide the batch.
+            ValueError: if the arrays have different lengths, or dp does not divide the batch.
         """
         self._require_one_stream("shard_batch")
         return placing.shard_batch(self, batch)
 
     def place(self, mask: Mask, length: int, key_length: int | None = None) -> Mask:
-        """Return a mask in natural order as a placed one: numbers, in the layout, on the devices.
+        """Place a mask: compute its intervals in the layout and put them on the devices.
 
         Args:
-            mask: written for a stream of `length` queries, or for any.
+            mask: a mask in natural order, for a stream of `length` queries or of any length.
             length: T before padding.
-            key_length: S before padding, in cross attention; T if None. No query sees past it.
+            key_length: S before padding, in cross attention; T if None. No query sees later keys.
 
         Raises:
-            ValueError: if the mask was written for more queries, or has been placed already.
+            ValueError: if the mask was written for more queries, or is already placed.
 
         >>> import hcp_jax as hcp
         >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
@@ -275,19 +275,19 @@ class ContextParallel:
         return placing.place_mask(self, mask, length, key_length)
 
     def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
-        """The global index of every token of a stream, in the layout; for RoPE."""
+        """Return the global index of every token of a stream, in the layout; for RoPE."""
         self._require_one_stream("positions")
         return placing.positions(self, length)
 
     def roll(self, x: jax.Array, shift: int, dim: int = 1) -> jax.Array:
-        """`jnp.roll` along the stream of an array in the layout, right across device borders.
+        """Apply `jnp.roll` along the stream to an array in the layout, across device borders.
 
-        Only the |shift| tokens at the border of each chunk travel, by one ppermute for each of a
-        device's chunks (and once more for every full chunk's length in `shift`).
+        Only the |shift| tokens at the border of each chunk are sent, with one ppermute for each
+        chunk of a device. A shift by more than a chunk repeats this for each chunk length.
 
         Args:
             x: an array in the layout.
-            shift: places to move by; -1 puts the next token at each place.
+            shift: number of tokens to shift by; -1 replaces each token by the next one.
             dim: the sequence dim.
         """
         self._require_one_stream("roll")
@@ -295,26 +295,26 @@ class ContextParallel:
         return placing.roll(self, x, shift, checks.dimension("dim", dim, x.ndim))
 
     def describe(self) -> str:
-        """The mesh, the groups of every axis with their link, the comm types, and the core."""
+        """Describe the mesh, the groups and the link of each axis, the comm types and the core."""
         return describe(self)
 
     @property
     def platform(self) -> str:
-        """The platform of the mesh's devices, "cpu" or "gpu", whatever the default backend is."""
-        return self.mesh.devices.flat[0].platform
+        """The platform of the mesh's devices, "cpu" or "gpu"; may not be the default backend."""
+        return str(self.mesh.devices.flat[0].platform)
 
     @property
     def device_kind(self) -> str:
         """The kind of the mesh's devices, such as "NVIDIA H200"."""
-        return self.mesh.devices.flat[0].device_kind
+        return str(self.mesh.devices.flat[0].device_kind)
 
     @property
     def mesh_in_context(self) -> Mesh | AbstractMesh:
-        """The mesh of this place of the program, which is `mesh` but for the types of its axes."""
+        """The mesh to use at this point of the program: `mesh`, perhaps with other axis types."""
         return spmd.mesh_here(self.mesh, self.axes)
 
     def _check_axes(self) -> None:
-        """Refuse axes that the mesh lacks, and one axis in two roles."""
+        """Raise if the mesh lacks an axis, or if one axis has two roles."""
         roles: dict[str, str] = {}
         for field in ("dp", "tp", "cp_outer", "cp_inner"):
             value = getattr(self, field)
@@ -379,8 +379,8 @@ def _require_mesh(mesh: Any) -> None:
     ]
     if manual:
         raise ValueError(
-            f"the mesh's axes {', '.join(manual)} are of type Manual; make it of Auto or Explicit "
-            "ones. A shard_map around a call makes them Manual where it has to."
+            f"the mesh's axes {', '.join(manual)} are of type Manual; make the mesh with Auto or "
+            "Explicit axes. A shard_map around a call makes axes Manual where needed."
         )
 
 

@@ -1,6 +1,6 @@
-"""A context in words: what the runs' logs begin with.
+"""Describe a `ContextParallel` in words, for the start of a run's log.
 
-It stands apart from `context.py` because it decides nothing.
+It is separate from `context.py` because it only reports and decides nothing.
 """
 
 import math
@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 
 from hcp_jax.kernels import core
 from hcp_jax.parallel.mesh import as_tuple, axis_groups, axis_link
-from hcp_jax.sequence.groupings import describe as describe_layout
+from hcp_jax.sequence.groupings import describe as describe_grouping
 
 if TYPE_CHECKING:
     from hcp_jax.parallel.context import ContextParallel
 
 
 def describe(cp: "ContextParallel") -> str:
-    """The mesh, the groups of every axis with their link, the comm types, and the core."""
+    """Describe the mesh, the groups and the link of each axis, the comm types and the core."""
     lines = [
         f"{cp.mesh.devices.size} devices ({cp.device_kind}), context parallel size "
         f"{cp.size}, {cp.layout} layout"
@@ -26,7 +26,7 @@ def describe(cp: "ContextParallel") -> str:
         for axis in as_tuple(getattr(cp, field)):
             lines.append(f"  {axis:<9} {_describe_axis(cp.mesh, axis)}")
     if cp.groups is not None:
-        lines.append(f"  groups    {describe_layout(cp.groups)}, in the order of the mesh")
+        lines.append(f"  groups    {describe_grouping(cp.groups)}, in the order of the mesh")
     if isinstance(cp.comm_type, str):
         lines.append(f"  attention {describe_strategy(cp)}")
     else:
@@ -37,7 +37,7 @@ def describe(cp: "ContextParallel") -> str:
 
 
 def describe_strategy(cp: "ContextParallel") -> str:
-    """One line: what attention with `cp`'s comm type does on `cp`'s mesh.
+    """Return one line on how attention with `cp`'s comm type communicates on `cp`'s mesh.
 
     >>> import hcp_jax as hcp
     >>> describe_strategy(hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2)))
@@ -69,7 +69,7 @@ def _describe_axis(mesh: Mesh, axis: str) -> str:
 
 
 def collapse(cp: "ContextParallel", comm_type: str) -> str:
-    """What a comm type of two levels comes to where one of its axes has size 1."""
+    """Return a note if a two-level comm type has an axis of size 1; else an empty string."""
     if "+" not in comm_type or cp.size == 1:
         return ""
     outer = comm_type.split("+")[1]

@@ -1,9 +1,8 @@
-"""Arrays that lie in the host's memory, pinned, for GPUs to fetch.
+"""Shard arrays in pinned host memory, from which GPUs can fetch them.
 
-JAX says so with the memory kind "pinned_host" of a sharding. Of devices that are not here (those of
-a topology, which `plan/aot.py` compiles for) it does not know the memories, and drops the kind
-without a word: the program would be another one. What puts that right is in this file and nowhere
-else.
+In JAX this is the memory kind "pinned_host" of a sharding. For devices that are not attached (those
+of a topology, which `compiled/aot.py` compiles for) JAX does not know the memories and silently
+drops the kind, which changes the program. Only this file works around that.
 """
 
 import contextlib
@@ -15,24 +14,24 @@ KIND = "pinned_host"
 
 
 def on_host(sharding: NamedSharding) -> NamedSharding:
-    """The sharding of an array that is cut in the same way, but lies in the hosts' memory.
+    """Return the same sharding, but in pinned host memory.
 
     Raises:
-        NotImplementedError: if the devices have no such memory.
+        NotImplementedError: if the hosts of the devices offer no such memory.
     """
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
     require(mesh)
     if mesh.devices.flat[0].addressable_memories():
         return sharding.with_memory_kind(KIND)
-    return _OfAbsentDevices(mesh, sharding.spec)
+    return _AbsentHostSharding(mesh, sharding.spec)
 
 
 def require(mesh: Mesh) -> None:
-    """Refuses a mesh of devices that are here and have no pinned memory of their host.
+    """Check that the mesh's devices, if they are attached, can use pinned host memory.
 
     Raises:
-        NotImplementedError: in that case; names the memories they have.
+        NotImplementedError: if not; the message names the memories that they have.
     """
     kinds = [memory.kind for memory in mesh.local_devices[0].addressable_memories()]
     if kinds and KIND not in kinds:
@@ -44,19 +43,19 @@ def require(mesh: Mesh) -> None:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """While a program that was lowered for devices that are not here is compiled.
+    """Hide the memory kind while a program is compiled for devices that are not attached.
 
-    Lowering must be told the kind; but when JAX compares the outputs of the compiled program with
-    what was asked for, it has forgotten it of its own, and must not find it in ours.
+    Lowering needs the kind. But when JAX compares the outputs of the compiled program with the
+    requested shardings, its own shardings have lost the kind, so ours must not show it either.
     """
-    _OfAbsentDevices.kind = None
+    _AbsentHostSharding.kind = None
     try:
         yield
     finally:
-        _OfAbsentDevices.kind = KIND
+        _AbsentHostSharding.kind = KIND
 
 
-class _OfAbsentDevices(NamedSharding):
+class _AbsentHostSharding(NamedSharding):
     kind: str | None = KIND
 
     @property
@@ -64,7 +63,7 @@ class _OfAbsentDevices(NamedSharding):
         return self.kind
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _OfAbsentDevices) and super().__eq__(other)
+        return isinstance(other, _AbsentHostSharding) and super().__eq__(other)
 
     def __hash__(self) -> int:
         return hash((KIND, super().__hash__()))

@@ -1,15 +1,15 @@
-"""The device mesh: four named axes, and what each of them runs over.
+"""Build the device mesh with its four named axes, and tell which links each axis uses.
 
-Devices are ordered dp, cp_outer, cp_inner, tp from the slowest to the fastest, so that the axes
-that talk most (tp: every layer's products; cp_inner: the all-to-alls) stay inside a host, and the
-ring of cp_outer, which hides behind attention, is what crosses hosts:
+Devices are ordered dp, cp_outer, cp_inner, tp from the slowest to the fastest. So the axes that
+communicate most (tp: every layer's products; cp_inner: the all-to-alls) stay inside a host. The
+ring of cp_outer crosses hosts; it is hidden behind attention:
 
     host 0                      host 1
     tp tp | tp tp               tp tp | tp tp
     inner 0  inner 1            inner 0  inner 1
     ------ outer 0 ------       ------ outer 1 ------
 
-The axes keep their names' order in the mesh, ("dp", "tp", "cp_outer", "cp_inner").
+In the mesh itself the axes are in the order ("dp", "tp", "cp_outer", "cp_inner").
 """
 
 import difflib
@@ -37,14 +37,14 @@ def make_mesh(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes ("dp", "tp", "cp_outer", "cp_inner"), each of any size.
+    """Return a mesh with axes ("dp", "tp", "cp_outer", "cp_inner"), each of any size.
 
     Args:
         dp: data parallelism.
         tp: tensor parallelism: attention heads and weight matrices.
         cp_outer: P, the ring between hosts.
         cp_inner: A, the all-to-all inside a host.
-        devices: all of `jax.devices()` if None.
+        devices: devices of the mesh; all of `jax.devices()` if None.
 
     Returns:
         A mesh whose axes are of type Auto.
@@ -82,17 +82,17 @@ def make_mesh(
 
 
 def axis_groups(mesh: Mesh, axis: str) -> np.ndarray:
-    """The devices that talk to each other along `axis`: one row per group."""
+    """Return the devices that communicate along `axis`: one row per group."""
     dim = mesh.axis_names.index(axis)
     return np.moveaxis(mesh.devices, dim, -1).reshape(-1, mesh.devices.shape[dim])
 
 
 def axis_link(mesh: Mesh, axis: str) -> str:
-    """What the groups of `axis` talk over: "no link" (size 1), "inside a host" or "between hosts".
+    """Return the link that `axis` uses: "no link" (size 1), "inside a host" or "between hosts".
 
-    A host is what JAX calls a slice where it knows of slices (GPUs: a machine, or the machines of
-    one NVLink domain), else a process; on CPUs always a process, so that several on one machine
-    stand for several hosts.
+    A host is a JAX slice if JAX knows slices (on GPUs: a machine, or the machines of one NVLink
+    domain), else a process. On CPUs it is always a process, so that several processes on one
+    machine can simulate several hosts.
     """
     groups = axis_groups(mesh, axis)
     if groups.shape[1] == 1:
@@ -109,13 +109,13 @@ def xla_flags(device_kind: str) -> dict[str, bool | int | str]:
 
     Args:
         device_kind: `jax.Device.device_kind`, such as "NVIDIA H200"; or a GPU's short name, as
-            `hcp plan --gpu` takes it, such as "h200". Upper and lower case are the same.
+            `hcp plan --gpu` takes it, such as "h200". Case does not matter.
 
     Returns:
         Flag names without their dashes, and values; empty for CPUs, TPUs and AMD's GPUs.
 
     Raises:
-        ValueError: for a name that is none of these.
+        ValueError: for an unknown name.
 
     >>> xla_flags("h200") == xla_flags("NVIDIA H200") != xla_flags("cpu") == {}
     True
@@ -131,7 +131,7 @@ def xla_flags(device_kind: str) -> dict[str, bool | int | str]:
 
 
 def _is_nvidia(device_kind: str) -> bool:
-    """Return whether a device kind or short name is an NVIDIA GPU; refuse what is no device."""
+    """Return whether a device kind or short name is an NVIDIA GPU; raise for an unknown device."""
     if not isinstance(device_kind, str):
         raise ValueError(
             f"a device kind is a string, got {device_kind!r}; pass jax.devices()[0].device_kind."
@@ -139,7 +139,7 @@ def _is_nvidia(device_kind: str) -> bool:
     first, *rest = device_kind.lower().replace("-", " ").split() or [""]
     if first in ("cpu", "tpu", "amd"):
         return False
-    # Drivers name GPUs that no list here knows, always after a brand.
+    # A GPU may be missing from our list, but its driver name always begins with a brand.
     if first in GPU_NAMES or (first in ("nvidia", "tesla", "quadro", "geforce") and rest):
         return True
     near = difflib.get_close_matches(first, (*GPU_NAMES, "cpu"), 1)
@@ -151,9 +151,9 @@ def _is_nvidia(device_kind: str) -> bool:
 
 
 def host_of(device: jax.Device) -> tuple[str, int]:
-    """What tells the host of a device from others; see `axis_link` for what a host is."""
-    # On GPUs a slice is a host, or the hosts of one NVLink domain, however many processes run
-    # there. Devices of a cluster that is only compiled for are all of one slice.
+    """Return a key that identifies the host of a device; `axis_link` defines a host."""
+    # On GPUs a slice is a host, or the hosts of one NVLink domain, with any number of processes.
+    # The devices of a cluster that is only compiled for all have the same slice.
     domain = getattr(device, "slice_index", None)
     if (
         domain is None
@@ -165,7 +165,7 @@ def host_of(device: jax.Device) -> tuple[str, int]:
 
 
 def as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The names of one mesh axis, of several or of none.
+    """Return the names of one, several or no mesh axes as a tuple.
 
     >>> as_tuple("dp"), as_tuple(None)
     (('dp',), ())

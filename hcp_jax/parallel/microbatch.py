@@ -1,14 +1,14 @@
-"""A packed microbatch onto the devices of its groups: what a program with `cp.groups` is fed.
+"""Put a packed microbatch on the devices of its groups, as input of a program with `cp.groups`.
 
     packed = dynamic.pack(microbatch, lengths, M, devices=own_devices(cp))
     cp = dataclasses.replace(cp, groups=packed.layout)
     batch = place_microbatch(cp, packed, {"tokens": tokens, "targets": targets, "weights": weights})
 
-Row d of a packed array is the buffer of device d, counted along dp, cp_outer and cp_inner. The rows
-stand side by side in the device arrays `[dp, C·M]`, so that each is where the mesh puts it: nothing
-moves between hosts, and each host packs the rows of its own devices.
+Row d of a packed array is the buffer of device d, counted along dp, cp_outer and cp_inner. In the
+device arrays `[dp, C·M]` the rows are side by side, so that the mesh assigns each row to its own
+device. Nothing moves between hosts: each host packs the rows of its own devices.
 
-It stands apart from `context.py` because a stream is reordered there, and here nothing is.
+It is separate from `context.py` because nothing is reordered here.
 """
 
 from collections.abc import Mapping
@@ -27,10 +27,10 @@ from hcp_jax.sequence.packing import PackedMicrobatch, max_runs
 
 
 def own_devices(cp: ContextParallel) -> range:
-    """The devices whose buffers this process packs, counted along dp, cp_outer and cp_inner.
+    """Return the devices whose buffers this process packs, counted along dp, cp_outer and cp_inner.
 
-    Those that it drives, and what is between them and around them up to whole rows of cp_inner: the
-    devices of a row may exchange heads, and then need each other's intervals.
+    These are the devices that the process drives and any between them, extended to whole rows of
+    cp_inner: devices of a row may exchange heads, and then need each other's intervals.
 
     >>> import hcp_jax as hcp
     >>> own_devices(hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2)))
@@ -46,15 +46,15 @@ def own_devices(cp: ContextParallel) -> range:
 
 
 def flat_devices(
-    cp: ContextParallel, of_devices: Shaped[np.ndarray, "..."]
+    cp: ContextParallel, devices: Shaped[np.ndarray, "..."]
 ) -> Shaped[np.ndarray, "D lanes"]:
-    """A row for each of the devices that groups are made of, from an array like `mesh.devices`.
+    """Reshape an array like `mesh.devices` to one row for each position along dp and the cp axes.
 
-    What lies in a row differs in tp, and in the mesh's axes that `cp` leaves alone.
+    The entries of a row differ in tp and in mesh axes that `cp` does not use.
     """
     order = [cp.mesh.axis_names.index(axis) for axis in cp.flat_axes]
-    others = [dim for dim in range(of_devices.ndim) if dim not in order]
-    return of_devices.transpose(*order, *others).reshape(cp.axis_size(cp.flat_axes), -1)
+    others = [dim for dim in range(devices.ndim) if dim not in order]
+    return devices.transpose(*order, *others).reshape(cp.axis_size(cp.flat_axes), -1)
 
 
 def place_microbatch(
@@ -64,23 +64,23 @@ def place_microbatch(
     *,
     sliding_window: int | None = None,
 ) -> dict[str, Any]:
-    """A microbatch as the batch of a program whose `cp.groups` are its layout.
+    """Put a packed microbatch on the devices, as the batch of a program with `cp.groups`.
 
     Args:
-        cp: its groups are `packed.layout`.
-        packed: from `dynamic.pack`, for the devices of `own_devices(cp)` at least.
-        arrays: for each place of packed's buffers, whatever the program wants to know of the
-            token there (tokens, targets, weights, of 0 where there is none); rows as packed's.
-        sliding_window: of the model, if it has one: a query sees so many keys of its document at
-            most, itself included.
+        cp: a context whose groups are `packed.layout`.
+        packed: from `dynamic.pack`, at least for the devices of `own_devices(cp)`.
+        arrays: values for each slot of packed's buffers (tokens, targets, weights; 0 for padding),
+            with the same rows as packed.
+        sliding_window: the model's window, if it has one: a query sees at most this many keys of
+            its document, including itself.
 
     Returns:
-        The arrays, cut over dp and the cp axes: `[dp, C·M, …]`; "positions", and the "mask" that
-        `dot_product_attention` takes. Shapes depend on the layout and on M alone.
+        The arrays `[dp, C·M, …]`, cut over dp and the cp axes, "positions", and the "mask" for
+        `dot_product_attention`. Shapes depend only on the grouping and on M.
 
     Raises:
-        ValueError: if packed is of another layout, lacks buffers that this process needs or has
-            more runs of keys than are compiled for, or if an array is of another shape.
+        ValueError: if packed has another grouping, lacks buffers that this process needs or has
+            more key runs than the program is compiled for, or if an array has another shape.
     """
     if packed.layout != cp.groups:
         raise ValueError(
@@ -97,36 +97,38 @@ def place_microbatch(
         if rows.shape[:2] != packed.position.shape:
             raise ValueError(
                 f"{name} has shape {rows.shape}, but the buffers are {packed.position.shape}: an "
-                "array needs a row for each device of packed.devices, and an entry for each place."
+                "array needs a row for each device of packed.devices, and an entry for each slot."
             )
     start = packed.start
     if sliding_window is not None:
         window = checks.integer("sliding_window", sliding_window, least=1)
         start = np.maximum(start, packed.end - min(window, np.iinfo(np.int32).max))
-    first, places = packed.devices.start, packed.position.shape[1]
+    first, slots = packed.devices.start, packed.position.shape[1]
 
     def placed(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return _from_rows(cp, rows, first, sharding)
 
-    of_tokens = {
+    token_arrays = {
         name: placed(rows, cp.sharding(rows.ndim))
         for name, rows in {**arrays, "positions": packed.position}.items()
     }
-    of_queries = NamedSharding(cp.mesh, cp.spec_of_intervals)
-    runs = KeyRuns(*(_everywhere(cp, x) for x in _filled_up(packed, places)))
-    mask = _placed_mask(cp, placed(start, of_queries), placed(packed.end, of_queries), runs)
-    return of_tokens | {"mask": mask}
+    interval_sharding = NamedSharding(cp.mesh, cp.interval_spec)
+    runs = KeyRuns(*(_everywhere(cp, x) for x in _fill_up(packed, slots)))
+    mask = _placed_mask(
+        cp, placed(start, interval_sharding), placed(packed.end, interval_sharding), runs
+    )
+    return token_arrays | {"mask": mask}
 
 
 def abstract_microbatch(
     cp: ContextParallel, max_tokens_per_device: int, dtypes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The shapes of what `place_microbatch` makes of any microbatch of a layout, to compile for.
+    """Return the shapes that `place_microbatch` gives any microbatch of a grouping, for compiling.
 
     Args:
-        cp: its groups are the layout.
+        cp: a context whose groups are the grouping.
         max_tokens_per_device: M.
-        dtypes: of the arrays, by name; each is `[D, M]`.
+        dtypes: dtypes of the arrays by name; each array is `[D, M]`.
 
     Raises:
         ValueError: if cp has no groups.
@@ -135,50 +137,50 @@ def abstract_microbatch(
         raise ValueError("cp has no groups: use dataclasses.replace(cp, groups=layout).")
     shape = cp.axis_size(cp.dp), cp.size * max_tokens_per_device
 
-    def array(shape: tuple[int, ...], dtype, spec: PartitionSpec) -> Any:
+    def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(cp.mesh, spec))
 
-    start, end = (array(shape, np.int32, cp.spec_of_intervals) for _ in range(2))
+    start, end = (array(shape, np.int32, cp.interval_spec) for _ in range(2))
     most = num_runs(cp.groups, max_tokens_per_device)
-    of_keys = (array((sum(cp.groups), n), np.int32, PartitionSpec()) for n in (most, most + 1))
+    key_runs = (array((sum(cp.groups), n), np.int32, PartitionSpec()) for n in (most, most + 1))
     named = {**dtypes, "positions": np.int32}
-    of_tokens = {name: array(shape, dtype, cp.spec(2)) for name, dtype in named.items()}
-    return of_tokens | {"mask": _placed_mask(cp, start, end, KeyRuns(*of_keys))}
+    token_arrays = {name: array(shape, dtype, cp.spec(2)) for name, dtype in named.items()}
+    return token_arrays | {"mask": _placed_mask(cp, start, end, KeyRuns(*key_runs))}
 
 
 def num_runs(layout: tuple[int, ...], max_tokens_per_device: int) -> int:
-    """Runs of keys on each device that the program of a layout is compiled for."""
+    """Return the number of key runs per device that a grouping's program is compiled for."""
     return max_runs(max_tokens_per_device) if max(layout) > 1 else 1
 
 
-def _placed_mask(cp: ContextParallel, start, end, runs: KeyRuns) -> Mask:
+def _placed_mask(cp: ContextParallel, start: Any, end: Any, runs: KeyRuns) -> Mask:
     return Mask((Given(start, end),), placement=cp.placement, runs=runs)
 
 
-def _filled_up(packed: PackedMicrobatch, places: int) -> tuple[np.ndarray, np.ndarray]:
-    """The runs, and empty ones up to the number that is compiled for."""
+def _fill_up(packed: PackedMicrobatch, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the runs, with empty runs added up to the number that is compiled for."""
     starts, offsets = packed.runs
-    tail = num_runs(packed.layout, places) - starts.shape[1]
+    tail = num_runs(packed.layout, slots) - starts.shape[1]
     if tail < 0:
         raise ValueError(
             f"a device holds up to {starts.shape[1]} runs of keys, but {starts.shape[1] + tail} "
-            f"are compiled for with {places} tokens per device: pack with num_runs="
+            f"are compiled for with {slots} tokens per device: pack with num_runs="
             f"{starts.shape[1] + tail}, and if that fails put fewer documents into a group."
         )
     widths = ((0, 0), (0, tail))
     return np.pad(starts, widths), np.pad(offsets, widths, "edge")
 
 
-def _from_rows(cp: ContextParallel, rows: np.ndarray, first: int, sharding) -> jax.Array:
-    """`[dp, C·M, …]` on the devices, from the buffers of devices `first` … of the flat mesh."""
-    places, dp = rows.shape[1], cp.axis_size(cp.dp)
-    shape = dp, cp.size * places, *rows.shape[2:]
+def _from_rows(cp: ContextParallel, rows: np.ndarray, first: int, sharding: Any) -> jax.Array:
+    """Put buffers, whose first row is that of device `first`, on the devices as `[dp, C·M, …]`."""
+    slots, dp = rows.shape[1], cp.axis_size(cp.dp)
+    shape = dp, cp.size * slots, *rows.shape[2:]
 
     def part(index: Any) -> np.ndarray:
         (top, bottom, _), (begin, end, _) = (index[dim].indices(shape[dim]) for dim in (0, 1))
-        begins = [row * cp.size - first + begin // places for row in range(top, bottom)]
-        buffers = [rows[b : b + (end - begin) // places] for b in begins]
-        return np.stack([of_row.reshape(-1, *rows.shape[2:]) for of_row in buffers])
+        begins = [row * cp.size - first + begin // slots for row in range(top, bottom)]
+        buffers = [rows[b : b + (end - begin) // slots] for b in begins]
+        return np.stack([buffer.reshape(-1, *rows.shape[2:]) for buffer in buffers])
 
     return jax.make_array_from_callback(shape, sharding, part)
 

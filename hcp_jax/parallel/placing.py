@@ -1,7 +1,7 @@
-"""Streams onto the devices and back: arrays and masks in natural order, cut as a context says.
+"""Shard arrays and masks in natural order over the devices of a context, and bring them back.
 
-It stands apart from `context.py`, whose methods these are, because that one decides and this one
-moves. Under groups there is no one stream to reorder: see `microbatch.py`.
+These functions implement methods of `ContextParallel`: `context.py` decides, this module moves
+data. With groups, streams are not reordered: see `microbatch.py`.
 """
 
 import dataclasses
@@ -30,18 +30,18 @@ _log = logging.getLogger("hcp_jax")
 
 
 class Gathered(NamedTuple):
-    """A host array that is read where it is needed: a device has `read` of its part of `places`.
+    """A host array that is read lazily: a device gets `read` of its own part of `places`.
 
     Attributes:
-        places: integers, 0 where there is nothing (padding).
-        read: makes values of places, elementwise.
+        places: integers that say what to read; 0 for padding.
+        read: function from places to values, elementwise.
     """
 
     places: np.ndarray
     read: Callable[[np.ndarray], np.ndarray]
 
     def whole(self) -> np.ndarray:
-        """All of it."""
+        """Return the whole array."""
         return self.read(self.places)
 
 
@@ -139,7 +139,7 @@ def roll(cp: "ContextParallel", x: jax.Array, shift: int, dim: int) -> jax.Array
 
 
 def warn_of_padding(cp: "ContextParallel", mask: Mask, length: int, key_length: int) -> None:
-    """Warn, once per shape, if a mask shows keys that `shard` has padded a stream with.
+    """Warn, once per shape, if a mask lets queries see padding that `shard` has added.
 
     Args:
         cp: the context parallelism.
@@ -187,8 +187,8 @@ def _require_batch(cp: "ContextParallel", rows: int, what: str) -> None:
         )
 
 
-# (C, layout, padded length) -> the lengths that `shard` has padded to it, and those that have been
-# warned of. Arrays do not remember them, and attention must not see padding in silence.
+# (C, layout, padded length) -> the lengths that `shard` has padded to it, and those that a warning
+# was given for. Arrays do not record their padding, and attention must not see it silently.
 _padded: dict[tuple[int, str, int], set[int]] = {}
 _warned: dict[tuple[int, str, int], set[int]] = {}
 
@@ -219,11 +219,11 @@ def _require_whole_streams(cp: "ContextParallel", what: str) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _reorder(x, cp: "ContextParallel", dim: int, padded: int):
+def _reorder(x: jax.Array, cp: "ContextParallel", dim: int, padded: int) -> Any:
     widths = [(0, padded - x.shape[dim] if d == dim else 0) for d in range(x.ndim)]
     spec = cp.spec(x.ndim, dim)
 
-    def reorder(x):
+    def reorder(x: Any) -> Any:
         y = to_layout(jnp.pad(x, widths), cp.size, cp.layout, dim)
         return spmd.constrain(y, cp.mesh, cp.axes, spec)
 
@@ -231,17 +231,18 @@ def _reorder(x, cp: "ContextParallel", dim: int, padded: int):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _restore(x, cp: "ContextParallel", dim: int):
-    def restore(x):
+def _restore(x: jax.Array, cp: "ContextParallel", dim: int) -> Any:
+    def restore(x: Any) -> Any:
         return from_layout(x, cp.size, cp.layout, dim)
 
-    # Under Explicit axes results are whole along `dim`: it need not divide once it is cut short.
+    # With Explicit axes the result is replicated along `dim`: after cutting to the original
+    # length, `dim` need not be divisible.
     spec = PartitionSpec(*(None if d == dim else s for d, s in enumerate(cp.spec(x.ndim, dim))))
     return spmd.run(cp.mesh, cp.axes, restore, spec, x)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _roll(x, cp: "ContextParallel", shift: int, dim: int):
+def _roll(x: jax.Array, cp: "ContextParallel", shift: int, dim: int) -> Any:
     spec = cp.spec(x.ndim, dim)
     local = functools.partial(
         roll_local, axes=cp.cp_axes, cp_size=cp.size, layout=cp.layout, shift=shift, dim=dim

@@ -1,11 +1,11 @@
-"""Shift along the stream, right across device borders: what one device does inside shard_map.
+"""Shift a stream across device borders: one device's part, inside shard_map.
 
     natural      0 | 1 | 2 | 3 | 4 | 5 | 6 | 7      roll by -1: every chunk loses its first token
-    zigzag       0   7 | 1   6 | 2   5 | 3   4      and takes that of the next chunk, which lies on
+    zigzag       0   7 | 1   6 | 2   5 | 3   4      and gets that of the next chunk, which is on
                  dev 0   dev 1   dev 2   dev 3      the next device (0 -> 1), on the one before
                                                     (7 -> 6 reversed), or on the same (3 -> 4)
 
-Only borders travel: one ppermute per chunk that a device holds.
+Only borders are sent: one ppermute per chunk that a device holds.
 """
 
 import jax
@@ -16,37 +16,41 @@ from hcp_jax.parallel import spmd
 from hcp_jax.sequence.layout import chunk_order, runs_per_device
 
 
-def roll_local(x, *, axes: tuple[str, ...], cp_size: int, layout: str, shift: int, dim: int):
-    """One device's part of `ContextParallel.roll`.
+def roll_local(
+    x: jax.Array, *, axes: tuple[str, ...], cp_size: int, layout: str, shift: int, dim: int
+) -> jax.Array:
+    """Return one device's part of `ContextParallel.roll`.
 
     Args:
         x: this device's chunks.
         axes: the mesh axes that `dim` is cut over.
-        cp_size: how many devices they have.
+        cp_size: number of devices along `axes`.
         layout: the layout of `dim`.
-        shift: places to move by, as in `jnp.roll`.
+        shift: number of tokens to shift by, as in `jnp.roll`.
         dim: the sequence dim.
     """
     length = x.shape[dim] * cp_size
     chunk = x.shape[dim] // runs_per_device(layout)
     shift = (shift + length // 2) % length - length // 2
-    while shift:  # a chunk's length at a time
+    while shift:  # at most one chunk length per step
         step = max(-chunk, min(chunk, shift))
         x = _roll_step(x, axes, cp_size, layout, step, dim)
         shift -= step
     return x
 
 
-def _roll_step(x, axes: tuple[str, ...], cp_size: int, layout: str, step: int, dim: int):
-    """Shift by |step| <= a chunk: every chunk takes its neighbour's border.
+def _roll_step(
+    x: jax.Array, axes: tuple[str, ...], cp_size: int, layout: str, step: int, dim: int
+) -> jax.Array:
+    """Shift by |step| <= one chunk: every chunk takes the border of its neighbour in the stream.
 
-    The chunks of one slot (first, second) of all devices take theirs from devices that are all
-    different, so that one ppermute serves them, except at the turning points of the zigzag, where
-    a device is its own neighbour and nothing travels.
+    Take the first (or second) chunk of all devices: their neighbours are on different devices, so
+    one ppermute serves them all. At the turning points of the zigzag a device holds both chunks,
+    and nothing is sent.
     """
     order = chunk_order(cp_size, layout)
     runs = runs_per_device(layout)
-    place_of = np.argsort(order)
+    chunk_position = np.argsort(order)
     chunks = jnp.split(x, runs, axis=dim)
     size = chunks[0].shape[dim]
     edge, rest = (
@@ -58,7 +62,7 @@ def _roll_step(x, axes: tuple[str, ...], cp_size: int, layout: str, step: int, d
     rolled = []
     for slot, chunk in enumerate(chunks):
         neighbour = (order.reshape(-1, runs)[:, slot] + (1 if step < 0 else -1)) % order.size
-        source, source_slot = np.divmod(place_of[neighbour], runs)  # by receiving device
+        source, source_slot = np.divmod(chunk_position[neighbour], runs)  # by receiving device
         at_home = source == np.arange(cp_size)
         own = borders[jnp.asarray(source_slot)[device]]
         sent = np.zeros(cp_size, np.int32)

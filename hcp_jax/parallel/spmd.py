@@ -1,17 +1,17 @@
-"""How the library enters a mesh: one way into `shard_map`, one way through a `ppermute`.
+"""Enter `shard_map` and call `ppermute` on any mesh; all modules use these functions for it.
 
-A caller's mesh may have its axes in any order and of any type (Auto, Explicit), and the caller may
-stand inside a `shard_map` already, whose axes are then Manual. No other file asks about that:
+A caller's mesh may have its axes in any order and of any type (Auto, Explicit), and the call may
+already be inside a `shard_map`, whose axes are then Manual. Only this file handles these cases:
 
     run         call a function where all axes are Auto or Manual, and where jax does not track over
-                which manual axes a value varies; its results have the types that the caller expects
-    shard_map   map a function over the devices of some axes, less those that are Manual already
+                which manual axes a value varies; results have the types that the caller expects
+    shard_map   map a function over the devices of some axes, except those that are already Manual
     ppermute    send along several axes, with devices numbered in the order of the axes given
 
-The library numbers devices in the order in which it names axes ((cp_outer, cp_inner), say), as
+The library numbers devices in the order in which it names axes, such as (cp_outer, cp_inner).
 `axis_index`, `all_gather`, `all_to_all` (with `axis_index_groups`), `psum_scatter` and
-PartitionSpecs do. Only `ppermute` numbers them in the order of the mesh instead (from jax 0.12 on
-it refuses any other), which is why it has a function here.
+PartitionSpecs do the same. Only `ppermute` numbers devices in the order of the mesh (from jax 0.12
+on it accepts no other order), so it has a function here.
 """
 
 import functools
@@ -27,13 +27,13 @@ from hcp_jax import compat
 
 
 def mesh_here(mesh: Mesh, axes: Iterable[str]) -> Mesh | AbstractMesh:
-    """Return the mesh to use at this place of the program, for work over `axes` of `mesh`.
+    """Return the mesh to use at this point of the program, for work over `axes` of `mesh`.
 
-    That is `mesh` itself, unless a mesh is in context (`jax.set_mesh`, or a `shard_map` around the
-    call): then it is that one, whose axes may be of other types.
+    This is `mesh` itself, unless a mesh is in context (from `jax.set_mesh`, or from a `shard_map`
+    around the call): then it is the one in context, whose axes may be of other types.
 
     Raises:
-        ValueError: if the mesh in context lacks one of the axes, or has another number of devices
+        ValueError: if the mesh in context lacks one of the axes, or has a different size
             along it.
     """
     context = jax.sharding.get_abstract_mesh()
@@ -42,7 +42,7 @@ def mesh_here(mesh: Mesh, axes: Iterable[str]) -> Mesh | AbstractMesh:
     wrong = [axis for axis in axes if context.shape.get(axis) != mesh.shape[axis]]
     if wrong:
         raise ValueError(
-            f"the mesh in context is {_described(context)}, but cp.mesh is {_described(mesh)}: "
+            f"the mesh in context is {_mesh_text(context)}, but cp.mesh is {_mesh_text(mesh)}: "
             f"they differ in {', '.join(wrong)}. Make the ContextParallel from the mesh that "
             "jax.set_mesh or the shard_map around this call uses."
         )
@@ -56,17 +56,17 @@ def manual_axes(mesh: Mesh | AbstractMesh, axes: Iterable[str]) -> frozenset[str
 
 
 def run(
-    mesh: Mesh | None, axes: Iterable[str], function: Callable, out_specs: Any, *args: Any
+    mesh: Mesh | None, axes: Iterable[str], function: Callable[..., Any], out_specs: Any, *args: Any
 ) -> Any:
     """Call `function(*args)` where Explicit axes are Auto and no variation is tracked.
 
     Args:
-        mesh: the mesh that the function works on; if None, that which the arguments lie on.
+        mesh: the mesh that the function works on; if None, the mesh of the arguments.
         axes: the mesh axes that it works over.
         function: what to call. Arrays must reach it through `args`: one that it closes over would
             keep its Explicit type.
-        out_specs: how the results are cut, a PartitionSpec or a tree of them; it gives the results
-            their types under Explicit axes, and is unused without any.
+        out_specs: PartitionSpec of the results, or a tree of them. Under Explicit axes it gives the
+            results their types; otherwise it is unused.
         args: trees of arrays.
     """
     axes = tuple(axes)
@@ -77,7 +77,7 @@ def run(
         shardings = jax.tree.map(lambda spec: NamedSharding(here, spec), specs, is_leaf=_is_spec)
         inner = jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=shardings)
         if isinstance(here, Mesh) and _mesh_of(args).empty:
-            # Nothing yet says which devices to run on; under Auto axes a constraint may.
+            # Nothing says yet which devices to run on; under Auto axes a constraint can say it.
             whole = NamedSharding(Mesh(here.devices, here.axis_names), PartitionSpec())
             args = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), args)
     else:
@@ -88,17 +88,17 @@ def run(
 
 
 def shard_map(
-    mesh: Mesh, axes: Iterable[str], function: Callable, in_specs: Any, out_specs: Any
-) -> Callable:
-    """Map `function` over the devices of `axes`, less those that are Manual here already.
+    mesh: Mesh, axes: Iterable[str], function: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Map `function` over the devices of `axes`, except those that are already Manual here.
 
-    Along a Manual axis arrays are already the device's own, so that specs do not speak of it; where
-    all axes are Manual, `function` is called as it is. Call what is returned inside `run`.
+    Along a Manual axis, arrays are already the device's own part, so the axis is dropped from the
+    specs. If all axes are Manual, `function` is called directly. Call the result inside `run`.
 
     Args:
         mesh: the mesh.
         axes: the mesh axes that the specs may name.
-        function: one device's part.
+        function: computes one device's part.
         in_specs: as `jax.shard_map` takes them.
         out_specs: as `jax.shard_map` takes them.
     """
@@ -109,8 +109,8 @@ def shard_map(
         left = frozenset(axes) - manual_axes(here, axes)
         if not left:
             return function(*args)
-        # Variation is not tracked: `check_vma` would sum gradients over devices inside of scans,
-        # once per chunk, instead of where shard_map ends.
+        # No check_vma: it would sum gradients over devices inside scans, once per chunk, instead
+        # of once at the end of shard_map.
         over = jax.shard_map(
             function,
             mesh=here,
@@ -125,7 +125,7 @@ def shard_map(
 
 
 def constrain(x: Any, mesh: Mesh, axes: Iterable[str], spec: PartitionSpec) -> Any:
-    """Say how an array is to be cut over those of `axes` that are not Manual here; inside `run`."""
+    """Constrain how an array is cut over those of `axes` that are not Manual here; inside `run`."""
     axes = tuple(axes)
     here = mesh_here(mesh, axes)
     left = frozenset(axes) - manual_axes(here, axes)
@@ -133,12 +133,12 @@ def constrain(x: Any, mesh: Mesh, axes: Iterable[str], spec: PartitionSpec) -> A
 
 
 def inside_shard_map() -> bool:
-    """Return whether a `shard_map` is around this place of the program."""
+    """Return whether this code is inside a `shard_map`."""
     return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
-def spec_of(x: Any) -> PartitionSpec:
-    """Return how the type of an array says that it is cut: over Explicit axes only."""
+def explicit_spec(x: Any) -> PartitionSpec:
+    """Return the spec in an array's type, which names Explicit axes only."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return PartitionSpec(*spec, *[None] * (x.ndim - len(spec)))
 
@@ -149,7 +149,7 @@ def ppermute(tree: Any, axes: tuple[str, ...], pairs: Iterable[tuple[int, int]])
     Args:
         tree: arrays of this device.
         axes: mesh axes.
-        pairs: (source, destination) devices, numbered in the order of `axes`, the last the fastest.
+        pairs: (source, destination) devices, numbered in the order of `axes`, the last one fastest.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = tuple(mesh.shape[axis] for axis in axes)
@@ -162,7 +162,7 @@ def ppermute(tree: Any, axes: tuple[str, ...], pairs: Iterable[tuple[int, int]])
 
 
 def _mesh_of(args: Any) -> Mesh | AbstractMesh:
-    """Return the mesh in context, or else the first that the type of an argument names."""
+    """Return the mesh in context, or else the first mesh in the types of the arguments."""
     here = jax.sharding.get_abstract_mesh()
     if here.empty:
         meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args))
@@ -177,13 +177,13 @@ def _explicit(axis_type: AxisType) -> bool:
 def _only(spec: PartitionSpec, axes: Iterable[str]) -> PartitionSpec:
     """Return `spec` without the axes that are not in `axes`."""
 
-    def of_dim(names: Any) -> Any:
+    def keep(names: Any) -> Any:
         if names is None:
             return None
         kept = tuple(n for n in ((names,) if isinstance(names, str) else names) if n in axes)
         return kept[0] if len(kept) == 1 else kept or None
 
-    return PartitionSpec(*map(of_dim, spec))
+    return PartitionSpec(*map(keep, spec))
 
 
 def _only_each(specs: Any, axes: Iterable[str]) -> Any:
@@ -195,22 +195,24 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
-def _described(mesh: Mesh | AbstractMesh) -> str:
+def _mesh_text(mesh: Mesh | AbstractMesh) -> str:
     return "(" + ", ".join(f"{name}: {size}" for name, size in mesh.shape.items()) + ")"
 
 
-def _untracked(function: Callable, own_axes: frozenset[str], args: tuple) -> Any:
-    """Call a function inside a `shard_map` with check_vma=True as if it were inside one without.
+def _untracked(
+    function: Callable[..., Any], own_axes: frozenset[str], args: tuple[Any, ...]
+) -> Any:
+    """Call a function inside a `shard_map` with check_vma=True as if check_vma were False.
 
-    The results, and the gradients inside, vary over every axis that some argument varies over, and
-    over `own_axes`. jax itself sums the gradient of an argument that did not.
+    The results, and the gradients inside, vary over `own_axes` and over every axis that some
+    argument varies over. For arguments that did not vary, jax itself sums the gradients.
     """
     leaves, tree = jax.tree.flatten(args)
     axes = frozenset(own_axes).union(*(compat.varying_axes(x) for x in leaves))
     leaves = [_vary(x, axes) for x in leaves]
     smooth = [jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in leaves]
 
-    def joined(differentiable: list, others: list) -> Any:
+    def joined(differentiable: list[Any], others: list[Any]) -> Any:
         a, b = iter(differentiable), iter(others)
         return function(*jax.tree.unflatten(tree, [next(a) if s else next(b) for s in smooth]))
 
@@ -221,18 +223,24 @@ def _untracked(function: Callable, own_axes: frozenset[str], args: tuple) -> Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _opaque(function: Callable, axes: frozenset[str], differentiable: list, others: list) -> Any:
+def _opaque(
+    function: Callable[..., Any], axes: frozenset[str], differentiable: list[Any], others: list[Any]
+) -> Any:
     return _vary(compat.untracked(function, differentiable, others), axes)
 
 
-def _opaque_forward(function: Callable, axes: frozenset[str], differentiable: list, others: list):
-    def forward(differentiable, others):
+def _opaque_forward(
+    function: Callable[..., Any], axes: frozenset[str], differentiable: list[Any], others: list[Any]
+) -> Any:
+    def forward(differentiable: list[Any], others: list[Any]) -> Any:
         return jax.vjp(lambda *x: function(list(x), others), *differentiable)
 
     return _vary(compat.untracked(forward, differentiable, others), axes)
 
 
-def _opaque_backward(function: Callable, axes: frozenset[str], vjp, cotangents):
+def _opaque_backward(
+    function: Callable[..., Any], axes: frozenset[str], vjp: Any, cotangents: Any
+) -> Any:
     grads = compat.untracked(lambda vjp, cotangents: vjp(cotangents), vjp, cotangents)
     return _vary(list(grads), axes), None
 

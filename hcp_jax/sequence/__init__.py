@@ -1,1 +1,1 @@
-"""Geometry of sequences: layouts, groupings, masks as intervals, packed buffers; no devices."""
+"""Compute the geometry of sequences without devices: layouts, groupings, masks, packed buffers."""

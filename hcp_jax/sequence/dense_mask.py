@@ -1,6 +1,6 @@
-"""Read a dense boolean mask as one interval of keys per query, on the host or while a program runs.
+"""Convert a dense boolean mask to one interval of keys per query, on the host or under `jit`.
 
-Other libraries build such matrices; everything else in this one works with intervals.
+Other libraries build such matrices; this library works with intervals everywhere else.
 """
 
 import math
@@ -20,12 +20,12 @@ def from_dense(
     | Shaped[jax.Array | np.ndarray, "B1 T S"]
     | Shaped[jax.Array | np.ndarray, "*B N1 T S"],
 ) -> Mask:
-    """The mask that a boolean matrix shows, if each query sees one interval of keys.
+    """Return the mask of a boolean matrix in which each query sees one interval of keys.
 
-    Causal, padding and windowed masks of Flax and others are such. Memory is T·S bytes: build
-    long masks with `causal`, `documents` and the others. A query that sees no key gives zeros, as
-    everywhere in this library; `jax.nn.dot_product_attention` and Flax give the mean of all
-    values.
+    Causal, padding and windowed masks of Flax and other libraries have this form. The matrix takes
+    T·S bytes: build long masks with `causal`, `documents` and the others instead. The output of a
+    query that sees no key is zero, as everywhere in this library; in
+    `jax.nn.dot_product_attention` and Flax it is the mean of all values.
 
     Args:
         mask: True (or 1) where query t sees key s, both in natural order. Heads (N1) must be
@@ -34,9 +34,9 @@ def from_dense(
 
     Raises:
         ValueError: for values other than True, False, 1 and 0 (a bias, for instance), for heads
-            that differ, and for the first query whose keys are no single interval. Where `mask`
-            is traced, this is checked on the host whenever the program runs, and ends it with a
-            runtime error that holds the same message.
+            that differ, and for a query whose keys are not one interval (the error names the
+            first). If `mask` is traced, the host checks this each time the program runs, and
+            stops the program with a runtime error that contains the same message.
 
     >>> from_dense([[True, False], [True, True]]).intervals(2).end.tolist()
     [[1, 2]]
@@ -68,16 +68,16 @@ def from_dense(
 
 
 def _runs_of_keys(shown: Any, xp: ModuleType) -> tuple[Any, Any, Any]:
-    """Return the first key of each query, the end, and whether all between are seen; `[R, T]`."""
-    place = xp.arange(shown.shape[2], dtype=np.int32)[None, None]
-    end = xp.max(xp.where(shown, place + 1, 0), axis=2, initial=0)
-    start = xp.min(xp.where(shown, place, end[..., None]), axis=2, initial=NO_LIMIT)
+    """Return each query's first key, its end, and whether it sees all between; `[R, T]`."""
+    index = xp.arange(shown.shape[2], dtype=np.int32)[None, None]
+    end = xp.max(xp.where(shown, index + 1, 0), axis=2, initial=0)
+    start = xp.min(xp.where(shown, index, end[..., None]), axis=2, initial=NO_LIMIT)
     start = xp.minimum(start, end)
     return start, end, xp.sum(shown, axis=2, dtype=np.int32) == end - start
 
 
 def _require_intervals(sound: Any, alike: Any) -> None:
-    """Raise for the first query of `[R, T]` that is not `sound`, or whose heads are not `alike`."""
+    """Raise for the first query of `[R, T]` that is not `sound` or whose heads are not `alike`."""
     sound, alike = np.asarray(sound), np.asarray(alike)
     wrong = np.argwhere(~(sound & alike))
     if not wrong.size:

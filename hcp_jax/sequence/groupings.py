@@ -1,18 +1,19 @@
-"""Group layouts: how the devices are cut into groups, and what each hop of their rings moves.
+"""Compute how devices are cut into groups, and which devices send to which at each ring hop.
 
-A layout is the tuple of its groups' sizes in device order; the sizes add up to the number of
-devices, so (4, 2, 1, 1) over 8 devices is devices 0-3, 4-5, 6 and 7. One layout is one compiled
-program. Group sizes are powers of two and divisors of the number of devices, so that 6, 12 or 24
-devices have layouts of their own; no algorithm here needs more than that sizes add up.
+A grouping is the tuple of its group sizes in device order. The sizes add up to the number of
+devices, so (4, 2, 1, 1) over 8 devices is devices 0-3, 4-5, 6 and 7. Each grouping has its own
+compiled program. Default group sizes are powers of two and divisors of the number of devices, so
+that 6, 12 or 24 devices have suitable groupings too. The algorithms here only require that the
+sizes add up.
 
-    layout (4, 2, 1, 1), hop by hop: one ppermute, the union of the cycles that are still turning
+    grouping (4, 2, 1, 1): each hop is one ppermute over all rings that are not finished
 
     hop 1   0→1→2→3→0   4→5→4
-    hop 2   0→1→2→3→0                 the ring of two has seen all its keys
+    hop 2   0→1→2→3→0                 devices 4 and 5 have seen all their keys
     hop 3   0→1→2→3→0
 
-It stands alone because the program, the packing and the scheduler all speak of layouts, and none
-should have to know another to do so.
+The program, the packing and the scheduler all use groupings, so this module depends on none of
+them. (In code and configs a grouping is often still called `layout`.)
 """
 
 import functools
@@ -28,13 +29,14 @@ Layout = tuple[int, ...]
 def group_sizes(
     num_devices: int, min_size: int = 1, max_size: int | None = None
 ) -> tuple[int, ...]:
-    """Return the sizes that groups of a default layout may have, ascending.
+    """Return the sizes that groups of a default grouping may have, ascending.
 
-    Powers of two and divisors of `num_devices` from `min_size` to `max_size`; all sizes in between
-    where those do not add up to `num_devices` (7 devices in groups of 2 to 4: 4 + 3).
+    These are the powers of two and the divisors of `num_devices` from `min_size` to `max_size`. If
+    they cannot add up to `num_devices`, all sizes in that range are returned (7 devices in groups
+    of 2 to 4: 4 + 3).
 
     Raises:
-        ValueError: if the bounds are wrong, or no layout fits in them.
+        ValueError: if the bounds are wrong, or no grouping fits in them.
     """
     max_size = num_devices if max_size is None else max_size
     for name, value in (
@@ -101,10 +103,10 @@ def uniform(size: int, num_devices: int, sizes: tuple[int, ...]) -> list[int]:
 
 
 def canonical(groups: Sequence[int], devices_per_host: int) -> Layout:
-    """Return the groups in the order in which a layout holds them.
+    """Return group sizes in their canonical order.
 
-    Descending, if that keeps every group that fits on a host inside one (powers of two always
-    do); otherwise hosts are filled one by one where that succeeds: (6, 2, 6, 2) on hosts of 8.
+    The order is descending if no group that fits on a host then crosses hosts (true for powers of
+    two). Otherwise hosts are filled one by one if that succeeds: (6, 2, 6, 2) on hosts of 8.
     """
     descending = sorted(groups, reverse=True)
     if not _leaves_host(descending, devices_per_host):
@@ -125,7 +127,8 @@ def _leaves_host(groups: Sequence[int], devices_per_host: int) -> bool:
 
 def _host_by_host(descending: Sequence[int], devices_per_host: int) -> list[int] | None:
     """Order groups host by host: those wider than a host first, the rest by best fit."""
-    # Wide groups stand end to end, as one host that offers what they leave of their last one.
+    # Wide groups come first, one after the other. Together they count as one host, whose room is
+    # the free part of their last host.
     wide = [size for size in descending if size > devices_per_host]
     hosts = [wide] if wide else []
     room = [-sum(wide) % devices_per_host] if wide else []
@@ -138,20 +141,20 @@ def _host_by_host(descending: Sequence[int], devices_per_host: int) -> list[int]
         host = min(fits, key=lambda i: (room[i], i))
         hosts[host].append(size)
         room[host] -= size
-    # Only the last host may be left with room: another's would shift all that follow.
+    # Only the last host may have free devices: elsewhere they would shift all later groups.
     if sum(left > 0 for left in room) > 1:
         return None
     order = sorted(range(len(hosts)), key=lambda i: room[i] > 0)
     return [size for i in order for size in hosts[i]]
 
 
-def check_layout(layout: Sequence[int], num_devices: int) -> Layout:
-    """Return `layout` as a tuple of Python integers.
+def check_layout(grouping: Sequence[int], num_devices: int) -> Layout:
+    """Return `grouping` as a tuple of Python integers.
 
     Raises:
         ValueError: unless its sizes are positive integers that add up to `num_devices`.
     """
-    sizes = tuple(layout)
+    sizes = tuple(grouping)
     wrong = [s for s in sizes if isinstance(s, bool) or not isinstance(s, int | np.integer)]
     if wrong or not sizes or min(sizes) < 1 or sum(sizes) != num_devices:
         raise ValueError(
@@ -160,49 +163,49 @@ def check_layout(layout: Sequence[int], num_devices: int) -> Layout:
     return tuple(int(size) for size in sizes)
 
 
-def group_of_device(layout: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for every device, its group's first device and its group's size."""
-    sizes = np.asarray(layout, np.int32)
+def group_of_device(grouping: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first device and the size of the group of every device."""
+    sizes = np.asarray(grouping, np.int32)
     first = np.cumsum(sizes) - sizes
     return np.repeat(first, sizes).astype(np.int32), np.repeat(sizes, sizes)
 
 
-def num_hops(layout: Sequence[int]) -> int:
-    """Return the number of hops of the widest group; at hop 0 a device has its own keys."""
-    return max(layout)
+def num_hops(grouping: Sequence[int]) -> int:
+    """Return the number of hops of the largest group; at hop 0 a device has its own keys."""
+    return max(grouping)
 
 
-def hop_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
+def hop_permutation(grouping: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
     """Return the (source, destination) pairs of the `ppermute` from hop - 1 to `hop`.
 
-    The union of the cycles of all groups of more than `hop` devices; each passes on what it holds
-    to the next device of its group. Empty from hop 0 and past the last.
+    In every group of more than `hop` devices, each device sends to the next one of its group. The
+    result is empty for hop 0 and after the last hop.
     """
-    return _cycles(layout, narrowest=hop + 1) if hop >= 1 else ()
+    return _cycles(grouping, narrowest=hop + 1) if hop >= 1 else ()
 
 
-def homeward_permutation(layout: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
+def homeward_permutation(grouping: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
     """Return the (source, destination) pairs that move dk and dv from hop - 1 to `hop`.
 
-    They travel with their keys, and once more: the cycles of groups of exactly `hop` devices turn
-    too, which brings what they carry back to the device that holds the keys.
+    Gradients travel with their keys, and then one hop more: groups of exactly `hop` devices send
+    too, which returns the gradients to the device that owns the keys.
     """
-    return _cycles(layout, narrowest=max(hop, 2)) if hop >= 1 else ()
+    return _cycles(grouping, narrowest=max(hop, 2)) if hop >= 1 else ()
 
 
-def _cycles(layout: Sequence[int], narrowest: int) -> tuple[tuple[int, int], ...]:
-    """Pair every device of a group of at least `narrowest` with the next device of its group."""
-    first, size = group_of_device(layout)
+def _cycles(grouping: Sequence[int], narrowest: int) -> tuple[tuple[int, int], ...]:
+    """Pair each device with the next one of its group, in groups of `narrowest` or more."""
+    first, size = group_of_device(grouping)
     device = np.arange(size.size, dtype=np.int32)
     to = first + (device - first + 1) % size
     turning = size >= narrowest
     return tuple(zip(device[turning].tolist(), to[turning].tolist(), strict=True))
 
 
-def describe(layout: Sequence[int]) -> str:
-    """Return a layout in short: `4×3 + 2 + 1×2`."""
+def describe(grouping: Sequence[int]) -> str:
+    """Return a short text for a grouping: `4×3 + 2 + 1×2`."""
     parts: list[list[int]] = []
-    for size in layout:
+    for size in grouping:
         if parts and parts[-1][0] == size:
             parts[-1][1] += 1
         else:

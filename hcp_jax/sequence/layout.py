@@ -1,4 +1,4 @@
-"""Layouts: the order in which a stream is cut over the context-parallel devices.
+"""Define the layouts: the order in which a stream is cut over the context-parallel devices.
 
     a stream of 8 chunks over C = 4 devices
 
@@ -8,14 +8,14 @@
     zigzag       | 0 7 | 1 6 | 2 5 | 3 4 |     chunks c and 2C-1-c: every device has the same
                   dev 0 dev 1 dev 2 dev 3      number of visible (query, key) pairs
 
-A layout is a permutation of equal chunks, nothing more. It is flat over all C devices; a
+A layout is a permutation of equal chunks, nothing more. It is flat over all C devices. A
 hierarchical mesh needs no layout of its own, because the flat index c = p·A + a keeps the devices
-of ring rank p side by side: what ring rank p holds after its all-to-all is places
-[p·A, (p+1)·A) of the very same order.
+of ring rank p side by side: after its all-to-all, ring rank p holds the chunks of devices
+p·A … (p+1)·A - 1 in the same order.
 
-`KeyRuns` is what a kernel learns of a layout: where the stretches of consecutive keys lie.
+Kernels do not know layouts. They get `KeyRuns`, the runs of consecutive keys on a device.
 
-This module knows arrays and integers only; meshes come in at `context.py`.
+This module handles arrays and integers only; `parallel/context.py` adds the mesh.
 """
 
 from typing import Literal, NamedTuple, TypeVar, get_args
@@ -30,56 +30,51 @@ LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
-# Where a run of padding starts: so far below 0 that no key of it has an index that could be seen.
+# The start of a run of padding: so far below 0 that every key in it has a negative index.
 PADDING = -(2**30)
 
 
 class KeyRuns(NamedTuple):
-    """Where each run of consecutive keys begins, among the keys one call of the core gets.
+    """The runs of consecutive keys, among the keys that one call of the core gets.
 
-    Run r fills the places `offsets[r] … offsets[r+1]` of the key dim, and the key at place j of it
-    has global index `starts[r] + j - offsets[r]`. Runs may be empty; places at or past the last
-    offset, and runs that start at `PADDING`, are padding that no query sees. Query i therefore
-    sees, of run r, one interval of *places*:
+    Run r fills the slots `offsets[r] … offsets[r+1]` of the key dim. The key in slot j of that run
+    has global index `starts[r] + j - offsets[r]`. Runs may be empty. Slots at or past the last
+    offset, and runs that start at `PADDING`, are padding that no query sees. In run r, query i
+    therefore sees one interval of *slots*:
     `[max(0, start_i - starts[r]), min(length_r, end_i - starts[r])) + offsets[r]`.
 
     Attributes:
         starts: global index of the first key of each run.
-        offsets: place at which each run begins, and, last, where the last one ends.
+        offsets: first slot of each run, followed by the end of the last run.
     """
 
     starts: Int32[jax.Array | np.ndarray, "R"]
     offsets: Int32[jax.Array | np.ndarray, "R+1"]
 
 
-def single_run(length: int, start: int = 0) -> KeyRuns:
-    """Keys in natural order: one run of `length` keys whose first has global index `start`."""
-    return KeyRuns(np.asarray([start], np.int32), np.asarray([0, length], np.int32))
-
-
 def key_index(runs: KeyRuns, length: int) -> Int32[jax.Array, "S"]:
-    """Global index of each of `length` key places; -1 for padding, which no interval holds."""
-    place = jnp.arange(length, dtype=jnp.int32)
+    """Return the global index of each of `length` key slots; -1 for padding."""
+    slot = jnp.arange(length, dtype=jnp.int32)
     starts, offsets = jnp.asarray(runs.starts), jnp.asarray(runs.offsets)
-    # Dynamic context parallelism has runs by the thousand: a binary search, and all of it fused.
-    run = jnp.searchsorted(offsets, place, side="right", method="scan_unrolled") - 1
-    to_index = jnp.append(starts - offsets[:-1], 2 * PADDING)  # by how much index and place differ
-    return jnp.maximum(place + to_index[run], -1).astype(jnp.int32)
+    # Dynamic context parallelism has thousands of runs. An unrolled binary search fuses well.
+    run = jnp.searchsorted(offsets, slot, side="right", method="scan_unrolled") - 1
+    to_index = jnp.append(starts - offsets[:-1], 2 * PADDING)  # global index minus slot
+    return jnp.maximum(slot + to_index[run], -1).astype(jnp.int32)
 
 
 def runs_per_device(layout: str) -> int:
-    """How many chunks of a stream a device holds: one (contiguous) or two (zigzag)."""
+    """Return how many chunks of a stream a device holds: 1 for contiguous, 2 for zigzag."""
     return 2 if layout == "zigzag" else 1
 
 
 def padded_length(length: int, cp_size: int, layout: str) -> int:
-    """The least multiple of the number of chunks that holds `length` tokens."""
+    """Return `length` rounded up to a multiple of the number of chunks."""
     chunks = runs_per_device(layout) * cp_size
     return -(-length // chunks) * chunks
 
 
 def chunk_order(cp_size: int, layout: str) -> np.ndarray:
-    """The natural number of the chunk at each place, device by device.
+    """Return the natural chunk number of each chunk in layout order, device by device.
 
     >>> chunk_order(4, "zigzag")
     array([0, 7, 1, 6, 2, 5, 3, 4])
@@ -96,27 +91,27 @@ def to_layout(x: ArrayT, cp_size: int, layout: str, dim: int) -> ArrayT:
 
 
 def from_layout(x: ArrayT, cp_size: int, layout: str, dim: int) -> ArrayT:
-    """The inverse of `to_layout`."""
+    """Reorder `dim` from `layout` back to natural order: the inverse of `to_layout`."""
     return _permute_chunks(x, np.argsort(chunk_order(cp_size, layout)), dim)
 
 
 def global_index(length: int, cp_size: int, layout: str) -> Int32[np.ndarray, "T"]:
-    """Global index of the token at each place of the layout."""
+    """Return the global index of each token in layout order."""
     return to_layout(np.arange(length, dtype=np.int32), cp_size, layout, 0)
 
 
 def ring_runs(length: int, cp_size: int, layout: str, ring_size: int) -> KeyRuns:
-    """The key runs of every ring rank, as stacked rows: `starts` is `[ring_size, R]`.
+    """Return the key runs of every ring rank as stacked rows: `starts` is `[ring_size, R]`.
 
-    A ring rank holds the chunks of cp_size / ring_size neighbouring devices, one behind the other.
-    All ranks have equal runs, so that one row of offsets serves them all. Chunks that are
-    neighbours in the stream and in memory on every rank are one run.
+    A ring rank holds the chunks of cp_size / ring_size neighbouring devices, one after the other.
+    All ranks have runs of the same lengths, so one row of offsets serves them all. Chunks that are
+    adjacent in the stream and in memory on every rank are merged into one run.
 
     Args:
         length: number of tokens in the whole stream, padded.
-        cp_size: C, the devices the layout was cut for.
+        cp_size: C, the number of devices that the stream is cut over.
         layout: "contiguous" or "zigzag".
-        ring_size: how many parts the keys are in: 1 once all of them have been gathered.
+        ring_size: how many parts the keys are in; 1 if every device has gathered all keys.
     """
     order = chunk_order(cp_size, layout).reshape(ring_size, -1)
     chunk = length // order.size

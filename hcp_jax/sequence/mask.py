@@ -1,14 +1,14 @@
-"""Attention masks as one interval of keys per query, and their algebra.
+"""Define attention masks as one interval of keys per query, and combine them with `&`.
 
 Query i sees the keys whose global index lies in `[start_i, end_i)`. That holds for causal masks,
-packed documents, sliding windows, prefix-LM, chunked-local attention, and, because two intervals
-meet in an interval, for every conjunction of them:
+packed documents, sliding windows, prefix-LM and chunked-local attention. The intersection of two
+intervals is an interval, so it also holds for every conjunction of these masks:
 
     mask = causal() & documents(segment_ids) & sliding_window(4096)
 
-So two int32 vectors are the whole mask of a stream, however long, and no strategy, layout or kernel
-needs to know what the mask *means*. A mask is written in natural order, for streams of any length;
-`Mask.intervals` turns it into numbers. `ContextParallel.shard_batch` does that once per batch.
+So two int32 vectors are the whole mask of a stream of any length, and no strategy, layout or kernel
+needs to know which kind of mask it is. A mask is written in natural order, for streams of any
+length; `Mask.intervals` computes its numbers. `ContextParallel.shard_batch` does so once per batch.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ NO_LIMIT = np.iinfo(np.int32).max
 class Intervals(NamedTuple):
     """For every query, the half-open interval of global key indices that it sees.
 
-    `B1` is the batch size, or 1 where all rows share the mask. A query whose interval is empty
-    (`end <= start`) is padding: it gives zeros and zero gradients.
+    `B1` is the batch size, or 1 if all rows share the mask. A query with an empty interval
+    (`end <= start`) is padding: its output and gradients are zero.
     """
 
     start: Int32[jax.Array | np.ndarray, "B1 T"]
@@ -39,7 +39,7 @@ class Intervals(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where a placed mask's queries lie, and for which keys it was placed.
+    """The order of a placed mask's queries over devices, and the keys that it was placed for.
 
     Attributes:
         layout: the order of the queries.
@@ -59,22 +59,22 @@ class _Term:
 
     @property
     def length(self) -> int | None:
-        """The number of queries that it was written for; None if it fits any."""
+        """The number of queries that the term was written for; None if it fits any."""
         return None
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a query may see keys behind it of which the term does not say that they exist."""
+        """Whether a query may see later keys, which could be padding as far as the term knows."""
         return False
 
     def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
-        """(start, end) of the queries `index`; each broadcasts against `[B1, T]`."""
+        """Return (start, end) of the queries `index`; each broadcasts against `[B1, T]`."""
         raise NotImplementedError
 
 
 @dataclass_transform(frozen_default=True)
-def _term(cls):
-    """A frozen dataclass whose fields marked `static` are not leaves of the pytree."""
+def _term(cls: Any) -> Any:
+    """Make a frozen dataclass a pytree; its fields marked `_static` are not leaves."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(cls)
     static = [f.name for f in fields if f.metadata.get("static")]
@@ -88,7 +88,7 @@ def _static() -> Any:
 
 @_term
 class _Causal(_Term):
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         return 0, index + 1
 
 
@@ -98,11 +98,11 @@ class _SlidingWindow(_Term):
     right: int = _static()  # keys after it
 
     @property
-    def looks_ahead(self):
+    def looks_ahead(self) -> bool:
         return self.right > 0
 
-    def bounds(self, index, xp):
-        # Written so that no sum passes int32, however wide the window is.
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
+        # Written so that no sum overflows int32, however wide the window is.
         return index - self.left, xp.minimum(index, NO_LIMIT - 1 - self.right) + (self.right + 1)
 
 
@@ -111,10 +111,10 @@ class _ChunkedLocal(_Term):
     chunk: int = _static()
 
     @property
-    def looks_ahead(self):
+    def looks_ahead(self) -> bool:
         return True
 
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         start = index - index % self.chunk
         return start, xp.minimum(start, NO_LIMIT - self.chunk) + self.chunk
 
@@ -124,10 +124,10 @@ class _PrefixLM(_Term):
     prefix_length: Any  # [B1, 1]
 
     @property
-    def looks_ahead(self):
+    def looks_ahead(self) -> bool:
         return True
 
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         return 0, xp.maximum(index + 1, self.prefix_length)
 
 
@@ -137,11 +137,11 @@ class _Lengths(_Term):
     keys: Any  # [B1, 1]; NO_LIMIT where only the queries have a length
 
     @property
-    def looks_ahead(self):
+    def looks_ahead(self) -> bool:
         return isinstance(self.keys, np.ndarray) and bool(np.any(self.keys >= NO_LIMIT))
 
-    def bounds(self, index, xp):
-        # A query past the end is padding too: its interval is empty.
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
+        # Queries past the end are padding too: their intervals are empty.
         return 0, xp.where(index < self.queries, self.keys, 0)
 
 
@@ -151,16 +151,16 @@ class _Documents(_Term):
     padding_id: int | None = _static()
 
     @property
-    def length(self):
-        return self.segment_ids.shape[1]
+    def length(self) -> int | None:
+        return int(self.segment_ids.shape[1])
 
-    def bounds(self, index, xp):
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
         ids = xp.asarray(self.segment_ids)
-        place = xp.arange(ids.shape[1], dtype=np.int32)[None]
+        token = xp.arange(ids.shape[1], dtype=np.int32)[None]
         differs = ids[:, 1:] != ids[:, :-1]
         edge = xp.ones((ids.shape[0], min(1, ids.shape[1])), bool)
-        first = xp.where(xp.concatenate([edge, differs], axis=1), place, 0)
-        last = xp.where(xp.concatenate([differs, edge], axis=1), place + 1, NO_LIMIT)
+        first = xp.where(xp.concatenate([edge, differs], axis=1), token, 0)
+        last = xp.where(xp.concatenate([differs, edge], axis=1), token + 1, NO_LIMIT)
         start = _accumulate_max(first, xp)
         end = -_accumulate_max(-last[:, ::-1], xp)[:, ::-1]
         if self.padding_id is not None:
@@ -170,27 +170,27 @@ class _Documents(_Term):
 
 @_term
 class Given(_Term):
-    """Intervals as numbers, one per query."""
+    """A term that holds the intervals as numbers, one per query."""
 
     start: Any  # [B1, T]
     end: Any
 
     @property
-    def length(self):  # noqa: D102
-        return self.start.shape[1]
+    def length(self) -> int | None:  # noqa: D102
+        return int(self.start.shape[1])
 
-    def bounds(self, index, xp):  # noqa: D102
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:  # noqa: D102
         return xp.asarray(self.start), xp.asarray(self.end)
 
 
 @_term
 class Alike(_Term):
-    """All queries of a row see the same keys, however many queries there are."""
+    """A term under which all queries of a row see the same keys; it fits any number of queries."""
 
     start: Any  # [B1, 1]
     end: Any
 
-    def bounds(self, index, xp):  # noqa: D102
+    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:  # noqa: D102
         return xp.asarray(self.start), xp.asarray(self.end)
 
 
@@ -200,15 +200,15 @@ class Mask:
     """A conjunction of interval masks; a pytree, so that it passes through `jit`.
 
     Build one with `causal`, `documents`, `sliding_window`, `prefix_lm`, `chunked_local`,
-    `bidirectional`, `lengths`, `intervals` or `from_dense`, and join them with `&`.
+    `bidirectional`, `lengths`, `intervals` or `from_dense`, and combine masks with `&`.
 
     >>> (causal() & sliding_window(2)).intervals(4).start.tolist()
     [[0, 0, 1, 2]]
 
     Attributes:
-        terms: the masks that are joined.
-        placement: the layout that it has been placed in; None if it is in natural order.
-        runs: where its keys lie, if it was placed under a group layout: a row for every device.
+        terms: the conditions that are combined.
+        placement: the layout that the mask has been placed in; None in natural order.
+        runs: the key runs of every device, one row each, if the mask was placed under a grouping.
     """
 
     terms: tuple[_Term, ...] = ()
@@ -216,10 +216,10 @@ class Mask:
     runs: KeyRuns | None = None
 
     def __and__(self, other: "Mask") -> "Mask":
-        """The keys that both masks show.
+        """Return the mask under which a query sees the keys that both masks show it.
 
         Raises:
-            ValueError: if one of them has been placed in a layout: compose first, place after.
+            ValueError: if one of them has been placed in a layout: combine first, then place.
         """
         if not isinstance(other, Mask):
             return NotImplemented
@@ -243,25 +243,25 @@ class Mask:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether queries may see keys that only pad the stream.
+        """Whether queries may see keys that are padding at the end of the stream.
 
-        That is so unless some part of the mask ends before them: `causal`, say, or `lengths`.
+        False if some term excludes them, as `causal` and `lengths` do.
         """
         return all(term.looks_ahead for term in self.terms)
 
     def intervals(
         self, length: int, key_length: int | None = None, *, xp: ModuleType = np
     ) -> Intervals:
-        """The interval of each of `length` queries, in natural order.
+        """Return the interval of each of `length` queries, in natural order.
 
         Args:
             length: T. Queries past the mask's own length (padding) get empty intervals.
-            key_length: S, the number of keys; `length` if None. A mask from `intervals` sees the
-                keys that it was given, up to S, whatever the number of its own queries.
-            xp: `numpy` (on the host), or `jax.numpy` (where leaves are traced).
+            key_length: S, the number of keys; `length` if None. Intervals given as numbers (with
+                `hcp.intervals`) are clipped to S, whatever the number of queries.
+            xp: `numpy` on the host, or `jax.numpy` if leaves are traced.
 
         Returns:
-            Clipped to `[0, key_length)`; `end == start` where a query sees nothing.
+            Intervals clipped to `[0, key_length)`; `end == start` where a query sees nothing.
 
         Raises:
             ValueError: if the mask was written for more than `length` queries.
@@ -289,20 +289,23 @@ class Mask:
 
 
 def causal() -> Mask:
-    """Query i sees keys `[0, i+1)`."""
+    """Build the causal mask: query i sees keys `[0, i+1)`."""
     return Mask((_Causal(),))
 
 
 def bidirectional() -> Mask:
-    """Every query sees every key. Padding included: join it with `lengths` where there is some."""
+    """Build the mask under which every query sees every key.
+
+    That includes padding: if there is any, combine this mask with `lengths`.
+    """
     return Mask()
 
 
 def sliding_window(window: int, *, right: int = 0) -> Mask:
-    """Query i sees itself, the `window - 1` keys before it and the `right` keys after it.
+    """Build a window: query i sees itself, `window - 1` keys before it and `right` keys after it.
 
-    That is `[i - window + 1, i + right + 1)`. The window of `jax.nn.dot_product_attention`,
-    `local_window_size=(left, right)`, is `sliding_window(left + 1, right=right)`.
+    Its interval is `[i - window + 1, i + right + 1)`. `local_window_size=(left, right)` of
+    `jax.nn.dot_product_attention` is `sliding_window(left + 1, right=right)` here.
 
     Raises:
         ValueError: if `window` is less than 1 or `right` less than 0.
@@ -316,9 +319,9 @@ def sliding_window(window: int, *, right: int = 0) -> Mask:
 
 
 def chunked_local(chunk: int) -> Mask:
-    """The stream in chunks of `chunk` tokens; a query sees the keys of its own chunk.
+    """Cut the stream into chunks of `chunk` tokens; a query sees the keys of its own chunk.
 
-    Join it with `causal()` for the masks of the Llama 4 kind.
+    Combine it with `causal()` for the chunked attention of Llama 4.
 
     Raises:
         ValueError: if `chunk` is less than 1.
@@ -328,7 +331,7 @@ def chunked_local(chunk: int) -> Mask:
 
 
 def prefix_lm(prefix_length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
-    """The first `prefix_length` tokens see each other; all later ones are causal.
+    """Build a prefix-LM mask: the first `prefix_length` tokens see each other, the rest is causal.
 
     Args:
         prefix_length: one number, or one per row.
@@ -343,11 +346,11 @@ def lengths(
     length: int | Int32[jax.Array | np.ndarray, "B"],
     key_length: int | Int32[jax.Array | np.ndarray, "B"] | None = None,
 ) -> Mask:
-    """Only the first `length` tokens are real: none sees the others, and those see nothing.
+    """Mark tokens at or past `length` as padding: no query sees them, and they see nothing.
 
     Args:
         length: one number, or one per row.
-        key_length: of the keys, where they are another sequence than the queries; `length` if
+        key_length: number of real keys, if keys are not the same sequence as queries; `length` if
             None.
 
     Raises:
@@ -367,18 +370,18 @@ def documents(
     *,
     padding_id: int | None = None,
 ) -> Mask:
-    """Documents packed one behind the other; a query sees the keys of its own document.
+    """Separate packed documents: a query sees the keys of its own document only.
 
     Args:
-        segment_ids: integers of any size and sign, equal for the tokens of one document, which
-            stand side by side. Documents may have any length; ids need not be sorted, only not
-            come again.
+        segment_ids: integers of any size and sign, equal for all tokens of one document. The
+            tokens of a document must be contiguous. Ids need not be sorted, but two documents of
+            a row must not have the same id.
         padding_id: the id of tokens that belong to no document (0 in the packing of grain, Flax,
             Megatron and Transformer Engine). They see nothing and no token sees them. They may
-            stand anywhere between documents and come as often as you like.
+            occur anywhere between documents, any number of times.
 
     Raises:
-        ValueError: if `segment_ids` are no integers, if an id comes again after another one
+        ValueError: if `segment_ids` are not integers, if an id occurs again after a different one
             (checked unless `segment_ids` is traced), or if the ids' dtype cannot hold
             `padding_id`.
 
@@ -400,7 +403,7 @@ def documents(
             most=int(info.max),
         )
     if not isinstance(ids, jax.core.Tracer):
-        # Numbers of our own: ids of 64 bits would be cut to 32 on their way to a device.
+        # Renumber: 64-bit ids would be cut to 32 bits when they are copied to a device.
         ids = _renumbered(np.asarray(ids), padding_id)
         padding_id = None if padding_id is None else _PADDING_ID
     return Mask((_Documents(ids, padding_id),))
@@ -409,14 +412,14 @@ def documents(
 def intervals(
     start: Integer[jax.Array | np.ndarray, "B1 T"], end: Integer[jax.Array | np.ndarray, "B1 T"]
 ) -> Mask:
-    """Any mask of this kind, given as numbers: query i sees keys `[start_i, end_i)`.
+    """Build a mask from numbers: query i sees keys `[start_i, end_i)`.
 
     Args:
-        start: arrays or nested lists of integers; those beyond int32 count as its limits.
+        start: an array or nested list of integers; values outside int32 are clipped to it.
         end: likewise; a query with `end <= start` sees nothing.
 
     Raises:
-        ValueError: if the two are not integers of one shape, `[B, T]` or `[1, T]`.
+        ValueError: if the two are not integers of the same shape, `[B, T]` or `[1, T]`.
 
     >>> intervals([[0, 0]], [[1, 2]]).intervals(2).end.tolist()
     [[1, 2]]
@@ -430,25 +433,25 @@ def intervals(
     return Mask((Given(_to_int32(start), _to_int32(end)),))
 
 
-def _accumulate_max(x, xp):
+def _accumulate_max(x: Any, xp: ModuleType) -> Any:
     return np.maximum.accumulate(x, axis=1) if xp is np else jax.lax.cummax(x, axis=1)
 
 
-# The id of padding in `documents` that were renumbered.
+# The id of padding after `_renumbered`.
 _PADDING_ID = -1
 
 
 def _renumbered(ids: np.ndarray, padding_id: int | None) -> np.ndarray:
-    """Return the ids `[B, T]` as the number of their document in the row, -1 for padding.
+    """Replace the ids `[B, T]` by the number of their document in the row, -1 for padding.
 
     Raises:
-        ValueError: if the tokens of a document are not side by side.
+        ValueError: if the tokens of a document are not contiguous.
     """
     new = np.ones(ids.shape, bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
     padding = np.zeros(ids.shape, bool) if padding_id is None else ids == padding_id
-    for row, (of_row, first) in enumerate(zip(ids, new & ~padding, strict=True)):
-        values, counts = np.unique(of_row[first], return_counts=True)
+    for row, (row_ids, first) in enumerate(zip(ids, new & ~padding, strict=True)):
+        values, counts = np.unique(row_ids[first], return_counts=True)
         if np.any(counts > 1):
             hint = (
                 f"If {values[counts > 1][0]} is the id of padding, pass it as padding_id."
@@ -464,13 +467,13 @@ def _renumbered(ids: np.ndarray, padding_id: int | None) -> np.ndarray:
 
 
 def _integers(name: str, value: Any) -> Any:
-    """Return an array of integers; what is no array yet becomes one.
+    """Return `value` as an array of integers.
 
     Raises:
         ValueError: for other dtypes, booleans among them.
     """
     try:
-        # Shapes stand for arrays where a program is compiled and no array exists.
+        # A ShapeDtypeStruct takes the place of an array when a program is only compiled.
         given = isinstance(value, jax.Array | jax.ShapeDtypeStruct)
         x = value if given else np.asarray(value)
     except (TypeError, ValueError) as error:  # lists of unequal lengths
@@ -483,7 +486,7 @@ def _integers(name: str, value: Any) -> Any:
 
 
 def _to_int32(x: Any) -> Any:
-    """Return integers as int32, those beyond it as its limits."""
+    """Return integers as int32, clipped to its range."""
     if x.dtype == np.int32:
         return x
     xp, own, wanted = jnp if isinstance(x, jax.Array) else np, np.iinfo(x.dtype), np.iinfo(np.int32)

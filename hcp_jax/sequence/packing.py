@@ -1,9 +1,9 @@
-"""A microbatch in, the arrays of its program out: sources, positions, intervals and runs.
+"""Pack the documents of a microbatch into device buffers: documents, positions, intervals, runs.
 
-A group of g devices holds its documents as one stream, one behind the other. The global index of a
-token is its place in that stream: where its document begins, plus its position. So a query sees
-`[document's begin, its own index + 1)`, whatever else the group holds, and other groups have
-streams of their own that never meet it.
+A group of g devices holds its documents as one stream, one after the other. The global index of a
+token counts along that stream: the begin of its document plus its position in the document. So a
+query sees `[begin of its document, its own index + 1)`, whatever else the group holds. Each group
+has its own stream; streams of different groups never interact.
 
 Each document is cut zigzag by itself, into 2g chunks; device j of the group holds chunks j and
 2g-1-j of every document, in stream order:
@@ -14,12 +14,12 @@ Each document is cut zigzag by itself, into 2g chunks; device j of the group hol
     device 0 0 1 2               7 8    9              12      runs [0,3) [7,10) [12,13): 6 tokens
     device 1         3 4   5 6            10   11              runs [3,7) [10,12): 6 tokens
 
-Chunks of a document differ by one token at most, so nothing is padded to a multiple of anything.
-Where 2g does not divide a length, the tokens over are dealt to the devices in turn, and the next
-document goes on where the last one stopped: so the devices of a group never differ by more than one
-token, and a group that holds g·M tokens holds exactly M on each device.
+The chunks of a document differ by one token at most, so no document is padded. Where 2g does not
+divide a length, the remaining tokens are dealt to the devices in turn, and the next document
+continues with the device after the last one served. So the devices of a group never differ by more
+than one token, and a group that holds g·M tokens holds exactly M on each device.
 
-Plain NumPy arrays with the meaning of `layout.KeyRuns` and `mask.Intervals`.
+All arrays are NumPy arrays with the meaning of `layout.KeyRuns` and `mask.Intervals`.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ from hcp_jax.sequence import groupings
 
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """One run of the program: a layout and the documents of each of its groups.
+    """One execution of the program: a grouping and the documents of each of its groups.
 
     Attributes:
         layout: group sizes in device order.
-        documents: for each group, the indices into the schedule's lengths that it holds.
+        documents: for each group, the indices of its documents in the schedule's lengths.
     """
 
     layout: groupings.Layout
@@ -51,11 +51,11 @@ class Microbatch:
 
 
 class Runs(NamedTuple):
-    """The runs of keys that every device holds: `layout.KeyRuns` with a row per device.
+    """The key runs of every device: `layout.KeyRuns` with a row per device.
 
     Attributes:
-        starts: global index at which each run begins.
-        offsets: place at which each begins, and where the last one ends; runs may be empty.
+        starts: global index of the first key of each run.
+        offsets: first slot of each run, followed by the end of the last run; runs may be empty.
     """
 
     starts: Int32[np.ndarray, "D R"]
@@ -64,16 +64,18 @@ class Runs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedMicrobatch:
-    """The buffers of a microbatch: one row of M places for each of D devices.
+    """The buffers of a microbatch: one row of M slots for each of D devices.
 
     Attributes:
         layout: group sizes over all devices.
         devices: which devices the rows of the token arrays belong to.
-        document: index into the schedule's lengths of each place's document; -1 for padding.
-        position: place of the token in its document; 0 for padding.
-        start: first global index that the query at this place sees.
-        end: one past the last; its own global index + 1. start = end = 0 for padding.
-        runs: the keys that *every* device of the layout holds, a row for each.
+        document: the document in each slot, as its index in the schedule's lengths; -1 for
+            padding.
+        position: index of the token in its document; 0 for padding.
+        start: first global index that the query in this slot sees.
+        end: one past the last index that it sees, which is its own global index + 1. Padding has
+            start = end = 0.
+        runs: the key runs of *all* devices of the grouping, a row for each.
     """
 
     layout: groupings.Layout
@@ -88,15 +90,15 @@ class PackedMicrobatch:
 def max_documents_per_ring(max_tokens_per_device: int) -> int:
     """Return how many documents a group of several devices may hold.
 
-    Each document adds two runs of keys to every device, and the number of runs is part of the
-    compiled program. One document per 32 tokens keeps the search through the runs cheap beside
+    Each document adds two key runs to every device, and the number of runs is part of the
+    compiled program. With one document per 32 tokens, searching the runs costs little compared to
     attention.
     """
     return max(64, max_tokens_per_device // 32)
 
 
 def max_runs(max_tokens_per_device: int) -> int:
-    """Return the most runs of keys that a device has in any microbatch that `schedule` makes.
+    """Return the largest number of key runs on a device in any microbatch of `schedule`.
 
     Two for every document of a group of several devices; a group of one device has a single run.
     """
@@ -114,12 +116,12 @@ def pack(
     """Cut a microbatch's documents over the devices of their groups.
 
     Args:
-        microbatch: layout and documents.
+        microbatch: grouping and documents.
         lengths: tokens of every document of the schedule.
-        max_tokens_per_device: M, places of each device's buffer.
-        devices: the devices whose buffers are wanted (a host's own); all if None.
-        num_runs: R, rows of runs are filled up to it with empty ones; as many as needed if None.
-            `max_runs` serves any schedule, so that shapes never change.
+        max_tokens_per_device: M, slots of each device's buffer.
+        devices: the devices to build buffers for (a host's own); all if None.
+        num_runs: R. Rows with fewer runs are filled up with empty runs; if None, R is the largest
+            number that a device needs. With `max_runs`, shapes are the same for any schedule.
 
     Raises:
         ValueError: if a group's documents do not fit, or have more than `num_runs` runs.
@@ -137,17 +139,17 @@ def pack(
     runs: list[tuple[np.ndarray, np.ndarray]] = []
     first = 0
     for size, held in zip(microbatch.layout, microbatch.documents, strict=True):
-        of_group = np.array([lengths[d] for d in held], np.int64)
-        total = int(of_group.sum())
+        group_lengths = np.array([lengths[d] for d in held], np.int64)
+        total = int(group_lengths.sum())
         if total > size * max_tokens_per_device:
             raise ValueError(
                 f"the group of devices {first} … {first + size - 1} has documents of {total} "
                 f"tokens, more than {size} * {max_tokens_per_device}."
             )
-        begin = np.cumsum(of_group) - of_group
-        index, chunk = _cut(of_group, begin, size)
+        begin = np.cumsum(group_lengths) - group_lengths
+        index, chunk = _cut(group_lengths, begin, size)
         for device in range(first, first + size):
-            mine = _chunks_of(device - first, size)
+            mine = _chunk_numbers(device - first, size)
             begins, sizes = index[:, mine].reshape(-1), chunk[:, mine].reshape(-1)
             runs.append(_join(begins, sizes))
             if device in devices:
@@ -165,7 +167,8 @@ def pack(
 def _cut(lengths: np.ndarray, begin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (global index, tokens) of the chunks of each document, both `[documents, 2·size]`.
 
-    Device j gets one token over if its turn comes among the first r, and two if twice.
+    The remainder of a length divided by 2·size is dealt out one token at a time, in turns: a
+    device whose turn comes twice gets two of these tokens.
     """
     each, over = np.divmod(lengths, 2 * size)
     first_turn = (np.cumsum(over) - over) % size
@@ -176,12 +179,12 @@ def _cut(lengths: np.ndarray, begin: np.ndarray, size: int) -> tuple[np.ndarray,
     return begin[:, None] + np.cumsum(chunk, axis=1) - chunk, chunk
 
 
-def _chunks_of(rank: int, size: int) -> list[int]:
+def _chunk_numbers(rank: int, size: int) -> list[int]:
     return [rank, 2 * size - 1 - rank]
 
 
 def _join(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (starts, lengths) of the runs of chunks; neighbours in the stream are merged."""
+    """Return (starts, lengths) of the runs; adjacent chunks of the stream are merged."""
     begins, sizes = begins[sizes > 0], sizes[sizes > 0]
     if not sizes.size:
         return begins, sizes

@@ -47,7 +47,7 @@ def test_derivatives_that_attention_lacks_are_refused_in_words(what, implementat
         (jax.jit(derivative) if jit else derivative)(X)
 
 
-def test_what_refuses_them_leaves_the_gradient_alone():
+def test_refusing_them_does_not_change_the_gradient():
     def plain(x):
         return loss(x, "blockwise")
 

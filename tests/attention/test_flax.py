@@ -103,7 +103,7 @@ def test_decoding_under_masks_that_count_queries_or_over_devices_is_refused(cp):
         hcp.attention_fn(cp)(q, k, k, mask=cached)
 
 
-def test_shapes_are_looked_at_before_what_is_not_supported():
+def test_shapes_are_checked_before_unsupported_options():
     x = jnp.asarray(X).reshape(2, 48, 4, 8)
     attend = hcp.attention_fn()
     for wrong, message in (
@@ -135,12 +135,12 @@ def test_shapes_are_looked_at_before_what_is_not_supported():
         ({"module": nn.Dense(1)}, NotImplementedError, "none can be sown"),
     ],
 )
-def test_what_needs_the_matrix_of_weights_is_refused(options, error, message):
+def test_options_that_need_the_matrix_of_weights_are_refused(options, error, message):
     x = jnp.asarray(X).reshape(2, 48, 4, 8)
     with pytest.raises(error, match=message):
         hcp.attention_fn()(x, x, x, **options)
 
 
-def test_dropout_that_is_off_is_no_reason_to_refuse():
+def test_disabled_dropout_is_accepted():
     x = jnp.asarray(X).reshape(2, 48, 4, 8)
     hcp.attention_fn()(x, x, x, dropout_rate=0.1, deterministic=True)

@@ -222,7 +222,7 @@ def leaves_its_group(collective, layout) -> bool:
     ("layout", "comm_type", "hops"),
     [((4, 2, 1, 1), "p2p", 3), ((8,), "p2p", 7), ((1,) * 8, "p2p", 0), ((4, 2, 2), "a2a+p2p", 1)],
 )
-def test_one_move_per_hop_serves_all_groups_and_leaves_none(layout, comm_type, hops):
+def test_one_ppermute_per_hop_serves_all_groups(layout, comm_type, hops):
     exchanges = 4 if comm_type == "a2a+p2p" else 0
     for backward, arrays in ((False, 2), (True, 4)):
         found = moved(layout, comm_type, backward)
@@ -233,7 +233,7 @@ def test_one_move_per_hop_serves_all_groups_and_leaves_none(layout, comm_type, h
         assert not [c for c in found if leaves_its_group(c, layout)]
 
 
-def test_a_group_that_is_done_sends_nothing_more():
+def test_a_finished_group_sends_nothing():
     turning = [[len(ring) for ring in c.groups] for c in moved((4, 2, 1, 1))]
     assert sorted(turning) == [[4], [4], [4], [4], [4, 2], [4, 2]]
 
@@ -242,13 +242,13 @@ def test_a_group_that_is_done_sends_nothing_more():
 def test_a_member_s_key_runs_are_its_devices_one_behind_the_other(size):
     packed = dynamic.pack(Microbatch((6,), ((0, 1, 2),)), (30, 11, 20), M)
     alone = [np.asarray(key_index(KeyRuns(*rows), M)) for rows in zip(*packed.runs, strict=True)]
-    members = grouped.members_runs(KeyRuns(*packed.runs), size, M)
+    members = grouped.member_runs(KeyRuns(*packed.runs), size, M)
     for m, rows in enumerate(zip(*members, strict=True)):
         together = np.concatenate(alone[m * size : (m + 1) * size])
         assert np.array_equal(key_index(KeyRuns(*rows), size * M), together)
 
 
-def test_what_groups_cannot_do_is_told():
+def test_unsupported_calls_with_groups_are_refused():
     layout = (4, 2, 2)
     cp = context("2x4", "p2p", layout)
     empty = dynamic.pack(Microbatch(layout, ((), (), ())), (), 4)

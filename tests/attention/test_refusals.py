@@ -27,7 +27,7 @@ def test_arrays_that_are_cut_along_the_sequence_need_cp(which, explicit):
         hcp.dot_product_attention(*arrays)
 
 
-def test_tracers_over_explicit_axes_tell_it_too():
+def test_tracers_over_explicit_axes_are_checked_too():
     x = _cut((None, "cols"), explicit=True)
     with jax.set_mesh(x.sharding.mesh), pytest.raises(CutSequenceError, match="Pass cp=cp"):
         jax.jit(lambda x: hcp.dot_product_attention(x, x, x))(x)

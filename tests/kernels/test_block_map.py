@@ -1,4 +1,4 @@
-"""Which blocks are visited: never too few, and not more than the masks are worth."""
+"""The kernels visit every block pair that a mask shows, and no others."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hcp_jax.sequence.mask as masks
-from hcp_jax.kernels.block_map import key_blocks, query_blocks, walk_over_keys, walk_over_queries
-from hcp_jax.sequence.layout import KeyRuns, chunk_order, single_run
+from hcp_jax.kernels.block_map import key_blocks, map_over_keys, map_over_queries, query_blocks
+from hcp_jax.sequence.layout import KeyRuns, chunk_order
 from hcp_jax.sequence.mask import Intervals
+from tests.kernels.runs import single_run
 
 
 def _visible(intervals: Intervals, runs: KeyRuns, length: int) -> np.ndarray:
@@ -21,18 +22,18 @@ def _visible(intervals: Intervals, runs: KeyRuns, length: int) -> np.ndarray:
     return (start <= index) & (index < end) & (index >= 0)
 
 
-def _walks(intervals, runs, length, block_q, block_k):
-    """Both walks as booleans (visited, visited without a mask), `[B1, Q, K]`."""
+def _maps(intervals, runs, length, block_q, block_k):
+    """Both block maps as booleans (visited, visited without a mask), `[B1, Q, K]`."""
     queries = query_blocks(intervals, block_q)
     keys = key_blocks(runs, length, block_k)
     one_run = runs.starts.shape[0] == 1
-    over_keys = _pairs(walk_over_keys(queries, keys, one_run))
-    over_queries = _pairs(walk_over_queries(queries, keys))
+    over_keys = _pairs(map_over_keys(queries, keys, one_run))
+    over_queries = _pairs(map_over_queries(queries, keys))
     return over_keys, tuple(x.swapaxes(1, 2) for x in over_queries)
 
 
-def _pairs(walk):
-    order, spans = np.asarray(walk.order), np.asarray(walk.spans)
+def _pairs(block_map):
+    order, spans = np.asarray(block_map.order), np.asarray(block_map.spans)
     rows, others, _ = spans.shape
     visited = np.zeros((rows, others, order.shape[1]), bool)
     full = np.zeros_like(visited)
@@ -75,7 +76,7 @@ def test_every_visible_pair_is_visited_and_every_masked_one_masked(seed, blocks,
         bounds = np.where(rng.random(t) < 0.9, np.asarray([0, 300])[:, None, None], bounds)
     intervals = Intervals(*bounds.astype(np.int32))
     some, every = _blocks(intervals, runs, s, *blocks)
-    for visited, full in _walks(intervals, runs, s, *blocks):
+    for visited, full in _maps(intervals, runs, s, *blocks):
         assert not (some & ~visited).any()
         assert not (full & ~every).any()
 
@@ -96,7 +97,7 @@ MASKS = {
 @pytest.mark.parametrize("inner", [1, 4], ids=["ring", "ring of all-to-alls"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_a_device_of_a_zigzag_ring_visits_no_block_in_vain(mask, inner):
-    """Also where an all-to-all has put many chunks side by side, which are then out of order."""
+    """Also if an all-to-all has gathered several chunks, which are then out of order."""
     size, block = 8, 8
     chunk = 512 // (2 * size)
     order = chunk_order(size, "zigzag").reshape(size // inner, -1)
@@ -110,7 +111,7 @@ def test_a_device_of_a_zigzag_ring_visits_no_block_in_vain(mask, inner):
                 (np.arange(theirs.size + 1) * chunk).astype(np.int32),
             )
             some, every = _blocks(intervals, runs, index.size, block, block)
-            for visited, full in _walks(intervals, runs, index.size, block, block):
+            for visited, full in _maps(intervals, runs, index.size, block, block):
                 np.testing.assert_array_equal(visited, some)
                 np.testing.assert_array_equal(full, some & every)
 
@@ -121,7 +122,7 @@ def test_packed_documents_cost_what_they_contain():
     ids = np.repeat(np.arange(documents), length // documents)
     runs = single_run(length)
     dense, packed = (
-        [visited.sum() for visited, _ in _walks(m.intervals(length), runs, length, block, block)]
+        [visited.sum() for visited, _ in _maps(m.intervals(length), runs, length, block, block)]
         for m in (masks.causal(), masks.causal() & masks.documents(ids))
     )
     blocks = length // documents // block
@@ -132,6 +133,6 @@ def test_packed_documents_cost_what_they_contain():
 def test_queries_that_see_nothing_neither_visit_nor_mask():
     start, end = np.zeros((2, 1, 64), np.int32)
     end[:, 5:29] = 64
-    (visited, full), _ = _walks(Intervals(start, end), single_run(64), 64, 16, 16)
+    (visited, full), _ = _maps(Intervals(start, end), single_run(64), 64, 16, 16)
     np.testing.assert_array_equal(visited[0].sum(axis=1), [4, 4, 0, 0])
     np.testing.assert_array_equal(full, visited)

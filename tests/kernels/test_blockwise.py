@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import hcp_jax as hcp
 from hcp_jax.kernels import blockwise
 from hcp_jax.kernels.core import CoreSpec, Problem, attend, attend_grads, describe, resolve
-from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
+from tests.kernels.runs import single_run
 from tests.oracle import relative
 
 B, T, S, N, K, H = 2, 21, 27, 4, 2, 4
@@ -90,7 +91,7 @@ def test_the_core_is_described_by_the_devices_and_not_by_this_process():
     assert "'Tesla X' has none of its own" in describe("gpu", "Tesla X")
 
 
-def test_an_implementation_that_cannot_says_why_and_what_can(monkeypatch):
+def test_an_unsupported_implementation_says_why_and_names_alternatives(monkeypatch):
     monkeypatch.setattr(blockwise, "unsupported", lambda problem: "it is tired")
     with pytest.raises(
         NotImplementedError, match=r"'blockwise' cannot do this call: it is tired.*reference"

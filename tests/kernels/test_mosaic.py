@@ -16,11 +16,12 @@ import pytest
 import hcp_jax.sequence.mask as masks
 from hcp_jax import compat
 from hcp_jax.kernels import core, mosaic, mosaic_blocks, reference, tiles
-from hcp_jax.kernels.block_map import key_blocks, query_blocks, walk_over_keys
-from hcp_jax.kernels.mosaic_call import Masks, Walked, WorkSplit, longest_first
-from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.kernels.block_map import key_blocks, map_over_keys, query_blocks
+from hcp_jax.kernels.mosaic_call import Masks, Visits, WorkSplit, longest_first
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 from tests.kernels import test_triton
+from tests.kernels.runs import single_run
 
 Case = functools.partial(
     test_triton.Case, h=64, hv=64, dtype="bfloat16", scale=0.125, implementation="mosaic"
@@ -93,15 +94,15 @@ def test_a_race_is_noticed(monkeypatch, caplog):
     """So there is none in the tests above: here values are let go of before they are used."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 
-    take, release = mosaic_blocks.Ring.take, mosaic_blocks.Ring.release
+    take, release = mosaic_blocks.Queue.take, mosaic_blocks.Queue.release
 
-    def take_and_release(ring, step):
-        slot = take(ring, step)
-        release(ring, step)
+    def take_and_release(queue, step):
+        slot = take(queue, step)
+        release(queue, step)
         return slot
 
-    monkeypatch.setattr(mosaic_blocks.Ring, "take", take_and_release)
-    monkeypatch.setattr(mosaic_blocks.Ring, "release", lambda *_: None)
+    monkeypatch.setattr(mosaic_blocks.Queue, "take", take_and_release)
+    monkeypatch.setattr(mosaic_blocks.Queue, "release", lambda *_: None)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # jax 0.12 raises, 0.11 takes a note
         jax.block_until_ready(
             attend(Case(t=200, s=300), masks.causal().intervals(200, 300), single_run(300))
@@ -111,7 +112,7 @@ def test_a_race_is_noticed(monkeypatch, caplog):
 
 
 @needs_interpreter
-def test_several_cpu_devices_are_told_what_to_use():
+def test_several_cpu_devices_get_an_error_that_says_what_to_use():
     mesh = jax.make_mesh((2,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,))
     case, rows = Case(b=2), jax.P("dp")
     run = functools.partial(
@@ -128,11 +129,11 @@ def test_several_cpu_devices_are_told_what_to_use():
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("blocks", "heads", "programs"), [(7, 6, 4), (9, 32, 132), (5, 1, 5)])
 def test_every_item_is_done_once(blocks, heads, rows, programs):
-    share = WorkSplit(blocks, heads, rows, programs)
+    split = WorkSplit(blocks, heads, rows, programs)
     done = []
     for program in map(jnp.int32, range(programs)):
-        turns = jnp.arange(share.rounds(program), dtype=jnp.int32)
-        done += zip(*(np.asarray(x).tolist() for x in share.item(program, turns)), strict=True)
+        turns = jnp.arange(split.rounds(program), dtype=jnp.int32)
+        done += zip(*(np.asarray(x).tolist() for x in split.item(program, turns)), strict=True)
     everything = {(i, n, b) for i in range(blocks) for n in range(heads) for b in range(rows)}
     assert len(done) == len(everything)
     assert set(done) == everything
@@ -140,38 +141,38 @@ def test_every_item_is_done_once(blocks, heads, rows, programs):
 
 @pytest.mark.parametrize(("tokens", "heads"), [(4096, 32), (16384, 16), (131072, 2)])
 def test_programs_share_causal_work_evenly(tokens, heads):
-    """None of 132 does more than a hundredth above the mean."""
+    """No program of 132 does more than 1 % above the mean work."""
     blocks = tokens // 128
-    share = WorkSplit(blocks, heads, 1, 132)
+    split = WorkSplit(blocks, heads, 1, 132)
     turns = np.arange(-(-blocks * heads // 132))
     work = np.zeros(132)
     for program in range(132):
-        own = turns[: int(share.rounds(jnp.int32(program)))]
-        rank, _, _ = share.item(jnp.int32(program), jnp.asarray(own, jnp.int32))
+        own = turns[: int(split.rounds(jnp.int32(program)))]
+        rank, _, _ = split.item(jnp.int32(program), jnp.asarray(own, jnp.int32))
         work[program] = (blocks - np.asarray(rank)).sum()
     assert work.max() <= 1.01 * work.mean()
 
 
-def test_a_walk_visits_its_span_once_and_masks_its_ends():
-    """Blocks with the longest walk first."""
+def test_a_block_visits_its_span_once_and_masks_its_ends():
+    """Blocks with the longest span come first."""
     runs, intervals = single_run(900), masks.sliding_window(500).intervals(900)
     queries, keys = query_blocks(intervals, 64), key_blocks(runs, 900, 64)
-    walk = walk_over_keys(queries, keys, True)
-    work = longest_first(walk.spans)
-    refs = Masks(None, None, None, walk.order, work.reshape(1, -1))
+    block_map = map_over_keys(queries, keys, True)
+    work = longest_first(block_map.spans)
+    refs = Masks(None, None, None, block_map.order, work.reshape(1, -1))
     lengths = []
     for rank in range(work.shape[1]):
-        walked = Walked.of(refs, 0, rank)
-        first, full_first, full_last, last = np.asarray(walk.spans[0, walked.block])
-        places = walked.place(jnp.arange(walked.steps)).tolist()
-        assert sorted(places) == list(range(first, last))
-        assert places[: int(walked.full)] == list(range(full_first, full_last))
-        lengths.append(len(places))
+        visits = Visits.load(refs, 0, rank)
+        first, full_first, full_last, last = np.asarray(block_map.spans[0, visits.block])
+        indices = visits.order_index(jnp.arange(visits.steps)).tolist()
+        assert sorted(indices) == list(range(first, last))
+        assert indices[: int(visits.full)] == list(range(full_first, full_last))
+        lengths.append(len(indices))
     assert lengths == sorted(lengths, reverse=True)
     assert sorted(np.asarray(work[0, :, 0])) == list(range(work.shape[1]))
 
 
-def test_none_does_not_take_it_yet():
+def test_implementation_none_does_not_choose_mosaic_yet():
     """Not before it has passed on a GPU."""
     problem = core.Problem("bfloat16", 8, 2, 128, 128, "gpu", "NVIDIA H200")
     assert core.resolve("mosaic", problem) == "mosaic"
@@ -188,7 +189,7 @@ def test_none_does_not_take_it_yet():
         ({"device_kind": "NVIDIA A100"}, r"wgmma and TMA \(H100, H200\), which 'NVIDIA A100' has"),
     ],
 )
-def test_what_it_cannot_do_it_says(change, reason):
+def test_unsupported_calls_say_why(change, reason):
     problem = core.Problem("bfloat16", 8, 2, 128, 128, "gpu", "NVIDIA H200")
     assert mosaic.unsupported(problem) is None
     with pytest.raises(NotImplementedError, match=f"{reason}.*These can: .*blockwise"):

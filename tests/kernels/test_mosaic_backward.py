@@ -14,9 +14,10 @@ import pytest
 
 import hcp_jax.sequence.mask as masks
 from hcp_jax.kernels import core, reference, tiles
-from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 from tests.kernels import test_triton
+from tests.kernels.runs import single_run
 from tests.kernels.test_mosaic import RUNS, Case, any_intervals, needs_interpreter
 
 
@@ -82,7 +83,7 @@ def test_nothing_is_seen():
     assert not any(x.any() for x in grads)
 
 
-def test_a_tile_whose_warpgroups_do_not_hold_64_rows_each_is_told():
+def test_a_tile_whose_warpgroups_do_not_hold_64_rows_each_is_refused():
     case = Case(t=128, s=128)
     q, k, v, dout = case.arrays()
     mask, stats = masks.causal().intervals(128), [jnp.zeros((1, 128, case.n))] * 2

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import hcp_jax.sequence.mask as masks
 from hcp_jax.kernels import core, reference, triton, triton_kernels
-from hcp_jax.sequence.layout import KeyRuns, single_run
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
+from tests.kernels.runs import single_run
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 
@@ -211,7 +212,7 @@ def test_any_intervals_and_any_runs(drawn, seed):
     check(Case(), *drawn, interpret=True, seed=seed)
 
 
-def test_what_the_interpreter_leaves_unwritten_is_nan(monkeypatch):
+def test_memory_that_the_interpreter_does_not_write_is_nan(monkeypatch):
     """So the comparisons above would see an element that a kernel forgets."""
     monkeypatch.setattr(triton_kernels, "_store", lambda *_: None)
     q, k, v, _ = Case().arrays()
@@ -287,7 +288,7 @@ def test_the_same_call_gives_the_same_bits(dtype):
         ({"platform": "tpu"}, "NVIDIA GPUs and, interpreted, on CPUs, not on tpu"),
     ],
 )
-def test_what_it_cannot_do_it_says(change, reason):
+def test_unsupported_calls_say_why(change, reason):
     problem = core.Problem("bfloat16", 8, 2, 128, 128, "gpu", "NVIDIA H200")
     assert triton.unsupported(problem) is None
     with pytest.raises(NotImplementedError, match=reason):

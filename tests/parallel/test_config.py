@@ -35,6 +35,6 @@ def test_megatrons_words_map_to_the_mesh():
         ({"cp_outer": 8, "comm_type": "p3p"}, "did you mean 'p2p'"),
     ],
 )
-def test_parallel_configs_that_cannot_be_are_refused(words, message):
+def test_invalid_parallel_configs_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**words).context_parallel(num_layers=3)

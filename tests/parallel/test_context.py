@@ -89,7 +89,7 @@ def test_shard_batch_cuts_arrays_and_places_masks():
         cp.shard_batch({"a": np.zeros((3, 8))})
 
 
-def test_padding_is_told(caplog):
+def test_padding_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="hcp_jax"):
         context(cp_outer=5).shard(np.zeros((1, 33)))
     assert "padded 33 tokens with 7" in caplog.text
@@ -135,13 +135,13 @@ def test_comm_types_may_differ_by_layer():
 
 
 @pytest.mark.parametrize("sizes", [{"cp_outer": 8, "cp_inner": 1}, {"cp_outer": 1, "cp_inner": 8}])
-def test_two_levels_on_one_axis_are_told_and_still_communicate(sizes, caplog):
+def test_two_levels_on_one_axis_are_logged_and_still_communicate(sizes, caplog):
     cp = context(**sizes)
     assert "of size 1 is '" in caplog.text
     assert "(8)" in describe_strategy(cp)
 
 
-def test_contexts_that_cannot_be_are_refused():
+def test_invalid_contexts_are_refused():
     mesh = hcp.make_mesh(cp_outer=4, cp_inner=2)
     with pytest.raises(
         ValueError, match=r"unknown comm_type 'a2a\+p2': .* did you mean 'a2a\+p2p'"
@@ -198,7 +198,7 @@ def grouped(groups, comm_type="a2a+p2p") -> hcp.ContextParallel:
     return hcp.ContextParallel(mesh, comm_type, groups=groups)
 
 
-def test_groups_are_told_beside_the_mesh():
+def test_groups_are_described_with_the_mesh():
     text = grouped((4, 2, 2)).describe()
     assert "groups    4 + 2×2, in the order of the mesh" in text
     assert "heads exchanged by up to 2 devices, K/V ring inside each group" in text
@@ -206,7 +206,7 @@ def test_groups_are_told_beside_the_mesh():
     assert "one device per group, nothing moves" in grouped((1,) * 8).describe()
 
 
-def test_groups_that_cannot_be_are_refused():
+def test_invalid_groups_are_refused():
     with pytest.raises(ValueError, match=r"layout \(4, 2\) must be .* add up to num_devices=8"):
         grouped((4, 2))
     with pytest.raises(NotImplementedError, match="'a2a\\+all_gather' cannot serve groups"):

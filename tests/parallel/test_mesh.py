@@ -62,7 +62,7 @@ def test_the_ring_runs_between_hosts_and_the_all_to_all_inside(platform, caplog)
 
 
 @pytest.mark.parametrize("axis", ["cp_inner", "tp"])
-def test_an_axis_that_should_stay_inside_a_host_and_crosses_is_told(axis, caplog):
+def test_an_axis_that_should_stay_inside_a_host_and_crosses_is_warned_of(axis, caplog):
     mesh = hcp.make_mesh(**{axis: 8}, devices=two_processes())
     assert axis_link(mesh, axis) == "between hosts"
     (record,) = caplog.records

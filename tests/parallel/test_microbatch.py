@@ -101,7 +101,7 @@ def test_a_process_without_devices_packs_nothing(monkeypatch):
     assert own_devices(context()) == range(0)
 
 
-def test_what_does_not_fit_is_told(monkeypatch):
+def test_inputs_that_do_not_fit_are_refused(monkeypatch):
     cp = context()
     packed = dynamic.pack(DOCUMENTS, LENGTHS, M)
     with pytest.raises(ValueError, match=r"layout \(4, 2, 1, 1\), but cp.groups is \(8,\)"):

@@ -55,7 +55,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_is_no_interval_is_refused_with_its_first_query(message):
+def test_a_matrix_without_intervals_is_refused_naming_the_first_query(message):
     with pytest.raises(ValueError, match=message):
         hcp.from_dense(REFUSED[message])
 

@@ -38,7 +38,7 @@ def test_where_those_do_not_add_up_any_size_may():
         ((7, 4, 6), "no groups of 4 to 6 devices add up to num_devices=7; lower min_cp_size to 3"),
     ],
 )
-def test_bounds_that_make_no_sense_are_told(arguments, words):
+def test_invalid_bounds_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         groupings.group_sizes(*arguments)
 
@@ -105,7 +105,7 @@ def test_each_hop_brings_the_keys_that_its_ppermute_sends(sizes):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
 @settings(**QUICK | {"max_examples": 200})
-def test_gradients_of_keys_come_home(sizes):
+def test_gradients_of_keys_return_to_their_owner(sizes):
     layout = tuple(sizes)
     carries = {device: device for device in range(sum(layout))}
     for hop in range(1, groupings.num_hops(layout) + 1):
@@ -120,10 +120,10 @@ def test_gradients_of_keys_come_home(sizes):
 
 
 @pytest.mark.parametrize("layout", [(4, 4, 1), (8, 0), (), (4.0, 4), (True,) * 8, (9, -1)])
-def test_a_layout_that_is_none_is_told(layout):
+def test_an_invalid_grouping_is_refused(layout):
     with pytest.raises(ValueError, match="add up to num_devices=8"):
         groupings.check_layout(layout, 8)
 
 
-def test_layouts_are_told_in_few_words():
+def test_groupings_are_described_briefly():
     assert groupings.describe((4, 4, 2, 1, 1, 1)) == "4×2 + 2 + 1×3"

@@ -90,7 +90,7 @@ def test_a_mask_is_a_pytree_whose_arrays_are_leaves():
         (lambda: hcp.intervals(np.zeros((1, 3)), np.zeros((1, 3))), "must be integers"),
     ],
 )
-def test_masks_that_cannot_be_are_refused(build, message):
+def test_invalid_masks_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 

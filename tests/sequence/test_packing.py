@@ -109,7 +109,7 @@ def test_a_document_s_devices_do_equal_work(case):
         assert np.ptp(pairs[devices]) <= 2 * length + size[devices][0]
 
 
-def test_the_drawing_in_the_module_is_true():
+def test_the_example_in_the_docstring_is_correct():
     packed = pack(Microbatch((2,), ((0, 1),)), [9, 4], 7)
     assert keys_at(packed.runs, 0).tolist() == [0, 1, 2, 7, 8, 9, 12]
     assert keys_at(packed.runs, 1).tolist() == [3, 4, 5, 6, 10, 11]
@@ -142,7 +142,7 @@ def test_one_device_has_one_run_however_many_documents():
     assert packed.runs.starts.shape == (1, 1)
 
 
-def test_what_does_not_fit_is_told():
+def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"devices 1 … 2 has documents of 9 tokens, more than 2"):
         pack(Microbatch((1, 2), ((), (0,))), [9], 4)
     with pytest.raises(ValueError, match="3 runs of keys, more than num_runs=2"):

@@ -1,4 +1,4 @@
-"""Check a call of attention, and turn its words into one mask, before anything is computed."""
+"""Check the arguments of an attention call, and combine its mask arguments into one mask."""
 
 import math
 from typing import Any
@@ -14,8 +14,8 @@ from hcp_jax.sequence.mask import NO_LIMIT, Mask, bidirectional, causal, lengths
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 NO_BIAS = (
-    "attention takes no bias: it is a matrix of T x S numbers, and none is ever held here. "
-    "Write what it hides as a mask (hcp.causal(), hcp.documents, hcp.from_dense, ...)."
+    "attention takes no bias: a bias is a matrix of T x S numbers, which is never stored here. "
+    "Write the keys that it hides as a mask (hcp.causal(), hcp.documents, hcp.from_dense, ...)."
 )
 
 
@@ -23,7 +23,7 @@ def require_arrays(q: Any, k: Any, v: Any, sinks: Any) -> None:
     """Check the shapes and dtypes of the arrays of a call against each other.
 
     Raises:
-        ValueError: says what came and what is needed.
+        ValueError: if they do not fit; the message says what came and what is needed.
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
         if not ((hasattr(x, "shape") and hasattr(x, "dtype")) or (name == "sinks" and x is None)):
@@ -46,11 +46,11 @@ def require_arrays(q: Any, k: Any, v: Any, sinks: Any) -> None:
 
 
 def require_options(cp: Any, implementation: Any, **flags: Any) -> None:
-    """Check the arguments that are no arrays.
+    """Check the arguments that are not arrays.
 
     Raises:
-        ValueError: for a `cp` or an `implementation` of another type, and for a flag that is no
-            boolean.
+        ValueError: for a `cp` or an `implementation` of another type, and for a flag that is
+            not a boolean.
     """
     if cp is not None and not isinstance(cp, ContextParallel):
         raise ValueError(
@@ -65,8 +65,8 @@ def require_options(cp: Any, implementation: Any, **flags: Any) -> None:
         checks.boolean(name, flag)
 
 
-def scale_of(scale: Any, head_size: int) -> float:
-    """Return the factor of the logits, 1 / sqrt(H) for None.
+def logits_scale(scale: Any, head_size: int) -> float:
+    """Return the factor of the logits; 1 / sqrt(H) if `scale` is None.
 
     Raises:
         ValueError: unless it is None or a finite number.
@@ -76,17 +76,17 @@ def scale_of(scale: Any, head_size: int) -> float:
     return checks.number("scale", scale, none=f"None means 1 / sqrt(H) = 1 / sqrt({head_size}).")
 
 
-def mask_of(
+def combined_mask(
     mask: Any,
     is_causal: bool = False,
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
     local_window_size: Any = None,
 ) -> Mask:
-    """Return the conjunction of all that a call says about its mask.
+    """Return the conjunction of all mask arguments of a call.
 
     Raises:
-        ValueError: for arguments that are no masks, lengths or windows.
+        ValueError: for arguments that are not masks, lengths or windows.
     """
     if not (mask is None or isinstance(mask, Mask)):
         raise ValueError(
@@ -114,8 +114,8 @@ def without_tokens(
     v: Float[Array, "B S K Hv"],
     sinks: Float[Array, "N"] | None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-    """Return the output and lse of a call where B, T or S is 0: no query sees a key."""
-    # From an array of the call, for its sharding.
+    """Return the output and lse of a call in which B, T or S is 0, so no query sees a key."""
+    # Built from q, to get its sharding.
     zero = jnp.zeros_like(q[..., :1])
     out = jnp.broadcast_to(zero, (*q.shape[:3], v.shape[3]))
     zero = zero[..., 0].astype(jnp.promote_types(q.dtype, jnp.float32))
@@ -153,7 +153,7 @@ def _require_shapes(q: Any, k: Any, v: Any) -> None:
 
 
 def _lengths(name: str, queries: Any, keys: Any) -> Mask:
-    """Return `lengths(queries, keys)`; its error names the argument of the call."""
+    """Return `lengths(queries, keys)`; errors name the argument of the call."""
     try:
         return lengths(queries, keys)
     except ValueError as error:
@@ -173,10 +173,10 @@ def _window(size: Any) -> Mask:
 
 
 def flat(x: Any) -> Any:
-    """Return an array `[*B, T, N, H]` with one batch dim."""
+    """Flatten the batch dims of an array `[*B, T, N, H]` to one."""
     return x if x.ndim == 4 else jnp.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 
 def unflat(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    """Return an array whose one batch dim is `batch` again."""
+    """Restore the batch dims `batch` of an array with one batch dim."""
     return x if len(batch) == 1 else jnp.reshape(x, (*batch, *x.shape[1:]))

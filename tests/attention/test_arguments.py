@@ -32,7 +32,7 @@ def cp():
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_the_words_of_jax_mean_what_they_do_there(words, cp):
+def test_jax_s_arguments_mean_what_they_mean_in_jax(words, cp):
     options = WORDS[words]
     want = np.asarray(jax.nn.dot_product_attention(X.q, Y.k, Y.v, **options))
     sees = np.ones((2, T, 1, 1), bool)
@@ -114,12 +114,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_arguments_that_make_no_sense_are_refused(message):
+def test_invalid_arguments_are_refused(message):
     with pytest.raises(ValueError, match=message):
         hcp.dot_product_attention(*X[:3], **BAD[message])
 
 
-def test_what_is_no_array_or_has_no_heads_is_refused():
+def test_non_arrays_and_arrays_without_heads_are_refused():
     with pytest.raises(ValueError, match="k must be an array, got list"):
         hcp.dot_product_attention(X.q, [1.0], X.v)
     with pytest.raises(ValueError, match="at least one head"):
