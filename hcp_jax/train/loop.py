@@ -72,7 +72,7 @@ def train(
     vocab_size = config.model.vocab_size
     corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)
     held_out_path = config.eval.path if config.eval.every is not None else None
-    files = fingerprint.of_run(config.data, held_out_path)
+    files = fingerprint.run_fingerprint(config.data, held_out_path)
     if peers is not None:
         peers.agree(corpus.fingerprint())
         peers.agree({"the contents of the text's files": fingerprint.summary(files)})

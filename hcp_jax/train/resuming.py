@@ -26,7 +26,7 @@ class GoingOn:
 
     Attributes:
         config: the run, as it is to go on.
-        files: the fingerprint of its text (`fingerprint.of_run`).
+        files: the fingerprint of its text (`fingerprint.run_fingerprint`).
         accept: words of `CONSENT`.
     """
 
