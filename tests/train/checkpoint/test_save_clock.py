@@ -61,7 +61,7 @@ def test_all_processes_save_after_the_same_step_whatever_their_clocks_say(monkey
             self.heard = 0
 
         def gather(self, word):
-            if self is first._words:
+            if self is first._messages:
                 said.append(word)
             self.heard += 1
             return [said[self.heard - 1], word]
