@@ -20,14 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.train.step import (
-    OptimizerConfig,
-    TrainState,
-    apply_gradients,
-    make_optimizer,
-    make_schedule,
-    summed_loss,
-)
+from hcp_jax.train.optimizer import make_optimizer, make_schedule
+from hcp_jax.train.sections import OptimizerConfig
+from hcp_jax.train.step import TrainState, apply_gradients, summed_loss
 
 
 class Sums(NamedTuple):
@@ -65,7 +60,8 @@ def make_zeros(like: Sums) -> jax.stages.Wrapped:
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
     def zeros() -> Sums:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        sums: Sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return sums
 
     return jax.jit(zeros, out_shardings=shardings)
 
@@ -86,7 +82,8 @@ def make_accumulate(model: ModelConfig, cp: ContextParallel, like: Sums) -> jax.
     def accumulate(params: Any, sums: Sums, batch: dict[str, Any]) -> Sums:
         loss, grads = loss_and_grads(params, batch)
         added = Sums(grads, loss, jnp.sum(batch["weights"]))
-        return jax.tree.map(jnp.add, sums, added)
+        total: Sums = jax.tree.map(jnp.add, sums, added)
+        return total
 
     return jax.jit(
         accumulate,

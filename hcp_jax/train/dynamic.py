@@ -147,7 +147,8 @@ class DynamicProgram:
 
     def next_batch(self) -> PlacedStep:
         """Return the next step; a thread has packed it and put it on the devices."""
-        return next(self._steps)
+        step: PlacedStep = next(self._steps)
+        return step
 
     def step(self, state: TrainState, batch: PlacedStep) -> tuple[TrainState, dict[str, Any]]:
         """Make a step; its metrics are those of `apply_gradients` and `PlacedStep.facts`.

@@ -29,10 +29,10 @@ from hcp_jax.train.hosts.signals import Signals
 from hcp_jax.train.hosts.watchdog import Peers
 from hcp_jax.train.metrics.meter import Meter
 from hcp_jax.train.metrics.profile import Profiler, ProfileSteps, check_profile
-from hcp_jax.train.optimizer import fitted_warmup
+from hcp_jax.train.optimizer import fitted_warmup, make_optimizer
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.resuming import Resumption
-from hcp_jax.train.step import TrainState, abstract_state, make_optimizer
+from hcp_jax.train.step import TrainState, abstract_state
 from hcp_jax.train.steps import Outcome, Steps
 
 

@@ -97,8 +97,8 @@ class SkippedSteps:
         raise FloatingPointError(
             f"{steps} skipped, as many in a row as optimizer.max_skipped allows. In the last, the "
             f"{at_fault} not finite ({what}; {_list_documents(documents)}). Look at the documents "
-            "of these steps; a lower optimizer.learning_rate, more warmup_steps or a lower clip_norm "
-            f"may help. {saved}; the parameters have not changed since step {first}."
+            "of these steps; a lower optimizer.learning_rate, more warmup_steps or a lower "
+            f"clip_norm may help. {saved}; the parameters have not changed since step {first}."
         )
 
 

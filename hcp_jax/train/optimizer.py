@@ -113,7 +113,8 @@ def _compact_moments(
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if config.moments_dtype == "float32":
-            return adam.update(grads, state, params)
+            exact_updates, state = adam.update(grads, state, params)
+            return exact_updates, state
         exact = moments(state, lambda x: x.astype(jnp.float32))
         updates, exact = adam.update(grads, exact, params)
         leaves, tree = jax.tree.flatten((exact.mu, exact.nu))

@@ -147,7 +147,8 @@ class FixedProgram:
         if self._first is not None:
             batch, self._first = self._first, None
             return batch
-        return next(self._batches)
+        found: PlacedBatch = next(self._batches)
+        return found
 
     def step(self, state: TrainState, batch: PlacedBatch) -> tuple[TrainState, dict[str, Any]]:
         """Make a step (`make_train_step`); its metrics include `PlacedBatch.facts`."""

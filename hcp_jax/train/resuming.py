@@ -15,8 +15,9 @@ from hcp_jax.base.settings import CONSENT, Change
 from hcp_jax.train.checkpoint.manager import Restored
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import fingerprint
-from hcp_jax.train.optimizer import OptimizerConfig, make_schedule
+from hcp_jax.train.optimizer import make_schedule
 from hcp_jax.train.program import Program
+from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.step import TrainState, updates_made
 
 

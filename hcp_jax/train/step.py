@@ -30,13 +30,8 @@ from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.parallel import host_memory, spmd
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.train.optimizer import (
-    OptimizerConfig,
-    fetched,
-    make_optimizer,
-    make_schedule,
-    put_back,
-)
+from hcp_jax.train.optimizer import fetched, make_optimizer, make_schedule, put_back
+from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, state_shardings
 
 
@@ -77,11 +72,12 @@ def abstract_state(
     check_divides(model, cp)
     param_shardings, opt_shardings = state_shardings(params, optimizer, cp, fsdp=fsdp)
     whole = jax.sharding.NamedSharding(cp.mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(
+    sharded: TrainState = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
         TrainState(whole, param_shardings, opt_shardings),
     )
+    return sharded
 
 
 def init_state(
@@ -112,7 +108,8 @@ def init_state(
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     shardings = _shardings(abstract_state(model, optimizer, cp, fsdp=fsdp))
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    state: TrainState = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return state
 
 
 def make_train_step(
@@ -352,7 +349,8 @@ def _accumulate(
 
 
 def _shardings(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda x: x.sharding, state)
+    shardings: TrainState = jax.tree.map(lambda x: x.sharding, state)
+    return shardings
 
 
 def _nonzero(tokens: Float[Array, ""]) -> Float[Array, ""]:

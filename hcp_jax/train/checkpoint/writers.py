@@ -95,7 +95,8 @@ class First:
 
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        step: int | None = self._manager.latest_step()
+        return step
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints on disk, the newest first."""

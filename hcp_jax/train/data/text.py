@@ -12,8 +12,9 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 
+from hcp_jax.base.terminal import printable as shown
 from hcp_jax.train.data import formats
-from hcp_jax.train.data.formats import Piece, shown
+from hcp_jax.train.data.formats import Piece
 from hcp_jax.train.sections import SKIPPED, BadLines
 
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Integer
 
-from hcp_jax.train.data.formats import shown
+from hcp_jax.base.terminal import printable as shown
 from hcp_jax.train.sections import SpecialTokens
 
 END_OF_TEXT = (

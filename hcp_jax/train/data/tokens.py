@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from hcp_jax.train.data.formats import shown
+from hcp_jax.base.terminal import printable as shown
 from hcp_jax.train.data.tokenizer import Tokenizer, describe_special
 
 FILES = ("tokens.npy", "offsets.npy", "meta.json")

@@ -56,4 +56,5 @@ def _as_yaml(model: ModelConfig, folder: pathlib.Path) -> str:
     values: dict[str, Any] = {"name": folder.name, "init_from": str(folder), "model": told}
     if (folder / "tokenizer.json").is_file():
         values["data"] = {"tokenizer": str(folder / "tokenizer.json")}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text

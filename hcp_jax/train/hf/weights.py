@@ -104,7 +104,8 @@ def initial_state(
     def begin(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(begin, donate_argnums=0, out_shardings=shardings)(params)
+    state: TrainState = jax.jit(begin, donate_argnums=0, out_shardings=shardings)(params)
+    return state
 
 
 def keep_small_files(origin: pathlib.Path, kept: pathlib.Path) -> None:

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hcp_jax.base import arguments, terminal
-from hcp_jax.train.hosts.watchdog import Address, Peers
+from hcp_jax.train.hosts.meeting import Address
+from hcp_jax.train.hosts.watchdog import Peers
 
 LAUNCHER = "HCP_LAUNCHER"
 """The environment variable with the process id of `hcp launch`, if that started this process."""
