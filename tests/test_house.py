@@ -44,9 +44,6 @@ KNOWN_CIRCLES: dict[str, dict[frozenset[str], str]] = {
     "rooms": {},
     "modules": {
         _PLACEMENT: "for types alone; a Placement object will answer (issue 13, move 2)",
-        frozenset({"train.data", "train.data.corpus", "train.data.streams"}): (
-            "modules of train.data should import each other, not the package (issue 13, move 6)"
-        ),
     },
 }
 

@@ -1,15 +1,15 @@
-"""A step in pieces: sums over microbatches of different programs, and one update at the end.
+"""Make a step of several programs: each microbatch adds to sums, and one update ends the step.
 
-`step.make_train_step` is a single program, since its microbatches are alike. Those of dynamic
-context parallelism are not: every group layout is a program of its own. What they share is the sum
-of their losses, weights and gradients, which each takes from the one before and hands on:
+`step.make_train_step` is a single program, since all its microbatches are alike. With dynamic
+context parallelism they are not: each grouping has its own program. Each of these takes the sums of
+losses, weights and gradients so far, and returns them with its own added:
 
     sums = zeros()
     sums = accumulate[layout](params, sums, batch)      for every microbatch
     state, metrics = update(state, sums)
 
-Losses are summed, not averaged, and divided by the weight of the whole step in the end, so that the
-gradient is that of all its documents however they were dealt to microbatches.
+Losses are summed, not averaged, and divided by the weight of the whole step at the end. So the
+gradient is the same however the documents of the step are distributed over microbatches.
 """
 
 from typing import Any, NamedTuple
@@ -20,21 +20,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.train.step import (
-    OptimizerConfig,
-    TrainState,
-    apply_gradients,
-    make_optimizer,
-    make_schedule,
-    summed_loss,
-)
+from hcp_jax.train.optimizer import make_optimizer, make_schedule
+from hcp_jax.train.sections import OptimizerConfig
+from hcp_jax.train.step import TrainState, apply_gradients, summed_loss
 
 
 class Sums(NamedTuple):
-    """What microbatches add up to; all of it in float32.
+    """Sums over the microbatches so far, all in float32.
 
     Attributes:
-        grads: of `loss`, a tree like the parameters.
+        grads: gradients of `loss`, a tree like the parameters.
         loss: Σ weight · loss over all tokens.
         weight: Σ weight.
     """
@@ -45,11 +40,11 @@ class Sums(NamedTuple):
 
 
 def abstract_sums(state: TrainState, cp: ContextParallel) -> Sums:
-    """Shapes and shardings of the sums: the gradients lie as the parameters do.
+    """Return shapes and shardings of the sums; gradients are sharded like the parameters.
 
     Args:
         state: from `abstract_state`.
-        cp: the context parallelism that the state is cut for.
+        cp: the context parallelism of the state.
     """
     whole = NamedSharding(cp.mesh, PartitionSpec())
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
@@ -57,30 +52,38 @@ def abstract_sums(state: TrainState, cp: ContextParallel) -> Sums:
 
 
 def make_zeros(like: Sums) -> jax.stages.Wrapped:
-    """The sums of no microbatch, `() -> sums`, jitted; `like` from `abstract_sums`."""
+    """Return a jitted function `() -> sums` that makes sums of zeros.
+
+    Args:
+        like: from `abstract_sums`.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
     def zeros() -> Sums:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        sums: Sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return sums
 
     return jax.jit(zeros, out_shardings=shardings)
 
 
 def make_accumulate(model: ModelConfig, cp: ContextParallel, like: Sums) -> jax.stages.Wrapped:
-    """One microbatch: `(params, sums, batch) -> sums`, jitted; the sums given are donated.
+    """Return a jitted function `(params, sums, batch) -> sums` that adds a microbatch.
+
+    The given sums are donated.
 
     Args:
         model: the model.
-        cp: the context parallelism of the microbatch, with its groups if it has some.
+        cp: the context parallelism of the microbatch, with its groups if any.
         like: from `abstract_sums`.
     """
-    grad_of = jax.value_and_grad(summed_loss(model, cp))
+    loss_and_grads = jax.value_and_grad(summed_loss(model, cp))
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
-    def accumulate(params: Any, sums: Sums, batch: dict) -> Sums:
-        loss, grads = grad_of(params, batch)
-        of_batch = Sums(grads, loss, jnp.sum(batch["weights"]))
-        return jax.tree.map(jnp.add, sums, of_batch)
+    def accumulate(params: Any, sums: Sums, batch: dict[str, Any]) -> Sums:
+        loss, grads = loss_and_grads(params, batch)
+        added = Sums(grads, loss, jnp.sum(batch["weights"]))
+        total: Sums = jax.tree.map(jnp.add, sums, added)
+        return total
 
     return jax.jit(
         accumulate,
@@ -93,19 +96,21 @@ def make_accumulate(model: ModelConfig, cp: ContextParallel, like: Sums) -> jax.
 def make_update(
     optimizer: OptimizerConfig, num_steps: int, state: TrainState, like: Sums
 ) -> jax.stages.Wrapped:
-    """The end of a step: `(state, sums) -> (state, metrics)`, jitted; the state given is donated.
+    """Return a jitted function `(state, sums) -> (state, metrics)` that ends a step.
+
+    The given state is donated; the metrics are those of `apply_gradients`.
 
     Args:
         optimizer: the optimizer's config.
-        num_steps: as in `make_train_step`; so are the metrics.
+        num_steps: as in `make_train_step`.
         state: from `abstract_state`.
         like: from `abstract_sums`.
     """
     schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
-    of_state, of_sums = (jax.tree.map(lambda x: x.sharding, tree) for tree in (state, like))
+    shardings = [jax.tree.map(lambda x: x.sharding, tree) for tree in (state, like)]
 
     def update(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
-        # A step in which nothing counts has loss 0, not NaN.
+        # A step without weight has loss 0, not NaN.
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, sums.grads)
         return apply_gradients(
@@ -119,5 +124,8 @@ def make_update(
         )
 
     return jax.jit(
-        update, donate_argnums=0, in_shardings=(of_state, of_sums), out_shardings=(of_state, None)
+        update,
+        donate_argnums=0,
+        in_shardings=tuple(shardings),
+        out_shardings=(shardings[0], None),
     )

@@ -1,9 +1,9 @@
-"""The configuration of a run: one frozen dataclass, read from YAML and the command line.
+"""Define the config of a run, one frozen dataclass, and read it from YAML and the command line.
 
-Each part is a dataclass beside what it configures; here they are put together, read, and written
-down again. `reading` turns a file into plain values, and `msgspec` those into the declared types:
-neither imports, opens or runs anything that a value names. What msgspec says of a wrong value is
-put into one line here, with the file and the nearest right name.
+Each section is a dataclass of its own; this module puts them together, reads and writes them.
+`reading` turns a file into plain values, and `msgspec` turns those into the declared types: neither
+imports, opens or runs anything that a value names. This module rewrites msgspec's errors as one
+line with the file and the nearest right name.
 """
 
 import argparse
@@ -48,11 +48,11 @@ SMALL_MODEL = ModelConfig(
     compute_dtype="float32",
     remat="none",
 )
-"""A decoder for bytes that learns within minutes on a CPU; the model of configs that name none."""
+"""A decoder for bytes that learns within minutes on a CPU; the default of `TrainConfig.model`."""
 
 
 FILL_IN = "FILL_IN"
-"""What `hcp plan --write` puts where only the user knows the value; `hcp train` refuses it."""
+"""Placeholder of `hcp plan --write` for values that only the user knows; `hcp train` refuses it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +60,19 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        name: what the run folder is called, with a number behind it; if a file gives none, the
+        name: the name of the run folder, to which a number is added; if a file gives none, the
             file's own name.
-        steps: optimizer steps.
-        batch_size: streams per optimizer step, over all of dp and all of `accumulation`; times
-            seq_len, the tokens that a step of `parallel.dynamic` aims at.
+        steps: number of optimizer steps.
+        batch_size: streams per optimizer step, over all of dp and all of `accumulation`; with
+            `parallel.dynamic`, a step has up to batch_size * seq_len tokens.
         seq_len: tokens per stream; no document, or segment of one, is longer.
         accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own.
-        seed: of the initial parameters and of the order of the documents.
-        run_dir: where run folders are made.
+        seed: seed of the initial parameters and of the order of the documents.
+        run_dir: the folder in which run folders are made.
         made_for: the GPUs that the config was made for, such as "8 x 8 H200" (`hcp plan --write`
-            says so): hcp train then refuses to simulate the run on a CPU. None: any devices.
-        init_from: a Hugging Face folder whose weights training begins from (`hcp import` writes a
-            config that fits it); None for random ones.
+            sets it): hcp train then refuses to simulate the run on a CPU. None: any devices.
+        init_from: a Hugging Face folder with the weights to start from (`hcp import` writes a
+            config that fits it); None: random weights.
         model: the decoder.
         parallel: the mesh and what its axes do.
         data: the text.
@@ -82,7 +82,7 @@ class TrainConfig:
         log: how to report.
 
     Raises:
-        ValueError: for numbers that do not fit each other.
+        ValueError: if values do not fit together.
     """
 
     name: str = field(default="run", metadata=free())
@@ -102,7 +102,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         self.parallel.check_model(self.model)
         if not self.name or "/" in self.name:
@@ -143,11 +143,12 @@ class TrainConfig:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the config file, and one option for every key of it, to a command's parser."""
+    """Add the config file, and one option for each of its keys, to a command's parser."""
     parser.add_argument("config", nargs="?", type=pathlib.Path, help="a YAML file (see configs/)")
     parser.usage = "%(prog)s [config] [--key value ...]"  # a list of all keys would fill a page
     keys = parser.add_argument_group(
-        "configuration", "Each key of the file can be given here, too, and then wins."
+        "configuration",
+        "Each key of the file can be given here, too, and replaces the file's value.",
     )
     for key, kind, text in _keys(TrainConfig):
         keys.add_argument(
@@ -161,22 +162,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> TrainConfig:
-    """The config that a command line parsed with `add_arguments` asks for; see `load`."""
+    """Return the config of a command line that was parsed with `add_arguments`; see `load`."""
     return load(args.config, args.overrides or ())
 
 
 def load(
-    path: str | os.PathLike | None = None, overrides: Sequence[tuple[str, str]] = ()
+    path: str | os.PathLike[str] | None = None, overrides: Sequence[tuple[str, str]] = ()
 ) -> TrainConfig:
-    """Reads a config.
+    """Read a config.
 
     Args:
         path: a YAML file; None for the defaults.
-        overrides: (dotted key, text) pairs that win over the file: `("model.num_layers", "4")`.
+        overrides: (dotted key, text) pairs that replace values of the file, such as
+            `("model.num_layers", "4")`.
 
     Raises:
-        ValueError: if the file is no YAML, or a key is unknown or has a value of the wrong type;
-            names the key, the file and the nearest right key.
+        ValueError: if the file is not YAML, or if a key is unknown or has a value of the wrong
+            type; names the key, the file and the nearest right key.
         FileNotFoundError: if there is no such file.
     """
     values: dict[str, Any] = {}
@@ -210,7 +212,7 @@ _TOKENS = (
 
 
 def _count_tokens(values: dict[str, Any]) -> None:
-    """Put numbers where token counts are written with K, M or G."""
+    """Replace token counts that are written with K, M or G by numbers."""
     for key in _TOKENS:
         *parts, last = key.split(".")
         part: Any = values
@@ -229,12 +231,14 @@ def _require_no_empty_texts(config: TrainConfig) -> None:
 
 
 def dump(config: TrainConfig) -> str:
-    """The whole config as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    """Return the whole config as YAML; `load` reads an equal config from it."""
+    values = _plain(dataclasses.asdict(config))
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
-    """Every value of a config by its dotted key, in plain values."""
+    """Return every value of a config by its dotted key, in plain values."""
     values: dict[str, Any] = {}
 
     def put(part: Mapping[str, Any], prefix: str) -> None:
@@ -249,7 +253,7 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 
 def _to_config(values: Mapping[str, Any], origin: str) -> TrainConfig:
-    if isinstance(values.get("model"), Mapping):  # a part of the usual model is replaced
+    if isinstance(values.get("model"), Mapping):  # given values replace those of the default model
         values = {**values, "model": dataclasses.asdict(SMALL_MODEL) | values["model"]}
     try:
         # Not strict: a number may be text, as on the command line and as YAML reads 1e-3.
@@ -263,7 +267,7 @@ def _to_config(values: Mapping[str, Any], origin: str) -> TrainConfig:
 
 
 def _explain(message: str, values: Mapping[str, Any]) -> str:
-    """Return what msgspec says of one value, in the words of a config."""
+    """Return msgspec's error about a value as a message that names the config's key."""
     found = re.search(r"at `\$\.([\w.]+)", message)
     key = found[1] if found else ""
     kinds = {known: kind for known, kind, _ in _keys(TrainConfig)}
@@ -279,11 +283,11 @@ def _explain(message: str, values: Mapping[str, Any]) -> str:
             return f"{key} needs {', '.join(absent)}, too."
     near = difflib.get_close_matches(str(value)[:_SHOWN], _choices(kinds[key]), 1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{key} must be {_words(kinds[key])}, got {_short(value)}{hint}"
+    return f"{key} must be {_describe_type(kinds[key])}, got {_short(value)}{hint}"
 
 
 def _from_text(text: str, kind: Any, key: str) -> Any:
-    """Return a value of the command line: text, unless it spells null, a list or a mapping."""
+    """Return a value of the command line: text, unless it is null, a list or a mapping."""
     options = typing.get_args(kind)
     if text in ("null", "~") and type(None) in options:
         return None
@@ -293,7 +297,7 @@ def _from_text(text: str, kind: Any, key: str) -> Any:
     return text
 
 
-def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     values = reading.read_yaml(path)
     if values is None:
         return {}
@@ -310,7 +314,7 @@ def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix:
             raise ValueError(f"{path}: there is no key {_short(key)}{_nearest(key)}")
         part = _part(kinds[name])
         if value is None and type(None) not in typing.get_args(kinds[name]):
-            raise ValueError(f"{path}: {key} must be {_words(kinds[name])}, got null.")
+            raise ValueError(f"{path}: {key} must be {_describe_type(kinds[name])}, got null.")
         if part is None:
             continue
         if isinstance(value, Mapping):
@@ -320,7 +324,7 @@ def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix:
 
 
 def _nearest(key: str) -> str:
-    """Return a hint that ends a message: a key spelt nearly so, or of this name elsewhere."""
+    """Return the end of a message: a key that is spelt alike, or has the same last part."""
     key = key[:_SHOWN]
     known = [k for k, _, _ in _keys(TrainConfig)] + [
         f.name for f in dataclasses.fields(TrainConfig) if _part(f.type)
@@ -333,7 +337,7 @@ def _nearest(key: str) -> str:
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, type, what it is) of every value that can be given."""
+    """Yield (dotted key, type, description) of every value that a config can have."""
     kinds = typing.get_type_hints(cls)
     texts = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
     for name in (one.name for one in dataclasses.fields(cls)):
@@ -346,13 +350,13 @@ def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 
 def _part(kind: Any) -> type | None:
-    """The dataclass that a field holds, or may hold; None if it holds none."""
+    """Return the dataclass that a field holds or may hold; None if it holds none."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     parts = [k for k in options if isinstance(k, type) and dataclasses.is_dataclass(k)]
     return parts[0] if parts else None
 
 
-def _required(field: dataclasses.Field) -> bool:
+def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
@@ -362,22 +366,22 @@ def _choices(kind: Any) -> list[str]:
     return [c for k in typing.get_args(kind) for c in _choices(k)]
 
 
-def _words(kind: Any) -> str:
-    """A type as a person says it in YAML."""
+def _describe_type(kind: Any) -> str:
+    """Return a type as a phrase for messages."""
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(kind)))}"
     if isinstance(kind, types.UnionType):
-        return " or ".join(map(_words, typing.get_args(kind)))
+        return " or ".join(map(_describe_type, typing.get_args(kind)))
     plain = {int: "int", float: "float", str: "str", bool: "true or false", types.NoneType: "null"}
     if kind in plain:
         return plain[kind]
     if typing.get_origin(kind) in (list, tuple):
-        return f"a list of {_words(typing.get_args(kind)[0])}"
+        return f"a list of {_describe_type(typing.get_args(kind)[0])}"
     return "keys and values" if dataclasses.is_dataclass(kind) else str(kind)
 
 
 def _metavar(kind: Any) -> str:
-    """A type as the help of an option shows it."""
+    """Return a type as the help of an option shows it."""
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, typing.get_args(kind)))
     if isinstance(kind, types.UnionType):
@@ -408,5 +412,5 @@ def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(of_key) for key, of_key in value.items()}
+        return {key: _plain(inner) for key, inner in value.items()}
     return list(map(_plain, value)) if isinstance(value, list | tuple) else value

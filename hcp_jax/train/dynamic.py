@@ -1,15 +1,15 @@
-"""Training with dynamic context parallelism: every microbatch on groups of its own.
+"""Train with dynamic context parallelism: each microbatch has its own grouping of the devices.
 
-A step is a few microbatches, each the program of a group layout, and one update:
+A step is a few microbatches, each run by the program of its grouping, and one update:
 
-    plan        PlannedSteps     which documents, in which microbatches, on which groups
-    pack        in a thread      each onto its group's devices; this process reads its own devices'
-    place       in that thread   onto the devices
-    accumulate  one of the menu  loss and gradients, added to the sums
-    update      at the end       clipping and AdamW, for the sums over the weight of the step
+    plan        PlannedSteps     choose documents, microbatches and groups
+    pack        in a thread      cut documents over their groups; read the tokens of own devices
+    put         in that thread   copy the arrays to the devices
+    accumulate  a menu program   add loss and gradients to the sums
+    update      at the end       divide by the weight of the step; clipping and AdamW
 
-Every program there is has been compiled before step 0, and only those are ever called: what would
-have to be compiled while training runs is an error that says why.
+All programs are compiled before step 0. A microbatch that would need another program while training
+runs is an error that says why.
 """
 
 import dataclasses
@@ -35,15 +35,16 @@ from hcp_jax.parallel.mesh import host_of
 from hcp_jax.parallel.microbatch import own_devices, place_microbatch
 from hcp_jax.sequence import groupings
 from hcp_jax.sequence.packing import Microbatch, pack
-from hcp_jax.train import accumulate, data
+from hcp_jax.train import accumulate
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.data.corpus import Corpus
 from hcp_jax.train.data.documents import Limits, PlannedStep, PlannedSteps, check_longest
 from hcp_jax.train.data.streams import Segments
 from hcp_jax.train.step import TrainState
 
 
 class PlacedMicrobatch(NamedTuple):
-    """A microbatch on the devices, as `place_microbatch` leaves it."""
+    """A microbatch on the devices, from `place_microbatch`."""
 
     layout: groupings.Layout
     arrays: dict[str, Any]
@@ -54,10 +55,10 @@ class PlacedStep(NamedTuple):
 
     Attributes:
         microbatches: in the order in which they run.
-        documents: the numbers of the documents that it has tokens of.
-        facts: what is known of it beforehand, for its metrics: "microbatches"; "layouts",
-            different ones; "fill", the share of the places of all buffers, on all devices, that
-            hold a token; "pairs", the (query, key) pairs that attention looks at.
+        documents: the numbers of its documents.
+        facts: metrics that are known beforehand: "microbatches", how many; "layouts", how many
+            different groupings; "fill", the share of the slots of all devices that hold a token;
+            "pairs", the (query, key) pairs that attention visits.
     """
 
     microbatches: tuple[PlacedMicrobatch, ...]
@@ -66,41 +67,41 @@ class PlacedStep(NamedTuple):
 
 
 class DynamicProgram:
-    """A program for each group layout of a menu; see `program.Program`.
+    """A program for each grouping of a menu; see `program.Program`.
 
     Args:
         config: the run; its `parallel.dynamic` is enabled.
-        cp: the mesh, without groups.
+        cp: the context parallelism, without groups.
         corpus: the text.
         console: where the progress of compiling is shown.
 
     Attributes:
-        menu: the layouts that there are programs for.
-        programs: what `compile` made for each of them: `accumulate.make_accumulate`, compiled.
+        menu: the groupings that have programs.
+        programs: the compiled `accumulate.make_accumulate` of each of them.
 
     Raises:
         ValueError: if a document is longer than the widest group holds.
-        NotImplementedError: if groups cannot have the run's comm type.
+        NotImplementedError: if groups do not support the run's comm type.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         cp: ContextParallel,
-        corpus: data.Corpus,
+        corpus: Corpus,
         console: rich.console.Console,
     ):
         self._config, self._cp, self._console = config, cp, console
         self._tokens = config.parallel.dynamic.tokens
         self._corpus = corpus
         self._segments = Segments(corpus, config.seq_len)
-        limits = limits_of(config, cp)
+        limits = make_limits(config, cp)
         check_longest(self._segments, limits)
         self._planned = PlannedSteps(self._segments.sizes, limits)
         self.menu = self._planned.menu
         _require_same_everywhere(self.menu)
-        self._of_layout = {layout: dataclasses.replace(cp, groups=layout) for layout in self.menu}
-        placed = self._planned.map(self._place_step)
+        self._contexts = {layout: dataclasses.replace(cp, groups=layout) for layout in self.menu}
+        placed = self._planned.map(self._put_step)
         self._steps = iter(
             grain.experimental.ThreadPrefetchIterDataset(
                 placed, prefetch_buffer_size=config.data.prefetch
@@ -112,7 +113,7 @@ class DynamicProgram:
         self._used: Counter[groupings.Layout] = Counter()
 
     def describe(self, num_params: int) -> list[str]:
-        """The documents of a step, the menu, and what is sent."""
+        """Return lines about the documents of a step and the menu."""
         widest = max(max(layout) for layout in self.menu)
         narrowest = min(min(layout) for layout in self.menu)
         return [
@@ -122,7 +123,11 @@ class DynamicProgram:
         ]
 
     def compile(self, abstract: TrainState) -> int:
-        """Compiles the menu's programs, and those that begin and end a step."""
+        """Compile the menu's programs, and those that begin and end a step.
+
+        Returns:
+            Bytes that the largest of them needs per device.
+        """
         config = self._config
         like = accumulate.abstract_sums(abstract, self._cp)
         jitted = accumulate.make_update(config.optimizer, config.steps, abstract, like)
@@ -131,24 +136,25 @@ class DynamicProgram:
         for layout in rich.progress.track(
             self.menu, "compiling the menu", console=self._console, transient=True
         ):
-            of_layout = accumulate.make_accumulate(config.model, self._of_layout[layout], like)
-            empty = self._place(Microbatch(layout, ((),) * len(layout)))
-            lowered = of_layout.lower(abstract.params, like, empty.arrays)
+            program = accumulate.make_accumulate(config.model, self._contexts[layout], like)
+            empty = self._put(Microbatch(layout, ((),) * len(layout)))
+            lowered = program.lower(abstract.params, like, empty.arrays)
             self.programs[layout] = lowered.compile()
-        # The optimizer's state is no argument of theirs, but it is there.
+        # The optimizer's state is not their argument, but it is on the devices, too.
         besides = sum(map(_bytes_per_device, jax.tree.leaves(abstract.opt_state)))
         widest = max(_bytes(program) for program in self.programs.values())
         return max(_bytes(self._update), besides + widest)
 
     def next_batch(self) -> PlacedStep:
-        """The next step; a thread has packed its microbatches and put them on the devices."""
-        return next(self._steps)
+        """Return the next step; a thread has packed it and put it on the devices."""
+        step: PlacedStep = next(self._steps)
+        return step
 
     def step(self, state: TrainState, batch: PlacedStep) -> tuple[TrainState, dict[str, Any]]:
-        """Makes a step; its metrics are `apply_gradients`' and `PlacedStep.facts`.
+        """Make a step; its metrics are those of `apply_gradients` and `PlacedStep.facts`.
 
         Raises:
-            RuntimeError: if something would have to be compiled for it; says what.
+            RuntimeError: if a microbatch has no compiled program; says why.
         """
         sums = self._zeros()
         for microbatch in batch.microbatches:
@@ -158,11 +164,11 @@ class DynamicProgram:
         return state, metrics | batch.facts
 
     def documents(self, batch: PlacedStep) -> Sequence[int]:
-        """The numbers of the documents of a step."""
+        """Return the numbers of the documents of a step."""
         return batch.documents
 
     def summary(self) -> list[str]:
-        """Which layouts have been used, for the end of a run's output."""
+        """Return a line with the share of microbatches of each grouping."""
         total = self._used.total()
         shares = (
             f"{groupings.describe(layout)} in {count / total:.0%}"
@@ -171,19 +177,20 @@ class DynamicProgram:
         return [f"{total} microbatches: {'; '.join(shares)}"] if total else []
 
     def data_state(self) -> dict[str, Any]:
-        """The place in the order of documents, and the steps of the window that are to come."""
-        return self._steps.get_state()
+        """Return the position in the order of documents, and the remaining steps of the window."""
+        state: dict[str, Any] = self._steps.get_state()
+        return state
 
     def restore_data(self, state: dict[str, Any]) -> None:
-        """Puts the documents there; those of a window's steps are scheduled anew where they must.
+        """Restore the state of the data; schedule its steps anew if this run cannot make them.
 
         Raises:
-            ValueError: if the state is of other data, or of a run without dynamic CP.
+            ValueError: if the state is from other data, or from a run without dynamic CP.
         """
         self._steps.set_state(state)
 
     def close(self) -> None:
-        """Ends the thread that packs."""
+        """Stop the thread that packs."""
         self._steps.close()
 
     def _add(self, params: Any, sums: Any, microbatch: PlacedMicrobatch) -> Any:
@@ -198,10 +205,10 @@ class DynamicProgram:
                 f"nothing is compiled once training runs: {cause}"
             ) from error
 
-    def _place_step(self, planned: PlannedStep) -> PlacedStep:
+    def _put_step(self, planned: PlannedStep) -> PlacedStep:
         numbers = [d for mb in planned for held in mb.documents for d in held]
         sizes = self._segments.sizes[numbers]
-        # A query sees the tokens of its document up to itself, or the last of them.
+        # A query sees the tokens of its document up to itself, or the last ones of the window.
         seen = np.minimum(sizes, self._config.model.sliding_window or self._config.seq_len)
         facts = {
             "microbatches": len(planned),
@@ -210,38 +217,38 @@ class DynamicProgram:
             "pairs": float((seen * (seen + 1) // 2 + (sizes - seen) * seen).sum()),
         }
         documents = sorted({self._segments.document(number) for number in numbers})
-        return PlacedStep(tuple(map(self._place, planned)), tuple(documents), facts)
+        return PlacedStep(tuple(map(self._put, planned)), tuple(documents), facts)
 
-    def _place(self, microbatch: Microbatch) -> PlacedMicrobatch:
+    def _put(self, microbatch: Microbatch) -> PlacedMicrobatch:
         devices = own_devices(self._cp)
         packed = pack(microbatch, self._segments.sizes, self._tokens, devices=devices)
-        places = np.zeros(packed.document.shape, np.int64)
+        refs = np.zeros(packed.document.shape, np.int64)
         first = 0
         for size, held in zip(microbatch.layout, microbatch.documents, strict=True):
             borders = np.array([first, first + size]) - devices.start
             begin, end = np.clip(borders, 0, len(devices))
             first += size
             if begin < end and held:
-                stream = np.concatenate([self._segments.places(number) for number in held])
-                # A query sees the keys of its group up to itself, so that it is number end - 1.
+                stream = np.concatenate([self._segments.refs(number) for number in held])
+                # A query sees the keys of its group up to itself: its own index is end - 1.
                 index = packed.end[begin:end]
-                places[begin:end] = np.where(index > 0, stream[index - 1], 0)
+                refs[begin:end] = np.where(index > 0, stream[index - 1], 0)
         arrays = {
-            "tokens": self._corpus.tokens_at(places),
-            "targets": self._corpus.targets_at(places),
-            "weights": (places > 0).astype(np.float32),
+            "tokens": self._corpus.tokens_at(refs),
+            "targets": self._corpus.targets_at(refs),
+            "weights": (refs > 0).astype(np.float32),
         }
         window = self._config.model.sliding_window
-        of_groups = self._of_layout[microbatch.layout]
-        placed = place_microbatch(of_groups, packed, arrays, sliding_window=window)
+        cp = self._contexts[microbatch.layout]
+        placed = place_microbatch(cp, packed, arrays, sliding_window=window)
         return PlacedMicrobatch(microbatch.layout, placed)
 
 
-def limits_of(config: TrainConfig, cp: ContextParallel) -> Limits:
-    """What the schedules of a run keep to.
+def make_limits(config: TrainConfig, cp: ContextParallel) -> Limits:
+    """Return the limits of a run's schedules.
 
     Raises:
-        ValueError: if the file of the cost holds none.
+        ValueError: if the file `parallel.dynamic.cost` does not hold a cost.
     """
     cost = config.parallel.dynamic.cost
     return Limits(
@@ -262,11 +269,11 @@ def _cost(model: ModelConfig, cp: ContextParallel) -> Cost:
 
 
 def _require_same_everywhere(menu: tuple[groupings.Layout, ...]) -> None:
-    """Processes that schedule differently would wait for each other for ever."""
+    """Check that all processes have the same menu: else they would wait for each other for ever."""
     if jax.process_count() == 1:
         return
-    of_all = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(menu).encode())))
-    if (of_all != of_all[0]).any():
+    menus = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(menu).encode())))
+    if (menus != menus[0]).any():
         raise ValueError(
             "the processes chose different menus of layouts for the same data; every host needs "
             "the same versions of Python and NumPy, or give the layouts in parallel.dynamic.menu."
@@ -275,8 +282,9 @@ def _require_same_everywhere(menu: tuple[groupings.Layout, ...]) -> None:
 
 def _bytes(compiled: Any) -> int:
     memory = compiled.memory_analysis()
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def _bytes_per_device(x: jax.ShapeDtypeStruct) -> int:
-    return int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+    shape = x.sharding.shard_shape(x.shape)
+    return int(np.prod(shape, dtype=np.int64)) * int(x.dtype.itemsize)

@@ -1,22 +1,22 @@
-"""Evaluation: the loss on held-out text, and how it falls with the position in a document.
+"""Evaluate the loss on held-out text, also by the position in a document.
 
-A model that uses long context predicts a token the better, the more of its document stands before
-it. So besides the mean over all tokens there is one for each bin of positions: 0, 1, 2 to 3, 4 to
-7, and so on. A position is the number of tokens of its document that a token sees before itself;
-behind a cut (`data/corpus.py`) it begins at 0 again.
+A model that uses long context predicts a token better if more of its document comes before it. So
+there is a mean over all tokens, and one for each bin of positions: 0, 1, 2 to 3, 4 to 7, and so on.
+A position is the number of tokens of its document that a token sees before itself; after a cut
+(`data/corpus.py`) it begins at 0 again.
 
-Exact on any mesh: each device adds up the losses of its own tokens by row and bin, and these few
-numbers are summed over the cp devices inside the compiled program, and in float64 on the host. The
-text is the same at every evaluation of every run with the same `seq_len`, whatever its seed, batch
-size or mesh. The loss is cross entropy alone, without `z_loss`.
+The result is exact on any mesh: each device sums the losses of its own tokens by row and bin, and
+these few numbers are summed over the cp devices inside the compiled program, and in float64 on the
+host. The text is the same at every evaluation of every run with the same `seq_len`, for any seed,
+batch size or mesh. The loss is cross entropy alone, without `z_loss`.
 
-The uncertainty is a standard error, with streams as the units that are drawn: tokens of one
-document are alike, and to take each for an observation of its own would make it far too small. With
-m the mean over n streams, of which stream i has losses that add up to s_i over c_i tokens, it is
+The uncertainty is a standard error that treats streams as independent samples. Tokens of one
+document are alike; treating each as a sample would make the error far too small. If the losses of
+stream i add up to s_i over c_i tokens, and m is the mean loss over n streams, the error is
 
     sqrt( n / (n - 1) · Σ (s_i - m · c_i)² ) / Σ c_i
 
-which is that of a ratio of two sums (Cochran, Sampling Techniques, 1977, chapter 6).
+as for a ratio of two sums (Cochran, Sampling Techniques, 1977, chapter 6).
 """
 
 import dataclasses
@@ -36,31 +36,31 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.loss import cross_entropy_by_bin
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.train import data
-from hcp_jax.train.data import Corpus
+from hcp_jax.train.data.batches import evenly, held_out_batches
+from hcp_jax.train.data.corpus import Corpus, open_corpus
 from hcp_jax.train.sections import DataConfig, EvalConfig
 
 
 def open_corpora(
-    of_data: DataConfig, config: EvalConfig, vocab_size: int
+    data: DataConfig, config: EvalConfig, vocab_size: int
 ) -> tuple[Corpus, Corpus | None]:
-    """The text to train on, and the text to evaluate on; None if there is no evaluation.
+    """Return the text to train on, and the text to evaluate on (None without evaluation).
 
     Args:
-        of_data: where the text comes from.
-        config: what is held out.
-        vocab_size: how many ids the model knows.
+        data: where the text comes from.
+        config: which text is held out.
+        vocab_size: number of ids of the model.
 
     Raises:
-        ValueError: as `data.open_corpus`; if the documents are too few to hold some out.
+        ValueError: as `open_corpus`; if there are too few documents to hold some out.
     """
-    corpus = data.open_corpus(of_data, vocab_size)
+    corpus = open_corpus(data, vocab_size)
     if config.every is None:
         return corpus, None
     if config.path is not None:
         try:
-            there = dataclasses.replace(of_data, path=config.path)
-            return corpus, data.open_corpus(there, vocab_size)
+            held_out_data = dataclasses.replace(data, path=config.path)
+            return corpus, open_corpus(held_out_data, vocab_size)
         except ValueError as error:
             raise ValueError(str(error).replace("data.path", "eval.path")) from None
     number = math.ceil(config.holdout * len(corpus))
@@ -69,19 +69,19 @@ def open_corpora(
             f"eval.holdout={config.holdout} of {len(corpus)} documents leaves none to train on; "
             "give held-out text with eval.path, or a smaller share."
         )
-    order = data.evenly(len(corpus))
+    order = evenly(len(corpus))
     training, held_out = corpus.select(np.sort(order[number:])), corpus.select(order[:number])
     return training, held_out
 
 
 @dataclasses.dataclass(frozen=True)
 class Means:
-    """A mean loss of each of several sets of tokens.
+    """Mean losses of several sets of tokens.
 
     Attributes:
         loss: nats per token; NaN where there are no tokens.
         stderr: its standard error; NaN where there are fewer than two streams.
-        tokens: how many.
+        tokens: number of tokens.
     """
 
     loss: Float64[np.ndarray, "n"]
@@ -90,7 +90,7 @@ class Means:
 
     @classmethod
     def of(cls, sums: Float64[np.ndarray, "S n"], counts: Float64[np.ndarray, "S n"]) -> "Means":
-        """Of the losses' sums, and the tokens, of each stream."""
+        """Return the means, from the sums of losses and the numbers of tokens of each stream."""
         total, tokens = sums.sum(axis=0), counts.sum(axis=0)
         streams = (counts > 0).sum(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -102,14 +102,14 @@ class Means:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What came of one evaluation.
+    """The result of one evaluation.
 
     Attributes:
-        step: optimizer steps that the model had made.
-        overall: of all tokens; arrays of one.
+        step: number of optimizer steps that the model has made.
+        overall: the mean of all tokens; arrays of one element.
         borders: bin i holds the positions from `borders[i]` to `borders[i + 1] - 1`.
-        by_position: of each bin.
-        seconds: that it took.
+        by_position: the mean of each bin.
+        seconds: the time that the evaluation took.
     """
 
     step: int
@@ -120,11 +120,11 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """The mean loss, in nats per token."""
         return float(self.overall.loss[0])
 
     def to_json(self) -> dict[str, Any]:
-        """A line of eval.jsonl; null where there is no number."""
+        """Return a line of eval.jsonl; None where there is no number."""
         overall, bins = self.overall, self.by_position
         return {
             "step": self.step,
@@ -148,14 +148,14 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates a model on its own mesh, with a compiled program of its own.
+    """Evaluates a model on the mesh of its training, with its own compiled program.
 
     Args:
         model: the model.
-        cp: the mesh that it is trained on, and what the axes do.
+        cp: the context parallelism of the training.
         held_out: the text.
         seq_len: T, tokens per stream.
-        batch_size: streams that are computed at one time; a multiple of dp.
+        batch_size: streams per batch; a multiple of dp.
         tokens: see `EvalConfig`.
     """
 
@@ -171,7 +171,7 @@ class Evaluator:
     ):
         self._cp = cp
         self.borders = borders(seq_len)
-        self._batches = data.held_out_batches(
+        self._batches = held_out_batches(
             held_out, batch_size=batch_size, seq_len=seq_len, tokens=tokens, mask=model.mask
         )
         self._program: Any = make_sums_by_position(model, self.borders, cp)
@@ -182,32 +182,32 @@ class Evaluator:
         return f"{total:,} held-out tokens, {rows} streams of {seq_len:,} at a time"
 
     def compile(self, params: Any) -> int:
-        """Compiles the program; returns the bytes that it needs per device beside its arguments.
+        """Compile the program; return the bytes that it needs per device beside its arguments.
 
         Args:
             params: shapes, dtypes and shardings of the parameters.
         """
         batch = self._cp.shard_batch(self._batches[0])
         self._program = self._program.lower(params, batch).compile()
-        return self._program.memory_analysis().temp_size_in_bytes
+        return int(self._program.memory_analysis().temp_size_in_bytes)
 
     def evaluate(
         self, step: int, params: Any, stops: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
-        """Return the loss of some parameters; None if it was broken off. `compile` first.
+        """Return the loss of the parameters; None if it was stopped. Call `compile` first.
 
         Args:
-            step: optimizer steps that they have made.
-            params: on the devices.
-            stops: asked before each batch whether to break off; all processes must say the same.
+            step: number of optimizer steps that the parameters have made.
+            params: the parameters, on the devices.
+            stops: called before each batch; returns whether to stop, the same in all processes.
         """
         began = time.perf_counter()
         found = []
         for batch in self._batches:
             if stops():
                 return None
-            of_batch = self._program(params, self._cp.shard_batch(batch))
-            found.append([np.asarray(x, np.float64) for x in of_batch])
+            pair = self._program(params, self._cp.shard_batch(batch))
+            found.append([np.asarray(x, np.float64) for x in pair])
         sums, counts = (np.concatenate(x) for x in zip(*found, strict=True))
         return Evaluation(
             step,
@@ -219,7 +219,7 @@ class Evaluator:
 
 
 def borders(seq_len: int) -> tuple[int, ...]:
-    """The positions at which bins begin, and the end of the last one: 0 and the powers of two.
+    """Return the first position of each bin (0 and the powers of two), and the end of the last.
 
     >>> borders(10)
     (0, 1, 2, 4, 8, 10)
@@ -230,20 +230,20 @@ def borders(seq_len: int) -> tuple[int, ...]:
 
 def make_sums_by_position(
     model: ModelConfig, borders: tuple[int, ...], cp: ContextParallel | None = None
-) -> Callable[[Any, dict], tuple[Float[Array, "B n"], Float[Array, "B n"]]]:
-    """The program: `(params, batch) -> (Σ weight · cross entropy, Σ weight)`, jitted.
+) -> Callable[[Any, dict[str, Any]], tuple[Float[Array, "B n"], Float[Array, "B n"]]]:
+    """Return a jitted function `(params, batch) -> (Σ weight · cross entropy, Σ weight)`.
 
-    Both are by row and bin, and the same on all devices.
+    Both sums are by row and bin, and the same on all devices.
 
     Args:
         model: the model.
-        borders: of the bins, as in `Evaluation`.
+        borders: borders of the bins, as in `Evaluation`.
         cp: the context parallelism; None for one device.
     """
     graphdef, _ = abstract_model(model)
     begins = np.asarray(borders[:-1], np.int32)
 
-    def sums_by_position(params: Any, batch: dict) -> tuple[Array, Array]:
+    def sums_by_position(params: Any, batch: dict[str, Any]) -> tuple[Array, Array]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
         bins = (

@@ -1,6 +1,6 @@
-"""The run folder: where a run's config, metrics, plot and checkpoints are, and how it is found.
+"""Keep and find what a run writes: its config, metrics, pictures and checkpoints.
 
-It stands alone so that the loop says when something is kept, and this says what and where.
+The loop decides when something is written; this module decides what is written, and where.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from hcp_jax.train.checkpoint import sealed
 from hcp_jax.train.checkpoint.manager import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluation
-from hcp_jax.train.hosts.kv_store import Words
+from hcp_jax.train.hosts.kv_store import Messages
 from hcp_jax.train.metrics import metrics
 from hcp_jax.train.program import Program
 from hcp_jax.train.step import TrainState
@@ -29,13 +29,13 @@ _log = logging.getLogger("hcp_jax")
 
 
 class RunFolder:
-    """Keeps what a run leaves in its folder: metrics, pictures and checkpoints.
+    """Writes the metrics, pictures and checkpoints of a run into its folder.
 
     Args:
-        config: the run; written down, so that the folder can be resumed without the file.
+        config: the run; it is written too, so that the run can be resumed from the folder alone.
         path: the folder; it exists.
         start: the first step of this part of the run.
-        title: of the pictures.
+        title: the title of the pictures.
         files: the fingerprint of the run's text (`data/fingerprint.py`), for its checkpoints.
     """
 
@@ -54,17 +54,18 @@ class RunFolder:
             written = path / "config.yaml.tmp"
             written.write_text(configuration.dump(config))
             written.replace(path / "config.yaml")
-            goes_on = config.checkpoint.on_error == "continue"
-            self._recorder = metrics.Recorder(path, start, config.log.tensorboard, goes_on)
+            go_on = config.checkpoint.on_error == "continue"
+            self._recorder = metrics.Recorder(path, start, config.log.tensorboard, go_on)
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:
             self._checkpoints.close()
         elif jax.process_count() == 1:
-            # Of several, the others know nothing yet of an error here, and would not come.
+            # With several processes, the others do not know of this error yet: closing, which
+            # needs all of them, would hang.
             try:
                 self._checkpoints.close()
             except OSError as also:
@@ -75,53 +76,53 @@ class RunFolder:
 
             try:
                 figures.draw_run(self.path, self._title)
-            except OSError as also:  # the disk is full: the numbers are there, or are told of
+            except OSError as also:  # the disk is full; lost numbers have been reported
                 _log.warning(f"the pictures of {self.path} cannot be drawn: {also}")
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Writes the metrics of a step."""
+        """Write the metrics of a step."""
         if self._recorder is not None:
             self._recorder.write(step, values)
 
     def record_evaluation(self, found: Evaluation) -> None:
-        """Writes what an evaluation found."""
+        """Write the result of an evaluation."""
         if self._recorder is not None:
             self._recorder.write_evaluation(found)
 
     def latest_checkpoint(self) -> int | None:
-        """The step of the newest whole checkpoint; None if there is none."""
+        """Return the step of the newest whole checkpoint; None if there is none."""
         return self._checkpoints.latest()
 
     def save(self, done: int, state: TrainState, program: Program) -> None:
-        """Begins to write a checkpoint."""
+        """Begin to write a checkpoint after `done` steps."""
         self._checkpoints.save(done, state, program.data_state())
 
     def finish_saving(self) -> None:
-        """Waits for the last checkpoint; raises what became of it."""
+        """Wait for the last checkpoint; raise the error if it could not be written."""
         self._checkpoints.finish()
 
 
 def open_checkpoints(
     config: TrainConfig, folder: pathlib.Path, files: dict[str, Any] | None = None
 ) -> Checkpoints:
-    """Open the checkpoints of a run of this config; its folder must be held (`lock.py`)."""
+    """Open the checkpoints of a run of this config; its folder must be locked (`lock.py`)."""
     model, run = settings.fixed_values(config.model), dataclasses.asdict(config)
     return Checkpoints(folder, model, config.checkpoint, run, files)
 
 
 def has_checkpoint(folder: pathlib.Path) -> bool:
-    """Say whether a run can go on from something, as the first process sees it."""
-    return bool(Words("has checkpoint").of_all(sealed.steps(folder))[0])
+    """Return whether process 0 sees a checkpoint in a run folder; all processes must call this."""
+    return bool(Messages("has checkpoint").gather(sealed.steps(folder))[0])
 
 
 def has_evaluation(folder: pathlib.Path, step: int) -> bool:
-    """Say whether a run has evaluated after so many steps, as the first process sees it."""
+    """Return whether process 0 sees an evaluation after `step` steps; all must call this."""
     steps = [line["step"] for line in metrics.read_evaluations(folder)]
-    return Words("has evaluation").of_all(step in steps)[0]
+    return bool(Messages("has evaluation").gather(step in steps)[0])
 
 
 def make_new(config: TrainConfig) -> pathlib.Path:
-    """`make_numbered` by the first process; all of them know it."""
+    """Make a new run folder in process 0; return it in all processes."""
     number = 0
     if jax.process_index() == 0:
         number = int(make_numbered(config).name.rpartition("-")[2])
@@ -131,7 +132,7 @@ def make_new(config: TrainConfig) -> pathlib.Path:
 
 
 def make_numbered(config: TrainConfig) -> pathlib.Path:
-    """Makes `run_dir/name-001`, or with the first number after it that is free."""
+    """Make `run_dir/name-001`, or the one with the next free number, and return it."""
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
             _numbered(config, number).mkdir(parents=True)
@@ -140,7 +141,7 @@ def make_numbered(config: TrainConfig) -> pathlib.Path:
 
 
 def latest(run_dir: str) -> pathlib.Path:
-    """Return the run with a checkpoint that was begun or resumed last.
+    """Return the folder of the run with a checkpoint that was started or resumed last.
 
     Raises:
         ValueError: if there are no runs, or none with a checkpoint.

@@ -1,4 +1,4 @@
-"""Whether a run can begin on this machine: asked before data is read or anything compiles."""
+"""Check that a run can start on this machine, before data are read or programs are compiled."""
 
 import os
 import pathlib
@@ -10,10 +10,10 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def require_filled_in(config: TrainConfig) -> None:
-    """Refuse a config of `hcp plan --write` with lines that only the user can fill in.
+    """Refuse a config of `hcp plan --write` in which the user has not filled in all values.
 
     Raises:
-        ValueError: names them.
+        ValueError: if values are missing; names their keys.
     """
     left = [key for key, value in flatten(config).items() if value == FILL_IN]
     if left:
@@ -24,14 +24,14 @@ def require_filled_in(config: TrainConfig) -> None:
 
 
 def require_runs_here(config: TrainConfig, simulated: int) -> None:
-    """Refuse to simulate on a CPU what was made for GPUs, or what its memory cannot hold.
+    """Refuse to simulate on a CPU a run that was made for GPUs, or one too large for its memory.
 
     Args:
         config: the run.
-        simulated: devices that this machine would simulate for it; 0 if it has the GPUs.
+        simulated: number of devices that this machine would simulate; 0 if it has the GPUs.
 
     Raises:
-        ValueError: says why, and what to do instead.
+        ValueError: if the run cannot start; says why, and what to do instead.
     """
     if not simulated:
         return
@@ -60,12 +60,12 @@ def state_bytes(config: TrainConfig, simulated: int) -> int:
 
     Args:
         config: the run.
-        simulated: how many of its devices are simulated here.
+        simulated: number of its devices that are simulated here.
     """
     parallel = config.parallel.resolve()
     moments = 8 if config.optimizer.moments_dtype == "float32" else 4
     per_copy = ModelShape.from_config(config.model).params * (4 + moments + 4)
-    # A copy is cut over tp; with fsdp there is one of it on all devices, else one on each tp group.
+    # With fsdp there is one copy, cut over all devices; else one per tp group, cut over tp.
     copies = simulated / config.parallel.num_devices if parallel.fsdp else simulated / parallel.tp
     return round(per_copy * copies)
 

@@ -1,9 +1,9 @@
-"""One folder, one run: a lock on the run folder, which names its holder and dies with it.
+"""Lock a run folder, so that only one run at a time trains in it.
 
-The lock is the kernel's (`flock` on `run.lock`): it ends with the process that holds it, however
-that ends, so that no lock of a dead process is ever in the way, and on NFS (from version 4 on, and
-with a lock service before) and Lustre (mounted with `flock`) it reaches other hosts. The file's
-content says who holds it; it is for people only, and decides nothing.
+The lock is the kernel's (`flock` on `run.lock`). It ends with the process that holds it, however
+that process ends, so that a dead process never keeps a folder locked. On NFS (from version 4 on,
+and before with a lock service) and on Lustre (mounted with `flock`) it holds for other hosts, too.
+The file's content says who holds the lock; it is for people only, and decides nothing.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import jax
 
-from hcp_jax.train.hosts.kv_store import Words, in_words
+from hcp_jax.train.hosts.kv_store import Messages, describe_error
 
 NAME = "run.lock"
 
@@ -34,9 +34,9 @@ class RunInUseError(ValueError):
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
-    """Hold a run folder, which is made if it is not there, while the context lasts.
+    """Lock a run folder while the context lasts; make the folder if it does not exist.
 
-    Of several processes of a run, all must call this; process 0 holds it for all of them.
+    All processes of a run must call this; process 0 holds the lock for all of them.
 
     Args:
         folder: the run folder.
@@ -53,8 +53,8 @@ def held(folder: pathlib.Path) -> Iterator[None]:
             file = _take(folder)
         except (OSError, RunInUseError) as caught:
             error = caught
-    for in_use, why in Words("run folder").of_all(
-        [isinstance(error, RunInUseError), in_words(error)]
+    for in_use, why in Messages("run folder").gather(
+        [isinstance(error, RunInUseError), describe_error(error)]
     ):
         if why is not None:
             raise (RunInUseError if in_use else OSError)(why) from error
@@ -62,7 +62,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            # The file stays: to remove it could take away the lock of who comes next.
+            # The file stays: removing it could remove the lock of the next run.
             with contextlib.suppress(OSError):
                 os.ftruncate(file, 0)
             os.close(file)
@@ -70,11 +70,11 @@ def held(folder: pathlib.Path) -> Iterator[None]:
 
 def _take(folder: pathlib.Path) -> int:
     path = folder / NAME
-    # Not inherited by what this process starts, which would keep the lock after its end.
+    # Child processes must not inherit the file: they would keep the lock after this one ends.
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         _lock(file, folder)
-        _tell_of_another_host(_holder(file), folder)
+        _warn_of_other_host(_holder(file), folder)
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(_myself()).encode(), 0)
     except BaseException:
@@ -89,13 +89,13 @@ def _lock(file: int, folder: pathlib.Path) -> None:
     except OSError as error:
         if error.errno in _WITHOUT_LOCKS:
             _log.warning(
-                f"{folder} is on a file system that has no locks ({error.strerror}): nothing keeps "
-                "a second run out of it."
+                f"{folder} is on a file system that has no locks ({error.strerror}): nothing "
+                "prevents a second run in it."
             )
         elif error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise RunInUseError(
                 f"{folder} is in use: {_describe(_holder(file))}. One folder is for one run at a "
-                "time: wait until that one has ended (or stop it), or name another folder."
+                "time: wait until that one has ended (or stop it), or give another folder."
             ) from None
         else:
             raise
@@ -107,7 +107,7 @@ def _myself() -> dict[str, str | int]:
 
 
 def _holder(file: int) -> dict[str, str]:
-    """Read who wrote the file last and did not end properly; nothing if that is not told."""
+    """Return who wrote the file last and did not end properly; empty if the file does not say."""
     try:
         said = json.loads(os.pread(file, 4096, 0))
         return {name: ascii(said[name]).strip("'")[:100] for name in ("host", "process", "since")}
@@ -117,11 +117,11 @@ def _holder(file: int) -> dict[str, str]:
 
 def _describe(holder: dict[str, str]) -> str:
     if not holder:
-        return "another process, which has not said its name yet, holds it"
+        return "another process, which has not written its name yet, holds it"
     return "process {process} on {host} has held it since {since}".format(**holder)
 
 
-def _tell_of_another_host(holder: dict[str, str], folder: pathlib.Path) -> None:
+def _warn_of_other_host(holder: dict[str, str], folder: pathlib.Path) -> None:
     if holder and holder["host"] != ascii(socket.gethostname()).strip("'"):
         _log.warning(
             f"the run in {folder} before this one was cut off ({_describe(holder)}) and its lock "

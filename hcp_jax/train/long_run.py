@@ -1,13 +1,13 @@
-"""A warning for runs that will take long and have no checkpoints, or no data of their own."""
+"""Warn about runs that will take long but save no checkpoints, or have no data of their own."""
 
 from collections.abc import Callable
 
 from hcp_jax.train.config import TrainConfig
 
 LONG_SECONDS = 3600.0
-"""A run is long if it will take more than this, by its first steps."""
+"""A run is long if, by the speed of its first steps, it will take more than this."""
 
-_ENOUGH = 30.0  # seconds of steps to judge by
+_ENOUGH = 30.0  # seconds of steps that are enough for an estimate
 
 
 class LongRunAdvice:
@@ -15,12 +15,12 @@ class LongRunAdvice:
 
     Args:
         config: the run.
-        say: where the warnings go, a line each.
+        say: called with each warning, one line.
     """
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None]):
         self._say = say
-        self._warnings = []
+        self._warnings: list[str] = []
         checkpoint = config.checkpoint
         if checkpoint.every is None and checkpoint.every_minutes is None:
             self._warnings.append(
@@ -34,11 +34,11 @@ class LongRunAdvice:
             )
 
     def note(self, spent: float, left: float) -> None:
-        """Warn if `spent` seconds of steps are enough to judge by, and the run is long.
+        """Warn if `spent` is enough for an estimate, and the run is long.
 
         Args:
             spent: seconds that the steps so far have taken.
-            left: seconds that those to come will take.
+            left: seconds that the remaining steps will take.
         """
         if not self._warnings or spent < _ENOUGH or spent + left < LONG_SECONDS:
             return

@@ -1,8 +1,8 @@
-"""`hcp train` from beginning to end: what a run is made of, is put together here.
+"""Run `hcp train` from beginning to end: put together data, program, run folder and steps.
 
 Everything that a run depends on is in its config and its folder, so that `--resume` continues it
-to the same bits as if it had never stopped. Ctrl-C (or SIGTERM, as a cluster's scheduler sends it)
-ends it after the step in hand, with a checkpoint.
+to the same bits as if it had never stopped. Ctrl-C (or SIGTERM, which a cluster's scheduler sends)
+ends it after the current step, with a checkpoint.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ import rich.console
 
 from hcp_jax.base import terminal
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.train import data, evaluation, folder, lock
+from hcp_jax.train import evaluation, folder, lock
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import fingerprint
+from hcp_jax.train.data.corpus import Corpus
 from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.folder import RunFolder
@@ -28,10 +29,10 @@ from hcp_jax.train.hosts.signals import Signals
 from hcp_jax.train.hosts.watchdog import Peers
 from hcp_jax.train.metrics.meter import Meter
 from hcp_jax.train.metrics.profile import Profiler, ProfileSteps, check_profile
-from hcp_jax.train.optimizer import fitted_warmup
+from hcp_jax.train.optimizer import fitted_warmup, make_optimizer
 from hcp_jax.train.program import FixedProgram, Program
-from hcp_jax.train.resuming import GoingOn
-from hcp_jax.train.step import TrainState, abstract_state, make_optimizer
+from hcp_jax.train.resuming import Resumption
+from hcp_jax.train.step import TrainState, abstract_state
 from hcp_jax.train.steps import Outcome, Steps
 
 
@@ -46,7 +47,7 @@ def train(
     accept: Collection[str] = (),
     signals: Signals | None = None,
 ) -> Outcome:
-    """Trains, or goes on training, and leaves a run folder behind.
+    """Train, or resume a training, and write a run folder.
 
     The folder has config.yaml (which can be run again), metrics.jsonl, TensorBoard events, loss.png
     and the checkpoints; with `eval.every`, also eval.jsonl and eval_by_position.png. Nothing is
@@ -54,17 +55,17 @@ def train(
 
     Args:
         config: the run.
-        resume: the folder of a run to go on with; None for a new one.
-        begin: in that folder, begin a run if there is no checkpoint to go on from.
-        console: where to print, standard output if None; only the first of several processes does.
+        resume: the folder of a run to resume; None for a new run.
+        begin: whether to start a run in that folder if it has no checkpoint.
+        console: where process 0 prints; None: standard output.
         profile: steps to trace into the folder `profile` of the run folder.
         peers: the connections to the other processes, which must have the same data.
         accept: what may differ from the run that is resumed: words of `resuming.CONSENT`.
-        signals: what Ctrl-C and SIGTERM mean; if None, a wish to stop, while steps are made.
+        signals: the handler of Ctrl-C and SIGTERM; None: they ask to stop while steps are made.
 
     Raises:
-        ValueError: for anything about config, data, mesh or checkpoint that cannot be; if another
-            process trains in the folder.
+        ValueError: if config, data, mesh and checkpoint do not fit together; if another process
+            trains in the folder.
         FloatingPointError: if too many steps in a row had a loss or gradient that is not finite.
     """
     console = console or terminal.console()
@@ -72,7 +73,7 @@ def train(
     vocab_size = config.model.vocab_size
     corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)
     held_out_path = config.eval.path if config.eval.every is not None else None
-    files = fingerprint.of_run(config.data, held_out_path)
+    files = fingerprint.run_fingerprint(config.data, held_out_path)
     if peers is not None:
         peers.agree(corpus.fingerprint())
         peers.agree({"the contents of the text's files": fingerprint.summary(files)})
@@ -93,13 +94,13 @@ def train(
         state = None
         if resume is not None:
             held.enter_context(lock.held(resume))
-            going_on = GoingOn(config, files, frozenset(accept))
-            state = _restore(going_on, resume, abstract, program, begin, console)
+            resumption = Resumption(config, files, frozenset(accept))
+            state = _restore(resumption, resume, abstract, program, begin, console)
         evaluator = None if held_out is None else _evaluator(config, cp, held_out)
         if resume is not None and state is not None and int(state.step) >= config.steps:
             made = f"{resume} has made all its {config.steps} steps"
             if evaluator is not None and not folder.has_evaluation(resume, config.steps):
-                _print(console, f"{made}; its last evaluation is made up for.")
+                _print(console, f"{made}; its last evaluation is missing and is done now.")
                 _evaluate_last(config, resume, evaluator, state, files, console)
             elif not begin:
                 raise ValueError(f"{made}; to go on, give --steps a greater number.")
@@ -122,8 +123,8 @@ def train(
         if resume is None:
             held.enter_context(lock.held(path))
         if state is None:
-            state = weights.first_state(config, optimizer, cp, path)
-        title = f"{config.name}: {_in_short(cp)}"
+            state = weights.initial_state(config, optimizer, cp, path)
+        title = f"{config.name}: {_describe_mesh(cp)}"
         start = int(state.step)
         with (
             RunFolder(config, path, start, title, files) as run,
@@ -138,23 +139,23 @@ def train(
 
 
 def _restore(
-    going_on: GoingOn,
+    resumption: Resumption,
     path: pathlib.Path,
     abstract: TrainState,
     program: Program,
     begin: bool,
     console: rich.console.Console,
 ) -> TrainState | None:
-    """Restore the state of a run, and its data; None if it is to begin here."""
+    """Restore the data of a run, and return its state; None if there is no checkpoint yet."""
     if begin and not folder.has_checkpoint(path):
         return None
-    config = going_on.config
+    config = resumption.config
     checkpoints = folder.open_checkpoints(config, path)
-    restored = checkpoints.restore(abstract, going_on.require)
+    restored = checkpoints.restore(abstract, resumption.require)
     checkpoints.close()
-    for line in going_on.describe(restored):
+    for line in resumption.describe(restored):
         _print(console, line)
-    for line in going_on.restore_data(program, restored.data):
+    for line in resumption.restore_data(program, restored.data):
         _print(console, line)
     return restored.state
 
@@ -167,7 +168,7 @@ def _evaluate_last(
     files: dict[str, Any],
     console: rich.console.Console,
 ) -> None:
-    """Evaluate after the last step, where a signal kept the run from it."""
+    """Evaluate after the last step, if a signal stopped the run before it did."""
     evaluator.compile(state.params)
     with RunFolder(config, path, config.steps, config.name, files) as run:
         found = evaluator.evaluate(config.steps, state.params)
@@ -176,8 +177,8 @@ def _evaluate_last(
         _print(console, str(found))
 
 
-def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: data.Corpus) -> Evaluator:
-    """Evaluates as many streams at a time as are trained on at a time; one a dp with groups."""
+def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: Corpus) -> Evaluator:
+    """Return an evaluator with the batch size of a microbatch; with groups, one stream per dp."""
     dp = cp.axis_size(cp.dp)
     at_a_time = 1 if config.parallel.dynamic.enabled else config.batch_size // config.accumulation
     return Evaluator(
@@ -190,7 +191,7 @@ def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: data.Corpus) 
     )
 
 
-def _about_warmup(config: TrainConfig) -> list[str]:
+def _describe_warmup(config: TrainConfig) -> list[str]:
     wanted, fitted = config.optimizer.warmup_steps, fitted_warmup(config.optimizer, config.steps)
     if wanted == fitted:
         return []
@@ -207,7 +208,7 @@ def _print(console: rich.console.Console, text: str) -> None:
 def _introduction(
     config: TrainConfig,
     cp: ContextParallel,
-    corpus: data.Corpus,
+    corpus: Corpus,
     abstract: TrainState,
     program: Program,
 ) -> str:
@@ -219,15 +220,15 @@ def _introduction(
             f"model: {model.num_layers} layers, {num_params / 1e6:,.2f} M parameters, "
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
             f"data: {corpus}",
-            *_about_warmup(config),
+            *_describe_warmup(config),
             *(f"  {line}" for line in corpus.report),
             *program.describe(num_params),
         ]
     )
 
 
-def _in_short(cp: ContextParallel) -> str:
-    """The mesh in a title, such as "a2a+p2p on 4 × 2 devices"."""
+def _describe_mesh(cp: ContextParallel) -> str:
+    """Return the mesh as text for a title, such as "a2a+p2p on 4 × 2 devices"."""
     comm_type = cp.comm_type if isinstance(cp.comm_type, str) else "mixed comm types"
     sizes = " × ".join(str(size) for size in cp.mesh.shape.values() if size > 1)
     return f"{comm_type} on {sizes or 'one'} device{'s' if sizes else ''}"

@@ -1,7 +1,7 @@
-"""Steps that were skipped for a number that was not finite: told, counted, bounded, not saved.
+"""Report, count and limit steps that were skipped because a number was not finite.
 
-The step itself leaves the state alone (`apply_gradients`); here the loop learns of it, one step
-late, without having waited for the devices.
+The step itself leaves the state unchanged (`apply_gradients`); the loop learns of it one step late,
+so that it does not wait for the devices.
 """
 
 import math
@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class SkippedSteps:
-    """Counts skipped steps, tells each, and stops training after too many in a row.
+    """Counts skipped steps, reports each, and stops training after too many in a row.
 
     Args:
         limit: steps in a row after which training stops.
         tell: prints a line.
 
     Attributes:
-        total: steps that were skipped.
+        total: number of steps that were skipped.
     """
 
     def __init__(self, limit: int, tell: Callable[[str], None]):
@@ -26,11 +26,11 @@ class SkippedSteps:
         self._told = -1
 
     def allow_saving(self, step: int, ends: bool, checkpoint: int | None) -> bool:
-        """Say whether a checkpoint that is due may be written now; tell it if not.
+        """Return whether a checkpoint that is due may be written now; print a line if not.
 
-        While steps are skipped, none is: each would have the parameters of the last good step, and
-        push out one of a time when all was well. Only where the run ends, one is written if good
-        steps would be lost otherwise.
+        While steps are skipped, none may: each would hold the parameters of the last good step, and
+        replace an older checkpoint. Only at the end of the run one is written, if good steps would
+        be lost otherwise.
 
         Args:
             step: steps done, all of which have been noted.
@@ -56,16 +56,16 @@ class SkippedSteps:
         documents: Sequence[int],
         checkpoint: int | None,
     ) -> None:
-        """Takes in the metrics of a step.
+        """Note the metrics of a step.
 
         Args:
             step: its number.
-            values: as `apply_gradients` gives them.
-            documents: those that the step had tokens of.
+            values: the metrics of `apply_gradients`.
+            documents: the numbers of the step's documents.
             checkpoint: the step of the last checkpoint, for the message.
 
         Raises:
-            FloatingPointError: after `limit` skipped steps in a row; says what to look at.
+            FloatingPointError: after `limit` skipped steps in a row; says what to check.
         """
         if not values["skipped"]:
             self._in_row = 0
@@ -76,7 +76,7 @@ class SkippedSteps:
         what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
         self._tell(
             f"step {step} skipped: {what} ({self._in_row} in a row, {self.total} in all); "
-            f"{_of_documents(documents)}"
+            f"{_list_documents(documents)}"
         )
         if self._in_row < self._limit:
             return
@@ -96,12 +96,12 @@ class SkippedSteps:
         )
         raise FloatingPointError(
             f"{steps} skipped, as many in a row as optimizer.max_skipped allows. In the last, the "
-            f"{at_fault} not finite ({what}; {_of_documents(documents)}). Look at the documents of "
-            "these steps; a lower optimizer.learning_rate, more warmup_steps or a lower clip_norm "
-            f"may help. {saved}; the parameters have not changed since step {first}."
+            f"{at_fault} not finite ({what}; {_list_documents(documents)}). Look at the documents "
+            "of these steps; a lower optimizer.learning_rate, more warmup_steps or a lower "
+            f"clip_norm may help. {saved}; the parameters have not changed since step {first}."
         )
 
 
-def _of_documents(documents: Sequence[int], most: int = 8) -> str:
+def _list_documents(documents: Sequence[int], most: int = 8) -> str:
     shown = ", ".join(map(str, documents[:most]))
     return f"documents {shown}" + (f" and {len(documents) - most} more" * (len(documents) > most))

@@ -1,9 +1,8 @@
-"""AdamW and its learning rate; how its two moments are kept when memory is short.
+"""Make AdamW and its learning rate; keep its two moments in less memory on request.
 
-In float32 the moments are twice the parameters. They can be kept in bfloat16, and they can lie in
-the host's memory between two steps: then `init` makes them there, `sharding.py` reads from the
-types of what it makes where each array belongs, and the step fetches them for the update
-(`fetched`, `put_back`).
+In float32 the moments take twice the memory of the parameters. They can be kept in bfloat16, and in
+host memory between two steps: then `init` makes them there, `sharding.py` reads from the types of
+the arrays where each belongs, and the step fetches them for the update (`fetched`, `put_back`).
 """
 
 from typing import Any
@@ -19,9 +18,10 @@ _RATIO = 1e12
 
 
 def fitted_warmup(config: OptimizerConfig, num_steps: int) -> int:
-    """Return the steps of warm-up in a training of so many steps.
+    """Return the steps of warm-up in a training of `num_steps` steps.
 
-    Those of the config; a tenth of all, but at least one of several, if they do not fit.
+    These are the steps of the config, or, if they do not fit, a tenth of all steps (at least one if
+    there are several steps).
     """
     if config.warmup_steps < num_steps:
         return config.warmup_steps
@@ -29,7 +29,7 @@ def fitted_warmup(config: OptimizerConfig, num_steps: int) -> int:
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Return the learning rate by step, from 0 to num_steps - 1."""
+    """Return a function from the step, 0 to num_steps - 1, to the learning rate."""
     top, low = config.learning_rate, config.final_ratio * config.learning_rate
     warmup = fitted_warmup(config, num_steps)
     first = 0.0 if warmup else top
@@ -46,18 +46,18 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
             ],
             [num_steps - decay],
         )
-    # optax counts from a rate of 0, which would make the first step an idle one.
+    # At count 0 optax's rate is 0, which would waste the first step.
     return lambda count: schedule(count + 1)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Return clipping, then AdamW under `make_schedule`."""
+    """Return an optimizer that clips gradients and applies AdamW with `make_schedule`."""
 
     def is_decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     adamw = optax.chain(
-        _kept_small(optax.scale_by_adam(config.beta1, config.beta2, config.eps), config),
+        _compact_moments(optax.scale_by_adam(config.beta1, config.beta2, config.eps), config),
         optax.add_decayed_weights(config.weight_decay, is_decayed),
         optax.scale_by_learning_rate(make_schedule(config, num_steps)),
     )
@@ -85,10 +85,10 @@ def farthest(params: Any, rate: Float[Array, ""], weight_decay: float) -> Float[
 
 
 def fetched(opt_state: Any, grads: Any) -> tuple[Any, Any]:
-    """(optimizer state on the device, wherever it lies; the gradients); to be traced.
+    """Return the optimizer state in device memory, and the gradients; to be traced.
 
-    What comes from the host comes when the gradients are there, not before: XLA would fetch it
-    early, and hold it through the backward pass.
+    State in host memory is fetched after the gradients are computed: XLA would fetch it early, and
+    hold it through the backward pass.
     """
     if all(_space(x) == jax.memory.Space.Device for x in jax.tree.leaves(opt_state)):
         return opt_state, grads
@@ -97,29 +97,29 @@ def fetched(opt_state: Any, grads: Any) -> tuple[Any, Any]:
 
 
 def put_back(opt_state: Any, like: Any) -> Any:
-    """Optimizer state where that of `like` lies; to be traced."""
+    """Return the optimizer state in the memory in which `like` is; to be traced."""
     return jax.tree.map(lambda x, there: _moved(x, _space(there)), opt_state, like)
 
 
-def rounded_by_chance(key: Array, x: Float[Array, "..."]) -> BFloat16[Array, "..."]:
-    """Float32 as one of the two nearest bfloat16, the nearer the likelier: right on average.
+def stochastic_round(key: Array, x: Float[Array, "..."]) -> BFloat16[Array, "..."]:
+    """Round float32 stochastically to one of the two nearest bfloat16, unbiased on average.
 
     Args:
         key: the same key gives the same numbers, however `x` is cut.
         x: float32 of any shape.
     """
-    # A bfloat16 is the upper half of a float32: a random lower half carries into it as often as
-    # the lower half is large.
+    # A bfloat16 is the upper half of a float32. Adding a random lower half carries into the upper
+    # one with a probability proportional to the lower half.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     upper = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), upper, x.astype(jnp.bfloat16))
 
 
-def _kept_small(
+def _compact_moments(
     adam: optax.GradientTransformation, config: OptimizerConfig
 ) -> optax.GradientTransformation:
-    """Adam whose moments are kept as the config says; it computes in float32 all the same."""
+    """Return Adam with moments in the config's dtype and memory; it computes in float32."""
 
     def moments(state: Any, change: Any) -> Any:
         return state._replace(mu=jax.tree.map(change, state.mu), nu=jax.tree.map(change, state.nu))
@@ -133,13 +133,14 @@ def _kept_small(
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if config.moments_dtype == "float32":
-            return adam.update(grads, state, params)
+            exact_updates, state = adam.update(grads, state, params)
+            return exact_updates, state
         exact = moments(state, lambda x: x.astype(jnp.float32))
         updates, exact = adam.update(grads, exact, params)
         leaves, tree = jax.tree.flatten((exact.mu, exact.nu))
-        # By the count alone, so that a run that goes on rounds as one that was never stopped.
+        # Keys depend on the count alone, so that a resumed run rounds as an uninterrupted one.
         keys = jax.random.split(jax.random.key(exact.count), len(leaves))
-        mu, nu = jax.tree.unflatten(tree, map(rounded_by_chance, keys, leaves))
+        mu, nu = jax.tree.unflatten(tree, map(stochastic_round, keys, leaves))
         return updates, exact._replace(mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)

@@ -1,7 +1,7 @@
-"""The sections of a run's config: data, optimizer, checkpoints, evaluation, log.
+"""Define the sections of a run's config: data, optimizer, checkpoints, evaluation, log.
 
-They are apart from what they configure, so that reading a config, and the help of a command that
-takes one, imports no jax.
+They are apart from the modules that they configure, so that reading a config, or printing the help
+of a command, does not import jax.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SKIPPED = (
     "sha256sums*",
     "_success",
 )
-"""Names of files in a folder that are about its documents, and hold none."""
+"""Names of files in a folder that describe its documents but hold none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +40,23 @@ class DataConfig:
     """Where the text comes from.
 
     Attributes:
-        path: a file of text (one document), JSON lines, a JSON array, CSV or Parquet (a document a
-            record), also compressed (.gz, .bz2, .xz, .zst); a folder of them, searched to its
-            depth without hidden files; or a folder that `hcp tokenize` made. None: the source
+        path: a file of text (one document), JSON lines, a JSON array, CSV or Parquet (one document
+            per record), also compressed (.gz, .bz2, .xz, .zst); a folder of them, subfolders
+            included, hidden files left out; or a folder that `hcp tokenize` made. None: the source
             files of the running Python's standard library, which every machine has.
         field: the field, or the column, that holds the text of a record.
         bad_lines: "refuse" lines and records that cannot be read, or "skip" and count them.
         skip: patterns of the names of files in a folder that hold no documents.
-        tokenizer: a tokenizer.json, which makes tokens of text before training begins; of a
-            tokenised folder, the one it must have been made with. None: text stays bytes.
+        tokenizer: a tokenizer.json, which encodes the text before training starts; for a tokenised
+            folder, the one that it must have been made with. None: text stays bytes.
         special_tokens: whether text that spells a special token of the tokenizer, such as "</s>",
-            stays "text" or becomes the "control" token.
-        packing: "whole" keeps documents whole that fit seq_len, at the price of a little padding;
-            "dense" fills every slot and cuts documents wherever a stream ends.
+            is encoded as "text" or as the "control" token.
+        packing: "whole" keeps documents whole that fit seq_len, and pads a little; "dense" fills
+            every slot and cuts documents wherever a stream ends.
         prefetch: batches that a thread prepares ahead of the step.
     """
 
-    # The files are compared by their contents, wherever they lie (data/fingerprint.py).
+    # A resumed run compares the files' contents, not their path (data/fingerprint.py).
     path: str | None = dataclasses.field(default=None, metadata=free())
     field: str = dataclasses.field(default="text", metadata=fixed())
     bad_lines: BadLines = dataclasses.field(default="refuse", metadata=fixed())
@@ -66,7 +66,7 @@ class DataConfig:
     packing: Packing = dataclasses.field(default="whole", metadata=fixed())
     prefetch: int = dataclasses.field(default=2, metadata=free(least=1, most=100_000))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "data.")
         for name, kind in (
             ("packing", Packing),
@@ -83,30 +83,30 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, 2019) with warm-up, a schedule and clipping.
 
-    Weight decay is on the matrices of the layers (every `kernel`), not on norms, biases, sinks, the
-    embedding or the output head.
+    Weight decay applies to the matrices of the layers (every `kernel`), not to norms, biases,
+    sinks, the embedding or the output head.
 
     Attributes:
-        learning_rate: at the top, after the warm-up.
-        schedule: of the learning rate after the warm-up: "cosine" falls until the last step;
+        learning_rate: the maximum, reached after the warm-up.
+        schedule: the learning rate after the warm-up: "cosine" falls until the last step;
             "constant" stays; "wsd" (warm-up, stable, decay) stays, then falls linearly over
             `decay_share` of all steps. With the latter two a run can be made longer without a
             jump of the rate (wsd: until its decay begins).
-        warmup_steps: steps over which it rises linearly; the first step has 1 / warmup_steps of it.
-            In a training that is no longer than this, it is a tenth of all steps.
-        decay_share: wsd: the share of all steps, at the end, over which the rate falls.
-        final_ratio: share of it that is left at the last step; constant keeps all of it.
+        warmup_steps: steps over which the rate rises linearly; in the first step it is
+            learning_rate / warmup_steps. If the run has no more steps than this, a tenth of them.
+        decay_share: for wsd: the share of all steps, at the end, over which the rate falls.
+        final_ratio: the rate at the last step, divided by learning_rate; not used by constant.
         beta1: decay of the mean of gradients.
-        beta2: decay of the mean of their squares.
-        eps: added to the root of the latter.
-        weight_decay: per unit of learning rate.
-        clip_norm: greatest norm of all gradients together; None for no limit.
-        moments_dtype: what the two means are kept in. "bfloat16" halves them; they are rounded up
-            or down by chance, since to the nearest, a change of less than 1 in 256 would be lost
-            every time.
-        offload: whether they lie in the host's memory between two steps.
-        max_skipped: steps in a row that may be skipped, because their loss or their gradient is not
-            finite, before training stops.
+        beta2: decay of the mean of squared gradients.
+        eps: added to the root of the mean of squared gradients.
+        weight_decay: decay of the parameters per unit of learning rate.
+        clip_norm: maximum norm of all gradients together; None for no limit.
+        moments_dtype: dtype of the two means. "bfloat16" halves their memory; they are
+            stochastically rounded: round-to-nearest would discard every update below 1/256 of the
+            value.
+        offload: whether to keep the two means in host memory between steps.
+        max_skipped: steps in a row that may be skipped because their loss or gradient is not
+            finite; after more of them, training stops.
     """
 
     learning_rate: float = field(default=3e-4, metadata=numbers(above=0, most=1e3))
@@ -124,7 +124,7 @@ class OptimizerConfig:
     offload: bool = field(default=False, metadata=free())
     max_skipped: int = field(default=10, metadata=free(least=1, most=MOST))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "optimizer.")
         for name, choices in (("moments_dtype", MomentsDtype), ("schedule", Schedule)):
             if getattr(self, name) not in get_args(choices):
@@ -141,13 +141,12 @@ class CheckpointConfig:
     Attributes:
         every: steps between two checkpoints; None: only one at the end (and on Ctrl-C or SIGTERM),
             and those of every_minutes.
-        every_minutes: minutes between two checkpoints; goes with `every`, too: whichever is due
-            first.
-        keep: how many of the newest are kept.
-        keep_every: those of steps that are a multiple of this are kept for good, too.
-        on_error: what to do if one cannot be written (the disk is full): "stop", or "continue" and
-            try again when the next one is due. Those that are there stay. A run whose last one
-            cannot be written ends with that error either way.
+        every_minutes: minutes between two checkpoints; with `every`, whichever is due first.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: also keep the checkpoints of steps that are a multiple of this, for ever.
+        on_error: what to do if a checkpoint cannot be written (the disk is full): "stop", or
+            "continue" and try again when the next one is due. Existing checkpoints stay. If the
+            last one of a run cannot be written, the run ends with that error in both cases.
     """
 
     every: int | None = field(default=None, metadata=free(least=1, most=MOST))
@@ -156,7 +155,7 @@ class CheckpointConfig:
     keep_every: int | None = field(default=None, metadata=free(least=1, most=MOST))
     on_error: Literal["stop", "continue"] = field(default="stop", metadata=free())
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "checkpoint.")
         if self.on_error not in ("stop", "continue"):
             raise ValueError(
@@ -164,22 +163,23 @@ class CheckpointConfig:
             )
 
     def is_due(self, done: int) -> bool:
-        """Return whether to save after so many steps, apart from the end of a run and by time."""
+        """Return whether `every` asks for a checkpoint after `done` steps."""
         return self.every is not None and done % self.every == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Held-out loss while a run goes on.
+    """When to evaluate the held-out loss, and on which text.
 
     Attributes:
         every: steps between two evaluations; there is one before the first step and one after the
             last, too. None: no evaluation.
         path: held-out text, of any kind that `data.path` takes (with `data`'s field and tokenizer).
             None: some documents of the training text are held out, and not trained on.
-        holdout: the share of the documents that is held out where there is no path; they are taken
-            evenly over the whole text.
-        tokens: evaluate on about as many, taken evenly over the held-out text. None: on all of it.
+        holdout: the share of the documents that is held out if path is null, taken evenly from the
+            whole text.
+        tokens: evaluate on about this many tokens, taken evenly from the held-out text. None: on
+            all of it.
     """
 
     every: int | None = field(default=None, metadata=free(least=1, most=MOST))
@@ -187,11 +187,11 @@ class EvalConfig:
     holdout: float = field(default=0.01, metadata=numbers(above=0, most=0.999999))
     tokens: int | None = field(default=1_048_576, metadata=free(least=1, most=2**53))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "eval.")
 
     def is_due(self, done: int, steps: int) -> bool:
-        """Whether a run evaluates when it has done so many of its steps."""
+        """Return whether to evaluate after `done` of `steps` steps."""
         return self.every is not None and (done % self.every == 0 or done == steps)
 
 
@@ -200,13 +200,13 @@ class LogConfig:
     """How a run reports.
 
     Attributes:
-        every: steps between two lines of output where that is no terminal (a terminal has a
+        every: steps between two lines of output if it is not a terminal (a terminal shows a
             progress bar). metrics.jsonl and TensorBoard have every step.
-        tensorboard: write TensorBoard events too.
+        tensorboard: whether to write TensorBoard events, too.
     """
 
     every: int = field(default=10, metadata=free(least=1, most=MOST))
     tensorboard: bool = field(default=True, metadata=free())
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "log.")

@@ -1,11 +1,11 @@
-"""Which axes each parameter is cut over: one table for tp, one rule for FSDP.
+"""Choose the axes that each parameter is cut over: one table for tp, one rule for FSDP.
 
-tp cuts as Megatron does: what makes heads, MLP columns and vocabulary rows is cut along them, what
-reads them likewise, so that a layer needs two sums over tp and no more. Over the cp axes parameters
-are replicated, unless FSDP also cuts each matrix along its first dim that is still whole and
-divisible, over dp and cp together (ZeRO-3: Rajbhandari et al., 2020); the first, because gathering
-a later one makes XLA turn the array, and keep a turned copy of all layers. Optimizer state follows
-the parameter it belongs to.
+tp cuts as Megatron does: matrices that produce heads, MLP columns or vocabulary rows are cut along
+them, and so are the matrices that read them, so that a layer needs only two sums over tp. Over the
+cp axes parameters are replicated. FSDP also cuts each matrix over dp and cp together, along its
+first dim that is not cut yet and divisible (ZeRO-3: Rajbhandari et al., 2020). It is the first dim
+because gathering a later one makes XLA transpose the array, and keep a transposed copy of all
+layers. Optimizer state is cut like its parameter.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ from hcp_jax.models.layers.embedding import live_axes
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.host_memory import on_host
 
-# The end of a parameter's path -> the dim of it that tp cuts, layers not counted. What is not
-# named here (the norms' scales, o_proj's and down_proj's outputs) is whole on every tp device.
+# The end of a parameter's path -> the dim that tp cuts, without the dim of layers. Parameters that
+# are not listed (the norms' scales) are whole on every tp device.
 TP_DIMS: dict[tuple[str, ...], int] = {
     ("embed_tokens", "embedding"): 0,  # [V, D]
     ("lm_head", "embedding"): 0,  # [V, D]
@@ -37,15 +37,15 @@ TP_DIMS: dict[tuple[str, ...], int] = {
     ("down_proj", "kernel"): 0,  # [F, D]
 }
 
-# What FSDP cuts; norms, biases and sinks are too small to be worth a collective.
+# The parameters that FSDP cuts; norms, biases and sinks are too small to be worth a collective.
 _MATRICES = ("kernel", "embedding")
 
 
 def check_divides(config: ModelConfig, cp: ContextParallel) -> None:
-    """Refuses a model that tp cannot cut.
+    """Check that tp can cut a model.
 
     Raises:
-        ValueError: if tp divides not all of the heads, the kv heads, the MLP and the vocabulary.
+        ValueError: if tp does not divide the heads, the kv heads, the MLP and the vocabulary.
     """
     tp = cp.axis_size(cp.tp)
     if config.num_kv_heads % tp:
@@ -64,20 +64,17 @@ def check_divides(config: ModelConfig, cp: ContextParallel) -> None:
 
 
 def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
-    """How each parameter is cut.
+    """Return a tree like `params` with the PartitionSpec of each parameter.
 
     Args:
         params: the parameters, or their shapes (`abstract_model`).
         cp: the context parallelism whose mesh they are on.
-        fsdp: cut matrices over dp and cp as well.
-
-    Returns:
-        A tree like `params` of PartitionSpecs.
+        fsdp: whether to cut matrices over dp and cp as well.
     """
     tp = live_axes(cp, cp.tp)
     axes = live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes) if fsdp else ()
 
-    def spec(path: tuple, shape: Any) -> PartitionSpec:
+    def spec(path: tuple[Any, ...], shape: Any) -> PartitionSpec:
         keys = tuple(key.key for key in path)
         stacked = int(keys[0] == "layers")
         cut: list[Any] = [None] * len(shape.shape)
@@ -85,7 +82,7 @@ def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
         if tp_dim is not None and tp:
             cut[stacked + tp_dim] = tp
         if axes and keys[-1] in _MATRICES:
-            # Not the layers' dim: a scan over it would fetch every layer from somewhere else.
+            # Not the dim of layers: a scan over it would fetch each layer from another device.
             whole = [d for d in range(stacked, len(cut)) if cut[d] is None]
             fits = [d for d in whole if shape.shape[d] % cp.axis_size(axes) == 0]
             if fits:
@@ -98,29 +95,29 @@ def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
 def state_shardings(
     params: Any, optimizer: optax.GradientTransformation, cp: ContextParallel, *, fsdp: bool = False
 ) -> tuple[Any, Any]:
-    """(parameters' shardings, optimizer state's shardings).
+    """Return the shardings of the parameters, and those of the optimizer state.
 
     Args:
         params: as in `param_specs`.
-        optimizer: whose state for `params` is meant; what belongs to no parameter is replicated,
-            and what its `init` puts into the host's memory belongs there.
+        optimizer: the optimizer. State that belongs to no parameter is replicated; state that its
+            `init` makes in host memory stays there.
         cp: as in `param_specs`.
         fsdp: as in `param_specs`.
     """
     specs = param_specs(params, cp, fsdp=fsdp)
-    of_params = jax.tree.map(lambda spec: NamedSharding(cp.mesh, spec), specs)
+    param_shardings = jax.tree.map(lambda spec: NamedSharding(cp.mesh, spec), specs)
     whole = NamedSharding(cp.mesh, PartitionSpec())
     closed, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
-    of_state = optax.tree.map_params(
+    opt_shardings = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
         shapes,
-        of_params,
+        param_shardings,
         transform_non_params=lambda _: whole,
     )
-    shardings, tree = jax.tree.flatten(of_state)
+    shardings, tree = jax.tree.flatten(opt_shardings)
     placed = [
         on_host(sharding) if aval.memory_space == jax.memory.Space.Host else sharding
         for sharding, aval in zip(shardings, closed.out_avals, strict=True)
     ]
-    return of_params, jax.tree.unflatten(tree, placed)
+    return param_shardings, jax.tree.unflatten(tree, placed)

@@ -1,17 +1,17 @@
-"""One step of training: loss, gradients, AdamW.
+"""Make one step of training: loss, gradients, AdamW.
 
-All that crosses a `jit` is a plain tree of arrays (`TrainState`, and a batch that is a dict); the
+The arguments of a `jit` are plain trees of arrays (`TrainState`, and a batch that is a dict); the
 model's graph is static. Nothing here loops, logs or reads data.
 
-A batch is a dict, on one device or as `ContextParallel.shard_batch` leaves it:
+A batch is a dict, on one device or from `ContextParallel.shard_batch`:
 
     tokens, targets, positions   int32[R, T]
     weights                      float32[R, T], 0 where the target does not count
     mask                         hcp_jax.Mask
 
-Accumulation does not show in it: with `accumulation=A`, the R rows are computed in A portions of
-R / A, and since the loss is normalised by the weights of *all* rows, the gradient is that of the
-whole batch whatever A is.
+Accumulation does not change a batch: with `accumulation=A`, its R rows are computed in A portions
+of R / A. The loss is normalised by the weights of *all* rows, so the gradient is that of the whole
+batch for any A.
 """
 
 import functools
@@ -30,24 +30,18 @@ from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.parallel import host_memory, spmd
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.train.optimizer import (
-    OptimizerConfig,
-    farthest,
-    fetched,
-    make_optimizer,
-    make_schedule,
-    put_back,
-)
+from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
+from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, state_shardings
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step.
+    """The arrays that change from step to step.
 
     Attributes:
-        step: how many steps have been made, an int32 scalar.
+        step: number of steps that have been made, an int32 scalar.
         params: a dict of dicts that mirrors the model's modules, in float32.
-        opt_state: optax's.
+        opt_state: the state of the optax optimizer.
     """
 
     step: Any
@@ -62,7 +56,7 @@ def abstract_state(
     *,
     fsdp: bool = False,
 ) -> TrainState:
-    """Shapes, dtypes and (with a cp) shardings of the state: what a checkpoint is restored into.
+    """Return shapes, dtypes and (with `cp`) shardings of the state, to compile or restore with.
 
     Raises:
         ValueError: if tp cannot cut the model.
@@ -76,13 +70,14 @@ def abstract_state(
     if cp is None:
         return state
     check_divides(model, cp)
-    of_params, of_opt_state = state_shardings(params, optimizer, cp, fsdp=fsdp)
+    param_shardings, opt_shardings = state_shardings(params, optimizer, cp, fsdp=fsdp)
     whole = jax.sharding.NamedSharding(cp.mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(
+    sharded: TrainState = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
-        TrainState(whole, of_params, of_opt_state),
+        TrainState(whole, param_shardings, opt_shardings),
     )
+    return sharded
 
 
 def init_state(
@@ -93,16 +88,16 @@ def init_state(
     *,
     fsdp: bool = False,
 ) -> TrainState:
-    """A fresh state, every array made where it belongs: no device ever holds the whole.
+    """Return a new state with random parameters; each device makes only its own part.
 
     The numbers depend on the seed alone, not on the mesh.
 
     Args:
         model: the model.
         optimizer: from `make_optimizer`.
-        seed: of the parameters.
+        seed: seed of the parameters.
         cp: the context parallelism; None for one device.
-        fsdp: cut parameters and optimizer state over dp and cp as well.
+        fsdp: whether to cut parameters and optimizer state over dp and cp as well.
 
     Raises:
         ValueError: if tp cannot cut the model.
@@ -113,7 +108,8 @@ def init_state(
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     shardings = _shardings(abstract_state(model, optimizer, cp, fsdp=fsdp))
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    state: TrainState = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return state
 
 
 def make_train_step(
@@ -124,47 +120,48 @@ def make_train_step(
     *,
     fsdp: bool = False,
     accumulation: int = 1,
-) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, Array]]]:
-    """The compiled step.
+) -> jax.stages.Wrapped:
+    """Return the jitted function `(state, batch) -> (state, metrics)` that makes a step.
 
     Args:
         model: the model.
-        optimizer: with `num_steps`, what `init_state`'s optimizer was made of.
-        num_steps: length of the training, which the learning rate's decay is stretched over.
+        optimizer: config of the optimizer; `init_state` must get `make_optimizer` of it and of
+            `num_steps`.
+        num_steps: number of steps of the training, over which the learning rate decays.
         cp: the context parallelism; None for one device.
         fsdp: as in `init_state`.
-        accumulation: A, the number of portions that the rows of a batch are computed in; row r is
+        accumulation: A, the number of portions in which the rows of a batch are computed; row r is
             in portion r mod A.
 
     Returns:
-        `(state, batch) -> (state, metrics)`, jitted; the state given is donated. See
-        `apply_gradients` for the metrics; "pairs", the visible (query, key) pairs of the batch, is
-        one more.
+        The function; it donates the given state. Its metrics are those of `apply_gradients`, and
+        "pairs", the number of visible (query, key) pairs of the batch.
 
     Raises:
-        ValueError: if tp cannot cut the model; when called, if A portions cannot be made.
+        ValueError: if tp cannot cut the model; when called, if the rows of a batch cannot be cut
+            into A portions.
     """
     schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
     loss_sum = summed_loss(model, cp)
     shardings = _shardings(abstract_state(model, transform, cp, fsdp=fsdp))
 
-    def place(grads: Any) -> Any:
+    def constrain_grads(grads: Any) -> Any:
         if cp is None:
             return grads
         constrain = functools.partial(spmd.constrain, mesh=cp.mesh, axes=cp.axes)
         return jax.tree.map(lambda g, s: constrain(g, spec=s.spec), grads, shardings.params)
 
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
         tokens = jnp.sum(batch["weights"])
 
-        def loss_of(params: Any, portion: dict) -> Float[Array, ""]:
+        def mean_loss(params: Any, portion: dict[str, Any]) -> Float[Array, ""]:
             return loss_sum(params, portion) / _nonzero(tokens)
 
         loss, grads = _accumulate(
-            jax.value_and_grad(loss_of),
+            jax.value_and_grad(mean_loss),
             state.params,
             _portions(batch, accumulation, cp),
-            place,
+            constrain_grads,
         )
         state, metrics = apply_gradients(
             state, grads, loss, tokens, transform, schedule, optimizer.weight_decay
@@ -176,11 +173,16 @@ def make_train_step(
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings), PartitionSpec()
 
     @functools.wraps(step)
-    def over(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
+    def step_on_mesh(
+        state: TrainState, batch: dict[str, Any]
+    ) -> tuple[TrainState, dict[str, Array]]:
         return spmd.run(cp.mesh, cp.axes, step, specs, state, batch)
 
     return jax.jit(
-        over, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None)
+        step_on_mesh,
+        donate_argnums=0,
+        in_shardings=(shardings, None),
+        out_shardings=(shardings, None),
     )
 
 
@@ -193,24 +195,24 @@ def apply_gradients(
     schedule: optax.Schedule,
     weight_decay: float,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The update that ends a step; to be traced.
+    """Return the state after the update that ends a step, and its metrics; to be traced.
 
     A step is skipped if its loss or gradient is not finite, or if the update could make a parameter
-    so (`farthest`): parameters and optimizer state stay as they are, and so does the learning rate,
-    which goes by the updates made.
+    not finite (`farthest`). Then parameters and optimizer state do not change, and neither does the
+    learning rate, which depends on the number of updates made.
 
     Args:
-        state: before the step.
-        grads: of the loss, like `state.params`.
+        state: the state before the step.
+        grads: gradients of the loss, a tree like `state.params`.
         loss: nats per unit of weight.
-        tokens: the sum of the weights, of all devices.
+        tokens: the sum of the weights over all devices.
         optimizer: from `make_optimizer`.
         schedule: from `make_schedule`.
         weight_decay: of the optimizer.
 
     Returns:
-        The state after the step, and metrics, scalars on the device: "loss", "grad_norm" (before
-        clipping), "learning_rate", "tokens", and "skipped" (1 if the step was, else 0).
+        The new state, and metrics, which are scalars on the device: "loss", "grad_norm" (before
+        clipping), "learning_rate", "tokens", and "skipped" (1 if the step was skipped, else 0).
     """
     grad_norm = optax.tree.norm(grads)
     rate = jnp.asarray(schedule(updates_made(state)), jnp.float32)
@@ -233,7 +235,7 @@ def apply_gradients(
 
 
 def updates_made(state: TrainState) -> Any:
-    """Return how many steps were not skipped, as the optimizer's own schedule counts them."""
+    """Return the number of steps that were not skipped, from the optimizer's schedule."""
     return optax.tree.get(
         state.opt_state,
         "count",
@@ -243,14 +245,14 @@ def updates_made(state: TrainState) -> Any:
 
 def make_eval_loss(
     model: ModelConfig, cp: ContextParallel | None = None
-) -> Callable[[Any, dict], dict[str, Float[Array, ""]]]:
-    """The loss without a step: `(params, batch) -> {"loss", "tokens"}`, jitted.
+) -> Callable[[Any, dict[str, Any]], dict[str, Float[Array, ""]]]:
+    """Return a jitted function `(params, batch) -> {"loss", "tokens"}`: the loss without a step.
 
-    Batches of different weight are averaged right by weighing each loss with its "tokens".
+    To average over batches, weight each loss with its "tokens".
     """
     loss_sum = summed_loss(model, cp)
 
-    def eval_loss(params: Any, batch: dict) -> dict[str, Float[Array, ""]]:
+    def eval_loss(params: Any, batch: dict[str, Any]) -> dict[str, Float[Array, ""]]:
         tokens = jnp.sum(batch["weights"])
         return {"loss": loss_sum(params, batch) / _nonzero(tokens), "tokens": tokens}
 
@@ -259,17 +261,17 @@ def make_eval_loss(
 
 def summed_loss(
     model: ModelConfig, cp: ContextParallel | None = None
-) -> Callable[[Any, dict], Float[Array, ""]]:
-    """Σ weight · loss over a batch, `(params, batch) -> nats`; to be traced.
+) -> Callable[[Any, dict[str, Any]], Float[Array, ""]]:
+    """Return a function `(params, batch) -> Σ weight · loss`, in nats; to be traced.
 
     Raises:
-        NotImplementedError: if activations are to be offloaded and the devices cannot.
+        NotImplementedError: if activations are offloaded and the devices do not support it.
     """
     if model.offload_activations and cp is not None:
         host_memory.require(cp.mesh)
     graphdef, _ = abstract_model(model)
 
-    def loss_sum(params: Any, batch: dict) -> Float[Array, ""]:
+    def loss_sum(params: Any, batch: dict[str, Any]) -> Float[Array, ""]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
         return summed_cross_entropy(
@@ -285,17 +287,17 @@ def summed_loss(
     return loss_sum
 
 
-def _visible_pairs(batch: dict) -> Float[Array, ""]:
+def _visible_pairs(batch: dict[str, Any]) -> Float[Array, ""]:
     rows, length = batch["tokens"].shape
     start, end = batch["mask"].intervals(length, xp=jnp)
-    # In float32, as a million tokens have more pairs than int32 counts.
+    # In float32: a million tokens have more pairs than int32 can hold.
     return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
 
 
-def _portions(batch: dict, number: int, cp: ContextParallel | None) -> dict:
-    """The batch with a leading dim of `number` portions, row r in portion r mod `number`.
+def _portions(batch: dict[str, Any], number: int, cp: ContextParallel | None) -> Any:
+    """Return the batch with a leading dim of `number` portions; row r is in portion r mod `number`.
 
-    Rows are cut over dp in equal stretches; taking every `number`-th of each stretch moves nothing.
+    Rows are cut over dp in equal stretches; taking every `number`-th row of each moves no data.
     """
     rows = batch["tokens"].shape[0]
     each = number * (1 if cp is None else cp.axis_size(cp.dp))
@@ -313,28 +315,39 @@ def _portions(batch: dict, number: int, cp: ContextParallel | None) -> dict:
     return jax.tree.map(split, batch)
 
 
-def _accumulate(grad_of, params, portions, place) -> tuple[Float[Array, ""], Any]:
-    """Sum loss and gradients over the portions, which are computed one after the other.
+def _accumulate(
+    loss_and_grads: Callable[[Any, Any], tuple[Array, Any]],
+    params: Any,
+    portions: Any,
+    constrain_grads: Callable[[Any], Any],
+) -> tuple[Float[Array, ""], Any]:
+    """Return the sums of loss and gradients over the portions, computed one after the other.
 
-    `place` says how gradients are cut.
+    Args:
+        loss_and_grads: `(params, portion) -> (loss, grads)`.
+        params: the parameters.
+        portions: from `_portions`.
+        constrain_grads: constrains the sharding of gradients.
     """
 
-    def add(total: tuple, portion: dict) -> tuple[tuple, None]:
-        loss, grads = grad_of(params, portion)
-        return (total[0] + loss, place(jax.tree.map(jnp.add, total[1], grads))), None
+    def add(total: tuple[Array, Any], portion: Any) -> tuple[tuple[Array, Any], None]:
+        loss, grads = loss_and_grads(params, portion)
+        return (total[0] + loss, constrain_grads(jax.tree.map(jnp.add, total[1], grads))), None
 
     number = jax.tree.leaves(portions)[0].shape[0]
     if number == 1:
-        loss, grads = grad_of(params, jax.tree.map(lambda x: x[0], portions))
-        return loss, place(grads)
-    zeros = (jnp.zeros((), jnp.float32), place(jax.tree.map(jnp.zeros_like, params)))
-    return jax.lax.scan(add, zeros, portions)[0]
+        loss, grads = loss_and_grads(params, jax.tree.map(lambda x: x[0], portions))
+        return loss, constrain_grads(grads)
+    zeros = (jnp.zeros((), jnp.float32), constrain_grads(jax.tree.map(jnp.zeros_like, params)))
+    total: tuple[Array, Any] = jax.lax.scan(add, zeros, portions)[0]
+    return total
 
 
 def _shardings(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda x: x.sharding, state)
+    shardings: TrainState = jax.tree.map(lambda x: x.sharding, state)
+    return shardings
 
 
 def _nonzero(tokens: Float[Array, ""]) -> Float[Array, ""]:
-    """A batch in which nothing counts has loss 0, not NaN."""
+    """Return `tokens`, or 1 if it is 0, so that a batch without weight has loss 0, not NaN."""
     return jnp.where(tokens > 0, tokens, 1)

@@ -1,6 +1,6 @@
-"""The steps of a run, one after the other: made, measured, told, saved, evaluated.
+"""Make the steps of a run one after the other: measure, report, save and evaluate them.
 
-The host stays off the critical path: a step is dispatched before the metrics of the one before are
+The host is not on the critical path: a step is dispatched before the metrics of the one before are
 fetched, while a thread prepares the next batch and a checkpoint is written.
 """
 
@@ -33,7 +33,7 @@ class Outcome:
 
     Attributes:
         folder: its run folder.
-        steps: optimizer steps done, over all parts of the run.
+        steps: number of optimizer steps done, over all parts of the run.
         stopped_by: the signal that ended it early; None if it made all its steps.
     """
 
@@ -43,7 +43,7 @@ class Outcome:
 
 
 class _Made(NamedTuple):
-    """A step that the devices may still be at work on."""
+    """A step that the devices may still be computing."""
 
     number: int
     metrics: dict[str, Any]
@@ -55,12 +55,12 @@ class Steps:
 
     Args:
         config: the run.
-        program: what makes a step, and its batches.
-        evaluator: what evaluates, if anything does.
-        run: where metrics and checkpoints go.
+        program: makes steps and their batches.
+        evaluator: evaluates; None if the run does not.
+        run: writes metrics and checkpoints.
         console: where to print.
         profiler: traces some of the steps.
-        meter: times all of them.
+        meter: times all steps.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Steps:
         self._skipped = SkippedSteps(config.optimizer.max_skipped, self._print)
 
     def make(self, state: TrainState, given: Signals | None = None) -> Outcome:
-        """Make all steps that are left after `state`, or those until a signal comes.
+        """Make all remaining steps after `state`, or those until a signal comes.
 
         Args:
-            state: of the model and the optimizer.
-            given: what signals mean; if None, they are listened to here.
+            state: the state of the model and the optimizer.
+            given: the handler of signals; None: handle them here while steps are made.
         """
         config, program = self._config, self._program
         start = done = int(state.step)
@@ -103,18 +103,18 @@ class Steps:
                 with self._meter.waiting():
                     batch = program.next_batch()
                 state, metrics = self._profiler.make(done, program.step, state, batch)
-                # The devices work on this step while the host sees to the one before.
+                # The devices compute this step while the host reports the one before.
                 if before is not None:
                     self._report(before, progress)
                 before, done = _Made(done, metrics, program.documents(batch)), done + 1
                 stopped = signals.agreed()
                 ends = stopped is not None or done == config.steps
-                by_time = clock.is_due(done)  # asked every time: all processes look together
-                # One that was due while steps were skipped is made up for as soon as one is not.
+                by_time = clock.is_due(done)  # called every time: all processes check together
+                # A checkpoint that was due while steps were skipped stays due until it is saved.
                 due = ends or due or by_time or config.checkpoint.is_due(done)
                 evaluates = config.eval.is_due(done, config.steps) and stopped is None
                 if due or evaluates:
-                    # What is told of the steps before stands in the log before the checkpoint.
+                    # Lines about the steps before must be in the log before the checkpoint's.
                     self._report(before, progress)
                     before = None
                 if due and self._skipped.allow_saving(done, ends, self._run.latest_checkpoint()):
@@ -123,12 +123,12 @@ class Steps:
                     clock.saved(done)
                 if evaluates and not self._evaluate(done, state, signals):
                     stopped, ends = signals.agreed(), True
-                    # What was made since the last checkpoint is kept.
+                    # Save the steps since the last checkpoint.
                     if self._skipped.allow_saving(done, ends, self._run.latest_checkpoint()):
                         self._run.save(done, state, program)
                 if ends:
                     break
-            # Only a run that is saved is told to have ended, and how to go on.
+            # Report the end of the run, and how to resume it, only after it is saved.
             self._run.finish_saving()
         self._conclude(start, done, progress.seconds)
         return Outcome(self._run.path, done, None if done == config.steps else stopped)
@@ -144,14 +144,14 @@ class Steps:
             self._losses.append(values["loss"])
 
     def _evaluate(self, done: int, state: TrainState, signals: Signals) -> bool:
-        """Evaluate, and return whether it was done: a signal breaks it off between batches."""
+        """Evaluate; return False if a signal stopped it between batches."""
         assert self._evaluator is not None
         with self._meter.paused():
             found = self._evaluator.evaluate(
                 done, state.params, stops=lambda: signals.agreed() is not None
             )
             if found is None:
-                self._print(f"evaluation after {done} steps: broken off by a signal")
+                self._print(f"evaluation after {done} steps: stopped by a signal")
                 return False
             self._run.record_evaluation(found)
             self._print(str(found))

@@ -245,7 +245,7 @@ def _texts(layout: Layout, segments: Segments, tokens: int) -> list[Text]:
         count = itertools.count()
         renumbered = tuple(tuple(next(count) for _ in group) for group in microbatch.documents)
         held = Held(Microbatch(layout, renumbered), np.array([lengths[d] for d in order]))
-        places = [segments.places(numbers[d], 0, lengths[d]) for d in order]
+        places = [segments.refs(numbers[d], 0, lengths[d]) for d in order]
         texts.append(Text(held, np.concatenate(places)))
     return texts
 

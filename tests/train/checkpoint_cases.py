@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from hcp_jax.train.checkpoint import writers
 from hcp_jax.train.checkpoint.manager import CheckpointConfig, Checkpoints
-from hcp_jax.train.hosts.kv_store import Words
+from hcp_jax.train.hosts.kv_store import Messages
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 MODEL = {"num_layers": 2}
@@ -36,7 +36,7 @@ class Case:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.process = jax.process_index()
-        self.words = Words("test")
+        self.words = Messages("test")
         self.told: list[str] = []
         mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
         self._cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
@@ -64,7 +64,7 @@ class Case:
 
     def both(self):
         """The other process has come here, too."""
-        self.words.of_all(None)
+        self.words.gather(None)
 
     def steps(self):
         """What lies in the folder; nothing half-written, then, if all are numbers."""
@@ -166,7 +166,7 @@ def folder_that_process_0_cannot_make(case):
 
 
 def word_that_is_not_said(case):
-    return error_of(lambda: case.words.hear("nothing", 1 - case.process, 1.5))
+    return error_of(lambda: case.words.receive("nothing", 1 - case.process, 1.5))
 
 
 def disk_that_is_full(case, process, on_error):
@@ -299,11 +299,11 @@ def play(process: int, port: str, folder: pathlib.Path) -> None:
             found = {"went wrong": traceback.format_exc()}
         print(json.dumps({"case": name, "found": found}), flush=True)
     # What the processes say goes over process 0, which has to be the last one.
-    end = Words("end")
+    end = Messages("end")
     if process == 0:
-        end.hear("done", 1)
+        end.receive("done", 1)
     else:
-        end.say("done", True)
+        end.send("done", True)
     # Not the usual way out, on which jax waits for a process that failed otherwise.
     os._exit(0)
 

@@ -116,7 +116,7 @@ def test_what_only_the_first_process_does_fails_in_both_if_it_cannot(both, case)
 def test_a_process_that_says_nothing_is_named_after_a_bounded_time(both):
     for process, found in enumerate(both("no word")):
         assert found["kind"] == "TimeoutError"
-        assert f"process {1 - process} has not said" in found["says"]
+        assert f"process {1 - process} has not reported" in found["says"]
         assert 1.5 <= found["after"] < SOON
 
 

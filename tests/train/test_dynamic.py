@@ -120,7 +120,7 @@ def documents_of(program):
 
 
 def pairs_of(program, number):
-    places = program._segments.places(number)
+    places = program._segments.refs(number)
     return np.stack([corpus().tokens_at(places), corpus().targets_at(places)], axis=1)
 
 
@@ -247,10 +247,10 @@ def test_a_process_packs_and_reads_the_tokens_of_its_own_devices_alone(monkeypat
         targets_at = corpus().targets_at
 
     monkeypatch.setattr(dynamic, "place_microbatch", keep)
-    program._place(narrow)
+    program._put(narrow)
     monkeypatch.setattr(dynamic, "own_devices", lambda _: range(3, 6))
     monkeypatch.setattr(program, "_corpus", Watched())
-    program._place(narrow)
+    program._put(narrow)
     whole, own = arrays
     for name, rows in whole.items():
         np.testing.assert_array_equal(own[name], rows[3:6], err_msg=name)

@@ -21,7 +21,7 @@ from hcp_jax.train import config as configuration
 from hcp_jax.train import loop
 from hcp_jax.train.checkpoint.manager import CheckpointConfig
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.data import DataConfig, corpus
+from hcp_jax.train.data import DataConfig, batches
 from hcp_jax.train.evaluation import EvalConfig
 from hcp_jax.train.metrics import metrics
 from hcp_jax.train.metrics.profile import ProfileSteps
@@ -267,13 +267,13 @@ def test_a_finished_run_and_another_model_cannot_go_on(config, whole):
 
 def poisoned(monkeypatch, *steps):
     """Batches of these steps have a loss that is no number."""
-    batch_of, made = corpus._batch, itertools.count()
+    batch_of, made = batches._batch, itertools.count()
 
     def poison(*arguments):
         batch = batch_of(*arguments)
         return batch | {"weights": batch["weights"] * (np.nan if next(made) in steps else 1)}
 
-    monkeypatch.setattr(corpus, "_batch", poison)
+    monkeypatch.setattr(batches, "_batch", poison)
 
 
 @pytest.mark.slow

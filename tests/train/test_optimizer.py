@@ -8,7 +8,7 @@ from hcp_jax.train.optimizer import (
     fitted_warmup,
     make_optimizer,
     make_schedule,
-    rounded_by_chance,
+    stochastic_round,
 )
 
 
@@ -113,14 +113,14 @@ def test_a_warmup_that_does_not_fit_shrinks_and_every_step_has_a_rate(warmup, st
 def test_rounding_by_chance_is_right_on_average_and_to_one_of_the_two_nearest():
     # A quarter of the way from 1 to the next bfloat16, and back.
     x = jnp.float32([[1 + 2**-9], [-1 - 2**-9]]) * jnp.ones((2, 10_000))
-    rounded = np.asarray(rounded_by_chance(jax.random.key(0), x), np.float32)
+    rounded = np.asarray(stochastic_round(jax.random.key(0), x), np.float32)
     assert set(np.unique(np.abs(rounded))) == {1.0, 1 + 2**-7}
     np.testing.assert_allclose(np.mean(np.abs(rounded) > 1, axis=1), 0.25, atol=0.02)
 
 
 def test_rounding_by_chance_leaves_what_is_no_number_or_needs_no_rounding():
     x = jnp.float32([0.0, -0.0, 1.5, np.inf, -np.inf, np.nan])
-    np.testing.assert_array_equal(rounded_by_chance(jax.random.key(0), x).astype(jnp.float32), x)
+    np.testing.assert_array_equal(stochastic_round(jax.random.key(0), x).astype(jnp.float32), x)
 
 
 def test_small_changes_of_a_bfloat16_mean_are_not_lost():

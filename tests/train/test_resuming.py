@@ -11,7 +11,7 @@ from hcp_jax.models.layers.rope import RopeScaling
 from hcp_jax.train.checkpoint.manager import Restored
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.fingerprint import Entry
-from hcp_jax.train.resuming import GoingOn
+from hcp_jax.train.resuming import Resumption
 from hcp_jax.train.step import TrainState
 
 CONFIG = TrainConfig(steps=200, parallel=dataclasses.replace(TrainConfig().parallel, cp_inner=8))
@@ -38,7 +38,7 @@ def about(config=CONFIG, files=FILES):
 
 
 def describe(config, files=FILES, accept=(), updates=150):
-    going_on = GoingOn(config, files, frozenset(accept))
+    going_on = Resumption(config, files, frozenset(accept))
     going_on.require(about())
     state = TrainState(150, {}, optax.ScaleByScheduleState(updates))
     return going_on.describe(Restored(state, {}, about()))
@@ -127,12 +127,10 @@ def test_other_text_needs_a_word():
 
 def test_a_jump_of_the_learning_rate_is_told_with_both_rates():
     [_, line] = describe(changed(steps=400))
-    assert line.startswith(
-        "learning rate at step 150: 0.000281 from here on, where the run had 0.000161"
-    )
+    assert line.startswith("learning rate at step 150: 0.000281 from here on, before 0.000161")
     # It goes by the updates made, of which skipped steps are none.
     [_, line] = describe(changed(steps=400), updates=110)
-    assert "0.000299 from here on, where the run had 0.000292" in line
+    assert "0.000299 from here on, before 0.000292" in line
 
 
 class Program:
@@ -152,12 +150,12 @@ class Program:
 
 def test_data_of_another_order_begin_anew_if_that_is_accepted():
     program, other = Program(), {"next": 7, "other": True}
-    with pytest.raises(ValueError, match=r"are others\. Begin them anew by --accept data"):
-        GoingOn(CONFIG, FILES).restore_data(program, other)
-    [told] = GoingOn(CONFIG, FILES, frozenset(["data"])).restore_data(program, other)
+    with pytest.raises(ValueError, match=r"are others\. Start them anew by --accept data"):
+        Resumption(CONFIG, FILES).restore_data(program, other)
+    [told] = Resumption(CONFIG, FILES, frozenset(["data"])).restore_data(program, other)
     assert program.place == {"next": 0}
-    assert "begin anew" in told
-    assert GoingOn(CONFIG, FILES).restore_data(program, {"next": 5}) == []
+    assert "start anew" in told
+    assert Resumption(CONFIG, FILES).restore_data(program, {"next": 5}) == []
     assert program.place == {"next": 5}
 
 

@@ -67,7 +67,7 @@ def test_a_signal_breaks_an_evaluation_off_and_what_was_made_is_saved(config, mo
         _signal_while_evaluating(patch, at=2)
         outcome, printed = train(config)
     assert (outcome.steps, outcome.stopped_by) == (2, signal.SIGTERM)
-    assert "evaluation after 2 steps: broken off by a signal" in printed
+    assert "evaluation after 2 steps: stopped by a signal" in printed
     assert f"hcp train --resume {outcome.folder}" in printed
     assert (outcome.folder / "checkpoints" / "2").is_dir()
     assert evaluated(outcome.folder) == [0]
@@ -99,7 +99,7 @@ def test_an_evaluation_that_a_signal_cost_is_made_when_the_run_is_started_again(
     assert outcome.steps == STEPS
     assert evaluated(outcome.folder) == [0, 2]
     again, printed = train(config, resume=outcome.folder, begin=True)
-    assert "its last evaluation is made up for" in printed
+    assert "its last evaluation is missing" in printed
     assert again.steps == STEPS
     lines = {run: metrics.read_evaluations(run)[-1] for run in (whole.folder, outcome.folder)}
     assert lines[outcome.folder]["step"] == STEPS

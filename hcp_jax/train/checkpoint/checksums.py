@@ -1,8 +1,8 @@
-"""Checksums of arrays that do not depend on how they are cut: the same on every mesh.
+"""Compute checksums of arrays that do not depend on the mesh or on how the arrays are cut.
 
 Each element's bits are mixed with the element's number, and the results are summed modulo 2³². The
-order of an integer sum does not matter, so every device sums what it holds. A change of one element
-is always seen; any other change, two elements or blocks that changed places included, is missed
+order of an integer sum does not matter, so every device sums its own part. A change of one element
+is always noticed; any other change, such as two elements or blocks that were swapped, is missed
 with a probability of 2⁻³².
 """
 
@@ -20,7 +20,7 @@ def sum_arrays(state: Any) -> dict[str, int]:
         state: a pytree of arrays, on devices or in pinned host memory.
 
     Returns:
-        By the array's path in the tree, with points between its parts.
+        Checksums by the array's path in the tree, such as "params.norm.scale".
 
     >>> import jax.numpy as jnp
     >>> sums = sum_arrays({"a": jnp.array([1.0, 2.0]), "b": jnp.array([2.0, 1.0])})
@@ -28,15 +28,15 @@ def sum_arrays(state: Any) -> dict[str, int]:
     False
     """
     leaves = jax.tree.leaves_with_path(state)
-    # One program can only have the arrays of the same devices.
-    together: dict[Any, list[tuple[str, jax.Array]]] = {}
+    # All arrays of one program must be on the same devices.
+    groups: dict[Any, list[tuple[str, jax.Array]]] = {}
     for i, (path, x) in enumerate(leaves):
-        # Devices may not have room for all that lies on the host: those are fetched one by one.
+        # Arrays in host memory may not all fit on the devices together: fetch them one by one.
         on_host = x.sharding.memory_kind == "pinned_host"
         key = i if on_host else frozenset(x.sharding.device_set)
-        together.setdefault(key, []).append((dotted(path), x))
+        groups.setdefault(key, []).append((dotted(path), x))
     sums: dict[str, int] = {}
-    for group in together.values():
+    for group in groups.values():
         found = jax.device_get(_sums([x for _, x in group]))
         sums |= {name: int(total) for (name, _), total in zip(group, found, strict=True)}
     return sums

@@ -1,19 +1,19 @@
-"""Checkpoints by time: `checkpoint.every_minutes`, decided alike by all processes.
+"""Decide in all processes alike when a checkpoint is due by time (`checkpoint.every_minutes`).
 
-Clocks differ between processes, but all must save after the same step. So the first process tells
-the others how much time has passed, after steps that all know beforehand: at each of these looks,
-the next one is put where half of the time that is left will be over. A look is a message and no
-collective; an interval of 1000 steps has about ten.
+Clocks differ between processes, but all must save after the same step. So process 0 sends the
+others how much time has passed, after steps that all of them know beforehand. At each of these
+checks, the next one is set to the step at which half of the remaining time will be over. A check is
+a message and no collective; an interval of 1000 steps has about ten.
 """
 
 import time
 from collections.abc import Callable
 
-from hcp_jax.train.hosts.kv_store import Words
+from hcp_jax.train.hosts.kv_store import Messages
 
 
 class SaveClock:
-    """Says after which steps a checkpoint is due by time.
+    """Tells after which steps a checkpoint is due by time.
 
     Args:
         minutes: between two checkpoints; None: never due.
@@ -26,20 +26,20 @@ class SaveClock:
     ):
         self._seconds = None if minutes is None else 60.0 * minutes
         self._now = now
-        self._words = None if minutes is None else Words("save_clock")
+        self._messages = None if minutes is None else Messages("save_clock")
         self.saved(start)
 
     def saved(self, done: int) -> None:
         """Start the interval again: a checkpoint was written after `done` steps."""
         self._begin, self._since = self._now(), done
-        self._look = done + 1
+        self._next_check = done + 1
 
     def is_due(self, done: int) -> bool:
         """Return whether to save after `done` steps; call it after every step."""
-        if self._seconds is None or self._words is None or done < self._look:
+        if self._seconds is None or self._messages is None or done < self._next_check:
             return False
-        passed = self._words.of_all(self._now() - self._begin)[0]
+        passed = self._messages.gather(self._now() - self._begin)[0]
         step_seconds = max(passed / max(done - self._since, 1), 1e-9)
         left = int((self._seconds - passed) / step_seconds)
-        self._look = done + max(left // 2, 1)
+        self._next_check = done + max(left // 2, 1)
         return left < 1

@@ -1,7 +1,7 @@
-"""What a checkpoint says about itself, under a seal that shows any change of it.
+"""Seal the description of a checkpoint, so that any change of it is noticed.
 
-`about` is written last of what is known beforehand, and its seal is a SHA-256 of itself and of the
-data's state. It holds the checksum of every array, so that nothing that is restored is without one:
+The description is the item `about`. Its seal is a SHA-256 of `about` itself and of the data's
+state, and `about` holds the checksum of every array. So everything that is restored is checked:
 
     about.seal  ->  about (step, model, config, files, arrays)  ->  the bits of every array
                 ->  data
@@ -36,7 +36,7 @@ def read(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read `about` (with its seal) and the data's state of a checkpoint, and check the seal.
 
     Args:
-        folder: of one step.
+        folder: the checkpoint of one step.
 
     Raises:
         DamageError: if the seal does not fit, or there is none.
@@ -45,14 +45,14 @@ def read(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     items = writers.handlers()
     about, data = (items[name].restore(folder / name) for name in ("about", "data"))
     if not isinstance(about, dict) or "seal" not in about:
-        raise DamageError("what it says about itself has no seal")
+        raise DamageError("its description has no seal")
     if about["seal"] != _digest({k: v for k, v in about.items() if k != "seal"}, data):
         raise DamageError("its config or data state is not what was saved: the seal does not fit")
     return about, data
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-    """Return the steps of the checkpoints of a run folder, the newest first; nothing is changed."""
+    """Return the steps of the checkpoints of a run folder, the newest first."""
     there = folder / "checkpoints"
     names = [path.name for path in there.iterdir()] if there.is_dir() else []
     return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)

@@ -1,20 +1,20 @@
-"""A checkpoint that several processes write: each of them its part, and the first makes it one.
+"""Write a checkpoint with several processes: each writes its part, and process 0 joins the parts.
 
-Orbax can do this by itself, but then its processes wait for each other on the way, at barriers to
-which one whose write has failed does not come: the others stand there for 5 to 40 minutes, or,
-where the barrier is a collective, until they are killed. So here Orbax's manager runs in process 0
-alone and knows of no other one:
+Orbax can do this by itself, but then its processes wait for each other at barriers. A process whose
+write has failed does not reach them: the others wait for 5 to 40 minutes, or, where the barrier is
+a collective, until they are killed. So here Orbax's manager runs in process 0 alone and does not
+know of the others:
 
     process 0                                   every other process
     Orbax's manager makes the directory
-    says where it is                  ------>   hears where it is
+    sends its path                    ------>   receives the path
     copies its shards from the devices          copies its shards from the devices
       (training goes on)                          (training goes on)
     writes them                                 writes them
-    hears how it went everywhere      <------   says how it went
+    receives the result of each       <------   sends its result
     joins the parts, names the checkpoint
 
-Whatever fails where, nobody waits for longer than the others take to write.
+Whatever fails in any process, no other waits for longer than the rest takes to write.
 """
 
 import asyncio
@@ -24,19 +24,14 @@ import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hcp_jax.train.hosts.kv_store import ElsewhereError, Words, in_words
-
-# Orbax logs a failed write with its tracebacks, in pages; who waits for it says in a line why.
-logging.getLogger("absl").addFilter(
-    lambda record: not (record.exc_info and "orbax" in record.pathname)
-)
+from hcp_jax.train.hosts.kv_store import Messages, RemoteError, describe_error
 
 WRITE_SECONDS = 1200
 """A write that has neither ended nor failed after this long counts as failed."""
@@ -45,38 +40,40 @@ WRITE_SECONDS = 1200
 class Writer(Protocol):
     """One process's part in writing checkpoints."""
 
-    def begin(self, name: str, step: int, state: Any, beside: dict[str, Any]) -> None:
-        """Begins to write a checkpoint; the arrays have been copied when this returns.
+    def begin(self, name: str, step: int, state: Any, items: dict[str, Any]) -> None:
+        """Begin to write a checkpoint; the arrays have been copied when this returns.
 
         Args:
-            name: of this save among the words of the processes.
+            name: of this save, in the messages between the processes.
             step: steps done.
             state: a pytree of arrays.
-            beside: other items by their names, each of plain values.
+            items: other items by their names, each of plain values.
         """
         ...
 
     def finish(self) -> None:
-        """Waits until what was begun is written; raises what went wrong."""
+        """Wait until the checkpoint that was begun is written; raise the error if it failed."""
         ...
 
     def close(self) -> None:
-        """Waits until nothing is written here any more, well or not."""
+        """Wait until this process writes nothing any more, and ignore errors."""
         ...
 
 
 class First:
-    """Process 0, or the only one: Orbax's manager, which knows of no other process.
+    """The writer of process 0, or of the only process: Orbax's manager, unaware of the others.
 
     Args:
-        folder: where checkpoints are; what was left half-written there is removed.
-        options: which checkpoints to keep, as `ocp.CheckpointManagerOptions` has it.
-        words: to the other processes.
+        folder: where checkpoints are; half-written ones there are removed.
+        options: which checkpoints to keep, as in `ocp.CheckpointManagerOptions`.
+        messages: to and from the other processes.
     """
 
-    def __init__(self, folder: pathlib.Path, options: dict[str, Any], words: Words):
-        self._folder, self._words = folder, words
-        self._name, self._told = "", False
+    def __init__(self, folder: pathlib.Path, options: dict[str, Any], messages: Messages):
+        self._folder, self._messages = folder, messages
+        self._name, self._path_sent = "", False
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet_orbax())
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -85,11 +82,11 @@ class First:
             options=ocp.CheckpointManagerOptions(
                 **options,
                 create=False,
-                # It does all that it does by itself, and asks no other process to come.
+                # The manager waits for no other process.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
                 async_options=ocp.AsyncOptions(
                     timeout_secs=WRITE_SECONDS,
-                    # The others are told of a directory that is there.
+                    # The directory must exist before the others receive its path.
                     create_directories_asynchronously=False,
                 ),
             ),
@@ -97,24 +94,25 @@ class First:
         )
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        """Return the step of the newest checkpoint; None if there is none."""
+        step: int | None = self._manager.latest_step()
+        return step
 
     def steps(self) -> list[int]:
-        """The steps of which there are checkpoints, as they are on disk, the newest first."""
+        """Return the steps of the checkpoints on disk, the newest first."""
         self._manager.reload()
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def begin(self, name: str, step: int, state: Any, beside: dict[str, Any]) -> None:
+    def begin(self, name: str, step: int, state: Any, items: dict[str, Any]) -> None:
         """See `Writer`."""
-        self._name, self._told = name, False
-        items = {item: ocp.args.JsonSave(values) for item, values in beside.items()}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), **items)
+        self._name, self._path_sent = name, False
+        saves = {item: ocp.args.JsonSave(values) for item, values in items.items()}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), **saves)
         try:
             self._manager.save(step, args=args, force=True)
         finally:
-            if not self._told:
-                self._words.say(f"{name}/place", None)
+            if not self._path_sent:
+                self._messages.send(f"{name}/path", None)
 
     def finish(self) -> None:
         """See `Writer`."""
@@ -124,62 +122,65 @@ class First:
         """See `Writer`."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
-        self._manager.close()
+        with self._quiet:
+            self._manager.close()
 
     def _state_handler(self) -> ocp.StandardCheckpointHandler:
-        """Orbax's own, which also tells the other processes where, and hears from them."""
+        """Return Orbax's handler; it also sends the path to the others, and gets their results."""
         handler = ocp.StandardCheckpointHandler()
         if jax.process_count() == 1:
             return handler
 
-        async def tell_and_write(directory: epath.Path, *args: Any, **kwargs: Any) -> Any:
+        async def send_path_and_write(directory: epath.Path, *args: Any, **kwargs: Any) -> Any:
             # Orbax in the others waits for this one, up to ten minutes, before it writes.
             (directory / "array_metadatas").mkdir()
-            self._words.say(f"{self._name}/place", str(directory.relative_to(self._folder)))
-            self._told = True
+            self._messages.send(f"{self._name}/path", str(directory.relative_to(self._folder)))
+            self._path_sent = True
             return await ocp.StandardCheckpointHandler.async_save(
                 handler, directory, *args, **kwargs
             )
 
-        def hear_and_join(directory: epath.Path) -> None:
+        def receive_and_join(directory: epath.Path) -> None:
             for process in range(1, jax.process_count()):
-                error = self._words.hear(f"{self._name}/part", process, WRITE_SECONDS)
+                error = self._messages.receive(f"{self._name}/part", process, WRITE_SECONDS)
                 if error is not None:
-                    raise ElsewhereError(error)
+                    raise RemoteError(error)
             ocp.StandardCheckpointHandler.finalize(handler, directory)
 
-        # Of a subclass Orbax would write the name into the checkpoint, and look for it to read it.
-        handler.async_save = tell_and_write
-        handler.finalize = hear_and_join
+        # Not a subclass: Orbax would write its name into the checkpoint, and need it to read it.
+        handler.async_save = send_path_and_write
+        handler.finalize = receive_and_join
         return handler
 
 
 class Other:
-    """Any other process: writes its shards of the arrays where process 0 says.
+    """The writer of any other process: writes its shards of the arrays to the path of process 0.
 
     Args:
         folder: where checkpoints are.
-        words: to the other processes.
+        messages: to and from the other processes.
     """
 
-    def __init__(self, folder: pathlib.Path, words: Words):
-        self._folder, self._words = folder, words
+    def __init__(self, folder: pathlib.Path, messages: Messages):
+        self._folder, self._messages = folder, messages
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet_orbax())
         self._handler = ocp.StandardCheckpointHandler()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._part: concurrent.futures.Future[None] | None = None
 
-    def begin(self, name: str, step: int, state: Any, beside: dict[str, Any]) -> None:
+    def begin(self, name: str, step: int, state: Any, items: dict[str, Any]) -> None:
         """See `Writer`; only the arrays are written here."""
         self._part = None
-        place = self._words.hear(f"{name}/place", 0)
-        if place is None:
-            return  # Process 0 says why.
-        directory = epath.Path(self._folder / place)
+        path = self._messages.receive(f"{name}/path", 0)
+        if path is None:
+            return  # Process 0 reports the error.
+        directory = epath.Path(self._folder / path)
         try:
             args = ocp.args.StandardSave(state)
             writes = _run(self._handler.async_save(directory, args=args))
         except Exception as error:
-            self._words.say(f"{name}/part", in_words(error))
+            self._messages.send(f"{name}/part", describe_error(error))
             raise
         self._part = self._thread.submit(self._write, name, writes or ())
 
@@ -190,7 +191,8 @@ class Other:
 
     def close(self) -> None:
         """See `Writer`."""
-        self._thread.shutdown()
+        with self._quiet:
+            self._thread.shutdown()
 
     def _write(self, name: str, writes: Sequence[Any]) -> None:
         failed: Exception | None = None
@@ -202,11 +204,15 @@ class Other:
             failed = error
             raise
         finally:
-            self._words.say(f"{name}/part", in_words(failed))
+            self._messages.send(f"{name}/part", describe_error(failed))
 
 
 def handlers(state: ocp.StandardCheckpointHandler | None = None) -> dict[str, Any]:
-    """What reads and writes the items of a checkpoint."""
+    """Return Orbax's handler of each item of a checkpoint.
+
+    Args:
+        state: the handler of "state"; None for Orbax's own.
+    """
     return {
         "state": state or ocp.StandardCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
@@ -214,8 +220,29 @@ def handlers(state: ocp.StandardCheckpointHandler | None = None) -> dict[str, An
     }
 
 
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Drop Orbax's log records with tracebacks, which are pages long, while the context lasts.
+
+    The caller reports the same error in one line.
+    """
+
+    def is_short(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_short)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_short)
+
+
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """As `asyncio.run`, which must not end while Orbax's threads begin tasks in their own loops."""
+    """Run a coroutine in a new event loop, and return its result.
+
+    `asyncio.run` would also shut down the threads of the loop, in which Orbax may begin tasks.
+    """
     loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(coroutine)

@@ -1,8 +1,8 @@
-"""Work in a thread, so that Ctrl-C and SIGTERM find the main thread waiting.
+"""Do work in a thread, so that Ctrl-C and SIGTERM can interrupt the main thread at any time.
 
-Python runs signal handlers in the main thread, between any two instructions. While data are read
+Python runs signal handlers in the main thread, between any two instructions. While data are read,
 that is often inside a callback of the garbage collector (jax has one), and an exception that is
-raised there is printed and lost. A main thread that only waits can be interrupted at any time.
+raised there is printed and lost. A main thread that only waits can always be interrupted.
 """
 
 import threading
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class StoppedError(Exception):
-    """Nobody waits for this work any more."""
+    """The work was stopped because its caller does not wait for it any more."""
 
 
 class Work:
-    """Tells work in a thread that it should end."""
+    """A flag that tells work in a thread to end."""
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
@@ -27,10 +27,10 @@ class Work:
         self._stopped.set()
 
     def through(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield items as long as the work is wanted.
+        """Yield items until `stop` is called.
 
         Raises:
-            StoppedError: if it is not wanted any more.
+            StoppedError: if `stop` was called.
         """
         for item in items:
             if self._stopped.is_set():
@@ -42,9 +42,9 @@ def in_background(work: Callable[[Work], T], poll_seconds: float = 0.1) -> T:
     """Return what `work` returns, called in a thread; raise what it raises.
 
     Args:
-        work: called with what says that it should end: an exception, such as KeyboardInterrupt,
-            that reaches the caller here does not wait for it.
-        poll_seconds: how often to look whether it has ended; signals are handled in between.
+        work: called with a flag that tells it to end. An exception in the calling thread, such as
+            KeyboardInterrupt, sets the flag and does not wait for the work.
+        poll_seconds: how often to check whether it has ended; signals are handled in between.
 
     >>> in_background(lambda work: sum(work.through([1, 2])))
     3
@@ -58,7 +58,7 @@ def in_background(work: Callable[[Work], T], poll_seconds: float = 0.1) -> T:
     def run() -> None:
         try:
             results.append(work(flag))
-        except BaseException as error:  # Raised again where it is waited for.
+        except BaseException as error:  # Raised again in the thread that waits.
             errors.append(error)
 
     thread = threading.Thread(target=run, name="data", daemon=True)

@@ -1,20 +1,20 @@
-"""Which documents each optimizer step trains on, and on which devices: no bytes, no jax arrays.
+"""Plan which documents each optimizer step trains on, and on which devices, from their lengths.
 
-The segments of a corpus come in an order that the seed shuffles anew each epoch, the same as in a
-run without dynamic context parallelism. A batch is as many of the next ones as hold the tokens of a
-step; `lookahead` batches are a window, whose documents are scheduled together onto microbatches:
+The segments of a corpus come in an order that is shuffled anew each epoch, the same as in a run
+without dynamic context parallelism. A batch is as many of the next segments as fit into the tokens
+of a step; `lookahead` batches are a window, whose documents are scheduled together:
 
     order     7 2 9 | 4 1 | 8 3 6 | 0 5 …          batches, by tokens
     window    7 2 9   4 1                           lookahead = 2: scheduled together
     steps     [9 4] [1] | [7 2]                     microbatches, dealt to as many steps as batches
 
-Only lengths are needed for that, so every process makes the same schedule of the whole data, and
-reads no more of them than its own devices hold.
+Only lengths are needed for that, so every process makes the same schedule of all data, and reads
+only what its own devices hold.
 
-The state is the place in the order behind the window, and the steps of the window that are still
-to come, document by document. So a run goes on to the same steps on the same devices; on others,
-the documents of each of those steps are scheduled anew. Either way each is trained on once an
-epoch.
+The state is the position in the order after the window, and the remaining steps of the window,
+document by document. So a resumed run makes the same steps on the same number of devices; on
+another number, the documents of each of those steps are scheduled anew. In both cases, each
+document is trained on once an epoch.
 """
 
 import functools
@@ -40,14 +40,14 @@ PlannedStep = tuple[Microbatch, ...]
 
 
 class Limits(NamedTuple):
-    """What a schedule has to keep to.
+    """The limits of a schedule, and what it minimises.
 
     Attributes:
         num_devices: dp · cp.
-        tokens_per_step: tokens that a step aims at; it has no more, unless one document alone has.
-        seed: of the order of the documents, and of what the scheduler leaves open.
-        config: the run's own words.
-        cost: the model whose seconds are to be few.
+        tokens_per_step: the most tokens of a step, unless a single document has more.
+        seed: seed of the order of the documents, and of the scheduler's random choices.
+        config: the run's `parallel.dynamic`.
+        cost: the model of seconds that the scheduler minimises.
     """
 
     num_devices: int
@@ -58,14 +58,14 @@ class Limits(NamedTuple):
 
 
 class PlannedSteps(grain.IterDataset[PlannedStep]):
-    """The steps of a run, without end, each as the microbatches that make it.
+    """The steps of a run, without end, each as its microbatches.
 
     Args:
         sizes: tokens of every segment.
-        limits: what schedules keep to.
+        limits: the limits of schedules.
 
     Attributes:
-        menu: the layouts that are scheduled with, chosen for these documents unless given.
+        menu: the groupings to schedule with, chosen for these documents unless the config has them.
     """
 
     def __init__(self, sizes: Int64[np.ndarray, "S"], limits: Limits):
@@ -76,41 +76,41 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
     def __iter__(self) -> "_Iterator":
         return _Iterator(self)
 
-    def number(self, place: int) -> int:
-        """The segment at a place of the order, which goes on from epoch to epoch."""
-        epoch, at = divmod(place, len(self.sizes))
-        return int(_order(len(self.sizes), self.limits.seed, epoch)[at])
+    def number(self, position: int) -> int:
+        """Return the segment at a position in the order, which continues over all epochs."""
+        epoch, index = divmod(position, len(self.sizes))
+        return int(_order(len(self.sizes), self.limits.seed, epoch)[index])
 
-    def window(self, place: int) -> tuple[list[list[int]], int]:
-        """The batches of the window that begins at a place of the order, and where it ends."""
+    def window(self, position: int) -> tuple[list[list[int]], int]:
+        """Return the batches of the window that begins at a position, and the position after it."""
         batches = []
         for _ in range(self.limits.config.lookahead):
-            numbers = [self.number(place)]
+            numbers = [self.number(position)]
             tokens = int(self.sizes[numbers[0]])
             while True:
-                place += 1
-                number = self.number(place)
+                position += 1
+                number = self.number(position)
                 tokens += int(self.sizes[number])
                 if tokens > self.limits.tokens_per_step:
                     break
                 numbers.append(number)
             batches.append(numbers)
-        return batches, place
+        return batches, position
 
     def plan(self, batches: Sequence[Sequence[int]], seed: int) -> list[PlannedStep]:
-        """As many steps as batches, which together train on the documents of all of them."""
+        """Return as many steps as batches, which together train on all their documents."""
         steps = self._schedule(batches, seed)
         if all(steps):
             return steps
-        # Too little for all of them to share: then each has its own.
+        # Too few documents to share: schedule each batch alone.
         return [step for batch in batches for step in self._schedule([batch], seed)]
 
     def replan(self, numbers: Sequence[int]) -> PlannedStep:
-        """One step for exactly these documents."""
+        """Return one step with exactly these documents."""
         return self.plan([numbers], self.limits.seed)[0]
 
     def _schedule(self, batches: Sequence[Sequence[int]], seed: int) -> list[PlannedStep]:
-        """As `plan`, but a step may be empty."""
+        """Return steps as `plan` does, but a step may be empty."""
         lengths = [self.sizes[np.asarray(batch)] for batch in batches]
         cost = self.limits.cost
         steps = []
@@ -128,10 +128,10 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
         config = self.limits.config
         if config.layouts is not None:
             return config.layouts
-        samples: list[np.ndarray] = []
-        place = 0
-        while len(samples) < _SAMPLES and (place < len(self.sizes) or not samples):
-            batches, place = self.window(place)
+        samples: list[Int64[np.ndarray, n]] = []
+        position = 0
+        while len(samples) < _SAMPLES and (position < len(self.sizes) or not samples):
+            batches, position = self.window(position)
             samples.append(self.sizes[np.concatenate(batches)])
         most = config.menu if isinstance(config.menu, int) else MAX_MENU
         return choose_menu(samples, *self._bounds, cost=self.limits.cost, max_layouts=most)
@@ -141,27 +141,27 @@ class _Iterator(grain.DatasetIterator[PlannedStep]):
     def __init__(self, steps: PlannedSteps):
         super().__init__()
         self._steps = steps
-        self._place = 0
+        self._position = 0
         self._window: list[PlannedStep] = []
 
     def __next__(self) -> PlannedStep:
         if not self._window:
-            batches, end = self._steps.window(self._place)
-            self._window = self._steps.plan(batches, self._steps.limits.seed + self._place)
-            self._place = end
+            batches, end = self._steps.window(self._position)
+            self._window = self._steps.plan(batches, self._steps.limits.seed + self._position)
+            self._position = end
         return self._window.pop(0)
 
     def get_state(self) -> dict[str, Any]:
         return {
             **_identity(self._steps),
             "max_tokens_per_device": self._steps.limits.config.tokens,
-            "place": self._place,
+            "place": self._position,
             "window": [[[mb.layout, mb.documents] for mb in step] for step in self._window],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         require_same_data(state, _identity(self._steps))
-        self._place = state["place"]
+        self._position = state["place"]
         window = [
             tuple(
                 Microbatch(tuple(layout), tuple(map(tuple, documents)))
@@ -177,12 +177,12 @@ class _Iterator(grain.DatasetIterator[PlannedStep]):
 
 
 @functools.lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+def _order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, "S"]:
     return shuffled(np.arange(count), seed, epoch)
 
 
 def _identity(steps: PlannedSteps) -> dict[str, int]:
-    """What the order of documents depends on, so that no other's place passes for it."""
+    """Return the settings that the order of documents depends on; see `require_same_data`."""
     return {
         "segments": len(steps.sizes),
         "tokens": int(steps.sizes.sum()),
@@ -201,10 +201,10 @@ def _renamed(microbatch: Microbatch, numbers: Sequence[int]) -> Microbatch:
 
 
 def check_longest(segments: Segments, limits: Limits) -> None:
-    """Refuse documents that cannot be trained on.
+    """Check that every document fits the widest group.
 
     Raises:
-        ValueError: if one is longer than the widest group holds; names it.
+        ValueError: if one is longer; names it.
     """
     config = limits.config
     widest = config.check_sizes(limits.num_devices)

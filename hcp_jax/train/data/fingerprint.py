@@ -1,13 +1,13 @@
-"""The fingerprint of a run's text: names, sizes and contents of its files, kept in checkpoints.
+"""Compute the fingerprint of a run's text: names, sizes and contents of its files.
 
-A run that goes on with other text than it began with is a run that nobody meant to make. Up to
-`FULL` bytes in all, every byte is read: any change of any file is seen. Of more, each file is read
-in blocks spread evenly over it, begin and end among them, about `FULL` bytes in all: then a change
-of size or name is always seen, and an edit of one place at the same length with a probability of
-`FULL` / size; for those files the time of modification is kept, too, and told if it differs.
-Four threads read, at the speed of the disk and of BLAKE2 (about 1 GB/s each).
+It is kept in checkpoints, so that a run is not resumed with other text by mistake. If all files
+have at most `FULL` bytes, every byte is read, and any change is noticed. If they have more, each
+file is read in blocks spread evenly over it, its begin and end included, about `FULL` bytes in all.
+Then a change of size or name is always noticed, and an edit of one spot that keeps the length is
+noticed with a probability of `FULL` / size; the time of modification is kept as well, and reported
+if it differs. Four threads read, at the speed of the disk and of BLAKE2 (about 1 GB/s each).
 
-Files are known by their names below the folder, so that a folder can be moved.
+Files are identified by their names relative to the folder, so that a folder can be moved.
 """
 
 import concurrent.futures
@@ -23,24 +23,24 @@ from hcp_jax.train.data.text import Texts
 from hcp_jax.train.sections import DataConfig
 
 FULL = 2**32
-"""Bytes that are read in full; of larger corpora, about as many are sampled."""
+"""The most bytes that are read in full; of larger corpora, about as many are sampled."""
 
 BLOCK = 2**16
 """Bytes of a sample."""
 
 GROUPS = 2048
-"""Of more files than this, neighbours share an entry, so that checkpoints stay small."""
+"""The most entries: with more files, neighbours share one, so that checkpoints stay small."""
 
 _SHOWN = 5
 
 
 class Entry(NamedTuple):
-    """A file, or neighbours of a folder with very many files.
+    """The fingerprint of a file, or of neighbouring files in a folder with very many.
 
     Attributes:
-        name: the file's; of several, the first and the last one's.
-        size: in bytes, of all.
-        digest: of names, sizes and contents.
+        name: the file's name; of several files, the first and the last name.
+        size: bytes of all files.
+        digest: digest of names, sizes and contents.
         modified: the last time of modification, in ns since 1970, if only samples were read.
     """
 
@@ -55,7 +55,7 @@ def fingerprint(paths: Iterable[pathlib.Path], root: pathlib.Path) -> list[Entry
 
     Args:
         paths: the files, in the order in which they are read.
-        root: the folder that their names begin below.
+        root: the folder that their names are relative to.
 
     Raises:
         OSError: if a file cannot be read.
@@ -69,12 +69,12 @@ def fingerprint(paths: Iterable[pathlib.Path], root: pathlib.Path) -> list[Entry
         return list(threads.map(lambda group: _entry(group, share), groups))
 
 
-def of_run(data: DataConfig, held_out: str | None) -> dict[str, list[Entry]]:
-    """Return the fingerprint of all that a run reads, by the config's keys.
+def run_fingerprint(data: DataConfig, held_out: str | None) -> dict[str, list[Entry]]:
+    """Return the fingerprints of all files that a run reads, by the config's keys.
 
     Args:
         data: where the text comes from.
-        held_out: `eval.path`, if the run evaluates on text of its own.
+        held_out: `eval.path`, if the run evaluates on other text.
     """
     found = {"data.path": _files_of(data, data.path)}
     if data.tokenizer is not None:
@@ -86,17 +86,17 @@ def of_run(data: DataConfig, held_out: str | None) -> dict[str, list[Entry]]:
 
 
 def summary(files: Mapping[str, Sequence[Entry]]) -> str:
-    """Return a digest of all of `of_run`, the times left out; to compare hosts by."""
+    """Return a digest of a `run_fingerprint` without its times; to compare hosts."""
     told = {key: [entry[:3] for entry in entries] for key, entries in files.items()}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Sequence[Entry]]) -> list[str]:
-    """Say which files are not what they were; nothing of what only one of the two has.
+    """Return a line for each file that changed; compare only keys that both sides have.
 
     Args:
-        before: from a checkpoint: as `of_run`, each entry a list.
-        now: as `of_run`.
+        before: a `run_fingerprint` from a checkpoint, each entry a list.
+        now: a `run_fingerprint`.
     """
     found: list[str] = []
     for key in now:
@@ -107,7 +107,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Sequence[Entry]]) -> li
 
 
 def doubts(before: Mapping[str, Any], now: Mapping[str, Sequence[Entry]]) -> list[str]:
-    """Say which large files have another time of modification, though no sample of them changed."""
+    """Return a line for each large file that was modified although no sample of it changed."""
     return [
         f"{key}: {entry.name!r} has the same size and samples as before, but was modified since; "
         "it is too large to be compared as a whole"
@@ -119,7 +119,7 @@ def doubts(before: Mapping[str, Any], now: Mapping[str, Sequence[Entry]]) -> lis
 
 
 def _files_of(data: DataConfig, name: str | None) -> list[Entry]:
-    """Return the fingerprint of the text at `name`, read as `data` says; None: the default text."""
+    """Return the fingerprint of the text at a path, read as `data` says; None: the default text."""
     path = None if name is None else pathlib.Path(name)
     if path is not None and tokens.is_tokenised(path):
         return fingerprint([path / file for file in tokens.FILES], path)
@@ -162,6 +162,6 @@ def _entry(group: Sequence[tuple[str, pathlib.Path]], share: float) -> Entry:
 
 
 def _offsets(length: int, share: float) -> list[int]:
-    """Return where blocks begin that are spread evenly over a file, its begin and end included."""
+    """Return offsets of blocks spread evenly over a file, its begin and end included."""
     number = max(2, round(length * share / BLOCK))
     return [i * (length - BLOCK) // (number - 1) for i in range(number)]

@@ -1,8 +1,8 @@
 """Read documents from one file: text, JSON lines, JSON arrays, CSV and Parquet, also compressed.
 
-Which format a file has is decided by its name and its first bytes. Files are read in pieces of
+The format of a file is recognised by its name and its first bytes. Files are read in pieces of
 about a megabyte, so that a file needs no more memory than its longest document; a plain text file
-is one document, which comes in several pieces.
+is one document in several pieces.
 """
 
 import bz2
@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 from hcp_jax.base.terminal import printable as shown
 
 PIECE = 2**20
-"""Bytes that are read at a time."""
+"""Bytes read at a time."""
 
 _HEAD = 2**16  # bytes by which a format is recognised
 _BOM = codecs.BOM_UTF8
@@ -33,7 +33,7 @@ _PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz
 _KEYS_SHOWN = 12
 
 Bad = Callable[[str], None]
-"""Is told what is wrong with a line or a record; raises, or returns to have it skipped."""
+"""Called with what is wrong with a line or record; raises, or returns so that it is skipped."""
 
 
 class Piece(NamedTuple):
@@ -49,16 +49,16 @@ class Piece(NamedTuple):
 
 
 class NoRecordsError(ValueError):
-    """A JSON file is no list of documents; in a folder, such a file is left out."""
+    """A JSON file is not a list of documents; in a folder, such a file is left out."""
 
 
-def format_of(file: pathlib.Path, field: str) -> str:
+def detect_format(file: pathlib.Path, field: str) -> str:
     """Return the format of a file: "text", "JSON lines", "JSON", "CSV" or "Parquet".
 
     Args:
         file: a regular file.
-        field: the field that holds a record's text, by which JSON is recognised in files that are
-            not named so.
+        field: the field that holds a record's text; JSON is recognised by it in files with other
+            names.
 
     Raises:
         ValueError: if the file is compressed and cannot be read.
@@ -94,7 +94,7 @@ def read(file: pathlib.Path, format_: str, field: str, bad: Bad) -> Iterator[Pie
 
     Args:
         file: a regular file.
-        format_: from `format_of`.
+        format_: from `detect_format`.
         field: the field that holds a record's text.
         bad: see `Bad`.
 
@@ -117,7 +117,7 @@ def read(file: pathlib.Path, format_: str, field: str, bad: Bad) -> Iterator[Pie
 
 
 def check_text(file: pathlib.Path) -> None:
-    """Read a text file, and raise ValueError if it is none."""
+    """Read a file, and raise ValueError if it is not text."""
     for _ in _text(file):
         pass
 
@@ -133,7 +133,7 @@ def _text(file: pathlib.Path) -> Iterator[Piece]:
 
 
 def _checked(file: pathlib.Path) -> Iterator[bytes]:
-    """Yield the pieces of a file, each found to be text; a piece ends with a whole character."""
+    """Yield the pieces of a file after checking that they are text; each ends after a character."""
     offset, line, begun = 0, 1, b""
     for piece in _pieces(file):
         text = begun + piece
@@ -148,14 +148,14 @@ def _checked(file: pathlib.Path) -> Iterator[bytes]:
 
 
 def _check(file: pathlib.Path, text: bytes, offset: int, line: int, final: bool) -> int:
-    """Return how many bytes are whole characters of text; refuse what is no text.
+    """Return how many of the bytes are whole characters; raise ValueError if they are not text.
 
     Args:
-        file: that is read.
+        file: the file, for the message.
         text: some of its bytes.
-        offset: where they begin in it.
-        line: likewise.
-        final: whether no character goes on behind them.
+        offset: the offset of the first of them in the file.
+        line: the line of the first of them in the file.
+        final: whether these are the last bytes, so that no character may be cut.
     """
     at, size = text.find(b"\0"), len(text)
     wide = offset == 0 and text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -206,17 +206,17 @@ def _cut_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
 def _json_lines(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
     for number, line in _lines(file, bad):
         if line.strip():
-            place = f"data.path: {shown(file)}, line {number}"
+            where = f"data.path: {shown(file)}, line {number}"
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                bad(f"{place}: not JSON ({error}).")
+                bad(f"{where}: not JSON ({error}).")
                 continue
-            yield _field(record, field, place, bad)
+            yield _field(record, field, where, bad)
 
 
 def _json_array(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
-    """Yield the texts of the records of an array, of which one is in memory at a time."""
+    """Yield the texts of the records of an array; only one record is in memory at a time."""
     decoder, pieces = json.JSONDecoder(), _checked(file)
     text, at, number, ended = "", 0, 0, False
 
@@ -231,7 +231,7 @@ def _json_array(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
         text, at = "".join(read), 0
 
     def skip(pattern: str) -> str:
-        """Go on behind white space, and return the character there, if it is one of these."""
+        """Skip white space; if one of these characters follows, skip and return it, else ""."""
         nonlocal at
         while True:
             match = re.compile(r"\s*").match(text, at)
@@ -251,7 +251,7 @@ def _json_array(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
         if text[at : at + 1] in ("", "{"):
             yield from _json_object(file, text, field)
             return
-        raise NoRecordsError(f"data.path: {name} is JSON, but no list of records.")
+        raise NoRecordsError(f"data.path: {name} is JSON, but not a list of records.")
     if skip("]"):
         return
     while True:
@@ -267,14 +267,14 @@ def _json_array(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
                     message = f"data.path: {name}, record {number}: not JSON ({error})."
                     raise ValueError(message) from None
             more(wanted)
-            wanted *= 2  # a long record is not read again for each of its pieces
+            wanted *= 2  # so that a long record is not parsed again after each piece
         at = end
         if isinstance(record, str):
             record = {field: record}
         yield _field(record, field, f"data.path: {name}, record {number}", bad)
         if skip("]"):
             if skip("") or at < len(text):
-                raise ValueError(f"data.path: {name}: more text behind the list of records.")
+                raise ValueError(f"data.path: {name}: more text after the list of records.")
             return
         if not skip(","):
             raise ValueError(
@@ -286,27 +286,28 @@ def _json_object(file: pathlib.Path, begun: str, field: str) -> Iterator[bytes]:
     """Yield the text of a file that is a single object."""
     if not begun.strip():
         return
-    place = f"data.path: {shown(file)}"
+    where = f"data.path: {shown(file)}"
     try:
         record = json.loads(b"".join(_checked(file)))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({error}).") from None
+        raise ValueError(f"{where}: not JSON ({error}).") from None
     if not isinstance(record.get(field), str):
         raise NoRecordsError(
-            f"{place} is JSON, but no list of records, and has no text in field {shown(field)!r}."
+            f"{where} is JSON, but not a list of records, and has no text in field "
+            f"{shown(field)!r}."
         )
 
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    yield _field(record, field, place, refuse)
+    yield _field(record, field, where, refuse)
 
 
 def _csv(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    # A line that is no text may be in the middle of a record, so that it cannot be left out.
+    # A line that is not text may be in the middle of a record, so it cannot be skipped.
     lines = (line.decode() + "\n" for _, line in _lines(file, refuse))
     name = f"data.path: {shown(file)}"
     first = next(lines, "")
@@ -320,7 +321,7 @@ def _csv(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
             "column with data.field."
         )
     delimiter, names = found[0]
-    # The module refuses fields of more than 128 kB, which documents are; the limit is its own.
+    # The csv module refuses fields of more than 128 kB; documents are longer.
     with _longest_field(sys.maxsize):
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         while True:
@@ -340,6 +341,7 @@ def _csv(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _longest_field(size: int) -> Iterator[None]:
+    # The module's limit is process-wide, so it is put back at the end.
     before = csv.field_size_limit(size)
     try:
         yield
@@ -371,17 +373,18 @@ def _parquet(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
         raise ValueError(text if text.startswith("data.path") else f"{name}: {text}.") from None
 
 
-def _field(record: Any, field: str, place: str, bad: Bad) -> bytes:
-    """Return the text of a record; nothing if it has none and `bad` has that skipped."""
+def _field(record: Any, field: str, where: str, bad: Bad) -> bytes:
+    """Return the text of a record; if it has none, call `bad`, and return b""."""
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         has = _listed(record) if isinstance(record, dict) else type(record).__name__
-        bad(f"{place}: no text in field {field!r} (it has: {has}); name the field with data.field.")
+        bad(f"{where}: no text in field {field!r} (it has: {has}); name the field with data.field.")
         return b""
-    # A lone surrogate is valid JSON, but no text.
+    # A lone surrogate is valid JSON, but not text.
+    text: str = record[field]
     try:
-        return record[field].encode()
+        return text.encode()
     except UnicodeEncodeError as error:
-        bad(f"{place}: field {field!r} is not text ({error}).")
+        bad(f"{where}: field {field!r} is not text ({error}).")
         return b""
 
 
@@ -392,7 +395,7 @@ def _listed(names: Any) -> str:
 
 
 def _has_lines(head: bytes) -> bool:
-    """Whether a file that begins so is JSON lines: an object ends where its line does."""
+    """Return whether a file with this head is JSON lines: its first object ends with its line."""
     first, _, rest = head.lstrip().partition(b"\n")
     if not first.startswith(b"{") or not rest.lstrip().startswith(b"{"):
         return False
@@ -400,12 +403,12 @@ def _has_lines(head: bytes) -> bool:
 
 
 def _has_field(head: bytes, field: str) -> bool:
-    """Whether the JSON object that a file begins with has this field."""
+    """Return whether the JSON object at the begin of a file has this field."""
     text = head.decode(errors="ignore").lstrip()
     try:
         record, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        # An object longer than what was read is taken by how it begins.
+        # Of an object longer than the head, only the beginning can be looked at.
         whole = "\n" in text or len(head) < _HEAD // 2
         return not whole and f"{json.dumps(field)}:" in text.replace('" :', '":')
     return isinstance(record, dict) and isinstance(record.get(field), str) and end > 0
@@ -438,7 +441,7 @@ def _unpacked(file: pathlib.Path, raw: IO[bytes], packed: str) -> Iterator[bytes
 
 
 def _unpacked_zstd(zstandard: Any, raw: IO[bytes]) -> Iterator[bytes]:
-    # The package's own reader takes a file that breaks off for one that ends.
+    # The package's own reader accepts a file that is cut off.
     rest = b""
     while data := rest or raw.read(PIECE // 8):
         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -452,7 +455,7 @@ def _unpacked_zstd(zstandard: Any, raw: IO[bytes]) -> Iterator[bytes]:
                 break
             data = raw.read(PIECE // 8)
             if not data:
-                raise EOFError("it breaks off")
+                raise EOFError("it is cut off")
         rest = frame.unused_data
 
 

@@ -1,20 +1,20 @@
-"""Pack segments into streams: keep documents whole, or fill every place. Only sizes are needed.
+"""Pack segments into streams: keep documents whole, or fill every slot. Only sizes are needed.
 
-A *part* is `(segment, begin, end)`, tokens `begin` to `end` of a segment; a stream is a few parts.
-Segments come in windows of the epoch's order, each packed by itself; what fills no stream well is
-left over for the next window. So memory is that of a window, and a place in the streams is an
-epoch, a window, a number within it, and what was left over before it.
+A *part* is `(segment, begin, end)`, tokens `begin` to `end - 1` of a segment; a stream is a few
+parts. The epoch's order is cut into windows, each packed by itself; segments that fill no stream
+well are left over for the next window. So only one window is in memory, and the state of the
+pipeline is the epoch, the window, the next stream in it, and what was left over before it.
 
-`pack_whole` makes one stream after the other: it takes the largest document left, again and again
-the largest that fits, and at the end the one or two that leave the smallest gap (after the minimum
-bin slack heuristic of Gupta and Ho, 1999). Streams that stay nearly empty wait for the next
-windows, but not for ever. Documents longer than a stream are cut anyway, so their last segments
+`pack_whole` builds one stream after the other: it takes the largest document left, then again and
+again the largest that fits, and at the end the one or two that leave the smallest gap (after the
+minimum bin slack heuristic of Gupta and Ho, 1999). Streams that stay nearly empty wait for later
+windows, but only for a few. Documents longer than a stream are cut anyway, so their last segments
 are cut once more where they fill gaps. At most `MOST_CUT` of the documents that fit are cut, and
-only if `GOAL` of all places can be filled by it: documents of 0.9 · seq_len fill 90 % of the
-places, and no packing that keeps them whole can do better.
+only if `GOAL` of all slots can be filled by it. (Documents of 0.9 · seq_len, for example, fill 90 %
+of the slots, and no packing that keeps them whole can do better.)
 
-`pack_dense` lays segments end to end and cuts every seq_len tokens: no padding, but documents cut
-anywhere.
+`pack_dense` puts segments end to end and cuts every seq_len tokens: no padding, but documents are
+cut anywhere.
 """
 
 import bisect
@@ -25,20 +25,20 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 GOAL = 0.972
-"""The share of places that should hold a token; fuller streams need not wait for more segments."""
+"""The share of slots that should hold a token; a stream this full does not wait for more."""
 
 MOST_CUT = 0.009
-"""The share of documents that fit a stream which may be cut to reach `GOAL`."""
+"""The share of the documents that fit a stream which may be cut to reach `GOAL`."""
 
 WINDOW = 4096
-"""Segments that are packed together, at least, if an epoch has as many."""
+"""The least number of segments in a window, if an epoch has as many."""
 
-_WINDOW_STREAMS = 32  # likewise, the streams that their tokens fill
-_WAITING_STREAMS = 16  # streams that may wait for the next window, at most
-_WAITING_SEGMENTS = 4096  # the segments in them, at most: they are in every checkpoint
-_WINDOWS_WAITED = 8  # windows that a segment may wait for
-_BUNDLES = 256  # segments smaller than this part of a stream are packed in bundles of that size
-_SHORTEST_CUT = 64  # no gap smaller than this part of a stream is worth a cut
+_WINDOW_STREAMS = 32  # the least number of streams that a window's tokens fill, likewise
+_WAITING_STREAMS = 16  # the most streams that may wait for the next window
+_WAITING_SEGMENTS = 4096  # the most segments in them: they are in every checkpoint
+_WINDOWS_WAITED = 8  # the most windows that a segment may wait for
+_BUNDLES = 256  # segments shorter than seq_len / 256 are packed in bundles of that size
+_SHORTEST_CUT = 64  # gaps shorter than seq_len / 64 are not worth a cut
 
 
 class Window(NamedTuple):
@@ -46,9 +46,9 @@ class Window(NamedTuple):
 
     Attributes:
         parts: (segment, begin, end) of each part.
-        starts: where the parts of each stream begin, and their number.
-        left_over: a row for each segment that comes in the next window instead: its number, and
-            the token it goes on with (`pack_dense`) or the windows it has waited (`pack_whole`).
+        starts: index of the first part of each stream, and at the end the number of parts.
+        left_over: a row for each segment that is left over for the next window: its number, and
+            the first token left (`pack_dense`) or the windows it has waited (`pack_whole`).
     """
 
     parts: Int64[np.ndarray, "n 3"]
@@ -64,7 +64,7 @@ class Window(NamedTuple):
 
 
 def num_windows(sizes: Int64[np.ndarray, "S"], seq_len: int) -> int:
-    """Return the number of windows that `pack_whole` should be given an epoch in.
+    """Return into how many windows to cut an epoch for `pack_whole`.
 
     Args:
         sizes: tokens of each segment of the epoch.
@@ -81,20 +81,20 @@ def pack_dense(
     left_over: Int64[np.ndarray, "m 2"],
     last: bool,
 ) -> Window:
-    """Pack segments end to end, cut every `seq_len` tokens; whole segments are streams.
+    """Pack segments end to end and cut every `seq_len` tokens; a full segment is a stream.
 
     Args:
-        numbers: the segments, in their order.
-        sizes: tokens of every segment there is.
+        numbers: the segments of the window, in their order.
+        sizes: tokens of every segment of the corpus.
         seq_len: tokens of a stream.
-        left_over: of the window before.
-        last: whether no window follows, so that a stream that is not full is made, too.
+        left_over: `Window.left_over` of the window before.
+        last: whether this is the last window, so that the last stream may not be full.
     """
     whole = sizes[numbers] == seq_len
     at_whole, at_rest = np.flatnonzero(whole), np.flatnonzero(~whole)
     rests = np.concatenate([left_over[:, 0], numbers[at_rest]])
     begins = np.concatenate([left_over[:, 1], np.zeros_like(at_rest)])
-    # Where each rest, and each stream, ends in the row of all rests: a part ends at either.
+    # The ends of rests and of streams, with all rests end to end: a part ends at each of them.
     ends = np.cumsum(sizes[rests] - begins)
     total = int(ends[-1]) if ends.size else 0
     count = -(-total // seq_len) if last else total // seq_len
@@ -105,7 +105,7 @@ def pack_dense(
     row = np.stack([rests[which], until - np.diff(bounds, prepend=0), until], axis=1)
     used = np.searchsorted(bounds, stops[-1], side="right") if count else 0
     made, rest = row[:used], row[used:]
-    # A stream stands where its last token does, among the segments of the epoch.
+    # Streams are ordered by their last tokens, in the order of the segments.
     at = np.concatenate([np.full(len(left_over), -1), at_rest])
     closes = at[np.searchsorted(ends, stops)] if count else np.zeros(0, np.int64)
     if count * seq_len > total:
@@ -133,13 +133,13 @@ def pack_whole(
     """Pack segments so that documents that fit a stream stay whole.
 
     Args:
-        numbers: the segments, in their order.
-        sizes: tokens of every segment there is.
+        numbers: the segments of the window, in their order.
+        sizes: tokens of every segment of the corpus.
         seq_len: tokens of a stream.
-        left_over: of the window before.
-        last: whether no window follows, so that no segment can wait for one.
-        may_cut: which segments are of documents that are cut anyway.
-        rng: shuffles the streams; None puts them into the order of their first segments.
+        left_over: `Window.left_over` of the window before.
+        last: whether this is the last window, so that no segment can wait for the next.
+        may_cut: True for segments of documents that are cut anyway.
+        rng: shuffles the streams; None: keep them in the order of their first segments.
     """
     items = np.concatenate([left_over[:, 0], numbers])
     waited = np.concatenate([left_over[:, 1], np.zeros_like(numbers)])
@@ -166,21 +166,21 @@ def pack_whole(
 
 
 class _Bins:
-    """Streams in the making, of parts (item, begin, end).
+    """Streams that are being filled with parts (item, begin, end).
 
     Attributes:
-        parts: those of each stream.
-        gaps: the places that each stream has left.
+        parts: the parts of each stream.
+        gaps: the free slots of each stream.
     """
 
     def __init__(self, seq_len: int):
         self.seq_len = seq_len
         self.parts: list[list[tuple[int, int, int]]] = []
         self.gaps: list[int] = []
-        self._by_gap: list[tuple[int, int]] = []  # (gap, stream), ascending, but for full ones
+        self._by_gap: list[tuple[int, int]] = []  # (gap, stream), ascending, without full streams
 
     def fit(self, parts: Sequence[tuple[int, int, int]], size: int) -> bool:
-        """Lay parts into the fullest stream that has room for all of them, if there is one."""
+        """Put parts into the fullest stream with room for all; return whether there is one."""
         at = bisect.bisect_left(self._by_gap, (size, -1))
         if at == len(self._by_gap):
             return False
@@ -188,13 +188,13 @@ class _Bins:
         return True
 
     def open(self, parts: Sequence[tuple[int, int, int]], size: int) -> None:
-        """Begin a stream with these parts."""
+        """Add a stream with these parts."""
         self.parts.append([])
         self.gaps.append(self.seq_len)
         self._put(len(self.parts) - 1, parts, size)
 
     def spread(self, parts: Sequence[tuple[int, int, int]], size: int) -> None:
-        """Lay parts where there is room, cut over the widest gaps if there is not at one place."""
+        """Put parts into one stream, or, where none has room, cut them over the widest gaps."""
         least = max(1, self.seq_len // _SHORTEST_CUT)
         while not self.fit(parts, size):
             if not self._by_gap or self._by_gap[-1][0] < least:
@@ -215,7 +215,7 @@ class _Bins:
         return removed
 
     def emptiest(self) -> list[int]:
-        """Return the numbers of all streams, the emptiest first; of equal ones the latest."""
+        """Return the numbers of all streams, the emptiest first; among equal ones, the latest."""
         return sorted(range(len(self.gaps)), key=lambda i: (-self.gaps[i], -i))
 
     def _put(self, which: int, parts: Sequence[tuple[int, int, int]], size: int) -> None:
@@ -226,7 +226,7 @@ class _Bins:
 
 
 def _fill_streams(sizes: Int64[np.ndarray, "n"], seq_len: int) -> Iterator[list[int]]:
-    """Yield the numbers of the groups that make each stream; `sizes` ascend."""
+    """Yield the indices of the sizes that fill each stream; `sizes` ascend."""
     left, index = sizes, np.arange(sizes.size)
     while left.size:
         chosen: list[int] = []
@@ -234,7 +234,7 @@ def _fill_streams(sizes: Int64[np.ndarray, "n"], seq_len: int) -> Iterator[list[
         while left.size and left[0] <= room:
             fit = int(np.searchsorted(left, room, side="right")) - 1
             taken = [fit]
-            # Two more may fit beside the largest: then the end of the stream is not reached yet.
+            # If two more fit beside the largest, the end of the stream is not reached yet.
             if chosen and left[fit] + 2 * left[0] > room:
                 taken = _best_end(left, room, fit)
             chosen += index[taken].tolist()
@@ -244,15 +244,15 @@ def _fill_streams(sizes: Int64[np.ndarray, "n"], seq_len: int) -> Iterator[list[
 
 
 def _best_end(left: Int64[np.ndarray, "n"], room: int, fit: int) -> list[int]:
-    """Return which one or two of the sizes `left`, which ascend, fill the room best.
+    """Return the indices of the one or two sizes that fill the room best.
 
     Args:
-        left: sizes.
-        room: that they must fit into.
-        fit: the largest that fits alone.
+        left: sizes, ascending.
+        room: slots that they must fit into.
+        fit: index of the largest that fits alone.
     """
     first = np.arange(fit + 1)
-    # The largest partner that comes before it, if there is one.
+    # The largest partner with a smaller index, if there is one.
     second = np.searchsorted(left, room - left[: fit + 1], side="right") - 1
     second = np.minimum(second, first - 1)
     together = np.where(second >= 0, left[: fit + 1] + left[second], 0)
@@ -263,10 +263,10 @@ def _best_end(left: Int64[np.ndarray, "n"], room: int, fit: int) -> list[int]:
 def _groups(
     sizes: Int64[np.ndarray, "n"], chosen: Bool[np.ndarray, "n"], seq_len: int
 ) -> list[tuple[list[tuple[int, int, int]], int]]:
-    """Return the parts of the chosen items with their size; sizes ascend.
+    """Return lists of parts of the chosen items, each with its size; sizes ascend.
 
-    Items that are tiny beside a stream are bundled, so that a stream never has to be put together
-    from more than a few hundred of them one by one.
+    An item is a list of its own; tiny items are bundled, so that a stream is never put together
+    from more than a few hundred lists.
     """
     bundle = seq_len // _BUNDLES
     large = np.flatnonzero(chosen & (sizes > bundle))
@@ -285,13 +285,13 @@ def _groups(
 def _take_waiting(
     bins: _Bins, sizes: Int64[np.ndarray, "n"], waited: Int64[np.ndarray, "n"]
 ) -> list[int]:
-    """Take out the emptiest streams, whose items are to wait; return these items."""
+    """Remove the emptiest streams, so that their items wait; return these items."""
     most = min(_WAITING_STREAMS, max(1, len(bins.parts) // 8))
     taken: list[int] = []
     budget = _WAITING_SEGMENTS
     for i in bins.emptiest()[:most]:
         parts = bins.parts[i]
-        # What was cut cannot wait, as its other part does not.
+        # A cut item cannot wait, since its other part does not.
         if any(end - begin < sizes[item] for item, begin, end in parts):
             continue
         if any(waited[item] >= _WINDOWS_WAITED for item, _, _ in parts):
@@ -338,7 +338,7 @@ def _window(
     order: Int64[np.ndarray, "S"],
     left_over: Int64[np.ndarray, "m 2"],
 ) -> Window:
-    """Return streams of so many of the parts each, put into this order."""
+    """Return a window: cut `parts` into streams of `counts` parts each, and reorder the streams."""
     firsts = np.cumsum(counts) - counts
     starts = np.concatenate([[0], np.cumsum(counts[order])])
     index = np.repeat(firsts[order] - starts[:-1], counts[order]) + np.arange(starts[-1])

@@ -1,41 +1,38 @@
-"""Segments packed into streams, from their sizes alone.
+"""Pack segments of documents into streams; only the sizes of documents are needed.
 
 Documents are cut into segments of `seq_len` tokens and a rest; a document that fits a stream is one
 segment. Segments are shuffled anew each epoch and packed window by window (`packing.py`). A stream
-is made when it is asked for: of a window, only the numbers of its segments are held.
+is built when it is asked for; of a window, only the numbers of its segments are kept.
 """
 
 import operator
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from hcp_jax.train.data.corpus import Corpus
 from hcp_jax.train.data.packing import Window, num_windows, pack_dense, pack_whole
 from hcp_jax.train.sections import Packing
 
-if TYPE_CHECKING:
-    from hcp_jax.train.data import Corpus
-
-
-_COUNTED = 50_000  # segments that are packed to tell how full streams are
+_COUNTED = 50_000  # segments that are packed to measure how full streams are
 
 _NONE_LEFT = np.zeros((0, 2), np.int64)
 
 
 class Segments:
-    """Each document in parts of `seq_len` tokens and a rest.
+    """All documents of a corpus, each cut into parts of `seq_len` tokens and a rest.
 
     Attributes:
         seq_len: tokens of a whole segment.
         sizes: tokens of each segment.
     """
 
-    def __init__(self, corpus: "Corpus", seq_len: int):
+    def __init__(self, corpus: Corpus, seq_len: int):
         self._corpus, self.seq_len = corpus, seq_len
-        # The number of the first segment of each document, and of all.
+        # The number of the first segment of each document, and after the last one of all segments.
         parts = -(-(corpus.sizes + 1) // seq_len)
         self._first = np.concatenate([[0], np.cumsum(parts)])
         self.sizes = np.full(len(self), seq_len, np.int64)
@@ -46,39 +43,39 @@ class Segments:
 
     @property
     def fits(self) -> Bool[np.ndarray, "S"]:
-        """Whether each segment is a whole document."""
+        """True for each segment that is a whole document."""
         return np.repeat(np.diff(self._first) == 1, np.diff(self._first))
 
     def document(self, index: SupportsIndex) -> int:
-        """Return the number of the document that a segment is of."""
+        """Return the number of a segment's document."""
         return int(np.searchsorted(self._first, operator.index(index), side="right")) - 1
 
-    def places(
+    def refs(
         self, index: SupportsIndex, begin: int = 0, end: int | None = None
     ) -> Int64[np.ndarray, "t"]:
-        """Return the places of tokens `begin` to `end` of a segment; see `Corpus`."""
+        """Return the references of tokens `begin` to `end - 1` of a segment; see `Corpus`."""
         number = operator.index(index)
         size = int(self.sizes[number])
-        return self.places_of(np.array([[number, begin, size if end is None else end]]))
+        return self.refs_of_parts(np.array([[number, begin, size if end is None else end]]))
 
-    def places_of(self, parts: Int64[np.ndarray, "p 3"]) -> Int64[np.ndarray, "t"]:
-        """Return the places of the tokens of parts (segment, begin, end), end to end."""
+    def refs_of_parts(self, parts: Int64[np.ndarray, "p 3"]) -> Int64[np.ndarray, "t"]:
+        """Return the references of the tokens of parts (segment, begin, end), end to end."""
         numbers, begins, ends = parts.T
         which = np.searchsorted(self._first, numbers, side="right") - 1
         firsts = (numbers - self._first[which]) * self.seq_len
-        return self._corpus.places_of(which, firsts + begins, firsts + ends)
+        return self._corpus.refs_of_parts(which, firsts + begins, firsts + ends)
 
 
 class Stream(NamedTuple):
-    """A packed stream; of its ids, none has been read.
+    """A packed stream whose ids have not been read yet.
 
     Attributes:
-        places: of its tokens; 0 for padding. See `Corpus`.
+        refs: references of its tokens; 0 for padding. See `Corpus`.
         segment_ids: from 1; 0 for padding.
-        positions: of each token in its part of a segment.
+        positions: position of each token in its part of a segment.
     """
 
-    places: Int64[np.ndarray, "T"]
+    refs: Int64[np.ndarray, "T"]
     segment_ids: Int32[np.ndarray, "T"]
     positions: Int32[np.ndarray, "T"]
 
@@ -87,10 +84,10 @@ class Streams(grain.IterDataset[Stream]):
     """Streams of `segments.seq_len` tokens, the segments shuffled anew each epoch.
 
     Args:
-        segments: of the corpus.
-        seed: of the order; None for the order that they have.
-        num_epochs: how often all segments come; None: for ever.
-        only: numbers of the segments that are meant; None for all.
+        segments: the segments of the corpus.
+        seed: seed of the order; None: do not shuffle.
+        num_epochs: how often all segments come; None: without end.
+        only: numbers of the segments to use; None for all.
         packing: "whole" keeps documents whole that fit a stream, "dense" leaves no padding.
     """
 
@@ -109,7 +106,7 @@ class Streams(grain.IterDataset[Stream]):
         sizes = segments.sizes[self._numbers]
         tokens = int(sizes.sum())
         if num_epochs is None and 0 < tokens < segments.seq_len:
-            # An epoch must fill a stream, or what is left over would be packed again and again.
+            # An epoch must fill a stream, or its segments would be left over again and again.
             self._numbers = np.tile(self._numbers, -(-segments.seq_len // tokens))
             sizes = segments.sizes[self._numbers]
         self._windows = num_windows(sizes, segments.seq_len) if packing == "whole" else 1
@@ -124,7 +121,7 @@ class Streams(grain.IterDataset[Stream]):
         return self._numbers.size
 
     def order(self, epoch: int) -> Int64[np.ndarray, "S"]:
-        """Return the numbers of the segments, in the order of an epoch."""
+        """Return the numbers of the segments in the order of an epoch."""
         if self.seed is None:
             return self._numbers
         if self._order is None or self._order[0] != epoch:
@@ -136,8 +133,8 @@ class Streams(grain.IterDataset[Stream]):
 
         Args:
             epoch: from 0.
-            number: of the window in the epoch.
-            left_over: of the window before.
+            number: the window's number in the epoch.
+            left_over: what the window before left over; see `Window`.
         """
         order, sizes, count = self.order(epoch), self.segments.sizes, self._windows
         borders = np.arange(count + 1) * order.size // count
@@ -145,7 +142,7 @@ class Streams(grain.IterDataset[Stream]):
         last = number + 1 == count and epoch + 1 == self.num_epochs
         if self.packing == "dense":
             return pack_dense(numbers, sizes, self.segments.seq_len, left_over, last)
-        # (seed, epoch, 0) would draw what the order was drawn with.
+        # Not (seed, epoch, 0): it is equal to the seed of the order.
         rng = None if self.seed is None else np.random.default_rng((self.seed, epoch, 1 + number))
         return pack_whole(
             numbers,
@@ -158,15 +155,15 @@ class Streams(grain.IterDataset[Stream]):
         )
 
     def next_window(self, epoch: int, number: int) -> tuple[int, int] | None:
-        """Return the epoch and number of the window that follows; None if none does."""
+        """Return the epoch and number of the next window; None after the last one."""
         if number + 1 < self._windows:
             return epoch, number + 1
         return None if epoch + 1 == self.num_epochs else (epoch + 1, 0)
 
     def describe(self) -> str:
-        """Return how full the streams are, and how many documents stay whole, in words.
+        """Return a line that says how full streams are and how many documents stay whole.
 
-        It counts the first windows of the first epoch, at least `_COUNTED` segments.
+        The first windows of the first epoch are counted, at least `_COUNTED` segments.
         """
         counted = streams = tokens = fitting = whole = 0
         fits, sizes = ~self._may_cut, self.segments.sizes
@@ -174,7 +171,7 @@ class Streams(grain.IterDataset[Stream]):
             numbers, begins, ends = packed.parts.T
             counted, streams = counted + len(numbers), streams + len(packed)
             tokens += int((ends - begins).sum())
-            # A document that was cut counts where it begins.
+            # A document that is cut counts where it begins.
             begin_here = fits[numbers] & (begins == 0)
             fitting += int(begin_here.sum())
             whole += int((begin_here & (ends == sizes[numbers])).sum())
@@ -185,38 +182,39 @@ class Streams(grain.IterDataset[Stream]):
         hint = " (documents of these lengths do not fill streams whole; 'dense' would)"
         return (
             f"packing {self.packing!r}: {share} that fit{'' if fitting else 's'} "
-            f"{self.segments.seq_len:,} tokens, whole; {fill:.1%} of the places hold a token"
+            f"{self.segments.seq_len:,} tokens, whole; {fill:.1%} of the slots hold a token"
             f"{hint if fill < 0.95 else ''}"
         )
 
     def _first_windows(self) -> Iterator[Window]:
-        """Yield the windows of the first epoch, and those after it until there is a stream."""
-        at: tuple[int, int] | None = (0, 0)
+        """Yield the windows of the first epoch, and later ones until there is a stream."""
+        window: tuple[int, int] | None = (0, 0)
         left_over, streams = _NONE_LEFT, 0
-        while at is not None and (at[0] == 0 or streams == 0):
-            packed = self.window(*at, left_over)
+        while window is not None and (window[0] == 0 or streams == 0):
+            packed = self.window(*window, left_over)
             yield packed
-            left_over, streams, at = packed.left_over, streams + len(packed), self.next_window(*at)
+            left_over, streams = packed.left_over, streams + len(packed)
+            window = self.next_window(*window)
 
 
 def shuffled(numbers: Int64[np.ndarray, "n"], seed: int, epoch: int) -> Int64[np.ndarray, "n"]:
-    """Return the order of an epoch, whatever is made of the segments."""
+    """Return the numbers in the order of an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(numbers)
 
 
 def make_stream(segments: Segments, parts: Int64[np.ndarray, "p 3"]) -> Stream:
-    """Return the stream of these parts, padded at its end."""
+    """Return the stream of parts (segment, begin, end), padded at its end."""
     sizes = parts[:, 2] - parts[:, 1]
     used = int(sizes.sum())
-    places, ids, positions = np.zeros((3, segments.seq_len), np.int64)
-    places[:used] = segments.places_of(parts)
+    refs, ids, positions = np.zeros((3, segments.seq_len), np.int64)
+    refs[:used] = segments.refs_of_parts(parts)
     ids[:used] = np.repeat(np.arange(1, len(parts) + 1), sizes)
     positions[:used] = np.arange(used) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return Stream(places, ids.astype(np.int32), positions.astype(np.int32))
+    return Stream(refs, ids.astype(np.int32), positions.astype(np.int32))
 
 
 class _Iterator(grain.DatasetIterator[Stream]):
-    """Its state is the epoch, the window, the place in it, and what was left over before it."""
+    """State: the epoch, the window, the next stream in it, and what was left over before it."""
 
     def __init__(self, streams: Streams):
         super().__init__()
@@ -248,7 +246,7 @@ class _Iterator(grain.DatasetIterator[Stream]):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        # Checkpoints of before there was a choice are of dense streams, an epoch in one window.
+        # Older checkpoints, from before `packing`, hold dense streams, an epoch in one window.
         state = {"packing": "dense", "window_in_epoch": 0, **state}
         require_same_data(state, _identity(self._streams))
         left_over = np.array(state["left_over"], np.int64).reshape(-1, 2)
@@ -257,33 +255,33 @@ class _Iterator(grain.DatasetIterator[Stream]):
 
 
 def require_same_data(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuse a place in an order of documents that is not this run's.
+    """Refuse the state of a data pipeline with another order of documents.
 
     Args:
-        state: from a checkpoint; has what its order depended on, and more.
-        own: what this run's order depends on, by the same names.
+        state: from a checkpoint; holds, among others, the settings that its order depended on.
+        own: the settings that this run's order depends on, by the same names.
 
     Raises:
-        ValueError: if something differs, or was not kept; says what.
+        ValueError: if a setting differs or is not in the state; says which.
     """
     for name, ours in own.items():
         if state.get(name) != ours:
             raise ValueError(
-                f"the checkpoint's data are not this run's: {name} was "
-                f"{state.get(name, 'not told')} and is {ours}. A run goes on with its own data, "
-                "seq_len, seed, data.packing and parallel.dynamic.enabled, which make its order of "
-                f"documents{_hint(name, state)}."
+                f"checkpoint and run use different data: {name} was "
+                f"{state.get(name, 'not saved')} and is {ours}. Resume with the same data, seq_len, "
+                "seed, data.packing and parallel.dynamic.enabled: the order of documents depends "
+                f"on them{_hint(name, state)}."
             )
 
 
 def _hint(name: str, state: Mapping[str, Any]) -> str:
     if name != "packing":
         return ""
-    return f"; --data.packing {state.get(name)} goes on as it was packed before"
+    return f"; --data.packing {state.get(name)} packs them as before"
 
 
 def _identity(streams: Streams) -> dict[str, Any]:
-    """Return what the order of streams depends on, so that no other's place passes for it."""
+    """Return the settings that the order of streams depends on; see `require_same_data`."""
     return {
         "segments": len(streams),
         "tokens": int(streams.segments.sizes.sum()),

@@ -1,6 +1,6 @@
-"""Text files to documents: which files a folder holds, what is left out, and why.
+"""Find the text files of a folder and read their documents; report what was left out, and why.
 
-Apart from `data`, so that what turns text into tokens reads it in the same way as training does.
+Both training and `hcp tokenize` read text through this module, so that they read the same.
 """
 
 import collections
@@ -12,8 +12,9 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 
+from hcp_jax.base.terminal import printable as shown
 from hcp_jax.train.data import formats
-from hcp_jax.train.data.formats import Piece, shown
+from hcp_jax.train.data.formats import Piece
 from hcp_jax.train.sections import SKIPPED, BadLines
 
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -21,15 +22,15 @@ _NAMES_SHOWN = 5
 
 
 class Texts:
-    """The documents of a file or a folder, read as they are asked for.
+    """The documents of a file or a folder, read when they are asked for.
 
     Args:
-        path: a file, or a folder of files, which is searched to its depth without hidden files.
-            None: the source files of the running Python's standard library, which every machine
-            has.
+        path: a file, or a folder of files; its subfolders are searched, too, hidden files are left
+            out. None: the source files of the running Python's standard library, which every
+            machine has.
         field: the field, or the column, that holds the text of a record.
         bad_lines: "refuse" a line or record that cannot be read, or "skip" and count it.
-        skip: patterns of the names of files in a folder that are left out, in small letters.
+        skip: patterns, in lower case, of the names of files in a folder that are left out.
 
     Raises:
         ValueError: if the path does not exist or something in it is neither file nor folder.
@@ -51,7 +52,7 @@ class Texts:
             root = pathlib.Path(sysconfig.get_paths()["stdlib"])
             found = _walk(root, self._left_out, leave_out=_STDLIB_LEFT_OUT)
             self.files = [file for file in found if file.suffix == ".py"]
-            # What else is there is no part of the text that this is said to be.
+            # Other files of the standard library do not belong to this text: do not report them.
             self._left_out.clear()
         elif path.is_dir():
             self.files = list(self._choose(_walk(path, self._left_out), skip))
@@ -66,7 +67,7 @@ class Texts:
 
     @property
     def source(self) -> str:
-        """Where the documents come from, in words."""
+        """A description of where the documents come from."""
         if self.path is not None:
             return shown(self.path)
         return f"Python {sys.version_info.major}.{sys.version_info.minor}'s standard library"
@@ -75,8 +76,8 @@ class Texts:
         """Yield all documents that are not empty, file by file, in pieces.
 
         Raises:
-            ValueError: if there is none, or if something is no text or has no text in the field;
-                names the file and the line.
+            ValueError: if there is none, or if a file is not text or a record has no text in the
+                field; names the file and the line.
         """
         seen = False
         for file in self.files:
@@ -84,7 +85,7 @@ class Texts:
                 seen = True
                 yield piece
         if not seen:
-            # What was left out may be what was meant.
+            # The user may have meant a file that was left out.
             why = "".join(f" ({line})" for line in self.report()[1:])
             empty = self.files == [self.path] and set(self._left_out) <= {"empty"}
             what = "is empty" if empty else "holds no text files"
@@ -102,7 +103,10 @@ class Texts:
                 begun = []
 
     def report(self) -> list[str]:
-        """Return what was read, and what was left out and why, in lines; whole after reading."""
+        """Return lines that say what was read, and what was left out and why.
+
+        They are complete after all documents have been read.
+        """
         read = (
             f"{_counted(count, 'file')} of {kind} ({_counted(self._documents[kind], 'document')})"
             for kind, count in sorted(self._files.items())
@@ -131,8 +135,8 @@ class Texts:
                 formats.check_text(file)
                 kind = "text"
             else:
-                kind = formats.format_of(file, self._field)
-            # A document of which a part has been given away cannot be left out any more.
+                kind = formats.detect_format(file, self._field)
+            # Check before the first piece: a document cannot be left out after it was yielded.
             if kind == "text" and self._bad_lines == "skip":
                 formats.check_text(file)
             self._files[kind] += 1
@@ -148,9 +152,9 @@ class Texts:
             if file == self.path:
                 raise
             self._files[kind] -= 1
-            self._left_out["JSON, but no list of records"].append(shown(file.name))
+            self._left_out["JSON, but not a list of records"].append(shown(file.name))
         except ValueError as error:
-            # Python also runs sources in older encodings; those few are left out.
+            # A few of Python's sources are in older encodings; they are left out.
             if self.path is None:
                 self._left_out["not UTF-8"].append(shown(file.name))
             elif self._bad_lines == "skip" and "is not text" in str(error):
@@ -173,15 +177,15 @@ def _walk(
 ) -> Iterator[pathlib.Path]:
     """Yield all files below a folder in an order that is the same on every machine.
 
-    Folders that are links are followed, each folder once; hidden files are left out.
+    Links to folders are followed, each folder is read once; hidden files are left out.
 
     Args:
         root: the folder.
-        left_out: is told what is left out, by the reason why.
+        left_out: names that are left out are added to it, by the reason.
         leave_out: names of folders that are not searched.
 
     Raises:
-        ValueError: if something there is neither a file nor a folder, such as a pipe or a device.
+        ValueError: if an entry is neither a file nor a folder, such as a pipe or a device.
     """
     folders, seen = [root], set()
     while folders:

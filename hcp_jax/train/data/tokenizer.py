@@ -1,13 +1,13 @@
-"""Text to tokens, by the `tokenizers` package: which tokens frame a document, what text can be.
+"""Turn text into tokens with the `tokenizers` package; choose the tokens that begin and end text.
 
-A tokenizer has *control tokens*: those that its file calls special, and the two that begin and end
-a document. Text that spells one, such as "</s>" in a page about HTML, is encoded as the text that
-it is. Where a tokenizer has no way to do so (its model has the whole word), the text is cut after
-the word's first character and the parts are encoded one by one.
+A tokenizer has *control tokens*: those that its file marks as special, and the two that begin and
+end a document. Text that spells one, such as "</s>" in a page about HTML, is encoded as ordinary
+text. If a tokenizer cannot do so (its model has the whole word), the text is cut after the word's
+first character and the parts are encoded one by one.
 
-The end of a document is the `eos_token` of tokenizer_config.json, with one exception: chat models
-name there the token that ends a turn. If that is in the chat template, and the vocabulary has one
-of `END_OF_TEXT`, that one is meant.
+The token that ends a document is the `eos_token` of tokenizer_config.json, with one exception: for
+chat models, that is the token that ends a turn. If it is in the chat template, and the vocabulary
+has a token of `END_OF_TEXT`, the latter is used.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Integer
 
-from hcp_jax.train.data.formats import shown
+from hcp_jax.base.terminal import printable as shown
 from hcp_jax.train.sections import SpecialTokens
 
 END_OF_TEXT = (
@@ -32,35 +32,35 @@ END_OF_TEXT = (
     "</s>",
     "[EOS]",
 )
-"""What tokenizers call the end of a text that is not a chat, the likeliest first."""
+"""Usual names of the token that ends a text that is not a chat, the likeliest first."""
 
 _TEXT_AT_ONCE = 2**22
-"""Bytes that are turned into tokens together, by all cores."""
+"""Bytes of text that all cores encode together."""
 
 
 class Tokenizer:
-    """A tokenizer.json, and which of its tokens begin and end a document.
+    """A tokenizer.json, and the tokens that begin and end a document.
 
     Args:
         path: the tokenizer.json.
-        bos: the token that begins a document; None for what the tokenizer_config.json beside it
-            says, and if that says nothing, the one that ends it.
-        eos: the token that ends a document; None for what the tokenizer_config.json says.
-        special_tokens: what becomes of text that spells a control token: it stays "text", or it
-            becomes the "control" token.
+        bos: the token that begins a document; None: as the tokenizer_config.json beside it says,
+            and if it says nothing, the same as `eos`.
+        eos: the token that ends a document; None: as the tokenizer_config.json says.
+        special_tokens: how text that spells a control token is encoded: as "text", or as the
+            "control" token.
 
     Attributes:
-        vocab_size: no id is as great as this.
+        vocab_size: all ids are below this.
         bos: the token before the first one of every document.
-        eos: the token that the last one of every document is followed by.
+        eos: the token after the last one of every document.
         bos_id: the id of `bos`.
         eos_id: the id of `eos`.
         special_tokens: as given.
-        sha256: of the file, in hexadecimal.
+        sha256: checksum of the file, in hexadecimal.
 
     Raises:
-        ValueError: if the file does not exist or is no tokenizer, if nothing says which token ends
-            a document, or if it has not the token that was named.
+        ValueError: if the file does not exist or is not a tokenizer, if no token is known to end a
+            document, or if the tokenizer does not have the given token.
     """
 
     def __init__(
@@ -75,28 +75,30 @@ class Tokenizer:
         content = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # The package raises nothing narrower.
-            raise ValueError(f"tokenizer: {shown(path)} is no tokenizer.json ({error}).") from None
-        # Truncation and padding are for inference; a file may have them switched on.
+        except Exception as error:  # The package raises no narrower type.
+            raise ValueError(
+                f"tokenizer: {shown(path)} is not a tokenizer.json ({error})."
+            ) from None
+        # A file may have truncation and padding switched on; they are for inference.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.special_tokens, self.sha256 = special_tokens, hashlib.sha256(content).hexdigest()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"tokenizer: {shown(path)} has no tokens.")
-        # Ids may have gaps, so that the number of tokens is not enough.
+        # Ids may have gaps, so the number of tokens may be too small.
         self.vocab_size = 1 + max(vocabulary.values())
         self._choose_ends(path, vocabulary, bos, eos)
         self._control = self._control_tokens(json.loads(content), {bos, eos})
         self._tokenizer.encode_special_tokens = special_tokens == "text"
 
     @property
-    def dtype(self) -> np.dtype:
-        """The smallest that holds every id."""
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest dtype that holds every id."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def describe(self) -> list[str]:
-        """Return which tokens frame a document and what text can be, in lines."""
+        """Return lines that say which tokens begin and end a document, and how text is encoded."""
         ordinary = {self.bos_id: self.bos, self.eos_id: self.eos}.items() - self._control.items()
         words = (f"{shown(x)!r} is an ordinary word, which texts may have" for _, x in ordinary)
         lines = [f"tokenizer: {self._ends}", describe_special(self.special_tokens)]
@@ -110,7 +112,7 @@ class Tokenizer:
     def batches(
         self, texts: Iterable[bytes]
     ) -> Iterator[tuple[list[bytes], list[Integer[np.ndarray, "n"]]]]:
-        """Yield texts and their tokens, a few megabytes of text (or one longer text) at a time.
+        """Yield texts and their tokens, a few megabytes (or one longer text) at a time.
 
         Raises:
             ValueError: if a text spells a control token and cannot be encoded otherwise.
@@ -127,7 +129,7 @@ class Tokenizer:
             yield batch, ids
 
     def _as_text(self, text: str) -> Integer[np.ndarray, "n"]:
-        """Encode a text without its control tokens, by cutting it within what spells them."""
+        """Encode a text without control tokens, by cutting it inside the words that spell them."""
         whole = self._tokenizer.encode(text, add_special_tokens=False)
         spans = zip(whole.ids, whole.offsets, strict=True)
         cuts = [begin + 1 for i, (begin, end) in spans if i in self._control and end - begin > 1]
@@ -139,21 +141,21 @@ class Tokenizer:
             if i in self._control:
                 raise ValueError(
                     f"tokenizer: there is a text that it cannot encode without the control token "
-                    f"{shown(self._control[i])!r}: {text[:60]!r}. Let such text become control "
-                    "tokens with --special-tokens control (data.special_tokens)."
+                    f"{shown(self._control[i])!r}: {text[:60]!r}. To encode such text as control "
+                    "tokens, give --special-tokens control (data.special_tokens)."
                 )
         return np.asarray(ids, self.dtype)
 
     def _control_tokens(self, saved: dict[str, Any], named: set[str | None]) -> dict[int, str]:
-        """Return the ids and names of the tokens that no text may become.
+        """Return the ids and names of the tokens that ordinary text must not be encoded as.
 
         Args:
-            saved: the tokenizer.json.
-            named: tokens that the user chose; they may be ordinary words, which texts have.
+            saved: the content of the tokenizer.json.
+            named: tokens that the user chose; they may be ordinary words, which occur in texts.
         """
         added = self._tokenizer.get_added_tokens_decoder()
         control = {i: token.content for i, token in added.items() if token.special}
-        # Any word that the model does not know becomes this one; most files call it special.
+        # Text may become the token of unknown words, though most files mark it as special.
         model = saved.get("model", {})
         unknown = model.get("unk_token")
         control = {i: name for i, name in control.items() if name != unknown}
@@ -186,7 +188,7 @@ class Tokenizer:
         if bos is None:
             bos, bos_from = eos, "as nothing names another"
         self.bos, self.eos = bos, eos
-        self.bos_id, self.eos_id = (_id_of(token, vocabulary, path) for token in (bos, eos))
+        self.bos_id, self.eos_id = (_token_id(token, vocabulary, path) for token in (bos, eos))
         self._ends = (
             f"a document begins with {shown(bos)!r} ({self.bos_id}, {bos_from}) and ends with "
             f"{shown(eos)!r} ({self.eos_id}, {eos_from})"
@@ -194,7 +196,7 @@ class Tokenizer:
 
 
 def describe_special(special_tokens: str) -> str:
-    """Return what became of text that spells a control token, in words."""
+    """Return a line that says how text that spells a control token is encoded."""
     if special_tokens == "text":
         return (
             'text that spells a special token, such as "</s>", is encoded as text '
@@ -207,10 +209,11 @@ def describe_special(special_tokens: str) -> str:
 
 
 def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    batch, size = [], 0
-    for one in texts:
-        batch.append(one)
-        size += len(one)
+    batch: list[bytes] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
         if size >= _TEXT_AT_ONCE:
             yield batch
             batch, size = [], 0
@@ -219,7 +222,7 @@ def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def _read_config(file: pathlib.Path) -> dict[str, Any]:
-    """Return what a tokenizer_config.json says; nothing if there is none."""
+    """Return the content of a tokenizer_config.json; empty if there is none."""
     if not file.is_file():
         return {}
     try:
@@ -235,7 +238,7 @@ def _read_config(file: pathlib.Path) -> dict[str, Any]:
 
 def _token(config: dict[str, Any], name: str, path: pathlib.Path) -> str | None:
     value = config.get(name)
-    # Older files hold a token together with how it is stripped.
+    # Older files hold a token as a dict, together with how it is stripped.
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
@@ -249,7 +252,7 @@ def _token(config: dict[str, Any], name: str, path: pathlib.Path) -> str | None:
 def _end_of_text(
     eos: str | None, config: dict[str, Any], path: pathlib.Path, vocabulary: dict[str, int]
 ) -> str | None:
-    """Return the token that ends a text, if `eos` is one that ends a turn of a chat."""
+    """Return the token that ends a text if `eos` only ends a turn of a chat; else None."""
     if eos is None or eos in END_OF_TEXT:
         return None
     beside = path.with_name("chat_template.jinja")
@@ -261,7 +264,7 @@ def _end_of_text(
     return next((token for token in END_OF_TEXT if token in vocabulary), None)
 
 
-def _id_of(token: str, vocabulary: dict[str, int], path: pathlib.Path) -> int:
+def _token_id(token: str, vocabulary: dict[str, int], path: pathlib.Path) -> int:
     if token not in vocabulary:
         raise ValueError(
             f"tokenizer: {shown(path)} has no token {token!r}, which is to begin or end a text."

@@ -1,16 +1,17 @@
-"""Folders of tokens: written by `hcp tokenize`, checked when they are opened, read where used.
+"""Write and read folders of tokens, which `hcp tokenize` makes.
 
 A tokenised folder is three files:
 
-    tokens.npy    uint16 or uint32, the documents' tokens one behind the other
-    offsets.npy   int64, where each document begins, and at the end how many tokens there are
+    tokens.npy    uint16 or uint32, the documents' tokens end to end
+    offsets.npy   int64, where each document begins, and at the end the number of tokens
     meta.json     vocabulary, special ids, checksums, the tokenizer's checksum, the source
 
 meta.json is written last. Until then there are progress.json, which says how much of the text the
-other files hold, and ends.part, where each document ends; from them writing goes on.
+other files hold, and ends.part, where each document ends; with them an interrupted call continues.
 
-Tokens are read from the file whenever they are needed, not mapped: a mapped file that somebody
-shortens ends the process with SIGBUS, a read that finds too little is an error that names the file.
+Tokens are read from the file when they are needed, not memory-mapped: if a mapped file is
+shortened, SIGBUS ends the process, while a read that returns too little is an error that names the
+file.
 """
 
 import contextlib
@@ -23,43 +24,43 @@ import pathlib
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from hcp_jax.train.data.formats import shown
+from hcp_jax.base.terminal import printable as shown
 from hcp_jax.train.data.tokenizer import Tokenizer, describe_special
 
 FILES = ("tokens.npy", "offsets.npy", "meta.json")
-"""What a tokenised folder is made of."""
+"""The files of a tokenised folder."""
 
 _BLOCK = 2**26
-"""Bytes of tokens that have a checksum together."""
+"""Bytes of tokens that share one checksum."""
 
 _BLOCKS_CHECKED = 4
-"""Blocks that are read when a folder is opened: all of a small one, some of a large one."""
+"""The most blocks that are checked when a folder is opened."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a tokenised folder says of itself.
+    """The content of a tokenised folder's meta.json.
 
     Attributes:
-        vocab_size: no token's id is as great as this.
+        vocab_size: all ids are below this.
         bos_id: the id before the first token of every document.
-        eos_id: the id that the last token of every document is followed by.
-        tokenizer_sha256: of tokenizer.json, in hexadecimal.
-        documents: how many.
-        tokens: of all documents together, without the two above.
+        eos_id: the id after the last token of every document.
+        tokenizer_sha256: checksum of tokenizer.json, in hexadecimal.
+        documents: number of documents.
+        tokens: number of tokens of all documents, without `bos_id` and `eos_id`.
         source: the path of the text.
         bos: the token of `bos_id`.
         eos: the token of `eos_id`.
-        special_tokens: what became of text that spells a special token; see `Tokenizer`.
-        offsets_crc32: of the numbers in offsets.npy; None in folders of older versions.
-        tokens_crc32: of each 64 MiB of the numbers in tokens.npy; none in folders of older
-            versions.
-        crc32: of all of the above; None in folders of older versions.
+        special_tokens: how text that spells a special token was encoded; see `Tokenizer`.
+        offsets_crc32: checksum of the numbers in offsets.npy; None in folders of older versions.
+        tokens_crc32: checksum of each 64 MiB of the numbers in tokens.npy; empty in folders of
+            older versions.
+        crc32: checksum of all of the above; None in folders of older versions.
     """
 
     vocab_size: int
@@ -76,7 +77,7 @@ class Meta:
     tokens_crc32: tuple[int, ...] = ()
     crc32: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "bos_id", "eos_id", "documents", "tokens"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
@@ -87,29 +88,29 @@ class Meta:
                     f"{name}={getattr(self, name)} is not in a vocabulary of {self.vocab_size}"
                 )
         if self.vocab_size > 2**31:
-            raise ValueError(f"vocab_size={self.vocab_size} is more than int32 can number")
+            raise ValueError(f"vocab_size={self.vocab_size} is more than int32 can hold")
         if self.crc32 is not None and self.crc32 != self.checksum():
-            raise ValueError("meta.json does not say what was written")
+            raise ValueError("meta.json is not what was written")
 
     def checksum(self) -> int:
-        """Return what `crc32` must be."""
+        """Return the value that `crc32` must have."""
         values = {**dataclasses.asdict(self), "crc32": None}
         return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 class TokenFile:
-    """The ids in a tokens.npy, read whenever they are asked for.
+    """The ids in a tokens.npy, read when they are asked for.
 
     Args:
         path: the file.
-        vocab_size: no id may be as great as this.
+        vocab_size: all ids must be below this.
 
     Attributes:
-        size: how many ids it has.
+        size: number of ids.
         dtype: uint16 or uint32.
 
     Raises:
-        ValueError: if it is no array of ids, or not as long as it says.
+        ValueError: if it is not an array of ids, or not as long as its header says.
     """
 
     def __init__(self, path: pathlib.Path, vocab_size: int):
@@ -170,8 +171,8 @@ class Tokenised(NamedTuple):
     report: list[str]
 
 
-def meta_of(tokenizer: Tokenizer) -> Meta:
-    """Return what a folder says of the tokenizer it is made with."""
+def tokenizer_meta(tokenizer: Tokenizer) -> Meta:
+    """Return the `Meta` of a tokenizer, without documents."""
     return Meta(
         tokenizer.vocab_size,
         tokenizer.bos_id,
@@ -191,11 +192,13 @@ def tokenise(texts: Iterable[bytes], tokenizer: Tokenizer) -> Tokenised:
     """
     documents = list(tokenizer(texts))
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents], dtype=np.int64)])
-    return Tokenised(np.concatenate(documents), offsets, meta_of(tokenizer), tokenizer.describe())
+    return Tokenised(
+        np.concatenate(documents), offsets, tokenizer_meta(tokenizer), tokenizer.describe()
+    )
 
 
 def is_tokenised(path: pathlib.Path) -> bool:
-    """Return whether this is a folder of tokens rather than text."""
+    """Return whether a folder holds tokens rather than text."""
     names = ("tokens.npy", "offsets.npy", "meta.json")
     return sum((path / name).is_file() for name in names) >= 2 or (path / names[0]).is_file()
 
@@ -203,21 +206,21 @@ def is_tokenised(path: pathlib.Path) -> bool:
 def read(folder: pathlib.Path, tokenizer: str | None = None) -> Tokenised:
     """Open a tokenised folder and check it.
 
-    All of a folder of up to 256 MB is read and held against its checksums, and as much of a larger
-    one; whatever is read later is held against the vocabulary.
+    Up to 256 MB of its tokens are read and compared with their checksums; tokens that are read
+    later are compared with the vocabulary.
 
     Args:
         folder: one that `hcp tokenize` made.
         tokenizer: the tokenizer.json that it must have been made with; None for any.
 
     Raises:
-        ValueError: if a file is missing, damaged or does not fit the others, or if the tokenizer
-            was another one.
+        ValueError: if a file is missing, damaged or does not fit the others, or if the folder was
+            made with another tokenizer.
     """
-    place = f"data.path: {shown(folder)}"
+    name = f"data.path: {shown(folder)}"
     if not (folder / "meta.json").is_file():
         raise ValueError(
-            f"{place} has tokens, but no meta.json: hcp tokenize did not finish. Run it again: it "
+            f"{name} has tokens, but no meta.json: hcp tokenize did not finish. Run it again: it "
             "goes on where it stopped."
         )
     try:
@@ -230,13 +233,13 @@ def read(folder: pathlib.Path, tokenizer: str | None = None) -> Tokenised:
                 f"{meta.tokens}"
             )
         checked = _check_tokens(ids, meta)
-    except Exception as error:  # Whatever is made of a file that is not what it should be.
-        raise ValueError(f"{place} is damaged: {error}") from None
+    except Exception as error:  # A damaged file can raise anything.
+        raise ValueError(f"{name} is damaged: {error}") from None
     if tokenizer is not None:
         checksum = hashlib.sha256(pathlib.Path(tokenizer).read_bytes()).hexdigest()
         if checksum != meta.tokenizer_sha256:
             raise ValueError(
-                f"{place} was made with another tokenizer than data.tokenizer={tokenizer}: its "
+                f"{name} was made with another tokenizer than data.tokenizer={tokenizer}: its "
                 f"checksum begins with {meta.tokenizer_sha256[:12]}, that of the file with "
                 f"{checksum[:12]}."
             )
@@ -256,20 +259,21 @@ def write(
     asked: dict[str, Any],
     tell: Callable[[str], None] = lambda line: None,
 ) -> Meta:
-    """Write a tokenised folder, or go on with one that was begun; return what it says of itself.
+    """Write a tokenised folder, or continue one that an earlier call began; return its `Meta`.
 
     Args:
-        texts: the documents, from the first one on.
+        texts: returns the documents, from the first one on.
         tokenizer: the tokenizer.
         folder: a new folder, an empty one, or one that the same call began.
-        asked: what the texts depend on, among it "source"; it must be the same to go on.
-        tell: is told when writing goes on from an earlier call.
+        asked: settings that the texts depend on, "source" among them; to continue a folder, they
+            must be the same.
+        tell: called with a line if this call continues an earlier one.
 
     Raises:
-        ValueError: if there is something else in the folder; if it was begun with other texts, or
-            by a call that is still at work.
+        ValueError: if the folder holds other files, or was begun with other texts, or if another
+            process is writing it.
     """
-    fresh = meta_of(tokenizer)
+    fresh = tokenizer_meta(tokenizer)
     asked = json.loads(json.dumps({**asked, **dataclasses.asdict(fresh)}))
     progress = _begin(folder, tokenizer.dtype, asked)
     with (
@@ -316,8 +320,8 @@ def write(
     return meta
 
 
-def _begin(folder: pathlib.Path, dtype: np.dtype, asked: dict[str, Any]) -> dict[str, int]:
-    """Return how far writing has come; make the files if it has not begun."""
+def _begin(folder: pathlib.Path, dtype: np.dtype[Any], asked: dict[str, Any]) -> dict[str, int]:
+    """Return how much has been written; make the files if nothing has."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "tokens.npy").open("wb") as file:
@@ -345,7 +349,7 @@ def _begin(folder: pathlib.Path, dtype: np.dtype, asked: dict[str, Any]) -> dict
 
 
 def _skip(texts: Iterator[bytes], count: int, checksum: int, folder: pathlib.Path) -> None:
-    """Read the documents whose tokens are written already."""
+    """Skip documents whose tokens have been written, and check that they are the same."""
     found = 0
     for _ in range(count):
         text = next(texts, None)
@@ -358,7 +362,7 @@ def _skip(texts: Iterator[bytes], count: int, checksum: int, folder: pathlib.Pat
 
 
 def _cut(file: BinaryIO, size: int, folder: pathlib.Path) -> None:
-    """Drop what was written behind the last note of progress."""
+    """Cut a file to the size that progress.json recorded last, and move to its end."""
     if os.fstat(file.fileno()).st_size < size:
         raise ValueError(
             f"--out {shown(folder)}: {shown(pathlib.Path(file.name).name)} is shorter than it was; "
@@ -369,7 +373,7 @@ def _cut(file: BinaryIO, size: int, folder: pathlib.Path) -> None:
 
 
 def _lock(file: BinaryIO, folder: pathlib.Path) -> None:
-    # A file system without locks is no reason to stop.
+    # On a file system without locks, go on without one.
     with contextlib.suppress(OSError):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -379,11 +383,11 @@ def _lock(file: BinaryIO, folder: pathlib.Path) -> None:
             ) from None
 
 
-def _read_header(file: BinaryIO, dtypes: tuple[str, ...]) -> tuple[int, np.dtype]:
-    """Return length and dtype of a row in a .npy file; the file stands behind its header then.
+def _read_header(file: BinaryIO, dtypes: tuple[str, ...]) -> tuple[int, np.dtype[Any]]:
+    """Return length and dtype of the 1-dim array in a .npy file, and move to its first number.
 
     Raises:
-        ValueError: if it is no row of one of these dtypes, or not as long as it says.
+        ValueError: if it has other dims or dtypes, or is not as long as its header says.
     """
     name = pathlib.Path(file.name).name
     version = np.lib.format.read_magic(file)
@@ -396,7 +400,9 @@ def _read_header(file: BinaryIO, dtypes: tuple[str, ...]) -> tuple[int, np.dtype
     shape, _, dtype = readers[version](file)
     if dtype.str not in dtypes or len(shape) != 1:
         names = " or ".join(str(np.dtype(x)) for x in dtypes)
-        raise ValueError(f"{name} holds {dtype} of shape {shape}; it must be a row of {names}")
+        raise ValueError(
+            f"{name} holds {dtype} of shape {shape}; it must be a 1-dim array of {names}"
+        )
     length = os.fstat(file.fileno()).st_size
     expected = file.tell() + int(shape[0]) * dtype.itemsize
     if length != expected:
@@ -420,7 +426,7 @@ def _read_offsets(path: pathlib.Path, meta: Meta) -> Int64[np.ndarray, "D+1"]:
 
 
 def _check_tokens(ids: TokenFile, meta: Meta) -> str:
-    """Hold tokens against their checksums; return how much was checked, in words."""
+    """Compare tokens with their checksums; return a line that says how much was checked."""
     each = _BLOCK // ids.dtype.itemsize
     count = -(-ids.size // each)
     if meta.tokens_crc32 and len(meta.tokens_crc32) != count:
@@ -434,7 +440,7 @@ def _check_tokens(ids: TokenFile, meta: Meta) -> str:
                 "those that were written"
             )
     what = "checksums" if meta.tokens_crc32 else "the vocabulary (it has no checksums)"
-    return f"held against {what}: {chosen.size if count else 0} of {count} parts of 64 MiB"
+    return f"compared with {what}: {chosen.size if count else 0} of {count} parts of 64 MiB"
 
 
 def _block_checksums(path: pathlib.Path, begin: int) -> Iterator[int]:
@@ -443,20 +449,20 @@ def _block_checksums(path: pathlib.Path, begin: int) -> Iterator[int]:
         yield from (zlib.crc32(block) for block in iter(lambda: file.read(_BLOCK), b""))
 
 
-def _header_size(dtype: np.dtype) -> int:
+def _header_size(dtype: np.dtype[Any]) -> int:
     class Counter:
         size = 0
 
         def write(self, data: bytes) -> None:
             self.size += len(data)
 
-    counter: Any = Counter()
-    _write_header(counter, dtype, 0)
+    counter = Counter()
+    _write_header(cast(BinaryIO, counter), dtype, 0)
     return counter.size
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype, size: int) -> None:
-    # NumPy leaves room in a header for the length to grow.
+def _write_header(file: BinaryIO, dtype: np.dtype[Any], size: int) -> None:
+    # NumPy pads a header, so that its size does not change with the length.
     header = {"descr": dtype.str, "fortran_order": False, "shape": (size,)}
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -466,7 +472,7 @@ def _read_meta(path: pathlib.Path) -> Meta:
     known = {field.name for field in dataclasses.fields(Meta)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"meta.json has a key that is not known: {shown(unknown[0])!r}")
+        raise ValueError(f"meta.json has an unknown key: {shown(unknown[0])!r}")
     checksums = values.pop("tokens_crc32", ())
     if not isinstance(checksums, list | tuple) or any(type(x) is not int for x in checksums):
         raise ValueError("tokens_crc32 in meta.json must be a list of numbers")
@@ -481,7 +487,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file so that it is never half-written: by renaming a temporary one."""
     written = path.with_suffix(".tmp")
     written.write_text(json.dumps(values, indent=2) + "\n")
     written.replace(path)

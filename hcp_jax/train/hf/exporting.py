@@ -1,7 +1,7 @@
-"""`hcp export`: a run's weights to a Hugging Face folder that other programs read.
+"""Write a run's weights as a Hugging Face folder that other programs read (`hcp export`).
 
-They come from the run's newest checkpoint, one parameter (of all layers) at a time, or, if it has
-not been trained yet, from the folder that it begins from.
+The weights come from the run's newest checkpoint, one parameter (of all layers) at a time. If the
+run has no checkpoint yet, they come from the folder that it starts from (`init_from`).
 """
 
 import argparse
@@ -19,13 +19,13 @@ from hcp_jax.base import terminal
 from hcp_jax.models.hf import config_json, loading, writing
 from hcp_jax.models.hf.loading import Slot
 from hcp_jax.train import config as configuration
-from hcp_jax.train.checkpoint import checksums, sealed
+from hcp_jax.train.checkpoint import checksums, sealed, writers
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hf import weights
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp export`."""
+    """Run `hcp export`."""
     if not (args.run / "config.yaml").is_file():
         raise ValueError(f"{args.run} is no run folder: it has no config.yaml.")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
@@ -36,12 +36,15 @@ def run(args: argparse.Namespace) -> int:
     origin = _origin(args.run, config)
     like = None if origin is None else config_json.read_raw(origin)
     step = next(iter(sealed.steps(args.run)), None)
-    values_of, source = _source(args.run, config, step)
+    with writers.quiet_orbax():
+        read_values, source = _source(args.run, config, step)
     dtype = args.dtype or _dtype(like)
     trained = config.seq_len if step else 0
     raw = config_json.raw_config(config.model, trained, dtype, like)
     args.out.mkdir(parents=True, exist_ok=True)
-    files = writing.write_folder(args.out, config.model, raw, values_of, round(args.shard_gb * 1e9))
+    shard_bytes = round(args.shard_gb * 1e9)
+    with writers.quiet_orbax():
+        files = writing.write_folder(args.out, config.model, raw, read_values, shard_bytes)
     copied = _copy_tokenizer(origin, config, args.out)
     rounded = ", rounded from float32" if step and dtype != "float32" else ""
     terminal.say(
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _origin(run_folder: pathlib.Path, config: TrainConfig) -> pathlib.Path | None:
-    """The folder with the config.json that the weights came with; None if they began here."""
+    """Return the folder with the config.json of the first weights; None if they were random."""
     kept = run_folder / weights.KEPT
     if kept.is_dir():
         return kept
@@ -60,7 +63,7 @@ def _origin(run_folder: pathlib.Path, config: TrainConfig) -> pathlib.Path | Non
 
 
 def _dtype(like: dict[str, Any] | None) -> str:
-    """What the tensors were when they came; float32, as they are in training, if they did not."""
+    """Return the dtype of the imported weights; float32, as in training, if there were none."""
     named = (like or {}).get("torch_dtype") or (like or {}).get("dtype")
     return named if isinstance(named, str) and named in writing.NUMPY_DTYPES else "float32"
 
@@ -68,10 +71,10 @@ def _dtype(like: dict[str, Any] | None) -> str:
 def _source(
     run_folder: pathlib.Path, config: TrainConfig, step: int | None
 ) -> tuple[Callable[[Slot], np.ndarray], str]:
-    """What has the values of a slot, and where they are from, in words."""
+    """Return a function that reads the values of a slot, and a phrase that says from where."""
     if step is not None:
         folder = (run_folder / "checkpoints" / str(step)).absolute()
-        return _OfCheckpoint(folder), f"the weights of step {step}"
+        return _CheckpointReader(folder), f"the weights of step {step}"
     if config.init_from is None:
         raise ValueError(f"{run_folder} has no checkpoint and no init_from: nothing to export.")
     folder = pathlib.Path(config.init_from)
@@ -79,8 +82,8 @@ def _source(
     return lambda slot: loading.read_slot(slot, stored[slot.name]), f"the weights of {folder}"
 
 
-class _OfCheckpoint:
-    """The values of a slot in a checkpoint.
+class _CheckpointReader:
+    """Reads the values of a slot from a checkpoint.
 
     The parameter that was read last is kept, since slots come parameter by parameter.
 
@@ -92,14 +95,14 @@ class _OfCheckpoint:
         self._folder = folder
         try:
             self._arrays = sealed.read(epath.Path(folder))[0]["arrays"]
-        except Exception as error:  # Whatever a reader makes of a file that is not whole.
+        except Exception as error:  # A damaged file can raise anything.
             raise self._damage(error) from error
         self._path: tuple[str, ...] = ()
         self._values = np.zeros(())
 
     def __call__(self, slot: Slot) -> np.ndarray:
         if slot.path != self._path:
-            self._values = np.zeros(())  # Let go of the one before, first.
+            self._values = np.zeros(())  # Free the memory of the one before first.
             self._values, self._path = self._restore(slot.path), slot.path
         return self._values if slot.layer is None else self._values[slot.layer]
 
@@ -116,13 +119,13 @@ class _OfCheckpoint:
 
     def _damage(self, why: object) -> ValueError:
         return ValueError(
-            f"the checkpoint {self._folder} is damaged ({why}); hcp train --resume puts it aside "
-            "and goes on from the one before, or move it away to export that one."
+            f"the checkpoint {self._folder} is damaged ({why}); hcp train --resume moves it away "
+            "and resumes from the one before. To export that one, move this one away."
         )
 
 
 def _restore(state: pathlib.Path, path: tuple[str, ...]) -> np.ndarray:
-    """One array of a saved state, on the host."""
+    """Return one array of a saved state, on the host."""
     keys = ("params", *path)
 
     def nested(leaf: Any) -> Any:
@@ -143,7 +146,7 @@ def _restore(state: pathlib.Path, path: tuple[str, ...]) -> np.ndarray:
 def _copy_tokenizer(
     origin: pathlib.Path | None, config: TrainConfig, out: pathlib.Path
 ) -> list[str]:
-    """The files of the tokenizer; of the one that training used, if the origin has none."""
+    """Copy the tokenizer's files, from the origin or else from training's; return their names."""
     copied = [] if origin is None else weights.copy_tokenizer(origin, out)
     if not copied and config.data.tokenizer is not None:
         copied = weights.copy_tokenizer(pathlib.Path(config.data.tokenizer).parent, out)

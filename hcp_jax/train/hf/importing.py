@@ -1,8 +1,8 @@
-"""`hcp import`: a Hugging Face folder to a config that `hcp train` begins from.
+"""Write a config that trains from the weights of a Hugging Face folder (`hcp import`).
 
 Every tensor's name, shape and dtype is checked; the weights are not copied. Training reads them
-from where they are, each process its own part of one tensor at a time, so that a model needs no
-more memory on any host than the state of training does.
+from their folder: each process reads its own part, one tensor at a time, so that no host needs more
+memory than for the state of training.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from hcp_jax.train.hf import weights
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp import`."""
+    """Run `hcp import`."""
     folder = pathlib.Path(args.folder)
-    model_folder.require(folder)  # before it is absolute: names of the Hub are told
+    model_folder.require(folder)  # before `absolute`: the error recognises names of the Hub
     folder = folder.absolute()
     model = config_json.model_config(config_json.read_raw(folder), f"{folder}/config.json")
     told = weights.check(model, str(folder))
@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_yaml(model: ModelConfig, folder: pathlib.Path) -> str:
-    """The config, without what has its default value."""
+    """Return the config as YAML, without default values."""
     usual = dataclasses.asdict(SMALL_MODEL)
     told = {n: v for n, v in dataclasses.asdict(model).items() if v != usual[n]}
     values: dict[str, Any] = {"name": folder.name, "init_from": str(folder), "model": told}
     if (folder / "tokenizer.json").is_file():
         values["data"] = {"tokenizer": str(folder / "tokenizer.json")}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text

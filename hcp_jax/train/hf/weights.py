@@ -1,9 +1,9 @@
-"""A run that begins from the weights of a Hugging Face folder.
+"""Start a run from the weights of a Hugging Face folder.
 
-The weights stay where they are: when training begins, every process reads what its own devices
-hold, straight into the sharded state. The run folder keeps the small files that came with them
-(config.json, the tokenizer's), so that `hcp export` can write such a folder again when the first
-one is long gone.
+The weights are not copied: when training starts, every process reads the parts that its own devices
+hold, directly into the sharded state. The run folder keeps copies of the small files beside them
+(config.json, the tokenizer's), so that `hcp export` can write such a folder when the first one no
+longer exists.
 """
 
 import json
@@ -23,7 +23,7 @@ from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.step import TrainState, abstract_state, init_state
 
 KEPT = "huggingface"
-"""The folder in a run folder that has the small files."""
+"""The folder in a run folder with the small files."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,39 +36,39 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-"""What comes with weights, and is copied as it is."""
+"""Files beside the weights that are copied unchanged."""
 
 
 def check(model: ModelConfig, folder: str, seq_len: int = 0) -> str:
-    """Return what a run begins from, in words.
+    """Check the weights that a run starts from; return lines that describe them.
 
     Args:
         model: the run's model.
         folder: the Hugging Face folder.
-        seq_len: tokens of the run's sequences; where the model was made for fewer, a warning is
-            among the words.
+        seq_len: tokens of the run's sequences; if the model was made for fewer, one of the lines
+            is a warning.
 
     Raises:
         NotImplementedError: if the folder is of a family that is not supported.
-        ValueError: if the model's parameters are not those of the folder, or something in it is
-            missing; says what.
+        ValueError: if the folder's parameters do not fit the model, or a file is missing; says
+            which.
     """
-    place = pathlib.Path(folder)
-    for name in present(place):
-        model_folder.member(place, name)
-    raw = config_json.read_raw(place)
-    theirs = config_json.model_config(raw, f"{place}/config.json")
+    path = pathlib.Path(folder)
+    for name in present(path):
+        model_folder.member(path, name)
+    raw = config_json.read_raw(path)
+    theirs = config_json.model_config(raw, f"{path}/config.json")
     wrong = config_json.differences(config_json.SHAPES, theirs, model)
     if wrong:
         raise ValueError(
             f"init_from: {folder} has the weights of another model: {'; '.join(wrong)}. "
             "hcp import writes a config that fits."
         )
-    stored = loading.check(model, place)
+    stored = loading.check(model, path)
     lines = [f"weights: {folder} ({raw['model_type']}, {_dtype(stored)})"]
     changed = config_json.differences(config_json.READINGS, theirs, model)
     if changed:
-        lines.append(f"  read otherwise than there: {'; '.join(changed)}")
+        lines.append(f"  settings changed from its config.json: {'; '.join(changed)}")
     reach = config_json.reach(raw, model)
     if reach is not None and seq_len > reach and model.rope_theta == theirs.rope_theta:
         lines.append(
@@ -78,13 +78,13 @@ def check(model: ModelConfig, folder: str, seq_len: int = 0) -> str:
     return "\n".join(lines)
 
 
-def first_state(
+def initial_state(
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
     cp: ContextParallel,
     run: pathlib.Path,
 ) -> TrainState:
-    """The state before the first step: with the weights that the config begins from, or fresh ones.
+    """Return the state before the first step: with the weights of `init_from`, or random ones.
 
     Args:
         config: the run; its weights have been checked.
@@ -104,15 +104,16 @@ def first_state(
     def begin(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(begin, donate_argnums=0, out_shardings=shardings)(params)
+    state: TrainState = jax.jit(begin, donate_argnums=0, out_shardings=shardings)(params)
+    return state
 
 
 def keep_small_files(origin: pathlib.Path, kept: pathlib.Path) -> None:
-    """Copies what `hcp export` needs besides the weights."""
+    """Copy the files that `hcp export` needs besides the weights."""
     kept.mkdir(exist_ok=True)
     copy_tokenizer(origin, kept)
     raw = config_json.read_raw(origin)
-    # What the tensors are is what counts, whatever the file says of them.
+    # The dtype of the stored tensors counts, not what the file says.
     raw["torch_dtype"] = _dtype(model_folder.stored_tensors(origin))
     raw.pop("dtype", None)
     (kept / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
@@ -122,7 +123,7 @@ def copy_tokenizer(origin: pathlib.Path, out: pathlib.Path) -> list[str]:
     """Copy the files of a tokenizer; return their names.
 
     Raises:
-        ValueError: if one is a link out of the folder.
+        ValueError: if one is a link to a file outside the folder.
     """
     there = present(origin)
     for name in there:
@@ -136,7 +137,7 @@ def present(folder: pathlib.Path) -> list[str]:
 
 
 def _dtype(stored: dict[str, model_folder.Stored]) -> str:
-    """The dtype that holds every tensor exactly."""
+    """Return a dtype that holds every tensor exactly."""
     found = {
         loading.DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in loading.DTYPES
     }

@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, know of each other, stop together and end together."""
+"""Start the processes of a run, connect them, and stop and end them together."""

@@ -1,7 +1,7 @@
-"""One process of several: which one it is, how all of them start, and how all of them end.
+"""Find out which process of several this is, join the others, and end with them.
 
-`joined` is a context in which this process is one of the cluster's: around it nothing is known of
-the others, inside it no process is left waiting for one that is gone.
+`joined` is a context in which this process is connected to the others; inside it, no process is
+left waiting for one that is gone.
 """
 
 import argparse
@@ -17,58 +17,58 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hcp_jax.base import arguments, terminal
-from hcp_jax.train.hosts.watchdog import Peers, Place
+from hcp_jax.train.hosts.meeting import Address
+from hcp_jax.train.hosts.watchdog import Peers
 
 LAUNCHER = "HCP_LAUNCHER"
-"""The environment's variable that has the process id of `hcp launch`, where that started us."""
+"""The environment variable with the process id of `hcp launch`, if that started this process."""
 
 WENT_WRONG = 70
-"""Exit code of a process in which something happened that nobody foresaw (EX_SOFTWARE)."""
+"""Exit code after an error that is not expected (EX_SOFTWARE)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which process this is."""
-    of = parser.add_argument_group(
+    """Add the arguments that say which process this is."""
+    group = parser.add_argument_group(
         "several processes",
-        "One process on each host (or for each GPU); every one of them is started with the same "
-        "config.",
+        "Start one process on each host (or for each GPU), all with the same config.",
     )
-    of.add_argument(
+    group.add_argument(
         "--distributed",
         action="store_true",
-        help="find out from Slurm, Open MPI or Kubernetes what of the next three is not given",
+        help="ask Slurm, Open MPI or Kubernetes for those of the next three that are not given",
     )
-    of.add_argument(
+    group.add_argument(
         "--coordinator",
         type=arguments.filled,
         metavar="ADDRESS:PORT",
-        help="where process 0 is reached by the others",
+        help="where the others reach process 0",
     )
-    of.add_argument(
+    group.add_argument(
         "--num-processes",
         type=arguments.whole(),
         metavar="N",
         help="how many processes there are",
     )
-    of.add_argument(
+    group.add_argument(
         "--process-id",
         type=arguments.whole(least=0),
         metavar="I",
         help="which one this is, from 0",
     )
-    add_timeouts(of)
+    add_timeouts(group)
 
 
-def add_timeouts(of: argparse._ActionsContainer) -> None:
-    """How long processes wait for each other."""
-    of.add_argument(
+def add_timeouts(group: argparse._ActionsContainer) -> None:
+    """Add the arguments that say how long processes wait for each other."""
+    group.add_argument(
         "--start-timeout",
         type=arguments.positive,
         default=300.0,
         metavar="SECONDS",
         help="how long the processes wait for each other at the start (300)",
     )
-    of.add_argument(
+    group.add_argument(
         "--heartbeat-timeout",
         type=arguments.positive,
         default=60.0,
@@ -79,50 +79,50 @@ def add_timeouts(of: argparse._ActionsContainer) -> None:
 
 
 def num_processes(args: argparse.Namespace) -> int:
-    """How many processes share the run's devices, as far as the command line says."""
-    return args.num_processes or 1
+    """Return how many processes share the run's devices; 1 if the command line does not say."""
+    return int(args.num_processes or 1)
 
 
 @contextlib.contextmanager
 def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers | None]:
-    """This process as one of several, if the command line says that it is.
+    """Join the other processes, if the command line says that there are some.
 
-    If what is done inside raises, all processes end; the others say what it was.
+    An error inside the context ends all processes; the others report it, too.
 
     Args:
-        args: of `add_arguments`.
-        same: what must be the same in every process; see `Peers.agree`.
+        args: from `add_arguments`.
+        same: values that must be the same in every process; see `Peers.agree`.
 
     Yields:
-        The connections to the others; None for a process on its own.
+        The connections to the others; None for a single process.
 
     Raises:
-        ValueError: if the arguments cannot be, if the others do not come, or if they were started
-            differently.
+        ValueError: if the arguments do not fit together, if the others do not come, or if they were
+            started differently.
     """
     _end_with_launcher()
     found = _find(args)
     if found is None:
         yield None
         return
-    place, local_devices = found
-    peers = Peers(place, args.start_timeout, args.heartbeat_timeout)
+    address, local_devices = found
+    peers = Peers(address, args.start_timeout, args.heartbeat_timeout)
     peers.meet()
     try:
-        _name_host_in_logs(place)
+        _name_host_in_logs(address)
         peers.agree(same)
         import jax
 
         jax.distributed.initialize(
-            place.address,
-            place.processes,
-            place.process,
+            address.coordinator,
+            address.processes,
+            address.process,
             local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=math.ceil(args.start_timeout),
-            # Behind our own watch, should that fail itself.
+            # Longer than that of our own watch, which should notice first.
             heartbeat_timeout_seconds=max(10, math.ceil(2 * args.heartbeat_timeout)),
-            coordinator_bind_address=_bind_address(place),
+            coordinator_bind_address=_bind_address(address),
         )
         yield peers
         peers.close()
@@ -130,8 +130,11 @@ def joined(args: argparse.Namespace, same: Mapping[str, Any]) -> Iterator[Peers 
         _leave(peers, error)
 
 
-def _find(args: argparse.Namespace) -> tuple[Place, list[int] | None] | None:
-    """Where this process stands, and which GPUs of its host are its own if not all."""
+def _find(args: argparse.Namespace) -> tuple[Address, list[int] | None] | None:
+    """Return the address of this process, and its GPUs of this host (None: all of them).
+
+    Return None if this is a single process.
+    """
     from hcp_jax import compat
 
     given = compat.Detected(args.coordinator, args.num_processes, args.process_id, None)
@@ -144,29 +147,29 @@ def _find(args: argparse.Namespace) -> tuple[Place, list[int] | None] | None:
         return None
     if given.address is None or given.processes is None or given.process is None:
         raise ValueError(
-            "--distributed: this is no job of Slurm, Open MPI or Kubernetes that jax knows of "
+            "--distributed: jax finds no job of Slurm, Open MPI or Kubernetes here "
             "(for Kubernetes it needs the kubernetes package). Give --coordinator, --num-processes "
             "and --process-id."
             if args.distributed
             else "--coordinator, --num-processes and --process-id belong together: give all three, "
             "or --distributed under Slurm, Open MPI or Kubernetes."
         )
-    place = Place(given.address, given.process, given.processes)
+    address = Address(given.address, given.process, given.processes)
     if given.local_devices is None or "JAX_LOCAL_DEVICE_IDS" in os.environ:
-        return place, None  # all, or those that jax is told of there
-    return place, list(given.local_devices)
+        return address, None  # all, or those of that variable
+    return address, list(given.local_devices)
 
 
-def _bind_address(place: Place) -> str | None:
-    """Return where jax's service listens, as the meeting did; None for jax's choice, everywhere."""
-    host = place.bind_host
+def _bind_address(address: Address) -> str | None:
+    """Return the address that jax's service listens at; None: all addresses, as jax does."""
+    host = address.bind_host
     if not host:
         return None
-    return f"[{host}]:{place.port}" if ":" in host else f"{host}:{place.port}"
+    return f"[{host}]:{address.port}" if ":" in host else f"{host}:{address.port}"
 
 
 def _end_with_launcher() -> None:
-    """If `hcp launch` is killed, its processes get a SIGTERM: they save and end (Linux)."""
+    """Ask Linux for a SIGTERM if `hcp launch`, which started this process, is killed."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None or sys.platform != "linux":
         return
@@ -177,30 +180,30 @@ def _end_with_launcher() -> None:
 
 
 def _leave(peers: Peers, error: BaseException) -> None:
-    """Ends this process after an error, and with it all others.
+    """End this process and all others after an error.
 
-    It ends here and now: on the usual way out jax would wait for the others, minutes long.
+    It exits at once: in a normal exit, jax would wait for the others for minutes.
     """
-    told = isinstance(error, ValueError | NotImplementedError | OSError | FloatingPointError)
+    expected = isinstance(error, ValueError | NotImplementedError | OSError | FloatingPointError)
     if not isinstance(error, KeyboardInterrupt):
-        # When a process dies in a collective, that is an error of jax's here, of whatever type
-        # (ValueError is among them); its name comes a little later.
+        # If another process died in a collective, jax raises an error of any type here (also a
+        # ValueError); the watch learns a little later which process it was.
         peers.wait_for_cause(3.0)
     if os.environ.get("HCP_DEBUG", "0") not in ("", "0") or not (
-        told or isinstance(error, KeyboardInterrupt)
+        expected or isinstance(error, KeyboardInterrupt)
     ):
         terminal.say_traceback(error)
-    said = " ".join(str(error).split()) or type(error).__name__
-    where = f" process {peers.place.process} on {socket.gethostname()}:"
-    terminal.say_error(f"hcp:{where} {said}")
-    peers.fail(said)
+    text = " ".join(str(error).split()) or type(error).__name__
+    where = f" process {peers.address.process} on {socket.gethostname()}:"
+    terminal.say_error(f"hcp:{where} {text}")
+    peers.fail(text)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code(error))
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for what the user has to change, 1 for a loss that is not finite, 130 for Ctrl-C."""
+    """Return 2 for an error of the user, 1 for a loss that is not finite, 130 for Ctrl-C."""
     if isinstance(error, ValueError | NotImplementedError):
         return 2
     if isinstance(error, FloatingPointError):
@@ -208,9 +211,9 @@ def exit_code(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else WENT_WRONG
 
 
-def _name_host_in_logs(place: Place) -> None:
-    if place.process == 0:
+def _name_host_in_logs(address: Address) -> None:
+    if address.process == 0:
         return
-    name = f"process {place.process} on {socket.gethostname()}"
+    name = f"process {address.process} on {socket.gethostname()}"
     for handler in logging.getLogger().handlers:
         handler.setFormatter(terminal.Formatter(f"{name}: %(message)s"))

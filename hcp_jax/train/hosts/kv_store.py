@@ -1,9 +1,9 @@
-"""What the processes of a run say to each other in words, where a collective would not do.
+"""Exchange small messages between the processes of a run where a collective would not do.
 
-A collective is entered by all processes or by none: one that fails on its way there leaves the
-others in it for ever, or lets them take part in another one by mistake. A word may be of an error,
-is waited for in any thread and for a bounded time, and whose is missing is known. They are held by
-the key-value store by which jax's processes find each other.
+A collective needs all processes. If one fails on its way there, the others wait for it for ever, or
+enter another collective by mistake. Messages may carry errors; any thread can wait for one, with a
+timeout; and a missing sender is identified. They are held by the key-value store through which
+jax's processes find each other.
 """
 
 import itertools
@@ -17,42 +17,44 @@ import jax
 from hcp_jax import compat
 
 PATIENCE = 3600.0
-"""Seconds to wait for a word: longer than anything that is done before one is said."""
+"""Seconds to wait for a message: longer than anything that a process does before it sends one."""
 
 _SLICE = 1.0  # seconds of waiting after which Ctrl-C is noticed
 
 
-class ElsewhereError(RuntimeError):
-    """An error of another process, in its words."""
+class RemoteError(RuntimeError):
+    """An error of another process, with the text that it sent."""
 
 
-class Words:
-    """Words between all processes about one thing.
+class Messages:
+    """Messages between all processes about one topic.
 
-    All of them must make it, and those of other things, in the same order.
+    All processes must make the same objects of a topic in the same order: the store counts them, so
+    that a later one does not read what was meant for an earlier one.
 
     Args:
-        about: what they are about.
+        topic: what the messages are about.
     """
 
-    _made = itertools.count()
-
-    def __init__(self, about: str):
+    def __init__(self, topic: str):
         self._process, self._processes = jax.process_index(), jax.process_count()
-        self._folder = f"hcp_jax/{about}/{next(Words._made)}"
         self._store = compat.key_value_store() if self._processes > 1 else None
         self._rounds = itertools.count()
-
-    def say(self, key: str, word: Any) -> None:
-        """Says a word, of plain values; once for each key."""
+        number = 0
         if self._store is not None:
-            self._store.key_value_set(self._path(key, self._process), json.dumps(word))
+            number = self._store.key_value_increment(f"hcp_jax/{topic}/made/{self._process}", 1)
+        self._folder = f"hcp_jax/{topic}/{number}"
 
-    def hear(self, key: str, process: int, seconds: float = PATIENCE) -> Any:
-        """The word of another process, once it is said.
+    def send(self, key: str, message: Any) -> None:
+        """Send a message of plain values to all processes; once for each key."""
+        if self._store is not None:
+            self._store.key_value_set(self._path(key, self._process), json.dumps(message))
+
+    def receive(self, key: str, process: int, seconds: float = PATIENCE) -> Any:
+        """Return the message of another process; wait until it is sent.
 
         Raises:
-            TimeoutError: if it has not been said after so many seconds.
+            TimeoutError: if it has not been sent after `seconds`.
         """
         assert self._store is not None
         deadline = time.monotonic() + seconds
@@ -66,27 +68,33 @@ class Words:
                     raise
             if time.monotonic() >= deadline:
                 raise TimeoutError(
-                    f"process {process} has not said how it went with {key} in {self._folder} "
-                    f"within {seconds:.0f} s: it hangs"
+                    f"process {process} has not reported on {key} in {self._folder} within "
+                    f"{seconds:.0f} s: it hangs"
                 )
 
-    def of_all(self, word: Any) -> list[Any]:
-        """The words of all processes; each says its own, in the same place of the program."""
+    def gather(self, message: Any) -> list[Any]:
+        """Return the messages of all processes, by process; all of them must call this."""
         if self._store is None:
-            return [word]
+            return [message]
         number = next(self._rounds)
-        self.say(f"round-{number}", word)
-        words = [self.hear(f"round-{number}", process) for process in range(self._processes)]
-        # All have come to this round: nobody listens to the one before any more.
-        self.forget(f"round-{number - 1}")
-        return words
+        self.send(f"round-{number}", message)
+        found = [self.receive(f"round-{number}", process) for process in range(self._processes)]
+        # All processes have reached this round, so that none still reads the one before.
+        self.delete(f"round-{number - 1}")
+        return found
 
-    def error_of_any(self, error: Exception | None) -> str | None:
-        """What went wrong in the first process in which something did; None if all is well."""
-        return next((word for word in self.of_all(in_words(error)) if word is not None), None)
+    def first_error(self, error: Exception | None) -> str | None:
+        """Return the error of the first process that has one, as text; None if there is none.
 
-    def forget(self, key: str) -> None:
-        """Removes what all have heard."""
+        All processes must call this.
+
+        Args:
+            error: what failed in this process; None if nothing did.
+        """
+        return next((text for text in self.gather(describe_error(error)) if text is not None), None)
+
+    def delete(self, key: str) -> None:
+        """Delete the messages of a key, which all processes have received."""
         if self._store is not None and self._process == 0:
             self._store.key_value_delete(f"{self._folder}/{key}/")
 
@@ -94,14 +102,14 @@ class Words:
         return f"{self._folder}/{key}/{process}"
 
 
-def in_words(error: Exception | None) -> str | None:
-    """An error in a line; with the process and host that it is of, where there are several."""
+def describe_error(error: Exception | None) -> str | None:
+    """Return an error in one line; with several processes, name the process and its host."""
     if error is None:
         return None
     first: BaseException = error
     while first.__cause__ is not None:  # What a library wraps around it is pages long.
         first = first.__cause__
-    said = (" ".join(str(first).split()) or type(first).__name__)[:600]
-    if jax.process_count() == 1 or isinstance(error, ElsewhereError):
-        return said
-    return f"process {jax.process_index()} on {socket.gethostname()}: {said}"
+    text = (" ".join(str(first).split()) or type(first).__name__)[:600]
+    if jax.process_count() == 1 or isinstance(error, RemoteError):
+        return text
+    return f"process {jax.process_index()} on {socket.gethostname()}: {text}"

@@ -1,14 +1,15 @@
-"""How the processes of a run meet: at the coordinator's port, where strangers may come, too.
+"""Connect the processes of a run to process 0, at the coordinator's port.
 
-Process 0 listens; the others come, say who they are, and are let in once all are there. Whatever
-else comes to the port (a scanner, a process of another run, somebody who means harm) costs neither
-time nor the run: all guests are heard at once, each says at most a few bytes within a few seconds,
-so many and no more wait at one time, and whoever is not expected is sent away. Process 0 never ends
-because of a guest; when its time is up, it says who did not come and who was sent away.
+Process 0 listens; the others connect, send who they are, and are admitted once all are there. Other
+connections to the port (a scanner, a process of another run, an attacker) cost neither time nor the
+run: all new connections are read concurrently, each may send a few bytes within a few seconds, a
+bounded number may wait at one time, and unexpected ones are refused. Process 0 never ends because
+of a new connection; after its timeout, it reports which processes are missing and which were
+refused.
 
-A secret in the environment variable `HCP_SECRET`, the same for all processes, keeps out whoever
-does not know it (`hcp launch` makes one for each run). It is sent as it is: against those who read
-the network's traffic it is no protection.
+A secret in the environment variable `HCP_SECRET`, the same for all processes, keeps out everybody
+who does not know it (`hcp launch` makes one for each run). It is sent as plain text, so it does not
+protect against those who can read the network's traffic.
 """
 
 import contextlib
@@ -28,16 +29,16 @@ from hcp_jax.base import reading
 from hcp_jax.base.terminal import printable
 
 SECRET = "HCP_SECRET"
-"""The environment variable with what all processes of a run know, if anything."""
+"""The environment variable with the secret of a run, if it has one."""
 
 SHOWN = 8
-"""Names, or differences, in one message."""
+"""The most names, or differences, in one message."""
 
-GUESTS = 64
-"""Connections that may wait at one time to be known; the oldest makes room for the next."""
+MAX_PENDING = 64
+"""The most connections that may wait to be admitted; the oldest makes room for the next."""
 
-PATIENCE = 10.0
-"""Seconds in which a guest must say who it is."""
+GREETING_SECONDS = 10.0
+"""Seconds in which a new connection must send who it is."""
 
 _LONGEST_GREETING = 2**12
 _LONGEST_MESSAGE = 2**24
@@ -46,25 +47,28 @@ _log = logging.getLogger("hcp_jax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where this process stands among all.
+class Address:
+    """The address of process 0, and the number of this process.
 
     Attributes:
-        address: host and port at which process 0 is found, and later jax's service.
+        coordinator: host and port of process 0, and later of jax's service.
         process: number of this process, from 0.
-        processes: how many there are.
+        processes: number of processes.
+
+    Raises:
+        ValueError: if `coordinator` is not ADDRESS:PORT, or `process` not below `processes`.
     """
 
-    address: str
+    coordinator: str
     process: int
     processes: int
 
-    def __post_init__(self):
-        host, _, port = self.address.rpartition(":")
+    def __post_init__(self) -> None:
+        host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ValueError(
                 f"--coordinator must be ADDRESS:PORT of process 0, such as 10.0.0.1:1234, got "
-                f"{self.address!r}."
+                f"{self.coordinator!r}."
             )
         if not 0 <= self.process < self.processes:
             raise ValueError(
@@ -74,20 +78,20 @@ class Place:
 
     @property
     def host(self) -> str:
-        """The address without its port."""
-        return self.address.rpartition(":")[0].strip("[]")
+        """The host of process 0."""
+        return self.coordinator.rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
-        """The port."""
-        return int(self.address.rpartition(":")[2])
+        """The port of process 0."""
+        return int(self.coordinator.rpartition(":")[2])
 
     @property
     def bind_host(self) -> str:
-        """Return the one address that process 0 listens at; empty for all of the host's.
+        """The one IP address that process 0 listens at; empty for all addresses of the host.
 
-        It is the coordinator's own address if that is a number (or localhost) and one of this
-        host's. What a name stands for may differ from host to host.
+        It is the coordinator's own address if that is an IP address (or localhost) of this host. A
+        name is not used, since it may stand for different addresses on different hosts.
         """
         host = "127.0.0.1" if self.host == "localhost" else self.host
         try:
@@ -100,18 +104,18 @@ class Place:
 
 
 class NoMessageError(ValueError):
-    """What came over a connection is no message of a run."""
+    """Something other than a message of a run came over a connection."""
 
 
 class Line:
-    """Messages over a connection: JSON, one a line.
+    """A connection that carries messages: JSON, one per line.
 
     Args:
-        sock: the connection.
+        sock: the socket.
 
     Attributes:
-        peer: who is at the other end, in words.
-        heard: when it was last heard of.
+        peer: a description of the other end.
+        heard: the time of the last data from there.
     """
 
     def __init__(self, sock: socket.socket):
@@ -122,7 +126,7 @@ class Line:
         self._sending = threading.Lock()
 
     def send(self, **message: Any) -> None:
-        """Send a message; that a peer is gone is noticed where it is listened to."""
+        """Send a message; ignore a closed connection, which `receive` notices."""
         with self._sending, contextlib.suppress(OSError):
             self.sock.sendall(json.dumps(message).encode() + b"\n")
 
@@ -130,7 +134,7 @@ class Line:
         """Return the messages that have come; None at the end of the connection.
 
         Raises:
-            NoMessageError: if something else came, or a message of more than `longest` bytes.
+            NoMessageError: if other data came, or a message of more than `longest` bytes.
         """
         try:
             got = self.sock.recv(2**16)
@@ -147,7 +151,7 @@ class Line:
         return [_message(line) for line in lines]
 
     def is_over(self) -> bool:
-        """Return whether the other end has closed a connection that does not block."""
+        """Return whether the other end has closed the connection; the socket must not block."""
         try:
             return not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -166,170 +170,170 @@ def _message(line: bytes) -> dict[str, Any]:
     return message
 
 
-class Door:
-    """Process 0: let in all other processes, and nobody else.
+class Admission:
+    """Admits all other processes of the run to process 0, and nobody else.
 
     Args:
-        place: where this process stands.
+        address: of this process, which is process 0.
         timeout: seconds to wait for the others.
     """
 
-    def __init__(self, place: Place, timeout: float):
-        self._place, self._timeout = place, timeout
-        self._inside: dict[int, Line] = {}
-        self._guests: dict[Line, float] = {}  # each with the time by which it must be known
-        self._sent_away: list[str] = []
+    def __init__(self, address: Address, timeout: float):
+        self._address, self._timeout = address, timeout
+        self._admitted: dict[int, Line] = {}
+        self._pending: dict[Line, float] = {}  # with the time by which it must be admitted
+        self._refusals: list[str] = []
         self._selector = selectors.DefaultSelector()
 
     def gather(self) -> dict[int, Line]:
-        """Return the connections to all others, by their numbers; the port is free again then.
+        """Wait for all others; return their connections by their numbers, and free the port.
 
         Raises:
-            ValueError: if some did not come in time; names them, and those that were sent away.
+            ValueError: if some did not come in time; names them, and those that were refused.
         """
         deadline = time.monotonic() + self._timeout
-        with self._selector as selector, listening(self._place) as server:
+        with self._selector as selector, listening(self._address) as server:
             server.setblocking(False)
             selector.register(server, selectors.EVENT_READ)
             try:
-                while len(self._inside) < self._place.processes - 1:
+                while len(self._admitted) < self._address.processes - 1:
                     now = time.monotonic()
                     if now >= deadline:
                         self._give_up()
-                    for key, _ in selector.select(min([deadline, *self._guests.values()]) - now):
+                    for key, _ in selector.select(min([deadline, *self._pending.values()]) - now):
                         if key.data is None:
                             self._open(server)
-                        elif key.data.sock.fileno() >= 0:  # it may just have been let go
+                        elif key.data.sock.fileno() >= 0:  # not dropped meanwhile
                             self._hear(key.data)
-                    for guest, until in list(self._guests.items()):
+                    for candidate, until in list(self._pending.items()):
                         if time.monotonic() >= until:
-                            self._let_go(guest)
+                            self._drop(candidate)
             finally:
-                for guest in list(self._guests):
-                    self._let_go(guest)
-        for line in self._inside.values():
+                for candidate in list(self._pending):
+                    self._drop(candidate)
+        for line in self._admitted.values():
             line.sock.setblocking(True)
-        for line in self._inside.values():
+        for line in self._admitted.values():
             line.send(met=socket.gethostname())
-        return self._inside
+        return self._admitted
 
     def _open(self, server: socket.socket) -> None:
         try:
             sock = server.accept()[0]
-        except OSError:  # gone again, or no file descriptor is free: the next one may do
+        except OSError:  # it is gone, or no file descriptor is free: go on with the next
             return
-        if len(self._guests) >= GUESTS:
-            self._let_go(next(iter(self._guests)))
+        if len(self._pending) >= MAX_PENDING:
+            self._drop(next(iter(self._pending)))
         sock.setblocking(False)
-        guest = Line(sock)
-        self._guests[guest] = time.monotonic() + PATIENCE
-        self._selector.register(sock, selectors.EVENT_READ, guest)
+        candidate = Line(sock)
+        self._pending[candidate] = time.monotonic() + GREETING_SECONDS
+        self._selector.register(sock, selectors.EVENT_READ, candidate)
 
     def _hear(self, line: Line) -> None:
         try:
             messages = line.receive(_LONGEST_GREETING)
         except NoMessageError:
             messages = None
-        if line not in self._guests:  # one that is inside says nothing more before all have met
+        if line not in self._pending:  # an admitted one sends nothing more before all have met
             if messages != []:
-                number = next(n for n, of in self._inside.items() if of is line)
-                del self._inside[number]
-                self._let_go(line)
-                self._note(f"{line.peer} came and went again")
+                number = next(n for n, other in self._admitted.items() if other is line)
+                del self._admitted[number]
+                self._drop(line)
+                self._note(f"{line.peer} connected and went away again")
             return
         if messages is None:
-            self._let_go(line)
+            self._drop(line)
         elif messages:
             self._admit(line, messages[0])
 
-    def _admit(self, guest: Line, said: dict[str, Any]) -> None:
-        """Let a guest in, or send it away with why."""
+    def _admit(self, candidate: Line, said: dict[str, Any]) -> None:
+        """Admit a connection, or refuse it and send it the reason."""
         kinds = {"hcp": str, "process": int, "processes": int, "secret": str}
         if said.keys() != kinds.keys() or any(type(said[k]) is not t for k, t in kinds.items()):
-            self._let_go(guest)  # it speaks of something else
+            self._drop(candidate)  # not a greeting
             return
         number, processes = said["process"], said["processes"]
-        guest.peer = f"process {printable(number, 20)} on {printable(said['hcp'], 64)}"
+        candidate.peer = f"process {printable(number, 20)} on {printable(said['hcp'], 64)}"
         theirs, ours = (text.encode(errors="replace") for text in (said["secret"], secret()))
         if not hmac.compare_digest(theirs, ours):
-            self._send_away(guest, f"{guest.peer} has another {SECRET} than process 0")
+            self._refuse(candidate, f"{candidate.peer} has another {SECRET} than process 0")
             return
-        before = self._inside.get(number)
+        before = self._admitted.get(number)
         if before is not None and before.is_over():
             self._hear(before)
             before = None
-        fits = processes == self._place.processes and 0 < number < processes
+        fits = processes == self._address.processes and 0 < number < processes
         if before is not None or not fits:
-            self._send_away(
-                guest,
-                f"{guest.peer} was started as number {printable(number, 20)} of "
-                f"{printable(processes, 20)}, but this run has {self._place.processes} processes, "
-                "each with a number of its own. Check --num-processes and --process-id",
+            self._refuse(
+                candidate,
+                f"{candidate.peer} was started as number {printable(number, 20)} of "
+                f"{printable(processes, 20)}, but this run has {self._address.processes} "
+                "processes, each with a number of its own. Check --num-processes and --process-id",
             )
             return
-        del self._guests[guest]
-        self._inside[number] = guest
+        del self._pending[candidate]
+        self._admitted[number] = candidate
 
-    def _send_away(self, guest: Line, why: str) -> None:
-        guest.send(refused=f"{why}.")
-        self._let_go(guest)
+    def _refuse(self, candidate: Line, why: str) -> None:
+        candidate.send(refused=f"{why}.")
+        self._drop(candidate)
         self._note(why)
 
     def _note(self, what: str) -> None:
-        if what not in self._sent_away and len(self._sent_away) < SHOWN:
-            self._sent_away.append(what)
+        if what not in self._refusals and len(self._refusals) < SHOWN:
+            self._refusals.append(what)
             _log.warning(f"{what}; waiting for the others.")
 
-    def _let_go(self, line: Line) -> None:
-        self._guests.pop(line, None)
+    def _drop(self, line: Line) -> None:
+        self._pending.pop(line, None)
         self._selector.unregister(line.sock)
         line.sock.close()
 
     def _give_up(self) -> NoReturn:
-        place = self._place
-        absent = [str(p) for p in range(1, place.processes) if p not in self._inside]
-        here = ", ".join(line.peer for line in list(self._inside.values())[:SHOWN])
+        address = self._address
+        absent = [str(p) for p in range(1, address.processes) if p not in self._admitted]
+        here = ", ".join(line.peer for line in list(self._admitted.values())[:SHOWN])
         why = (
-            f"process {some(absent, ', ', 'processes')} of {place.processes} did not come to "
-            f"{place.address} within {self._timeout:.0f} s"
+            f"process {some(absent, ', ', 'processes')} of {address.processes} did not come to "
+            f"{address.coordinator} within {self._timeout:.0f} s"
             + (f" (here are process 0 on {socket.gethostname()}, {here})" if here else "")
             + ". Have they been started, can they reach this port, and is --num-processes right?"
-            + "".join(f" {what}." for what in self._sent_away)
+            + "".join(f" {what}." for what in self._refusals)
         )
-        for line in self._inside.values():
+        for line in self._admitted.values():
             line.send(refused=why)
             line.sock.close()
         raise ValueError(why)
 
 
-def join(place: Place, timeout: float) -> Line:
-    """Return the connection to process 0, once all processes have come to it.
+def join(address: Address, timeout: float) -> Line:
+    """Wait until all processes have connected to process 0; return the connection to it.
 
     Args:
-        place: where this process stands; not process 0.
+        address: of this process, which is not process 0.
         timeout: seconds to wait.
 
     Raises:
-        ValueError: if process 0 cannot be reached, goes away, or sends this process away.
+        ValueError: if process 0 cannot be reached, goes away, or refuses this process.
     """
     deadline = time.monotonic() + timeout
     met_once = False
     while True:
-        line = _connect(place, timeout, deadline, patient=not met_once)
+        line = _connect(address, timeout, deadline, patient=not met_once)
         met_once = True
         line.send(
             hcp=socket.gethostname(),
-            process=place.process,
-            processes=place.processes,
+            process=address.process,
+            processes=address.processes,
             secret=secret(),
         )
-        # Process 0 gives up first and says why.
+        # Process 0 gives up first, and sends the reason.
         try:
             answer = _first(line, deadline + 10)
         except NoMessageError:
             line.sock.close()
             raise ValueError(
-                f"what answers at {place.address} is no run's process 0; is the port right?"
+                f"the server at {address.coordinator} is no run's process 0; is the port right?"
             ) from None
         if isinstance(answer.get("met"), str):
             line.sock.settimeout(None)
@@ -338,32 +342,32 @@ def join(place: Place, timeout: float) -> Line:
         line.sock.close()
         if "refused" in answer:
             raise ValueError(printable(answer["refused"], 2000))
-        # It made room for others, or is being started again: once more, if somebody is there.
+        # Process 0 dropped this connection for others, or restarts: try again if it is there.
         if time.monotonic() > deadline:
-            raise ValueError(_gone(place))
+            raise ValueError(_gone(address))
         time.sleep(0.2)
 
 
 def secret() -> str:
-    """Return what all processes of this run know; empty if they share nothing."""
+    """Return the secret of this run; empty if it has none."""
     return os.environ.get(SECRET, "")
 
 
-def listening(place: Place) -> socket.socket:
+def listening(address: Address) -> socket.socket:
     """Return a socket that listens at the coordinator's port."""
-    host, more = place.bind_host, max(128, place.processes)
+    host, more = address.bind_host, max(128, address.processes)
     try:
         if host:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            return socket.create_server((host, place.port), family=family, backlog=more)
+            return socket.create_server((host, address.port), family=family, backlog=more)
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         return socket.create_server(
-            ("", place.port), family=family, dualstack_ipv6=both, backlog=more
+            ("", address.port), family=family, dualstack_ipv6=both, backlog=more
         )
     except OSError as error:
         raise ValueError(
-            f"--coordinator: port {place.port} cannot be used here "
+            f"--coordinator: port {address.port} cannot be used here "
             f"({os.strerror(error.errno or 0)}); choose "
             "another one, the same for every process."
         ) from None
@@ -375,33 +379,33 @@ def some(names: list[str], between: str, what: str) -> str:
     return between.join(names[:SHOWN]) + (f" and {rest} more {what}" if rest > 0 else "")
 
 
-def _connect(place: Place, timeout: float, deadline: float, patient: bool) -> Line:
+def _connect(address: Address, timeout: float, deadline: float, patient: bool) -> Line:
     wait = 0.05
     while True:
         try:
             left = max(deadline - time.monotonic(), 1e-3)
-            return Line(socket.create_connection((place.host, place.port), left))
+            return Line(socket.create_connection((address.host, address.port), left))
         except OSError as error:
             failure = error.strerror or str(error)
         if not patient:
-            raise ValueError(_gone(place))
-        # Process 0 may not have begun to listen, or its host not to exist.
+            raise ValueError(_gone(address))
+        # Process 0 may not listen yet, or its host may not exist yet.
         wait = min(2 * wait, 2.0)
         if time.monotonic() + wait > deadline:
             raise ValueError(
-                f"process {place.process} cannot reach the coordinator at {place.address} "
+                f"process {address.process} cannot reach the coordinator at {address.coordinator} "
                 f"after {timeout:.0f} s ({failure}). Is process 0 running there, and can "
                 "this host reach that port?"
             )
         time.sleep(wait)
 
 
-def _gone(place: Place) -> str:
-    return f"the coordinator at {place.address} went away before all processes had come."
+def _gone(address: Address) -> str:
+    return f"the coordinator at {address.coordinator} went away before all processes had come."
 
 
 def _first(line: Line, deadline: float) -> dict[str, Any]:
-    """Return the first message of a connection; empty if it ends or there is none of ours."""
+    """Return the first message of a connection; empty if it ends before one comes."""
     while True:
         line.sock.settimeout(max(deadline - time.monotonic(), 1e-3))
         messages = line.receive()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the step in hand, in one process or in many."""
+"""Handle Ctrl-C and SIGTERM as a request to stop after the current step, in all processes."""
 
 import contextlib
 import os
@@ -12,19 +12,19 @@ from hcp_jax.base import watch
 
 
 class Signals:
-    """Turns Ctrl-C and SIGTERM into a wish to stop, once there is something to save.
+    """Turns Ctrl-C and SIGTERM into a request to stop, once there are steps to save.
 
-    Before `begin_steps`, the first signal ends the process at once: nothing would be lost, and
-    what runs (reading, compiling) cannot be asked to stop. From then on the first is a wish, and a
-    second Ctrl-C ends the process at once.
+    Before `begin_steps`, the first signal ends the process at once: nothing is lost, and reading or
+    compiling cannot be asked to stop. After it, the first signal is a request, and a second Ctrl-C
+    ends the process at once.
 
-    Of several processes all must stop after the same step: they hand the signal to jax's preemption
-    service, which agrees on one.
+    With several processes, all must stop after the same step: they pass the signal to jax's
+    preemption service, which agrees on one.
 
     Args:
         end: ends the process, from any thread, whatever the main thread does; called with the
-            signal, and whether steps have begun. If None, the first signal is always a wish, and a
-            second one raises KeyboardInterrupt: for programs that are not ours to end.
+            signal, and whether steps have begun. If None, the first signal is always a request, and
+            a second one raises KeyboardInterrupt: for programs that call `train` as a library.
     """
 
     def __init__(self, end: Callable[[int, bool], None] | None = None):
@@ -46,19 +46,19 @@ class Signals:
                 self._watch.enter_context(watch.signals_to(self._see))
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._watch.close()
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def begin_steps(self) -> None:
-        """From now on there is something to save."""
+        """Treat signals as requests from now on: there are steps to save."""
         self._stepping = True
 
     def agreed(self) -> int | None:
-        """Return the signal after which all processes stop now; None if they go on.
+        """Return the signal because of which all processes stop now; None if they go on.
 
-        Of several processes, all must ask equally often.
+        With several processes, all must call this equally often.
         """
         if not _are_several():
             return self._caught
@@ -78,7 +78,7 @@ class Signals:
             self._end(number, self._stepping)
 
     def _catch(self, number: int, frame: Any) -> None:
-        """Note a signal, in the main thread: it must not raise (see `watch`) if it can be seen."""
+        """Note a signal, in the main thread; do not raise if the watch sees signals, too."""
         if self._caught is not None:
             if self._end is None:
                 raise KeyboardInterrupt
@@ -89,6 +89,6 @@ class Signals:
 
 
 def _are_several() -> bool:
-    """Return whether this is one of several processes; jax is not imported or started for it."""
+    """Return whether this is one of several processes, without importing or starting jax."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()

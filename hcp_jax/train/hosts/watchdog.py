@@ -1,18 +1,18 @@
-"""The processes of a run, known to each other before jax knows of them, and while it trains.
+"""Watch the processes of a run: end all of them, and name the cause, when one fails.
 
-jax's own service ends every process when one is gone, but late (it counts missed heartbeats), by
-an abort, and without naming it; what differs between hosts it cannot tell at all. So the processes
-hold a connection each to process 0, a star, from the start of a run to its end:
+jax's own service ends every process when one is gone, but late (it counts missed heartbeats), by an
+abort, and without naming the process; it does not compare what the hosts were started with. So each
+process keeps a connection to process 0, a star, from the start of a run to its end:
 
-    1. they meet at the coordinator's port (see `meeting`), and whoever has not come in time is
-       named; the port is then given to jax, the connections stay;
-    2. they compare what must be the same everywhere, and each is told what differs;
-    3. a connection that closes is a process that died, one that is silent is a host that is gone,
-       and an error of one is told to all. Whichever comes first ends every process, each with a
-       line that names the one it began with.
+    1. they meet at the coordinator's port (see `meeting`), and those that do not come in time are
+       named; the port is then given to jax, and the connections stay;
+    2. they compare what must be the same everywhere, and all report what differs;
+    3. a connection that closes means that its process died, a silent one that its host is gone, and
+       an error of one process is sent to all. The first of these ends every process, each with a
+       line that names the process that failed first.
 
-Without a secret (see `meeting`) nobody is authenticated: the port belongs inside the cluster's
-network, as jax's own does in any case.
+Without a secret (see `meeting`) nobody is authenticated: the port must be inside the cluster's
+network, as jax's own port must in any case.
 """
 
 import json
@@ -29,23 +29,23 @@ from typing import Any
 from hcp_jax.base import terminal
 from hcp_jax.base.terminal import printable
 from hcp_jax.train.hosts import meeting
-from hcp_jax.train.hosts.meeting import Line, Place
+from hcp_jax.train.hosts.meeting import Address, Line
 
 GONE = 75
 """Exit code of a process that ends because of another one (EX_TEMPFAIL: try again)."""
 
 
 class Peers:
-    """This process's connections to the others; see the module.
+    """The connections of this process to the others; see the module.
 
     Args:
-        place: where this process stands.
+        address: of this process.
         timeout: seconds to wait for the others at the start.
         silence: seconds without a sign of life after which a process counts as gone.
     """
 
-    def __init__(self, place: Place, timeout: float = 300.0, silence: float = 60.0):
-        self.place, self._timeout, self._silence = place, timeout, silence
+    def __init__(self, address: Address, timeout: float = 300.0, silence: float = 60.0):
+        self.address, self._timeout, self._silence = address, timeout, silence
         self._lines: dict[int, Line] = {}
         self._told = threading.Lock()
         self._closing = False
@@ -55,34 +55,34 @@ class Peers:
         self._watcher = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def meet(self) -> None:
-        """Waits for all processes; from then on they watch each other, and the port is free again.
+        """Wait for all processes; start to watch them, and free the port.
 
         Raises:
             ValueError: if some did not come in time, or came with wrong numbers; names them.
         """
-        if self.place.process == 0:
-            others = self.place.processes - 1
+        if self.address.process == 0:
+            others = self.address.processes - 1
             if others:
                 terminal.say_error(
-                    f"hcp: process 0 on {socket.gethostname()} waits at {self.place.address} for "
+                    f"hcp: process 0 on {socket.gethostname()} waits at {self.address.coordinator} for "
                     f"{others} other process{'es' * (others != 1)}, {self._timeout:.0f} s at most"
                 )
-            self._lines = meeting.Door(self.place, self._timeout).gather()
+            self._lines = meeting.Admission(self.address, self._timeout).gather()
         else:
-            self._lines = {0: meeting.join(self.place, self._timeout)}
+            self._lines = {0: meeting.join(self.address, self._timeout)}
         self._watcher.start()
 
     def agree(self, same: Mapping[str, Any]) -> None:
-        """Compares what must be the same in every process; all of them must call this.
+        """Compare values that must be the same in every process; all of them must call this.
 
         Args:
-            same: names, and plain values for JSON.
+            same: plain values for JSON, by their names.
 
         Raises:
-            ValueError: in every process, if something differs; says what it is where.
+            ValueError: in every process, if a value differs; names the value and the processes.
         """
         mine = json.loads(json.dumps(same))
-        if self.place.process:
+        if self.address.process:
             self._lines[0].send(same=mine)
             differ = self._inbox.get()["differ"]
         else:
@@ -98,19 +98,19 @@ class Peers:
             )
 
     def fail(self, error: str) -> None:
-        """Tells the others that this process ends, and why; they end too."""
+        """Tell the others that this process ends, and why; they end, too."""
         with self._told:
             self._closing = True
             for line in self._lines.values():
-                line.send(failed=error, process=self.place.process, host=socket.gethostname())
-        self._let_others_hear()
+                line.send(failed=error, process=self.address.process, host=socket.gethostname())
+        self._wait_for_delivery()
 
     def wait_for_cause(self, seconds: float) -> None:
-        """Lets the watch end this process, if an error here came of another one's death."""
+        """Wait whether the watch ends this process because another one's death caused its error."""
         self._watcher.join(seconds)
 
     def close(self) -> None:
-        """Says goodbye: from now on nobody here or there minds that this connection ends."""
+        """Tell the others that this process is done, and close the connections."""
         with self._told:
             self._closing = True
             for line in self._lines.values():
@@ -122,7 +122,7 @@ class Peers:
             line.sock.close()
 
     def _differences(self, mine: dict[str, Any]) -> list[str]:
-        theirs = dict(self._inbox.get()["of"] for _ in self._lines)
+        theirs = dict(self._inbox.get()["from"] for _ in self._lines)
         return [
             f"{key} is {_short(same.get(key))} in {self._lines[process].peer} and "
             f"{_short(mine.get(key))} in process 0"
@@ -132,7 +132,7 @@ class Peers:
         ]
 
     def _watch(self) -> None:
-        """The thread: signs of life to and fro, until one fails, dies or is silent."""
+        """Exchange signs of life until a process fails, dies or is silent; runs in a thread."""
         every = self._silence / 4
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ)
@@ -159,7 +159,7 @@ class Peers:
                         )
 
     def _listen(self, line: Line) -> bool:
-        """Takes in what has come; whether more may come."""
+        """Act on the messages that have come; return whether more may come from there."""
         try:
             got = line.receive()
             if got is None:
@@ -167,7 +167,7 @@ class Peers:
                 return False
             return all(self._take(line, message) for message in got)
         except (ValueError, KeyError, TypeError) as error:
-            self._end(f"{line.peer} says what is no message of a run ({printable(error)})")
+            self._end(f"{line.peer} sent what is not a message of a run ({printable(error)})")
             return False
 
     def _take(self, line: Line, message: dict[str, Any]) -> bool:
@@ -180,29 +180,32 @@ class Peers:
         if "end" in message:
             self._end(str(message["end"]))
         if "same" in message:
-            process = next(p for p, of in self._lines.items() if of is line)
-            self._inbox.put({"of": (process, dict(message["same"]))})
+            process = next(p for p, other in self._lines.items() if other is line)
+            self._inbox.put({"from": (process, dict(message["same"]))})
         if "differ" in message:
             self._inbox.put({"differ": list(map(str, message["differ"]))})
         return True
 
-    def _let_others_hear(self) -> None:
-        """They must not learn of this end from that of jax's service, which only says 'leader'."""
-        if self.place.process == 0:
+    def _wait_for_delivery(self) -> None:
+        """Give the others time to read the reason before jax's service ends with this process.
+
+        That service's own message only names the 'leader'.
+        """
+        if self.address.process == 0:
             time.sleep(0.5)
 
     def _end(self, why: str) -> None:
-        """Ends this process because of another one, and from process 0 all the others."""
+        """End this process because of another one; process 0 first tells all the others."""
         with self._told:
             if self._closing:
                 return
             for line in self._lines.values():
                 line.send(end=why)
-            me = f"process {self.place.process} on {socket.gethostname()}"
+            me = f"process {self.address.process} on {socket.gethostname()}"
             sys.stdout.flush()
             terminal.say_error(f"hcp: {why}; so {me} ends too.")
-            self._let_others_hear()
-            # Nothing else reaches the main thread while it waits for a collective.
+            self._wait_for_delivery()
+            # The main thread cannot be interrupted while it waits for a collective.
             os._exit(GONE)
 
 

@@ -1,1 +1,1 @@
-"""What is seen of a run while it trains, and kept of it: lines, rates, traces, pictures."""
+"""Show and record a run while it trains: log lines, rates, traces and pictures."""

@@ -1,7 +1,7 @@
-"""TensorBoard's events, written in the caller's thread.
+"""Write events for TensorBoard in the caller's thread.
 
-tensorboardX's own `SummaryWriter` writes in a thread that a full disk ends; the queue to it then
-fills, and the eleventh number waits for ever.
+tensorboardX's own `SummaryWriter` writes in a thread, which ends when the disk is full; its queue
+then fills up, and the eleventh number waits for ever.
 """
 
 import pathlib
@@ -14,16 +14,17 @@ from tensorboardX.proto import event_pb2
 
 
 class Board:
-    """Writes numbers for TensorBoard; errors of the disk are raised.
+    """Writes numbers for TensorBoard, and raises errors of the disk.
 
     Args:
-        folder: where the event files are.
-        start: the first step that will be written; TensorBoard forgets older ones from it on.
+        folder: the folder of the event files.
+        start: the first step that will be written; TensorBoard then drops older events from this
+            step on.
     """
 
     def __init__(self, folder: pathlib.Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)
-        # As any module of a library without types: what it has is what was tried.
+        # The library has no types.
         self._writer: Any = event_file_writer.EventsWriter(str(folder / "events"))
         started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(event_pb2.Event(step=start, session_log=started))
@@ -42,7 +43,7 @@ class Board:
         """Flush and close the file.
 
         Raises:
-            OSError: if what was left cannot be written.
+            OSError: if the rest cannot be written.
         """
         self._writer.close()
 

@@ -1,6 +1,6 @@
-"""Pictures of runs, drawn from their records: `hcp plot`, and what a run leaves in its folder.
+"""Draw pictures of runs from their records, for `hcp plot` and for run folders.
 
-(Pictures of who holds and sees what on a mesh are in `hcp_jax/plot.py`.)
+(`hcp_jax/plot.py` draws which tokens each device of a mesh holds and sees.)
 """
 
 import argparse
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,18 +27,18 @@ _HELD_OUT = "#c2410c"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _LOSS = "loss (nats per token)"
 _MOST_CURVES = 6
-_UNTOLD = ("name", "run_dir", "log", "checkpoint")
+_UNLABELLED = ("name", "run_dir", "log", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the record of a run says.
+    """The record of a run.
 
     Attributes:
-        name: of its folder.
-        config: its keys and values, flat: "model.num_layers".
-        steps: a line for each step.
-        evaluations: a line for each evaluation.
+        name: the name of its folder.
+        config: values by dotted key, such as "model.num_layers".
+        steps: the metrics of each step.
+        evaluations: the results of each evaluation.
     """
 
     name: str
@@ -45,13 +46,13 @@ class Run:
     steps: list[dict[str, float]]
     evaluations: list[dict[str, Any]]
 
-    def column(self, name: str) -> np.ndarray:
-        """A figure of every step."""
+    def column(self, name: str) -> Float[np.ndarray, "S"]:
+        """Return a metric of all steps."""
         return np.asarray([line[name] for line in self.steps])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp plot`."""
+    """Run `hcp plot`."""
     runs = [read_run(folder) for folder in args.runs]
     draw_runs(runs, args.against).savefig(args.out)
     terminal.say(args.out)
@@ -59,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_run(folder: pathlib.Path) -> Run:
-    """Reads a run folder.
+    """Read a run folder.
 
     Raises:
-        ValueError: if it is none, or no step has been made.
+        ValueError: if it is not a run folder, or has no steps.
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml.")
@@ -76,9 +77,9 @@ def read_run(folder: pathlib.Path) -> Run:
 
 
 def draw_run(folder: pathlib.Path, title: str) -> list[pathlib.Path]:
-    """Draws what a run leaves in its folder: loss.png, and eval_by_position.png if it evaluated.
+    """Draw loss.png and, if the run has evaluated, eval_by_position.png into a run folder.
 
-    Nothing where there is no step yet.
+    Return their paths; none if the run has no steps yet.
     """
     steps, evaluations = metrics.read(folder), metrics.read_evaluations(folder)
     drawn = {}
@@ -91,8 +92,10 @@ def draw_run(folder: pathlib.Path, title: str) -> list[pathlib.Path]:
     return [folder / name for name in drawn]
 
 
-def draw_loss(steps: list[dict], evaluations: list[dict], title: str) -> Figure:
-    """The loss over the steps, with its mean over about a fifteenth of them, and held-out loss."""
+def draw_loss(
+    steps: list[dict[str, float]], evaluations: list[dict[str, Any]], title: str
+) -> Figure:
+    """Draw the loss over the steps, its mean over about a fifteenth of them, and held-out loss."""
     step = np.asarray([line["step"] for line in steps])
     loss = np.asarray([line["loss"] for line in steps])
     smooth = running_mean(loss, len(loss) // 30)
@@ -110,11 +113,11 @@ def draw_loss(steps: list[dict], evaluations: list[dict], title: str) -> Figure:
 
 
 def draw_by_position(evaluations: list[dict[str, Any]], title: str) -> Figure:
-    """Held-out loss against the position in the document, a curve for each of some evaluations.
+    """Draw held-out loss over the position in the document, one curve per evaluation.
 
     Where later tokens are predicted no better than earlier ones, context is not used. The band is
-    one standard error to each side of the last curve. Those of the others are alike, and mostly the
-    same error, as all are of the same tokens: curves differ by far less than it.
+    one standard error to each side of the last curve. The other curves have similar errors, mostly
+    the same one, since all are of the same tokens: curves differ by far less than the band.
     """
     number = min(len(evaluations), _MOST_CURVES)
     chosen = np.linspace(0, len(evaluations) - 1, number).round().astype(int)
@@ -122,15 +125,15 @@ def draw_by_position(evaluations: list[dict[str, Any]], title: str) -> Figure:
     figure, (axes,) = _panels(1, title)
     shades = colormaps["viridis_r"](np.linspace(0.12, 1.0, number))
     for evaluation, shade in zip(shown, shades, strict=True):
-        place, loss, error = _by_position(evaluation)
+        x, loss, error = _by_position(evaluation)
         label = f"{evaluation['step']:,}"
         if evaluation is shown[0] and _dwarfs_the_others(shown):
             label += f" ({loss.mean():.1f}, above)"
-            place, loss = place[:0], loss[:0]
+            x, loss = x[:0], loss[:0]
         if evaluation is shown[-1]:
             band = loss - error, loss + error
-            axes.fill_between(place, *band, color=shade, alpha=0.15, linewidth=0)
-        axes.plot(place, loss, "o-", color=shade, linewidth=1.8, markersize=3.5, label=label)
+            axes.fill_between(x, *band, color=shade, alpha=0.15, linewidth=0)
+        axes.plot(x, loss, "o-", color=shade, linewidth=1.8, markersize=3.5, label=label)
     borders = shown[-1]["positions"]
     every = 1 if len(borders) <= 13 else 2
     axes.set_xticks(range(0, len(borders), every), [_short(b) for b in borders[::every]])
@@ -143,9 +146,9 @@ def draw_by_position(evaluations: list[dict[str, Any]], title: str) -> Figure:
 
 
 def draw_runs(runs: Sequence[Run], against: str = "step") -> Figure:
-    """Curves of runs side by side: loss, tokens per second and, where there is some, held-out loss.
+    """Draw the loss, the tokens per second and, if any, the held-out loss of several runs.
 
-    The legend says what their configs differ in.
+    The legend says how their configs differ.
 
     Args:
         runs: at least one.
@@ -155,20 +158,20 @@ def draw_runs(runs: Sequence[Run], against: str = "step") -> Figure:
     columns = 3 if evaluated else 2
     figure, panels = _panels(columns, "", legend_lines=len(runs))
     for one, colour, label in zip(runs, _colours(len(runs)), labels(runs), strict=True):
-        place = one.column("step")
+        x = one.column("step")
         if against == "tokens":
-            place = np.cumsum(one.column("tokens"))
-        width = len(place) // 30
+            x = np.cumsum(one.column("tokens"))
+        width = len(x) // 30
         for axes, name in zip(panels, ("loss", "tokens_per_second"), strict=False):
             values = one.column(name)
-            axes.plot(place, values, color=colour, linewidth=0.8, alpha=0.25)
-            axes.plot(place, running_mean(values, width), color=colour, linewidth=1.8, label=label)
+            axes.plot(x, values, color=colour, linewidth=0.8, alpha=0.25)
+            axes.plot(x, running_mean(values, width), color=colour, linewidth=1.8, label=label)
         if one.evaluations:
-            of_step = None if against == "step" else np.concatenate([[0], place])
-            _held_out(panels[2], one.evaluations, of_step, color=colour)
-    words = {"step": "step", "tokens": "tokens"}[against]
+            x_by_step = None if against == "step" else np.concatenate([[0], x])
+            _held_out(panels[2], one.evaluations, x_by_step, color=colour)
+    x_label = {"step": "step", "tokens": "tokens"}[against]
     for axes, text in zip(panels, (_LOSS, "tokens per second", f"held-out {_LOSS}"), strict=False):
-        _label(axes, words, text)
+        _label(axes, x_label, text)
     for axes in panels:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[1].set_ylim(bottom=0)
@@ -179,16 +182,16 @@ def draw_runs(runs: Sequence[Run], against: str = "step") -> Figure:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """The name of each run, and what is not the same in the configs of all of them."""
+    """Return a label for each run: its name, and the settings that differ between the runs."""
     keys = sorted(set(itertools.chain.from_iterable(one.config for one in runs)))
     values = {key: [str(one.config.get(key)) for one in runs] for key in keys}
     differing = {
-        key: of_runs
-        for key, of_runs in values.items()
-        if len(set(of_runs)) > 1 and key.split(".")[0] not in _UNTOLD
+        key: by_run
+        for key, by_run in values.items()
+        if len(set(by_run)) > 1 and key.split(".")[0] not in _UNLABELLED
     }
     told = [
-        ", ".join(f"{_brief(key, differing)} {of_runs[i]}" for key, of_runs in differing.items())
+        ", ".join(f"{_brief(key, differing)} {by_run[i]}" for key, by_run in differing.items())
         for i in range(len(runs))
     ]
     return [
@@ -196,16 +199,16 @@ def labels(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of the values up to `width` places before and after each (of fewer at the ends).
+def running_mean(values: Float[np.ndarray, "n"], width: int) -> Float[np.ndarray, "n"]:
+    """Return for each value the mean of it and up to `width` values before and after it.
 
     Values that are not finite are left out.
     """
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])
-    place = np.arange(values.size)
-    begin, end = np.maximum(place - width, 0), np.minimum(place + width + 1, values.size)
+    index = np.arange(values.size)
+    begin, end = np.maximum(index - width, 0), np.minimum(index + width + 1, values.size)
     with np.errstate(invalid="ignore"):
         return (total[end] - total[begin]) / (count[end] - count[begin])
 
@@ -221,13 +224,15 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _brief(key: str, keys: Iterable[str]) -> str:
-    """The last part of a key, if no other key ends in it."""
+    """Return the last part of a key, or the whole key if another one ends in the same part."""
     last = key.rsplit(".", 1)[-1]
     return last if sum(other.rsplit(".", 1)[-1] == last for other in keys) == 1 else key
 
 
-def _by_position(evaluation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The middles of the bins that have tokens, their losses and standard errors."""
+def _by_position(
+    evaluation: dict[str, Any],
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Return the centres of the bins that have tokens, their losses and standard errors."""
     loss = np.asarray(evaluation["loss_by_position"], float)  # null becomes NaN
     error = np.nan_to_num(np.asarray(evaluation["stderr_by_position"], float))
     there = np.flatnonzero(np.isfinite(loss))
@@ -235,7 +240,7 @@ def _by_position(evaluation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np
 
 
 def _dwarfs_the_others(evaluations: list[dict[str, Any]]) -> bool:
-    """Whether the first (of an untrained model, say) is so high that the others would be flat."""
+    """Return whether the first curve is so high (untrained) that the others would look flat."""
     first, *others = (_by_position(evaluation)[1] for evaluation in evaluations)
     if not others:
         return False
@@ -244,18 +249,22 @@ def _dwarfs_the_others(evaluations: list[dict[str, Any]]) -> bool:
 
 
 def _held_out(
-    axes: Axes, evaluations: list[dict], of_step: np.ndarray | None, fmt: str = "o-", **style
+    axes: Axes,
+    evaluations: list[dict[str, Any]],
+    x_by_step: Float[np.ndarray, "n"] | None,
+    fmt: str = "o-",
+    **style: Any,
 ) -> None:
-    """Held-out loss after each evaluation's steps, or at `of_step[steps]`."""
+    """Draw held-out loss over each evaluation's steps, or over `x_by_step[steps]`."""
     steps = np.asarray([line["step"] for line in evaluations])
-    place = steps if of_step is None else of_step[np.minimum(steps, of_step.size - 1)]
+    x = steps if x_by_step is None else x_by_step[np.minimum(steps, x_by_step.size - 1)]
     loss = np.asarray([line["loss"] for line in evaluations], float)
     error = np.nan_to_num(np.asarray([line["stderr"] for line in evaluations], float))
-    axes.errorbar(place, loss, error, fmt=fmt, markersize=4, linewidth=1.4, capsize=2.5, **style)
+    axes.errorbar(x, loss, error, fmt=fmt, markersize=4, linewidth=1.4, capsize=2.5, **style)
 
 
 def _panels(columns: int, title: str, legend_lines: int = 0) -> tuple[Figure, list[Axes]]:
-    # A figure of its own, not pyplot's: nothing global changes.
+    # Not pyplot: it would keep the figure in process-wide state.
     size = (8, 4.5) if columns == 1 else (4.6 * columns, 3.6 + 0.22 * legend_lines)
     figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12))
     panels = list(figure.subplots(1, columns, squeeze=False)[0])

@@ -1,17 +1,15 @@
-"""How fast a run is, step by step: its clock, and the rates that come of it.
+"""Measure how fast a run is: the metrics of each step that depend on time and memory.
 
-Of each step the meter gives, beside what the step itself computed:
-
-    seconds                       from the end of the step before to the end of this one
-    data_seconds                  of those, the seconds in which the host waited for a batch; the
-                                  devices have a step in hand meanwhile, and idle only if this is
-                                  most of `seconds`
-    tokens_per_second             of all devices
-    tokens_per_second_per_device
-    mfu                           model FLOPs (`cost/shape.py`) over what the data sheets of all
-                                  devices promise; only for bfloat16 on devices that have a sheet
-    memory_peak_bytes             the most that a device of this process has held since it began;
-                                  only where the device counts it (GPUs; a CPU does not)
+seconds                       from the end of the step before to the end of this one
+data_seconds                  the part of `seconds` in which the host waited for a batch; the
+                              devices work on a step meanwhile, and are idle only if this is
+                              most of `seconds`
+tokens_per_second             on all devices
+tokens_per_second_per_device
+mfu                           model FLOPs (`cost/shape.py`) over the peak FLOPs in the data
+                              sheets; only for bfloat16 on devices with a known sheet
+memory_peak_bytes             the most bytes on any device of this process since it started;
+                              only where the device counts them (GPUs do, CPUs do not)
 """
 
 import contextlib
@@ -38,36 +36,36 @@ class Meter:
         self._shape = ModelShape.from_config(model)
         self._devices = mesh.devices.size
         self._local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-        # The sheets' rate is that of bfloat16; float32 would be held to what it cannot reach.
+        # The sheets' rates are for bfloat16; float32 cannot reach them.
         in_bfloat16 = model.compute_dtype == "bfloat16"
         self._peak = peak_flops(mesh.devices.flat[0].device_kind) if in_bfloat16 else None
         self._waited = 0.0
         self._last = time.perf_counter()
 
     def start(self) -> None:
-        """The first step begins now."""
+        """Start the clock of the first step."""
         self._waited, self._last = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the host's waiting for data."""
+        """Count the time inside the context as waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no part of any step, such as an evaluation."""
+        """Leave the time inside the context, such as an evaluation, out of all steps."""
         began = time.perf_counter()
         yield
         self._last += time.perf_counter() - began
 
     def lap(self, values: Mapping[str, float]) -> dict[str, float]:
-        """A step has ended: its figures, as listed above.
+        """End a step, and return its metrics, as listed in the module.
 
         Args:
-            values: of the step: "tokens", and "pairs" if they were counted (there is no "mfu"
-                otherwise).
+            values: metrics of the step: "tokens", and "pairs" if they were counted (if not, there
+                is no "mfu").
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now

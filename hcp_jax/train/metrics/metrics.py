@@ -1,7 +1,7 @@
-"""The record of a run: a line for each step in metrics.jsonl, for each evaluation in eval.jsonl.
+"""Write and read the record of a run: steps in metrics.jsonl, evaluations in eval.jsonl.
 
-TensorBoard has the same numbers, and pictures are drawn from these files (`figures.py`). A run that
-goes on from a checkpoint first forgets what came after it, so that the record has every step, and
+TensorBoard gets the same numbers, and pictures are drawn from these files (`figures.py`). A resumed
+run first removes the lines of steps after its checkpoint, so that the record has every step, and
 every evaluation, exactly once.
 """
 
@@ -29,21 +29,21 @@ class Recorder:
 
     Args:
         folder: the run folder.
-        start: the first step that will be written; those from it on that are there are dropped, and
-            evaluations after them.
-        tensorboard: write TensorBoard events to `folder/tensorboard`.
-        goes_on: whether a number that cannot be written (the disk is full) is told and left out;
-            else it is an error.
+        start: the first step that will be written; steps of the record from it on are removed, and
+            evaluations after it.
+        tensorboard: whether to write TensorBoard events to `folder/tensorboard`.
+        go_on: if a number cannot be written (the disk is full), log a warning and leave it out; if
+            False, raise the error.
 
     Raises:
-        OSError: here and in `write` and `write_evaluation`; names the file.
+        OSError: here, in `write` and in `write_evaluation`; names the file.
     """
 
-    def __init__(self, folder: pathlib.Path, start: int, tensorboard: bool, goes_on: bool = False):
-        self._folder, self._goes_on = folder, goes_on
+    def __init__(self, folder: pathlib.Path, start: int, tensorboard: bool, go_on: bool = False):
+        self._folder, self._go_on = folder, go_on
         self._missed: collections.Counter[pathlib.Path] = collections.Counter()
         steps = [line for line in read(folder) if line["step"] < start]
-        # The evaluation at `start` is of the very parameters that the run goes on from.
+        # The evaluation at `start` has the parameters that the run resumes with.
         evaluations = [line for line in read_evaluations(folder) if line["step"] <= start]
         self._evaluated = {line["step"] for line in evaluations}
         self._evaluations_path = folder / "eval.jsonl"
@@ -57,30 +57,30 @@ class Recorder:
                 self._board = _board(folder, start)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one step; a line is on disk when this returns."""
+        """Add the metrics of a step; they are on disk when this returns."""
         with self._may_fail(self._steps_path):
             _append(self._steps_path, {"step": step, **metrics})
         self._to_board(step, metrics)
 
     def write_evaluation(self, found: "Evaluation") -> None:
-        """Add an evaluation, unless it is there from before the run went on."""
+        """Add an evaluation, unless the record has it from before the run was resumed."""
         line = found.to_json()
         if found.step not in self._evaluated:
             self._evaluated.add(found.step)
             with self._may_fail(self._evaluations_path):
                 _append(self._evaluations_path, line)
-        of_bins = zip(line["positions"][:-1], line["loss_by_position"], strict=True)
-        bins = {f"eval_by_position/{begin:08}": x for begin, x in of_bins if x is not None}
+        losses = zip(line["positions"][:-1], line["loss_by_position"], strict=True)
+        bins = {f"eval_by_position/{begin:08}": x for begin, x in losses if x is not None}
         self._to_board(found.step, {"eval/loss": found.loss, **bins})
 
     def close(self) -> None:
-        """Close the files, and tell what could not be written to them; nothing is raised."""
+        """Close the files, and log what could not be written to them; raise nothing."""
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
         for path, number in self._missed.items():
             if number > 1:
-                _log.warning(f"{path} lacks what could not be written, {number} times.")
+                _log.warning(f"{path}: {number} writes failed; what they held is missing.")
 
     def _to_board(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
@@ -89,17 +89,17 @@ class Recorder:
 
     @contextlib.contextmanager
     def _may_fail(self, path: pathlib.Path) -> Iterator[None]:
-        """Name the file in an error of the disk; raise it, or tell it the first time and go on."""
+        """Name the file in an error of the disk; raise it, or log it the first time and go on."""
         try:
             yield
         except OSError as error:
             if not self._folder.is_dir():
                 raise FileNotFoundError(
                     f"the run folder {self._folder} is gone: it was deleted or renamed, or its "
-                    "disk went away. Training stops, since nothing of it could be kept."
+                    "disk is gone. Training stops, since none of its results could be kept."
                 ) from error
             why = f"{path} cannot be written ({error.strerror or error})"
-            if not self._goes_on:
+            if not self._go_on:
                 raise OSError(f"{why} (checkpoint.on_error: stop).") from error
             self._missed[path] += 1
             if self._missed[path] == 1:
@@ -107,14 +107,14 @@ class Recorder:
 
 
 def _board(folder: pathlib.Path, start: int) -> Any:
-    # Imports torch where there is one: not before somebody wants it.
+    # tensorboardX imports torch if it is installed: import it only when it is needed.
     from hcp_jax.train.metrics.board import Board
 
     return Board(folder / "tensorboard", start)
 
 
 def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Add a line to a file, whole or not at all: a part of one would spoil the file."""
+    """Add a line to a file; if it cannot be written whole, remove its part and raise OSError."""
     line = json.dumps(record).encode() + b"\n"
     with path.open("ab", buffering=0) as file:
         before = file.tell()
@@ -128,15 +128,15 @@ def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def read(folder: pathlib.Path) -> list[dict[str, float]]:
-    """The metrics of all steps of a run, in order; none if it has none.
+    """Return the metrics of all steps of a run, in order.
 
-    A last line that was cut off as a process died is left out.
+    A last line that was cut off because a process died is left out.
     """
     return _read_lines(folder / "metrics.jsonl")
 
 
 def read_evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """All evaluations of a run, in order, as `Evaluation.to_json` makes them; likewise."""
+    """Return all evaluations of a run, in order, each as from `Evaluation.to_json`; see `read`."""
     return _read_lines(folder / "eval.jsonl")
 
 
@@ -147,19 +147,19 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [_record(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
 
 
-def _record(line: str, place: str) -> dict[str, Any]:
-    values = reading.parse_json(line, place)
+def _record(line: str, where: str) -> dict[str, Any]:
+    values = reading.parse_json(line, where)
     if not isinstance(values, dict):
-        raise ValueError(f"{place} must hold keys and values, got {type(values).__name__}.")
+        raise ValueError(f"{where} must hold keys and values, got {type(values).__name__}.")
     for key in ("step", "loss"):
         if type(values.get(key)) not in (int, float):
             got = printable(repr(values.get(key)), 80)
-            raise ValueError(f"{place}: {key} must be a number, got {got}.")
+            raise ValueError(f"{where}: {key} must be a number, got {got}.")
     return values
 
 
-def _rewrite(path: pathlib.Path, lines: list[dict]) -> None:
-    """At no moment may a process that is killed leave less than there was."""
+def _rewrite(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
+    """Replace a file at once, so that a process that is killed meanwhile loses nothing."""
     written = path.with_suffix(".tmp")
     written.write_text(_as_lines(lines))
     written.replace(path)

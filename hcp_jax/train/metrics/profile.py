@@ -1,9 +1,9 @@
-"""`hcp train --profile N`: a trace of some steps, by jax's own profiler.
+"""Trace some steps of a run with jax's profiler (`hcp train --profile N`).
 
-The trace is a folder `profile` in the run folder. Perfetto opens its `*.trace.json.gz` as it is
-(https://ui.perfetto.dev); `pip install xprof` and `xprof --logdir RUN/profile` show more, among it
-which part of the program a kernel belongs to, by the names that the library gives them: `ring_hop`,
-`exchange_heads`, `gather_kv`, `attend` and `attend_grads`.
+The trace is the folder `profile` in the run folder. Perfetto (https://ui.perfetto.dev) opens its
+`*.trace.json.gz`; `pip install xprof` and `xprof --logdir RUN/profile` show more, such as the part
+of the program that a kernel belongs to, by the library's scope names: `ring_hop`, `exchange_heads`,
+`gather_kv`, `attend` and `attend_grads`.
 """
 
 import pathlib
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import jax
 
 SKIPPED = 5
-"""Steps before the first that is traced, unless told otherwise: caches and clocks are cold."""
+"""Default number of steps before the first traced one: caches and clocks are cold."""
 
 
 class ProfileSteps(NamedTuple):
-    """Which steps are traced.
+    """The steps to trace.
 
     Attributes:
         number: how many.
-        first: the first; None: the one `SKIPPED` steps after the first of this part of the run.
+        first: the first one; None: `SKIPPED` steps after the first of this part of the run.
     """
 
     number: int
@@ -29,16 +29,16 @@ class ProfileSteps(NamedTuple):
 
 
 class Profiler:
-    """Traces steps of a run; on the first of several processes only.
+    """Traces steps of a run, in process 0 only.
 
     Args:
-        steps: which; None for none.
+        steps: the steps to trace; None for none.
         start: the first step of this part of the run.
-        end: the step behind the last one.
+        end: the step after the last one.
         folder: the run folder.
 
     Raises:
-        ValueError: if these are not all steps that this part of the run makes.
+        ValueError: if this part of the run does not make all of these steps.
     """
 
     def __init__(self, steps: ProfileSteps | None, start: int, end: int, folder: pathlib.Path):
@@ -51,14 +51,20 @@ class Profiler:
     def __enter__(self) -> "Profiler":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._running:
             jax.profiler.stop_trace()
 
-    def make(self, step: int, function: Callable[..., tuple], state: Any, batch: Any) -> tuple:
-        """Makes a step: `function(state, batch)`, within the trace if it is one of those traced."""
+    def make(
+        self,
+        step: int,
+        function: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
+        state: Any,
+        batch: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return `function(state, batch)`; trace it if `step` is one of the steps to trace."""
         if step == self._first:
-            # So that nothing of the steps before is in the trace, and all of these steps is.
+            # Keep the steps before out of the trace.
             jax.block_until_ready(state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every call in Python would hide what matters
@@ -74,10 +80,10 @@ class Profiler:
 
 
 def check_profile(steps: ProfileSteps | None, start: int, end: int) -> tuple[int, int]:
-    """The first and the last step to trace; (-1, -1) for none.
+    """Return the first and the last step to trace; (-1, -1) for none.
 
     Raises:
-        ValueError: if they are not all made between `start` and `end`.
+        ValueError: if they are not all in the range from `start` to `end - 1`.
     """
     if steps is None:
         return -1, -1

@@ -1,4 +1,4 @@
-"""What is seen of a run while it runs: a bar on a terminal, plain lines anywhere else."""
+"""Show the progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping
 
@@ -10,19 +10,19 @@ class Progress:
     """Shows steps as they are done.
 
     Args:
-        console: where to.
-        steps: of the whole run.
+        console: where to show them.
+        steps: number of steps of the whole run.
         start: steps that were done before this part of the run.
-        every: steps between two lines where the console is no terminal.
+        every: steps between two lines if the console is not a terminal.
 
     Attributes:
-        seconds: that the steps shown so far have taken.
-        left: seconds that the steps that are left will take, by the mean of those so far.
+        seconds: total time of the steps shown so far.
+        left: seconds that the remaining steps will take, at the mean speed so far.
     """
 
     def __init__(self, console: rich.console.Console, steps: int, start: int, every: int):
         self._console, self._steps, self._start, self._every = console, steps, start, every
-        # A dumb terminal is one, but cannot move its cursor: rich would show nothing there.
+        # A dumb terminal cannot move its cursor: rich would show nothing there.
         can_draw = console.is_terminal and not console.is_dumb_terminal
         self._bar = _bar(console) if can_draw else None
         self.seconds = self.left = self._tokens = self._mfu = 0.0
@@ -33,16 +33,16 @@ class Progress:
             self._bar.add_task("", total=self._steps, completed=self._start, loss="-", speed="-")
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows a step as done; speed and MFU are means over all steps so far.
+        """Show a step as done; speed and MFU are means over all steps so far.
 
         Args:
             step: its number, from 0.
-            values: "loss", "learning_rate", "tokens", "seconds", and maybe "mfu".
+            values: its "loss", "learning_rate", "tokens", "seconds", and "mfu" if known.
         """
         done = step + 1 - self._start
         self.seconds += values["seconds"]

@@ -1,8 +1,7 @@
-"""Tell what a step moves between devices, counted from shapes, before a run begins.
+"""Describe what a step moves between devices, counted from shapes, before a run begins.
 
-Counted is what the algorithm needs (`cost/traffic.py`), in bytes that one device sends, without
-what a remat policy repeats. What the compiler made of it is in the compiled program (`hcp audit`,
-`hcp verify`).
+The counts are the bytes that one device sends for the algorithm (`cost/traffic.py`), without the
+repetitions of a remat policy. `hcp audit` and `hcp verify` read the compiled program instead.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ def attention_traffic(
     """List what one layer's attention moves, without what a remat policy repeats.
 
     Args:
-        cp: with the layer's own comm type.
+        cp: the context parallelism, with the layer's own comm type.
         model: the decoder.
         batch_size: streams per step, over all of dp.
         seq_len: tokens per stream.
@@ -45,15 +44,15 @@ def describe(
     *,
     fsdp: bool = False,
 ) -> Iterator[str]:
-    """Yield lines that tell what each device sends in a step.
+    """Yield lines that say what each device sends in a step.
 
     Args:
         cp: the context parallelism, with one comm type or one per layer.
         model: the decoder.
         batch_size: streams per step, over all of dp.
         seq_len: tokens per stream.
-        num_params: parameters of the model.
-        fsdp: parameters and optimizer state are cut over dp and cp.
+        num_params: number of parameters of the model.
+        fsdp: whether parameters and optimizer state are cut over dp and cp.
     """
     layers: dict[ContextParallel, list[int]] = {}
     for layer in range(model.num_layers):
@@ -71,7 +70,7 @@ def describe(
 
 
 def _attention(moved: tuple[Traffic, ...]) -> str:
-    """Return what a layer's attention sends, in words."""
+    """Return a phrase that says what a layer's attention sends."""
     parts = []
     for scopes, name in (((EXCHANGE_HEADS,), "heads"), ((RING_HOP, GATHER_KV), "K/V")):
         found = [t for t in moved if t.scope in scopes]
@@ -93,7 +92,7 @@ def _how(first: Traffic) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` as "layers 0-2, 5"."""
+    """Return layer numbers as text: "layers 0-2, 5" for [0, 1, 2, 5]."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

@@ -54,19 +54,19 @@ def test_without_minutes_nothing_is_due_and_nobody_looks():
 def test_all_processes_save_after_the_same_step_whatever_their_clocks_say(monkeypatch):
     said = []
 
-    class Words:
+    class Messages:
         """Of process 0, who says; and of another one, who hears."""
 
         def __init__(self, about):
             self.heard = 0
 
-        def of_all(self, word):
-            if self is first._words:
+        def gather(self, word):
+            if self is first._messages:
                 said.append(word)
             self.heard += 1
             return [said[self.heard - 1], word]
 
-    monkeypatch.setattr("hcp_jax.train.checkpoint.save_clock.Words", Words)
+    monkeypatch.setattr("hcp_jax.train.checkpoint.save_clock.Messages", Messages)
     clocks = Clock(), Clock()
     first, other = (SaveClock(5, 0, clock) for clock in clocks)
     due = []

@@ -11,7 +11,7 @@ import hcp_jax as hcp
 from hcp_jax.sequence.mask import documents, sliding_window
 from hcp_jax.train import data
 from hcp_jax.train.data import SEPARATOR, Corpus, DataConfig, open_corpus
-from hcp_jax.train.data.corpus import _batch, _in_documents
+from hcp_jax.train.data.batches import _batch, _in_documents
 from hcp_jax.train.data.streams import Segments, Stream, Streams
 
 T = 64
@@ -31,14 +31,14 @@ def host(batch):
 
 
 def batches_of(corpus, seed=0, **options):
-    return data.make_batches(corpus, batch_size=2, seq_len=T, seed=seed, place=host, **options)
+    return data.make_batches(corpus, batch_size=2, seq_len=T, seed=seed, put=host, **options)
 
 
 def epochs_of(corpus, number=1, seed=0, packing="whole"):
     """Streams, with the pairs of token and target at their places."""
     return [
         {
-            "pairs": np.stack([at(x.places) for at in (corpus.tokens_at, corpus.targets_at)], 1),
+            "pairs": np.stack([at(x.refs) for at in (corpus.tokens_at, corpus.targets_at)], 1),
             "pairs_segment_ids": x.segment_ids,
             "pairs_positions": x.positions,
         }
@@ -147,7 +147,7 @@ def test_each_epoch_has_its_own_order():
 
 def test_a_batch_is_not_all_of_one_document():
     corpus = Corpus([bytes([i]) * 20 * T for i in range(50)], "a test")
-    batches = data.make_batches(corpus, batch_size=8, seq_len=T, seed=0, place=host)
+    batches = data.make_batches(corpus, batch_size=8, seq_len=T, seed=0, put=host)
     for batch in itertools.islice(batches, 10):
         assert len(set(batch["tokens"][:, 1].tolist())) >= 4
 
@@ -155,8 +155,8 @@ def test_a_batch_is_not_all_of_one_document():
 def test_documents_of_whole_streams_alone_come_for_ever_at_no_cost():
     corpus = Corpus([bytes([i]) * (T - 1) for i in range(3)], "a test")
     made = itertools.islice(Streams(Segments(corpus, T), 0), 30)
-    assert collections.Counter(int(x.places[1]) for x in made) == {
-        int(corpus.places(i, 1, 2)[0]): 10 for i in range(3)
+    assert collections.Counter(int(x.refs[1]) for x in made) == {
+        int(corpus.refs(i, 1, 2)[0]): 10 for i in range(3)
     }
 
 
@@ -164,7 +164,7 @@ def test_dense_streams_go_on_over_epochs_without_padding():
     corpus = Corpus([b"abc", b"defg"], "a test")  # 9 tokens an epoch, T of 64
     made = [*itertools.islice(Streams(Segments(corpus, T), 0, packing="dense"), 9)]
     assert all(np.all(x.segment_ids > 0) for x in made)
-    places = np.concatenate([x.places for x in made])  # 64 epochs
+    places = np.concatenate([x.refs for x in made])  # 64 epochs
     assert set(np.unique(places, return_counts=True)[1].tolist()) == {64}
 
 
@@ -200,8 +200,8 @@ def test_batches_after_a_restore_equal_those_without_interruption(corpus, stop, 
 
 def test_segments_are_the_pairs_of_documents_and_have_their_sizes(corpus):
     made = Segments(corpus, T)
-    assert [len(made.places(i)) for i in range(len(made))] == made.sizes.tolist()
-    places = np.concatenate([made.places(i) for i in range(len(made))])
+    assert [len(made.refs(i)) for i in range(len(made))] == made.sizes.tolist()
+    places = np.concatenate([made.refs(i) for i in range(len(made))])
     whole = np.stack([corpus.tokens_at(places), corpus.targets_at(places)], axis=1)
     documents = [[SEPARATOR, *corpus[i].tolist(), SEPARATOR] for i in range(len(corpus))]
     expected = [pair for document in documents for pair in itertools.pairwise(document)]
@@ -210,7 +210,7 @@ def test_segments_are_the_pairs_of_documents_and_have_their_sizes(corpus):
 
 def test_places_know_their_documents(corpus):
     for i in range(len(corpus)):
-        places = corpus.places(i, 0, int(corpus.sizes[i]) + 1)
+        places = corpus.refs(i, 0, int(corpus.sizes[i]) + 1)
         assert set(corpus.documents_at(places).tolist()) == {i}
 
 

@@ -138,7 +138,7 @@ def test_another_order_of_documents_is_refused(change, message):
 
 
 def test_the_state_of_a_run_without_dynamic_is_refused():
-    with pytest.raises(ValueError, match="segments was not told"):
+    with pytest.raises(ValueError, match="segments was not saved"):
         iter(planned()).set_state({"next_index": 3})
 
 

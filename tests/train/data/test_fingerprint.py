@@ -6,7 +6,7 @@ import os
 import pytest
 
 from hcp_jax.train.data import DataConfig, fingerprint
-from hcp_jax.train.data.fingerprint import changes, doubts, of_run, summary
+from hcp_jax.train.data.fingerprint import changes, doubts, run_fingerprint, summary
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ CHANGES = {
 def test_every_change_is_named(name, folder):
     change, says = CHANGES[name]
     config = DataConfig(path=str(folder))
-    before = of_run(config, None)
-    assert changes(as_saved(before), of_run(config, None)) == []
+    before = run_fingerprint(config, None)
+    assert changes(as_saved(before), run_fingerprint(config, None)) == []
     change(folder)
-    now = of_run(config, None)
+    now = run_fingerprint(config, None)
     assert changes(as_saved(before), now) == says
     assert summary(now) != summary(before)
     # The same of the held-out text, beside a text that stays.
@@ -73,10 +73,10 @@ def test_every_change_is_named(name, folder):
 
 
 def test_a_folder_may_be_moved_and_touched(folder):
-    before = of_run(DataConfig(path=str(folder)), None)
+    before = run_fingerprint(DataConfig(path=str(folder)), None)
     moved = folder.rename(folder.with_name("moved"))
     os.utime(moved / "a.txt", (1, 1))
-    now = of_run(DataConfig(path=str(moved)), None)
+    now = run_fingerprint(DataConfig(path=str(moved)), None)
     assert (changes(as_saved(before), now), doubts(as_saved(before), now)) == ([], [])
     assert summary(now) == summary(before)
 
@@ -89,11 +89,11 @@ def test_a_tokenised_folder_its_tokenizer_and_held_out_text_belong_to_it(folder)
     tokenizer = folder.with_name("tokenizer.json")
     tokenizer.write_text("{}")
     config = DataConfig(path=str(tokenised), tokenizer=str(tokenizer))
-    before = of_run(config, str(folder / "a.txt"))
+    before = run_fingerprint(config, str(folder / "a.txt"))
     (tokenised / "tokens.npy").write_text("tokens.npx")
     tokenizer.write_text("[]")
     (folder / "a.txt").write_text("x" * 720)
-    assert changes(as_saved(before), of_run(config, str(folder / "a.txt"))) == [
+    assert changes(as_saved(before), run_fingerprint(config, str(folder / "a.txt"))) == [
         "data.path: 'tokens.npy' has other contents of the same size",
         "data.tokenizer: 'tokenizer.json' has other contents of the same size",
         "eval.path: 'a.txt' has other contents of the same size",
@@ -104,16 +104,16 @@ def test_of_a_large_file_samples_are_read_and_its_time_is_told(folder, monkeypat
     monkeypatch.setattr(fingerprint, "FULL", 64)
     monkeypatch.setattr(fingerprint, "BLOCK", 8)
     config = DataConfig(path=str(folder))
-    before = of_run(config, None)
+    before = run_fingerprint(config, None)
     content = bytearray((folder / "b.txt").read_bytes())
     for place in (0, len(content) - 1):  # begin and end are always seen
         content[place] ^= 1
         (folder / "b.txt").write_bytes(content)
-        assert changes(as_saved(before), of_run(config, None)) == [CHANGES["edited"][1][0]]
+        assert changes(as_saved(before), run_fingerprint(config, None)) == [CHANGES["edited"][1][0]]
         content[place] ^= 1
     (folder / "b.txt").write_bytes(content)
     os.utime(folder / "b.txt", (1, 1))
-    now = of_run(config, None)
+    now = run_fingerprint(config, None)
     assert changes(as_saved(before), now) == []
     assert [
         "'b.txt' has the same size and samples" in line for line in doubts(as_saved(before), now)
@@ -123,16 +123,16 @@ def test_of_a_large_file_samples_are_read_and_its_time_is_told(folder, monkeypat
 def test_very_many_files_share_entries(folder, monkeypatch):
     monkeypatch.setattr(fingerprint, "GROUPS", 2)
     config = DataConfig(path=str(folder))
-    before = of_run(config, None)
+    before = run_fingerprint(config, None)
     edit(folder)
     assert len(before["data.path"]) == 2
-    assert changes(as_saved(before), of_run(config, None)) == [
+    assert changes(as_saved(before), run_fingerprint(config, None)) == [
         "data.path: 'one of a.txt to b.txt' has other contents of the same size"
     ]
 
 
 def test_the_standard_library_is_read_as_a_whole():
-    [entries] = of_run(DataConfig(), None).values()
+    [entries] = run_fingerprint(DataConfig(), None).values()
     assert len(entries) > 400
     assert {entry.modified for entry in entries} == {None}
     assert "ast.py" in [entry.name for entry in entries]

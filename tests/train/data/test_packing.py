@@ -6,8 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from hcp_jax.train.data import Corpus, DataConfig, describe_packing, open_corpus, packing_metrics
-from hcp_jax.train.data import corpus as corpora
+from hcp_jax.train.data import (
+    Corpus,
+    DataConfig,
+    batches,
+    describe_packing,
+    open_corpus,
+    packing_metrics,
+)
 from hcp_jax.train.data import packing as packing_module
 from hcp_jax.train.data.streams import Segments, Streams, make_stream
 
@@ -123,7 +129,7 @@ def test_no_document_waits_for_ever_and_the_state_stays_small():
         assert stream.segment_ids.max() == 1
     assert seen.min() >= 12 - packing_module._WINDOWS_WAITED
     tiny = iter(Streams(Segments(of_sizes(np.full(200_000, 2)), 2**17), 0))
-    assert (next(tiny).places > 0).all()
+    assert (next(tiny).refs > 0).all()
     assert max(len(json.dumps(tiny.get_state())) for _ in itertools.islice(tiny, 8)) < 100_000
 
 
@@ -135,7 +141,7 @@ def test_a_corpus_of_one_byte_is_packed_once_for_each_stream(monkeypatch):
         lambda *args, **options: calls.append(args[0].size) or packs(*args, **options),
     )
     made = itertools.islice(Streams(Segments(Corpus([b"x"], "a test"), 2**15), 0), 3)
-    assert all((x.places > 0).all() for x in made)
+    assert all((x.refs > 0).all() for x in made)
     assert calls == [2**14] * 3
 
 
@@ -156,14 +162,14 @@ def test_fill_and_whole_documents_are_told_and_measured():
     assert "100.0% of the documents that fit 128 tokens, whole; 99." in told
     dense = describe_packing(corpus, seq_len=T // 32, seed=0, packing="dense")
     assert "'dense'" in dense
-    assert "100.0% of the places" in dense
+    assert "100.0% of the slots" in dense
 
     def measured(packing):
         rows = [*Streams(streams.segments, 0, 1, packing=packing)]
-        rows = corpora._batch(
+        rows = batches._batch(
             corpus,
             type(rows[0])(*(np.stack(x) for x in zip(*rows, strict=True))),
-            corpora._in_documents,
+            batches._in_documents,
         )
         return packing_metrics(corpus, rows)
 
@@ -178,6 +184,6 @@ def test_fill_and_whole_documents_are_told_and_measured():
 def test_a_stream_of_parts_has_their_places_and_positions():
     corpus = Corpus([b"abcd", b"xyz"], "a test")
     stream = make_stream(Segments(corpus, 8), np.array([[1, 0, 4], [0, 3, 5]]))
-    assert corpus.tokens_at(stream.places).tolist() == [256, *b"xyz", *b"cd", 0, 0]
+    assert corpus.tokens_at(stream.refs).tolist() == [256, *b"xyz", *b"cd", 0, 0]
     assert stream.segment_ids.tolist() == [1, 1, 1, 1, 2, 2, 0, 0]
     assert stream.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 0]

@@ -121,13 +121,13 @@ def test_what_a_folder_holds_and_what_is_left_out_is_told(tmp_path):
     assert report == [
         "read: 1 file of CSV (3 documents), 2 files of JSON lines (6 documents), "
         "1 file of text (1 document)",
-        "left out, JSON, but no list of records: package.json",
+        "left out, JSON, but not a list of records: package.json",
         "left out, by data.skip: LICENSE, README.md, dataset_infos.json, index.json",
         "left out, empty: none.txt",
         "left out, hidden: .hidden",
     ]
     assert "README.md" in str(Texts(tmp_path, skip=()).files)
-    with pytest.raises(ValueError, match=r"package\.json is JSON, but no list of records"):
+    with pytest.raises(ValueError, match=r"package\.json is JSON, but not a list of records"):
         read(tmp_path / "package.json")
     only = tmp_path / "only"
     only.mkdir()
@@ -208,8 +208,8 @@ def test_a_file_that_is_no_text_is_left_out_whole_where_bad_lines_are(tmp_path):
     [
         ("a.json", b'[{"text": "a"}, {"te', "record 2: not JSON"),
         ("a.json", b'[{"text": "a"}', "breaks off after record 1"),
-        ("a.json", b'[{"text": "a"}] []', "more text behind the list"),
-        ("a.json", b"3", "is JSON, but no list of records"),
+        ("a.json", b'[{"text": "a"}] []', "more text after the list"),
+        ("a.json", b"3", "is JSON, but not a list of records"),
         ("a.json", b'{"text"', "not JSON"),
         ("a.csv", b"id,body\n1,a\n", r"no column 'text' \(it has: id, body\)"),
         ("a.parquet", b"PAR1 and no more", "a.parquet is damaged"),

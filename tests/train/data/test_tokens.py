@@ -68,7 +68,7 @@ def test_documents_begin_with_bos_and_their_last_target_is_eos(folder):
     [stream] = Streams(Segments(corpus, 15), 0, 1)
     rows = {}
     for i in range(1, 5):
-        places = stream.places[stream.segment_ids == i]
+        places = stream.refs[stream.segment_ids == i]
         rows[tuple(corpus.tokens_at(places).tolist())] = corpus.targets_at(places).tolist()
     assert rows == {(0, *ids): [*ids, 1] for ids in IDS}
 
@@ -139,7 +139,7 @@ def test_a_model_that_knows_fewer_ids_is_refused(folder):
     ("options", "says"),
     [
         (["--tokenizer", "/gone"], "/gone: there is no such file"),
-        (["--tokenizer", "{}/text.jsonl"], "is no tokenizer.json"),
+        (["--tokenizer", "{}/text.jsonl"], "is not a tokenizer.json"),
         (["--eos", "<end>"], "has no token '<end>'"),
         (["--out", "{}"], "exists and is not empty"),
         (["--field", "body"], "no text in field 'body'"),
@@ -278,8 +278,8 @@ META = {
         ({"vocab_size": "10"}, None, None, "vocab_size must be a number from 0, got '10'"),
         ({"vocab_size": 10.0}, None, None, "vocab_size must be a number"),
         ({"tokens": True}, None, None, "tokens must be a number"),
-        ({"x\x1b[2J": 1}, None, None, r"a key that is not known: 'x\\\\x1b"),
-        ({}, np.zeros(5), None, "holds float64 of shape .*must be a row of uint16 or uint32"),
+        ({"x\x1b[2J": 1}, None, None, r"an unknown key: 'x\\\\x1b"),
+        ({}, np.zeros(5), None, "holds float64 of shape .*must be a 1-dim array of uint16 or uint32"),
         ({}, np.full(5, -1), None, "holds int64"),
         ({}, np.zeros((5, 1), np.uint16), None, r"of shape \(5, 1\)"),
         ({}, np.zeros(5, ">u2"), None, "holds >u2"),
@@ -309,7 +309,7 @@ def test_a_folder_of_other_hands_is_checked_too(tmp_path, meta, ids, offsets, sa
 def test_a_file_that_becomes_shorter_is_told_and_ends_no_process(folder):
     tokenize(folder)
     corpus, file = read(folder), folder / "out" / "tokens.npy"
-    places = corpus.places(2, 0, 6)
+    places = corpus.refs(2, 0, 6)
     assert corpus.targets_at(places).tolist() == [*IDS[2], 1]
     os.truncate(file, file.stat().st_size - 8)
     with pytest.raises(OSError, match=r"tokens\.npy has become shorter since it was opened"):
@@ -332,6 +332,6 @@ def test_runs_of_ids_are_read_together_and_in_order(folder, monkeypatch):
 def test_large_folders_are_held_against_some_of_their_checksums(folder, monkeypatch):
     monkeypatch.setattr(tokens, "_BLOCK", 4)
     tokenize(folder)
-    assert "held against checksums: 4 of 6 parts" in "\n".join(read(folder).report)
+    assert "compared with checksums: 4 of 6 parts" in "\n".join(read(folder).report)
     monkeypatch.setattr(tokens, "_BLOCKS_CHECKED", 9)
     assert "6 of 6" in "\n".join(read(folder).report)

@@ -55,7 +55,7 @@ def run(folder, tmp_path_factory):
     (path / "config.yaml").write_text(configuration.dump(config))
     cp = config.parallel.context_parallel(config.model.num_layers)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = weights.first_state(config, optimizer, cp, path)
+    state = weights.initial_state(config, optimizer, cp, path)
     checkpoints = Checkpoints(path, dataclasses.asdict(config.model))
     checkpoints.save(7, state, {})
     checkpoints.close()
@@ -63,7 +63,7 @@ def run(folder, tmp_path_factory):
     return Run(config, path, state, abstract_state(config.model, optimizer, cp, fsdp=True))
 
 
-def test_the_first_state_has_the_folder_s_weights_where_they_belong(folder, run):
+def test_the_initial_state_has_the_folder_s_weights_where_they_belong(folder, run):
     state, abstract = run.state, run.abstract
     jax.tree.map(np.testing.assert_array_equal, state.params, loading.load_params(CONFIG, folder))
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
@@ -83,7 +83,10 @@ def test_another_rope_is_told_and_another_shape_refused(folder):
     assert weights.check(CONFIG, str(folder)) == f"weights: {folder} (qwen2, bfloat16)"
     longer = dataclasses.replace(CONFIG, rope_theta=8e6)
     told = weights.check(longer, str(folder))
-    assert "read otherwise than there: rope_theta 1000000.0 there and 8000000.0 here" in told
+    assert (
+        "settings changed from its config.json: rope_theta 1000000.0 there and 8000000.0 here"
+        in told
+    )
     other = dataclasses.replace(CONFIG, num_layers=4, qkv_bias=False)
     with pytest.raises(ValueError, match=r"another model: num_layers 3 there and 4 here; qkv_bias"):
         weights.check(other, str(folder))

@@ -1,19 +1,19 @@
-"""Words: what one process says to itself; two of them are in test_checkpoint_processes.py."""
+"""Messages: what one process says to itself; two of them are in test_checkpoint_processes.py."""
 
-from hcp_jax.train.hosts.kv_store import Words, in_words
+from hcp_jax.train.hosts.kv_store import Messages, describe_error
 
 
 def test_a_process_alone_hears_its_own_word():
-    words = Words("test")
-    assert words.of_all([1, "a"]) == [[1, "a"]]
-    assert words.error_of_any(None) is None
-    assert words.error_of_any(OSError("disk")) == "disk"
+    words = Messages("test")
+    assert words.gather([1, "a"]) == [[1, "a"]]
+    assert words.first_error(None) is None
+    assert words.first_error(OSError("disk")) == "disk"
 
 
 def test_an_error_is_told_in_a_line_by_what_it_began_with():
     wrapped = RuntimeError("pages of details")
     wrapped.__cause__ = OSError("no space\n  left")
-    assert in_words(wrapped) == "no space left"
-    assert in_words(KeyError()) == "KeyError"
-    assert len(in_words(ValueError("long" * 1000))) == 600
-    assert in_words(None) is None
+    assert describe_error(wrapped) == "no space left"
+    assert describe_error(KeyError()) == "KeyError"
+    assert len(describe_error(ValueError("long" * 1000))) == 600
+    assert describe_error(None) is None

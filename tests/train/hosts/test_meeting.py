@@ -13,14 +13,14 @@ import pytest
 
 from hcp_jax.commands.launch import _free_port, _from_launcher
 from hcp_jax.train.hosts import cluster, meeting
-from hcp_jax.train.hosts.meeting import Door, Place
+from hcp_jax.train.hosts.meeting import Address, Admission
 
 
 class Meeting:
     """Process 0 at its door, in a thread; whatever becomes of it is in `result`."""
 
     def __init__(self, processes, timeout=60.0):
-        self.place = Place(f"127.0.0.1:{_free_port()}", 0, processes)
+        self.address = Address(f"127.0.0.1:{_free_port()}", 0, processes)
         self.result = None
         self._strangers = []
         self._thread = threading.Thread(target=self._gather, args=(timeout,))
@@ -28,7 +28,7 @@ class Meeting:
 
     def _gather(self, timeout):
         try:
-            self.result = Door(self.place, timeout).gather()
+            self.result = Admission(self.address, timeout).gather()
         except BaseException as error:
             self.result = error
 
@@ -44,7 +44,7 @@ class Meeting:
     def connect(self):
         while True:
             try:
-                sock = socket.create_connection(("127.0.0.1", self.place.port), 10)
+                sock = socket.create_connection(("127.0.0.1", self.address.port), 10)
                 self._strangers.append(sock)
                 return sock
             except ConnectionRefusedError:  # it does not listen yet
@@ -55,9 +55,9 @@ class Meeting:
         found = {}
 
         def come(number):
-            place = Place(self.place.address, number, self.place.processes)
+            address = Address(self.address.coordinator, number, self.address.processes)
             try:
-                found[number] = meeting.join(place, 60.0)
+                found[number] = meeting.join(address, 60.0)
                 found[number].sock.close()
             except ValueError as error:
                 found[number] = error
@@ -72,7 +72,7 @@ class Meeting:
     def all_met(self):
         self._thread.join()
         assert isinstance(self.result, dict), self.result
-        assert sorted(self.result) == list(range(1, self.place.processes))
+        assert sorted(self.result) == list(range(1, self.address.processes))
 
 
 def greeting(**changes):
@@ -149,7 +149,7 @@ def test_strangers_cost_neither_the_run_nor_its_time(monkeypatch):
 
 
 def test_no_more_than_so_many_wait_and_the_oldest_goes_first(monkeypatch):
-    monkeypatch.setattr(meeting, "GUESTS", 4)
+    monkeypatch.setattr(meeting, "MAX_PENDING", 4)
     with Meeting(2) as here:
         silent = [here.connect() for _ in range(10)]
         last = here.connect()
@@ -165,7 +165,7 @@ def test_no_more_than_so_many_wait_and_the_oldest_goes_first(monkeypatch):
 
 
 def test_who_says_nothing_is_let_go(monkeypatch):
-    monkeypatch.setattr(meeting, "PATIENCE", 0.1)
+    monkeypatch.setattr(meeting, "GREETING_SECONDS", 0.1)
     with Meeting(2) as here:
         silent, half = here.connect(), here.connect()
         half.sendall(greeting()[:9])
@@ -213,7 +213,7 @@ def test_who_was_sent_away_is_named_when_time_is_up():
 
 def test_a_process_is_not_fooled_by_what_else_listens_there():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        place = Place(f"127.0.0.1:{server.getsockname()[1]}", 1, 2)
+        address = Address(f"127.0.0.1:{server.getsockname()[1]}", 1, 2)
 
         def answer():
             with server.accept()[0] as sock:
@@ -222,15 +222,15 @@ def test_a_process_is_not_fooled_by_what_else_listens_there():
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(ValueError, match="is no run's process 0"):
-            meeting.join(place, 10.0)
+            meeting.join(address, 10.0)
         thread.join()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this host on Linux alone")
 def test_a_run_on_loopback_listens_nowhere_else():
-    place = Place(f"127.0.0.1:{_free_port()}", 0, 2)
-    with meeting.listening(place), pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", place.port), 5)
+    address = Address(f"127.0.0.1:{_free_port()}", 0, 2)
+    with meeting.listening(address), pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", address.port), 5)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_a_run_on_loopback_listens_nowhere_else():
     ],
 )
 def test_the_address_that_is_listened_at(address, host, jax_address):
-    place = Place(address, 0, 2)
-    assert (place.bind_host, cluster._bind_address(place)) == (host, jax_address)
+    address = Address(address, 0, 2)
+    assert (address.bind_host, cluster._bind_address(address)) == (host, jax_address)
 
 
 def test_jax_s_service_listens_where_the_meeting_did(monkeypatch):

@@ -10,15 +10,15 @@ import time
 import pytest
 
 from hcp_jax.commands.launch import _free_port
-from hcp_jax.train.hosts.watchdog import GONE, Peers, Place
+from hcp_jax.train.hosts.watchdog import GONE, Address, Peers
 
 # One process: meets, agrees, and then does what it is told on its standard input.
 PROCESS = """
 import json, sys, time
-from hcp_jax.train.hosts.watchdog import Peers, Place
+from hcp_jax.train.hosts.watchdog import Peers, Address
 
 place, timeout, silence, same = json.loads(sys.argv[1])
-peers = Peers(Place(*place), timeout, silence)
+peers = Peers(Address(*place), timeout, silence)
 try:
     peers.meet()
     peers.agree(same)
@@ -62,7 +62,7 @@ class Started:
         assert [process.stdout.readline() for process in self.all] == ["met\n"] * len(self.all)
 
     def ended(self, *which):
-        """(exit code, what was said on standard error) of some of them."""
+        """Return (exit code, standard error without process 0's first line) of some of them."""
         found = []
         for i in which:
             code = self.all[i].wait(60)
@@ -126,7 +126,7 @@ def test_a_process_that_speaks_nonsense_is_named(said):
         [(code, error)] = started.ended(0)
         assert code == GONE
         assert error.startswith("hcp: process 1 on ")
-        assert "says what is no message of a run" in error
+        assert "sent what is not a message of a run" in error
 
 
 def test_an_error_that_comes_of_anothers_death_is_told_by_that_ones_name():
@@ -177,7 +177,7 @@ def test_processes_that_do_not_come_are_named_to_those_that_did():
 def test_a_coordinator_that_cannot_be_reached_is_told_in_bounded_time():
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"cannot reach the coordinator at 127\.0\.0\.1:\d+ after"):
-        Peers(Place(f"127.0.0.1:{_free_port()}", 1, 2), timeout=0.5).meet()
+        Peers(Address(f"127.0.0.1:{_free_port()}", 1, 2), timeout=0.5).meet()
     assert time.monotonic() - began < 5
 
 
@@ -191,7 +191,7 @@ def test_a_stranger_at_the_port_is_sent_away():
         place = json.loads(started.all[0].args[3])[0]
         port = int(place[0].rpartition(":")[2])
         _talk(port, b"GET / HTTP/1.1\r\n\r\n")
-        peers = Peers(Place(place[0], 1, 2), timeout=10)
+        peers = Peers(Address(place[0], 1, 2), timeout=10)
         peers.meet()
         peers.agree({"a": 1})
         started.met()
@@ -212,4 +212,4 @@ def _talk(port, said):
 @pytest.mark.parametrize("address", ["host", "host:port", ":1", "host:70000"])
 def test_an_address_is_a_host_and_a_port(address):
     with pytest.raises(ValueError, match="must be ADDRESS:PORT"):
-        Place(address, 0, 1)
+        Address(address, 0, 1)

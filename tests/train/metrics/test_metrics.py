@@ -130,7 +130,7 @@ def test_a_full_disk_stops_the_run_and_names_the_file(tmp_path, monkeypatch, roo
 
 
 def test_a_full_disk_is_told_once_where_training_is_to_go_on(tmp_path, monkeypatch, caplog):
-    recorder = Recorder(tmp_path, 0, tensorboard=False, goes_on=True)
+    recorder = Recorder(tmp_path, 0, tensorboard=False, go_on=True)
     disk = Full(monkeypatch, 70)
     for step in range(6):
         recorder.write(step, {"loss": 1.0})
@@ -140,12 +140,12 @@ def test_a_full_disk_is_told_once_where_training_is_to_go_on(tmp_path, monkeypat
     assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 5]
     first, last = (record.message for record in caplog.records)
     assert "metrics.jsonl cannot be written (No space left on device). Training goes on" in first
-    assert "metrics.jsonl lacks what could not be written, 3 times" in last
+    assert "metrics.jsonl: 3 writes failed; what they held is missing" in last
 
 
 def test_tensorboard_on_a_full_disk_neither_hangs_nor_hides_it(tmp_path, caplog):
     """tensorboardX's own writer dies in a thread, and the eleventh number waits for ever."""
-    recorder = Recorder(tmp_path, 0, tensorboard=True, goes_on=True)
+    recorder = Recorder(tmp_path, 0, tensorboard=True, go_on=True)
 
     class _Broken:
         def write(self, data):
@@ -165,11 +165,11 @@ def test_tensorboard_on_a_full_disk_neither_hangs_nor_hides_it(tmp_path, caplog)
     assert "tensorboard cannot be written (No space left on device)" in caplog.text
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_a_run_folder_that_vanishes_is_told(tmp_path, goes_on):
+@pytest.mark.parametrize("go_on", [False, True])
+def test_a_run_folder_that_vanishes_is_told(tmp_path, go_on):
     folder = tmp_path / "run"
     folder.mkdir()
-    recorder = Recorder(folder, 0, tensorboard=False, goes_on=goes_on)
+    recorder = Recorder(folder, 0, tensorboard=False, go_on=go_on)
     recorder.write(0, {"loss": 1.0})
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="the run folder .*run is gone: it was deleted"):

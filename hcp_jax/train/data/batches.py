@@ -1,0 +1,150 @@
+"""Make batches of packed streams from a corpus: for training without end, for evaluation once.
+
+A batch is a dict of `tokens` and `targets` (`Gathered`: not read yet), `positions` (int32) and
+`weights` (float32, 0 on padding), all `[B, T]`, and `mask`.
+
+Only the seed is random, so the state of a pipeline is a few integers: they are saved with a
+checkpoint, and the batches after it are the same. Streams are packed from the sizes of documents
+alone. Every process does so for the whole global batch, and so has the same state, which fits any
+number of processes. A batch holds references to tokens; `ContextParallel.shard_batch` reads only
+those tokens that belong on a process's own devices.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from hcp_jax.parallel.placing import Gathered
+from hcp_jax.sequence.mask import Mask, causal, documents
+from hcp_jax.train.data.corpus import Corpus
+from hcp_jax.train.data.streams import Segments, Stream, Streams
+from hcp_jax.train.sections import Packing
+
+
+def held_out_batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    seq_len: int,
+    tokens: int | None,
+    mask: Callable[[Int32[np.ndarray, "B T"]], Mask],
+) -> list[dict[str, Any]]:
+    """Return batches to evaluate on; each token comes once, and the order is always the same.
+
+    Args:
+        corpus: the documents.
+        batch_size: B; the last batch is filled up with rows of weight 0.
+        seq_len: T.
+        tokens: about how many tokens; segments are taken evenly from the whole corpus. None: all.
+        mask: as in `make_batches`.
+    """
+    segments = Segments(corpus, seq_len)
+    order = evenly(len(segments))
+    if tokens is not None:
+        order = order[: 1 + np.searchsorted(np.cumsum(segments.sizes[order]), tokens)]
+    rows = list(Streams(segments, None, 1, only=np.sort(order)))
+    rows += [jax.tree.map(np.zeros_like, rows[0])] * (-len(rows) % batch_size)
+    batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    return [_batch(corpus, jax.tree.map(lambda *x: np.stack(x), *batch), mask) for batch in batches]
+
+
+def evenly(number: int) -> Int64[np.ndarray, "n"]:
+    """Return 0 … number - 1 in an order whose first n numbers are spread evenly, for every n.
+
+    Multiples of the golden ratio modulo 1 are so (Knuth, The Art of Computer Programming, 6.4).
+
+    >>> evenly(10)[:3].tolist()
+    [0, 5, 2]
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ divided by the golden ratio
+    return np.argsort(np.arange(number, dtype=np.uint64) * golden, kind="stable")
+
+
+def describe_packing(corpus: Corpus, *, seq_len: int, seed: int, packing: Packing) -> str:
+    """Return a line that says how full streams are and how many documents stay whole in them.
+
+    Args:
+        corpus: the documents.
+        seq_len: T, tokens per stream.
+        seed: as in `make_batches`.
+        packing: as in `make_batches`.
+    """
+    return Streams(Segments(corpus, seq_len), seed, packing=packing).describe()
+
+
+def packing_metrics(corpus: Corpus, batch: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics of how a batch of `make_batches` is packed.
+
+    Args:
+        corpus: the documents.
+        batch: before it is put on devices.
+
+    Returns:
+        "fill", the share of the slots that hold a token, and "whole_documents": the share of whole
+        documents among those that would fit a stream, 1 if there are none. A document that is cut
+        counts in the batch where it begins.
+    """
+    refs, positions = batch["tokens"].places, batch["positions"]
+    used = refs > 0
+    begins = used & (positions == 0)
+    ends = used & np.pad((positions == 0)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    first, last = refs[begins], refs[ends]
+    from_start = first & 2 > 0
+    fits = corpus.sizes_at(first[from_start]) < positions.shape[1]
+    whole = last[from_start] & 1 > 0
+    share = float(whole[fits].mean()) if fits.any() else 1.0
+    return {"fill": float(used.mean()), "whole_documents": share}
+
+
+def _in_documents(segment_ids: Int32[np.ndarray, "B T"]) -> Mask:
+    return causal() & documents(segment_ids, padding_id=0)
+
+
+def make_batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
+    prefetch: int = 2,
+    put: Callable[[dict[str, Any]], Any] = lambda batch: batch,
+    packing: Packing = "whole",
+) -> grain.DatasetIterator[Any]:
+    """Return an iterator over batches of packed streams, in natural order, without end.
+
+    Args:
+        corpus: the documents.
+        batch_size: B, streams per batch, of all processes together.
+        seq_len: T, tokens per stream.
+        seed: seed of the order of the documents.
+        mask: returns the model's mask for streams whose documents have these segment ids
+            (`ModelConfig.mask`).
+        prefetch: batches that a thread prepares ahead.
+        put: called by that thread with each batch, such as `ContextParallel.shard_batch`.
+        packing: whether documents stay whole or every slot is filled; see `DataConfig`.
+    """
+
+    def prepare(rows: Stream) -> Any:
+        return put(_batch(corpus, rows, mask))
+
+    streams = Streams(Segments(corpus, seq_len), seed, packing=packing)
+    batches = streams.batch(batch_size).map(prepare)
+    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
+    return iter(ahead)
+
+
+def _batch(
+    corpus: Corpus, rows: Stream, mask: Callable[[Int32[np.ndarray, "B T"]], Mask]
+) -> dict[str, Any]:
+    return {
+        "tokens": Gathered(rows.refs, corpus.tokens_at),
+        "targets": Gathered(rows.refs, corpus.targets_at),
+        "positions": rows.positions,
+        "weights": (rows.segment_ids > 0).astype(np.float32),
+        "mask": mask(rows.segment_ids),
+    }
