@@ -30,8 +30,8 @@ def ring_pairs(cp: ContextParallel, mask: Mask, length: int) -> Int64[np.ndarray
     Raises:
         ValueError: if the length is no whole layout, or the mask has several rows.
 
-    >>> from hcp_jax.mask import causal
-    >>> from hcp_jax.mesh import make_mesh
+    >>> from hcp_jax.sequence.mask import causal
+    >>> from hcp_jax.parallel.mesh import make_mesh
     >>> cp = ContextParallel(make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
     >>> ring_pairs(cp, causal(), 64)
     array([[136, 128, 128, 128],

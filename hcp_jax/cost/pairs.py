@@ -25,7 +25,7 @@ def chunk_pairs(intervals: "Intervals", chunks: int) -> Int64[np.ndarray, "chunk
     Raises:
         ValueError: if T is no multiple of `chunks`, or there are several rows.
 
-    >>> from hcp_jax.mask import causal
+    >>> from hcp_jax.sequence.mask import causal
     >>> chunk_pairs(causal().intervals(8), 2)
     array([[10,  0],
            [16, 10]])
@@ -99,7 +99,7 @@ def pairs_by_hop(
         layout: "zigzag" or "contiguous".
         ring_size: P; each rank holds the chunks of C / P neighbouring devices.
     """
-    from hcp_jax.layout import chunk_order  # imports jax, which hcp plan --help can do without
+    from hcp_jax.sequence.layout import chunk_order  # imports jax, which hcp plan --help can do without
 
     order = chunk_order(cp_size, layout)
     ordered = table[np.ix_(order, order)]
