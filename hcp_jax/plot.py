@@ -122,7 +122,7 @@ def draw_work(cps: Sequence[ContextParallel], mask: Mask, length: int) -> Figure
 def _require_whole(cp: ContextParallel, length: int) -> None:
     if length != cp.padded_length(length):
         raise ValueError(
-            f"{length} tokens are no whole {cp.layout} layout over {cp.size} devices; draw "
+            f"{length} tokens do not divide into a {cp.layout} layout over {cp.size} devices; draw "
             f"{cp.padded_length(length)}."
         )
 

@@ -10,7 +10,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a cluster: --gpu, --hosts and --gpus-per-host."""
     parser.add_argument(
         "--gpu",
-        type=arguments.filled,
+        type=arguments.non_empty,
         required=True,
         help=f"one of {', '.join(GPUS)}, or a YAML file that describes another",
     )

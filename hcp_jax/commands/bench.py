@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=arguments.folder,
+        type=arguments.writable_folder,
         default=pathlib.Path("benchmarks/results"),
         help="the folder that the table and its plot are written to",
     )
@@ -133,7 +133,7 @@ def _setting(args: argparse.Namespace, mask: str) -> Setting:
     if mask == "packed":
         if args.stream % args.document:
             raise ValueError(
-                f"--stream {args.stream} is no multiple of --document {args.document}; "
+                f"--stream {args.stream} is not a multiple of --document {args.document}; "
                 "give a stream of whole documents."
             )
         documents = args.stream // args.document

@@ -7,8 +7,8 @@ from hcp_jax.base import arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `hcp export`."""
-    parser.add_argument("run", type=arguments.there, help="a run folder")
-    parser.add_argument("out", type=arguments.folder, help="a new folder")
+    parser.add_argument("run", type=arguments.existing_folder, help="a run folder")
+    parser.add_argument("out", type=arguments.writable_folder, help="a new folder")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

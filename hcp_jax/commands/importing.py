@@ -9,12 +9,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `hcp import`."""
     parser.add_argument(
         "folder",
-        type=arguments.filled,
+        type=arguments.non_empty,
         help="a Hugging Face folder: config.json, safetensors, tokenizer.json",
     )
     parser.add_argument(
         "--out",
-        type=arguments.folder,
+        type=arguments.writable_folder,
         metavar="RUNFOLDER",
         help="write config.yaml there, for hcp train; without, show it",
     )

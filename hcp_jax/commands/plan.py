@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hcp plan`."""
     parser.add_argument(
         "--model",
-        type=arguments.filled,
+        type=arguments.non_empty,
         required=True,
         help=f"one of {', '.join(MODELS)}, or a config's path",
     )
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster_arguments(parser)
     parser.add_argument(
         "--implementation",
-        type=arguments.filled,
+        type=arguments.non_empty,
         default="triton",
         help="of the attention core, whose rates are taken (triton)",
     )

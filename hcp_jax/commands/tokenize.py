@@ -25,17 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file of text, JSON lines, JSON, CSV or Parquet, or a folder of them",
     )
     parser.add_argument(
-        "--tokenizer", type=arguments.file, required=True, help="the model's tokenizer.json"
+        "--tokenizer",
+        type=arguments.existing_file,
+        required=True,
+        help="the model's tokenizer.json",
     )
     parser.add_argument(
         "--out",
-        type=arguments.folder,
+        type=arguments.writable_folder,
         required=True,
         help="a new folder, to be named in data.path; one that was begun is gone on with",
     )
     parser.add_argument(
         "--field",
-        type=arguments.filled,
+        type=arguments.non_empty,
         default="text",
         help="field that holds a record's text (text)",
     )

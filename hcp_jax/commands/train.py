@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         metavar="RUN",
-        type=arguments.folder,
+        type=arguments.writable_folder,
         help="this run folder, not a new one: go on if it has a checkpoint, else begin; the same "
         "command can so be given again and again, by a scheduler, say, until the run is done",
     )
@@ -41,7 +41,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        type=arguments.filled,
+        type=arguments.non_empty,
         help="go on from the last checkpoint of this run folder, or of the 'latest'; with its own "
         "config unless one is given",
     )
@@ -155,7 +155,7 @@ def require_can_begin(config: TrainConfig, folder: pathlib.Path | None, simulate
     here.require_runs_here(config, simulated)
     if folder is None:
         try:
-            arguments.folder(config.run_dir)
+            arguments.writable_folder(config.run_dir)
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"run_dir: {error}") from None
 
@@ -212,7 +212,7 @@ def resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
     if args.resume != "latest":
         folder = pathlib.Path(args.resume)
         if not (folder / "config.yaml").is_file():
-            raise ValueError(f"--resume: {folder} is no run folder: it has no config.yaml.")
+            raise ValueError(f"--resume: {folder} is not a run folder: it has no config.yaml.")
         return folder
     from hcp_jax.train import folder as run_folders
 

@@ -23,7 +23,7 @@ def chunk_pairs(intervals: "Intervals", chunks: int) -> Int64[np.ndarray, "chunk
         chunks: how many equal chunks the stream is cut into.
 
     Raises:
-        ValueError: if T is no multiple of `chunks`, or there are several rows.
+        ValueError: if T is not a multiple of `chunks`, or there are several rows.
 
     >>> from hcp_jax.sequence.mask import causal
     >>> chunk_pairs(causal().intervals(8), 2)
@@ -99,7 +99,8 @@ def pairs_by_hop(
         layout: "zigzag" or "contiguous".
         ring_size: P; each rank holds the chunks of C / P neighbouring devices.
     """
-    from hcp_jax.sequence.layout import chunk_order  # imports jax, which hcp plan --help can do without
+    # Imported here, because it imports jax, and `hcp plan --help` must not.
+    from hcp_jax.sequence.layout import chunk_order
 
     order = chunk_order(cp_size, layout)
     ordered = table[np.ix_(order, order)]

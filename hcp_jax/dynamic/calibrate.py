@@ -23,7 +23,9 @@ from hcp_jax.dynamic.cost import Cost, TimedMicrobatch, model_cost
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the arguments that `run` reads."""
-    parser.add_argument("rows", type=arguments.file, help="a JSON object per line and microbatch")
+    parser.add_argument(
+        "rows", type=arguments.existing_file, help="a JSON object per line and microbatch"
+    )
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-12x2048")
     parser.add_argument("--devices-per-host", type=arguments.whole(), default=8)
     parser.add_argument(
@@ -76,7 +78,8 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
             )
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}:{number} is no object of layout, lengths, tokens and seconds: {error}"
+                f"{path}:{number} is not an object with layout, lengths, tokens and seconds: "
+                f"{error}"
             ) from None
         if len(rows[-1].layout) != len(rows[-1].lengths):
             raise ValueError(f"{path}:{number} needs one list of lengths for each group.")

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run` reads."""
     parser.add_argument(
         "--lengths",
-        type=arguments.filled,
+        type=arguments.non_empty,
         required=True,
         help="lognormal:mean=…,sigma=…,min=…,max=… (mean of the clipped lengths), "
         "uniform:min=…,max=…, mix:share@length,…, a CSV file, or a folder that hcp tokenize made",
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices-per-host", type=arguments.whole(), default=8)
     parser.add_argument(
         "--cost",
-        type=arguments.file,
+        type=arguments.existing_file,
         default=None,
         metavar="FILE",
         help="of `hcp dynamic calibrate`",

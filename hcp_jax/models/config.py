@@ -83,7 +83,7 @@ class ModelConfig:
             )
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}; "
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
                 "change one of them or give head_size."
             )
         if self.head_dim % 2:

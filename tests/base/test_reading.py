@@ -11,7 +11,7 @@ import pytest
 from hcp_jax.base import reading
 from hcp_jax.train import config
 
-CONFIG = (pathlib.Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text()
+CONFIG = (pathlib.Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text()
 
 REFUSED = {
     "an alias": ("a: &x [1, 1]\nb: [*x, *x]", r"anchor or alias \(& or \*\) \(line 1\)"),
@@ -96,9 +96,9 @@ def test_what_is_no_text_of_its_size_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             reading.read_yaml(tmp_path / "x")
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         reading.read_yaml(tmp_path / "fifo")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         reading.read_yaml("/dev/zero")
 
 

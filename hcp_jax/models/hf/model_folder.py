@@ -56,7 +56,7 @@ def require(folder: pathlib.Path) -> None:
         there = is_folder = False
     if is_folder:
         if not reading.is_regular(folder / CONFIG):
-            raise ValueError(f"{text} is no Hugging Face folder: {_what_else(folder)}")
+            raise ValueError(f"{text} is not a Hugging Face folder: {_what_else(folder)}")
         return
     if there:
         raise ValueError(f"{text} is a file; give the Hugging Face folder with its {CONFIG}.")
@@ -66,12 +66,12 @@ def require(folder: pathlib.Path) -> None:
     if hub and not folder.is_absolute() and not hub[1].startswith("."):
         name = hub[1].split("/")[1]
         raise ValueError(
-            f"{text} is no folder here. Weights are read from a local folder, and nothing is "
+            f"{text} is not a folder here. Weights are read from a local folder, and nothing is "
             f"downloaded. If it is a model of the Hugging Face Hub: hf download {hub[1]} "
             f"--local-dir {name} (pip install huggingface_hub), then give the folder {name}."
         )
     raise ValueError(
-        f"{text} is no Hugging Face folder: it has no {CONFIG}, since there is no such folder."
+        f"{text} is not a Hugging Face folder: it has no {CONFIG}, because it does not exist."
     )
 
 
@@ -148,11 +148,12 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     try:
         held: Any = reading.read_json(index, _INDEX_BYTES)
     except ValueError as error:
-        raise ValueError(f"{printable(index)} is no index of tensors ({error})") from None
+        raise ValueError(f"{printable(index)} is not an index of tensors ({error})") from None
     placed = held.get("weight_map") if isinstance(held, dict) else None
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise ValueError(
-            f"{printable(index)} is no index of tensors: it needs a weight_map of names and files."
+            f"{printable(index)} is not an index of tensors: it needs a weight_map "
+            "from tensor names to files."
         )
     return placed
 

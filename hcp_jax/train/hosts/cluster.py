@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     of.add_argument(
         "--coordinator",
-        type=arguments.filled,
+        type=arguments.non_empty,
         metavar="ADDRESS:PORT",
         help="where process 0 is reached by the others",
     )
