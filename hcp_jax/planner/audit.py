@@ -25,7 +25,8 @@ from hcp_jax.parallel.mesh import xla_flags
 from hcp_jax.parallel.microbatch import abstract_microbatch
 from hcp_jax.sequence.mask import intervals
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.step import abstract_state, make_optimizer, make_train_step
+from hcp_jax.train.optimizer import make_optimizer
+from hcp_jax.train.step import abstract_state, make_train_step
 
 
 def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
