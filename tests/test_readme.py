@@ -44,7 +44,7 @@ def test_every_mask_of_the_face_is_in_the_table():
     made = {
         name
         for name in hcp_jax.__all__
-        if getattr(getattr(hcp_jax, name), "__module__", "").endswith("mask")
+        if getattr(getattr(hcp_jax, name), "__module__", "").endswith(".mask")
     }
     assert made - {"Mask"} <= set(support.MASKS)
 
