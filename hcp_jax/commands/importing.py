@@ -1,4 +1,4 @@
-"""`hcp import`: its command line; hcp_jax.train.hf.importing does the work."""
+"""Run `hcp import`; hcp_jax.train.hf.importing does the work."""
 
 import argparse
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=arguments.writable_folder,
         metavar="RUNFOLDER",
-        help="write config.yaml there, for hcp train; without, show it",
+        help="write config.yaml there, for hcp train; without this option, print it",
     )
 
 

@@ -1,4 +1,4 @@
-"""`hcp plot`: its command line; hcp_jax.train.metrics.figures does the work."""
+"""Run `hcp plot`; hcp_jax.train.metrics.figures does the work."""
 
 import argparse
 import pathlib
