@@ -232,7 +232,7 @@ def _with_tiles(implementation: str, tiles: Any, mask: Any, q, k, v):
     return attention(spec, q, k, v, intervals, None, return_residual=False)[0]
 
 
-def _with_gradients(attention):
+def _with_gradients(attention: Any) -> Any:
     import jax
 
     def run(q, k, v, dout):
