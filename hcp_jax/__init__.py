@@ -1,4 +1,4 @@
-"""Hierarchical context parallelism for JAX on GPU device meshes.
+"""Provide hierarchical context parallelism for JAX on GPU device meshes.
 
     import hcp_jax as hcp
 
@@ -6,8 +6,8 @@
     cp = hcp.ContextParallel(mesh, comm_type="a2a+p2p")
     out = hcp.dot_product_attention(q, k, v, cp=cp, mask=hcp.causal())
 
-The names below are the library's face. They are imported on first use, so that the command line can
-set up the platform, and `hcp_jax.dynamic` can plan on a host, before anything imports jax.
+The names below are the public interface. They are imported on first use, so that the command line
+can set up the platform, and `hcp_jax.dynamic` can schedule, before anything imports jax.
 """
 
 import importlib

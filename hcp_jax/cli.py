@@ -1,13 +1,14 @@
-"""The `hcp` command: a table of subcommands, the platform they start on, and how errors are told.
+"""Run the `hcp` command: find the subcommand, set up the platform, and report errors.
 
-A subcommand is a module with two functions, `add_arguments(parser)` and `run(args) -> exit code`,
-and may have two more: `num_devices(args)`, if it runs on the devices of a mesh, and
-`uses_jax(args)`, if it can do without jax. It is imported when it is called for, so that
-`hcp --help` imports nothing else, and imports jax no sooner than in one of these functions, so that
+A subcommand is a module with two functions, `add_arguments(parser)` and `run(args) -> exit code`.
+It may have two more: `num_devices(args)`, if it runs on the devices of a mesh, and
+`uses_jax(args)`, if it can run without jax. A subcommand's module is imported only when it is
+called, so `hcp --help` imports no other module. It imports jax only inside these functions, so
 `hcp COMMAND --help` and the refusal of an option need no jax.
 
-An error of the user's is one line on standard error and exit code 2; a run that goes wrong
-(a loss that is no number) is one line and exit code 1. With HCP_DEBUG=1 they are tracebacks.
+An error of the user prints one line on standard error and exits with code 2. A run that fails
+(a loss that is NaN or infinite) prints one line and exits with code 1. With HCP_DEBUG=1 both print
+tracebacks.
 """
 
 import argparse
@@ -22,13 +23,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from hcp_jax.base import terminal, watch
 
 
 class Command(NamedTuple):
-    """A subcommand: the module that has `add_arguments` and `run`, and what it does in a line."""
+    """A subcommand: the module that has `add_arguments` and `run`, and a one-line summary."""
 
     module: str
     summary: str
@@ -51,22 +52,22 @@ COMMANDS = {
 
 
 MOST_SIMULATED = 1024
-"""Devices that one process may simulate: each costs memory and threads."""
+"""Most devices that one process may simulate; each costs memory and threads."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, with the nearest right option.
+    """Argument parser that reports an error in one line, with the nearest known option.
 
-    Options may be written with `-` or with `_`: `--seq-len` is `--seq_len`.
+    Options may be written with `-` or `_`: `--seq-len` means `--seq_len`.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else list(args)
         spelt = self._spelt(given)
-        if not self._subparsers:  # whose options those would be
+        if not self._subparsers:  # otherwise the options belong to a subparser
             self._require_known(spelt)
         parsed, unknown = super().parse_known_args(spelt, namespace)
         if unknown:
@@ -75,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def _require_known(self, args: list[str]) -> None:
-        """Refuse the first unknown option: argparse would rather ask for one that is missing."""
+        """Refuse the first unknown option; argparse would first report a missing argument."""
         known = self._options()
         for arg in itertools.takewhile(lambda arg: arg != "--", args):
             name = arg.partition("=")[0]
@@ -91,13 +92,13 @@ class _Parser(argparse.ArgumentParser):
         return [option for action in self._actions for option in action.option_strings]
 
     def _spelt(self, args: list[str]) -> list[str]:
-        """Return `args` with each option spelt as it is known, and -1e-3 joined to its option."""
+        """Return `args` with options in their known spelling, and -1e-3 joined to its option."""
         known = {_one_spelling(option): option for option in self._options()}
         spelt: list[str] = []
         for arg in args:
             name, equals, value = arg.partition("=")
             if spelt and spelt[-1] in known.values() and _is_negative_number(arg):
-                spelt[-1] = f"{spelt[-1]}={arg}"  # argparse would take -1e-3 for an option
+                spelt[-1] = f"{spelt[-1]}={arg}"  # argparse would read -1e-3 as an option
             elif name.startswith("--") and len(name) > 2:
                 spelt.append(known.get(_one_spelling(name), name) + equals + value)
             else:
@@ -118,7 +119,7 @@ def _is_negative_number(text: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (`sys.argv` if None); returns the exit code."""
+    """Run the command line `argv` (`sys.argv` if None) and return the exit code."""
     logging.basicConfig(handlers=[terminal.log_handler()], level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
     terminated = 0 if argv[:1] == ["train"] else 143
@@ -154,22 +155,24 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(rest)
     if not hasattr(module, "uses_jax") or module.uses_jax(args):
         set_up_platform(module.num_devices(args) if hasattr(module, "num_devices") else None)
-    return module.run(args)
+    code: int = module.run(args)
+    return code
 
 
 def set_up_platform(num_devices: int | None = None) -> None:
     """Choose NVIDIA GPUs if they can be used, else devices simulated on the CPU.
 
     Call it before jax starts: before the first array, or the first call of `jax.devices`. On GPUs
-    it adds `hcp.xla_flags` to XLA_FLAGS. What the user chose in JAX_PLATFORMS,
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS stays as it is. On a machine without a GPU it also keeps
-    jax's CUDA plugin, if one is installed, from printing a traceback.
+    it adds `hcp.xla_flags` to XLA_FLAGS. Values that the user set in JAX_PLATFORMS,
+    JAX_NUM_CPU_DEVICES or XLA_FLAGS are kept. On a machine without a GPU it also prevents jax's
+    CUDA plugin, if one is installed, from printing a traceback.
 
     Args:
-        num_devices: how many devices to simulate on the CPU; None for jax's default, one.
+        num_devices: number of devices to simulate on the CPU; None for jax's default, one.
 
     Raises:
-        RuntimeError: from jax, if it has started and has another number of devices.
+        RuntimeError: from jax, if it has already started with another number of devices.
+        ValueError: if there is no GPU and `num_devices` is more than can be simulated.
 
     >>> import hcp_jax as hcp
     >>> hcp.set_up_platform(8)
@@ -178,7 +181,7 @@ def set_up_platform(num_devices: int | None = None) -> None:
 
     gpu = None if os.environ.get("JAX_PLATFORMS") else _gpu_kind()
     if gpu is None and not os.environ.get("JAX_PLATFORMS"):
-        # Also keeps a CUDA plugin that finds no GPU from telling so in a traceback.
+        # This also prevents a CUDA plugin that finds no GPU from printing a traceback.
         jax.config.update("jax_platforms", "cpu")
     given = os.environ.get("XLA_FLAGS", "")
     if gpu is not None:
@@ -197,7 +200,7 @@ def set_up_platform(num_devices: int | None = None) -> None:
 
 
 def _gpu_kind() -> str | None:
-    """The name of the NVIDIA GPU that jax can use here; None if there is none, or no plugin."""
+    """Return the name of the NVIDIA GPU that jax can use; None without a GPU or a plugin."""
     smi = shutil.which("nvidia-smi")
     listed = ""
     if smi is not None:
@@ -213,7 +216,7 @@ def _gpu_kind() -> str | None:
             file=sys.stderr,
         )
         return None
-    # Old drivers name a GPU without its brand.
+    # Old drivers report a GPU's name without its brand.
     return f"NVIDIA {(listed or 'GPU').splitlines()[0].removeprefix('NVIDIA ')}"
 
 
@@ -233,13 +236,13 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "'hcp COMMAND --help' tells more. HCP_DEBUG=1 shows errors as tracebacks.",
+            "Run 'hcp COMMAND --help' for its options. HCP_DEBUG=1 shows errors as tracebacks.",
         ]
     )
 
 
 def _hint(name: str, known: Iterable[str], see: str = "--help") -> str:
-    """Return the end of a message: the nearest known name, or an option whose key ends so."""
+    """Return a hint for the end of an error: the nearest name, or an option that ends in it."""
     name, options = _one_spelling(name.split("=")[0]), list(known)
     spelt = {_one_spelling(option): option for option in options}
     # `--context-parallel-size` is the last part of `--parallel.context_parallel_size`.

@@ -1,9 +1,10 @@
-"""Pictures of context parallelism: which device holds and sees what, and how even the work is.
+"""Draw context parallelism: which device holds and sees which tokens, and how even the work is.
 
-Drawn from the same intervals, layouts and counts of pairs that the library computes with.
+The pictures use the same intervals, layouts and counts of pairs as the library's computations.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -20,18 +21,18 @@ from hcp_jax.sequence.mask import Mask
 
 
 def ring_pairs(cp: ContextParallel, mask: Mask, length: int) -> Int64[np.ndarray, "ring hops"]:
-    """Visible (query, key) pairs of every ring rank at every hop.
+    """Count the visible (query, key) pairs of every ring rank at every hop.
 
     Args:
-        cp: with one comm type; a gather, or no move of K and V, is a ring of one.
+        cp: context with one comm type; without a ring, all devices count as one ring rank.
         mask: one row, in natural order.
-        length: T, a whole layout (`cp.padded_length(T) == T`).
+        length: T, which must need no padding (`cp.padded_length(T) == T`).
 
     Raises:
-        ValueError: if the length is no whole layout, or the mask has several rows.
+        ValueError: if the length needs padding, or the mask has several rows.
 
-    >>> from hcp_jax.mask import causal
-    >>> from hcp_jax.mesh import make_mesh
+    >>> from hcp_jax.sequence.mask import causal
+    >>> from hcp_jax.parallel.mesh import make_mesh
     >>> cp = ContextParallel(make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
     >>> ring_pairs(cp, causal(), 64)
     array([[136, 128, 128, 128],
@@ -40,19 +41,19 @@ def ring_pairs(cp: ContextParallel, mask: Mask, length: int) -> Int64[np.ndarray
            [136, 128, 128, 128]])
     """
     _require_whole(cp, length)
-    _, move, by = cp.strategy
-    ring = cp.axis_size(move) if by == "ring" else 1
+    strategy = cp.strategy
+    ring = cp.axis_size(strategy.move) if strategy.by == "ring" else 1
     table = chunk_pairs(mask.intervals(length), runs_per_device(cp.layout) * cp.size)
     return pairs_by_hop(table, cp.size, cp.layout, ring)
 
 
 def draw_mask(cps: Sequence[ContextParallel], mask: Mask, length: int) -> Figure:
-    """The mask in natural order, each query in the colour of the device that holds it.
+    """Draw a mask in natural order, each query in the colour of the device that holds it.
 
     Args:
-        cps: one panel for each; they may differ in their layout.
-        mask: one row.
-        length: T, a whole layout, small enough to be drawn (a few hundred).
+        cps: contexts, one panel for each; they may differ in their layout.
+        mask: one row, in natural order.
+        length: T, which must need no padding; small enough to draw (a few hundred tokens).
     """
     figure, panels = _panels(len(cps), 1, height=5.2)
     for cp, axes in zip(cps, panels[0], strict=True):
@@ -66,11 +67,11 @@ def draw_mask(cps: Sequence[ContextParallel], mask: Mask, length: int) -> Figure
         colours = _colours(cp.size)[device]
         image = np.where(((key >= start) & (key < end))[..., None], colours[:, None], 1.0)
         axes.imshow(image, extent=(0, length, length, 0), interpolation="nearest")
-        # The stream itself along the top: which device holds each key.
+        # Draw the stream along the top: which device holds each key.
         strip = axes.inset_axes((0, 1.02, 1, 0.045))
         strip.imshow(colours[None], extent=(0, length, 0, 1), aspect="auto")
         strip.set_axis_off()
-        strip.set_title(f"{cp.layout}: who holds which token", fontsize=11)
+        strip.set_title(f"{cp.layout}: device that holds each token", fontsize=11)
         axes.set(xlabel="key (global index)", ylabel="query (global index)")
     handles = [
         Patch(color=colour, label=f"{number}")
@@ -83,15 +84,15 @@ def draw_mask(cps: Sequence[ContextParallel], mask: Mask, length: int) -> Figure
 
 
 def draw_work(cps: Sequence[ContextParallel], mask: Mask, length: int) -> Figure:
-    """Visible pairs of every ring rank, hop upon hop; below, what every hop waits for.
+    """Draw the visible pairs of every ring rank, stacked by hop, above those of the busiest rank.
 
-    All ranks wait at every hop for the busiest one, so that the sum of the lower bars is what the
-    ring takes to compute.
+    At every hop all ranks wait for the busiest one, so the sum of the lower bars is the compute
+    time of the ring.
 
     Args:
-        cps: one column for each.
-        mask: one row.
-        length: T, a whole layout.
+        cps: contexts, one column for each.
+        mask: one row, in natural order.
+        length: T, which must need no padding.
     """
     figure, panels = _panels(len(cps), 2, height=5.6, sharey="row")
     for cp, above, below in zip(cps, *panels, strict=True):
@@ -122,20 +123,19 @@ def draw_work(cps: Sequence[ContextParallel], mask: Mask, length: int) -> Figure
 def _require_whole(cp: ContextParallel, length: int) -> None:
     if length != cp.padded_length(length):
         raise ValueError(
-            f"{length} tokens are no whole {cp.layout} layout over {cp.size} devices; draw "
+            f"{length} tokens do not divide into a {cp.layout} layout over {cp.size} devices; draw "
             f"{cp.padded_length(length)}."
         )
 
 
-def _panels(columns: int, rows: int, height: float, **options) -> tuple[Figure, np.ndarray]:
-    # A figure of its own, not pyplot's: nothing global changes, and a notebook shows it all the
-    # same.
+def _panels(columns: int, rows: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    # The figure is created without pyplot, so no global state changes; notebooks still show it.
     figure = Figure(figsize=(5.0 * columns + 1.2, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _colours(devices: int) -> np.ndarray:
-    """One RGB colour per device, as far apart as there is room."""
+    """Return one RGB colour per device, as different as possible."""
     name = "Set2" if devices <= 8 else "hsv"
     chosen = np.arange(devices) if devices <= 8 else np.linspace(0, 0.95, devices)
     return colormaps[name](chosen)[:, :3]

@@ -1,11 +1,11 @@
-"""The table of what is supported: asked of the code that decides it, never written by hand.
+"""Generate the README's table of what is supported, by calling the code that decides it.
 
     python -m hcp_jax.support README.md
 
 For every strategy, layout, mask and head shape, attention and its gradient are traced on eight
-simulated devices, with sinks, a soft cap, v heads of another size and lse as a second output, and
-what the call raises is the answer. The table is what stands in the README between two marks; a test
-makes it anew and compares. Whether the numbers are right is for tests/attention to say.
+simulated devices, with sinks, a soft cap, v heads of another size and lse as a second output. The
+table says "yes" unless the call raises. It lies between two marks in the README; a test generates
+it again and compares. tests/attention checks that the numbers are right.
 """
 
 import functools
@@ -21,7 +21,8 @@ import numpy as np
 
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.heads import replicate_kv
-from hcp_jax.parallel.context import STRATEGIES, ContextParallel
+from hcp_jax.cost.traffic import STRATEGIES
+from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import make_mesh
 from hcp_jax.sequence import mask as masks
 from hcp_jax.sequence.dense_mask import from_dense
@@ -30,7 +31,7 @@ from hcp_jax.sequence.layout import LAYOUTS
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
 OUTER, INNER = 2, 4
-LENGTH = 100  # no multiple of anything: documents and streams have any length
+LENGTH = 100  # needs padding in both layouts, as real streams do
 HEADS = {"MHA": [(32, 32)], "GQA": [(32, 8), (32, 2), (12, 4), (6, 2)], "MQA": [(32, 1)]}
 MASKS = {
     "causal": masks.causal(),
@@ -49,7 +50,7 @@ MASKS["causal & documents & sliding_window"] = (
 
 
 class Case(NamedTuple):
-    """One cell of the product, before anything is merged."""
+    """One combination of strategy, layout, mask and heads."""
 
     comm_type: str
     layout: str
@@ -59,13 +60,13 @@ class Case(NamedTuple):
 
 
 def refusal(case: Case) -> str | None:
-    """Why attention or its gradient cannot do this, in its own words; None if it can."""
+    """Return the error that attention or its gradient raises for a case; None if it works."""
     cp = _context(case.comm_type, case.layout)
-    mask = _placed(case.layout, case.mask)
+    mask = _placed_mask(case.layout, case.mask)
     size, heads, kv_heads = cp.padded_length(LENGTH), case.query_heads, case.kv_heads
     shapes = ((1, size, heads, 16), (1, size, kv_heads, 16), (1, size, kv_heads, 24), (heads,))
 
-    def total(q, k, v, sinks):
+    def total(q: Any, k: Any, v: Any, sinks: Any) -> Any:
         both: Any = dot_product_attention(
             q,
             k,
@@ -87,7 +88,7 @@ def refusal(case: Case) -> str | None:
 
 
 def markdown() -> str:
-    """The table, with what it refuses below it; needs eight devices."""
+    """Return the table in Markdown, with the refusals below it; needs eight devices."""
     names = list(itertools.product(LAYOUTS, MASKS))
     reasons: dict[str, int] = {}
     lines = [
@@ -95,7 +96,7 @@ def markdown() -> str:
         "|---|---|" + "---|" * len(STRATEGIES),
     ]
     for kind, heads in _head_shapes():
-        alike: dict[tuple, list] = {}
+        alike: dict[tuple[str | None, ...], list[tuple[str, str]]] = {}
         for layout, mask in names:
             cells = tuple(refusal(Case(s, layout, mask, *heads)) for s in STRATEGIES)
             alike.setdefault(cells, []).append((layout, mask))
@@ -123,11 +124,11 @@ def markdown() -> str:
     )
 
 
-def written(text: str, table: str) -> str:
-    """`text` with `table` between its marks.
+def insert_table(text: str, table: str) -> str:
+    """Return `text` with `table` between its marks.
 
     Raises:
-        ValueError: if the marks are not there.
+        ValueError: if the marks are missing.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -145,8 +146,8 @@ def _context(comm_type: str, layout: str) -> ContextParallel:
 
 
 @functools.cache
-def _placed(layout: str, mask: str) -> masks.Mask:
-    # As shard_batch places it: numbers, so that one trace serves all masks.
+def _placed_mask(layout: str, mask: str) -> masks.Mask:
+    # Placed as by shard_batch, a mask is data, so one trace serves all masks.
     return _context("p2p", layout).place(MASKS[mask], LENGTH)
 
 
@@ -177,4 +178,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m hcp_jax.support README.md")
     path = pathlib.Path(sys.argv[1])
-    path.write_text(written(path.read_text(), markdown()))
+    path.write_text(insert_table(path.read_text(), markdown()))

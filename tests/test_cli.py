@@ -125,7 +125,7 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
         (["train", QUICKSTART, "--steps"], "argument --steps: expected one argument"),
         (["train", QUICKSTART, "--parallel.comm_type", "p2q"], "unknown comm_type 'p2q'"),
         (["train", QUICKSTART, "--data.path", "/gone"], "data.path: /gone does not exist"),
-        (["train", "--resume", "/gone"], "/gone is no run folder"),
+        (["train", "--resume", "/gone"], "/gone is not a run folder"),
         (["train", "--resume", "latest", "--run_dir", "/gone"], "no runs in /gone"),
         (["audit", DYNAMIC, "--gpu", "h200", "--hosts", "1"], "name one with --groups"),
         (["train", QUICKSTART, "--distributed"], "no job of Slurm, Open MPI or Kubernetes"),

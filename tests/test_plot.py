@@ -41,5 +41,5 @@ def test_the_busiest_rank_sets_the_pace():
 
 def test_a_length_that_is_no_whole_layout_is_told():
     cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=8))
-    with pytest.raises(ValueError, match=r"60 tokens are no whole zigzag layout.*draw 64"):
+    with pytest.raises(ValueError, match=r"60 tokens do not divide into a zigzag layout.*draw 64"):
         plot.draw_mask([cp], hcp.causal(), 60)

@@ -35,7 +35,7 @@ def test_the_example_runs_and_agrees_with_one_device():
 
 @pytest.mark.slow
 def test_the_table_of_what_is_supported_is_what_the_code_answers():
-    assert support.written(README, support.markdown()) == README, (
+    assert support.insert_table(README, support.markdown()) == README, (
         "run python -m hcp_jax.support README.md"
     )
 
@@ -44,7 +44,7 @@ def test_every_mask_of_the_face_is_in_the_table():
     made = {
         name
         for name in hcp_jax.__all__
-        if getattr(getattr(hcp_jax, name), "__module__", "").endswith("mask")
+        if getattr(getattr(hcp_jax, name), "__module__", "").endswith(".mask")
     }
     assert made - {"Mask"} <= set(support.MASKS)
 

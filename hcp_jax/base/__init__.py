@@ -1,1 +1,1 @@
-"""What every room may use: checked values, safe reading and printing, config fields; no jax."""
+"""Helpers for every room: argument checks, safe reading and printing, config fields; no jax."""

@@ -1,7 +1,8 @@
-"""Values of the command line: types for argparse, which check at the door.
+"""Parse values of the command line: argparse types that check each value before any work starts.
 
 Each function takes the text of one option and returns its value, or raises ArgumentTypeError with
-what came and what is needed. No jax, no NumPy: `hcp COMMAND --help` imports this.
+what came and what is needed. It imports neither jax nor NumPy, because `hcp COMMAND --help`
+imports it.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Callable
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 MOST_TOKENS = 2**31 - 1
-"""The longest stream: positions in it are int32."""
+"""Longest stream; token positions are int32."""
 
 
 def length(text: str) -> int:
@@ -37,9 +38,9 @@ def length(text: str) -> int:
 
 
 def parse_length(text: str) -> int | None:
-    """Return the whole number that a text says, with K, M and G for 1024, 1024² and 1024³.
+    """Return the whole number in a text such as "128K"; K, M and G mean 1024, 1024² and 1024³.
 
-    None if it says no whole number.
+    Return None if the text is not a whole number.
     """
     found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kmg]?)", text.strip().lower())
     if found is None:
@@ -52,7 +53,7 @@ def parse_length(text: str) -> int | None:
 
 
 def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return a type for whole numbers from `least` to `most`."""
+    """Return an argparse type for whole numbers from `least` to `most`."""
 
     def convert(text: str) -> int:
         try:
@@ -68,7 +69,7 @@ def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """Return a finite number above 0."""
+    """Return the text as a finite number greater than 0."""
     try:
         value = float(text)
     except ValueError:
@@ -78,16 +79,16 @@ def positive(text: str) -> float:
     return value
 
 
-def filled(text: str) -> str:
-    """Return a text that is not empty."""
+def non_empty(text: str) -> str:
+    """Return the text unchanged; refuse it if it is empty or blank."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a value, or leave the option out")
     return text
 
 
-def there(text: str) -> pathlib.Path:
-    """Return the path of a folder that exists."""
-    path = pathlib.Path(filled(text))
+def existing_folder(text: str) -> pathlib.Path:
+    """Return the text as the path of a folder that exists."""
+    path = pathlib.Path(non_empty(text))
     if not _exists(path):
         raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
     if not path.is_dir():
@@ -95,9 +96,9 @@ def there(text: str) -> pathlib.Path:
     return path
 
 
-def file(text: str) -> pathlib.Path:
-    """Return the path of a file that exists."""
-    path = pathlib.Path(filled(text))
+def existing_file(text: str) -> pathlib.Path:
+    """Return the text as the path of a file that exists."""
+    path = pathlib.Path(non_empty(text))
     if not _exists(path):
         raise argparse.ArgumentTypeError(f"{text}: there is no such file")
     if path.is_dir():
@@ -105,9 +106,9 @@ def file(text: str) -> pathlib.Path:
     return path
 
 
-def folder(text: str) -> pathlib.Path:
-    """Return the path of a folder that is there, or can be made."""
-    path = pathlib.Path(filled(text))
+def writable_folder(text: str) -> pathlib.Path:
+    """Return the text as the path of a folder that exists and is writable, or can be created."""
+    path = pathlib.Path(non_empty(text))
     _require_writable(path, "a folder")
     if _exists(path) and not path.is_dir():
         raise argparse.ArgumentTypeError(f"needs a folder, and {text} is a file")
@@ -115,17 +116,17 @@ def folder(text: str) -> pathlib.Path:
 
 
 def output(*suffixes: str, screen: bool = False) -> Callable[[str], str]:
-    """Return a type for files to write: refused before the work that fills them.
+    """Return an argparse type for a file to write; it checks now that the file can be written.
 
     Args:
-        *suffixes: what the name may end in, such as ".png"; anything if none is given.
-        screen: accept `-`, which stands for the screen.
+        *suffixes: allowed file name suffixes, such as ".png"; any suffix if none is given.
+        screen: also accept `-`, which means standard output.
     """
 
     def convert(text: str) -> str:
         if screen and text == "-":
             return text
-        path = pathlib.Path(filled(text))
+        path = pathlib.Path(non_empty(text))
         if _exists(path) and path.is_dir():
             raise argparse.ArgumentTypeError(f"needs a file, and {text} is a folder")
         if suffixes and path.suffix.lower() not in suffixes:
@@ -145,24 +146,27 @@ def _exists(path: pathlib.Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL in it
+    except (OSError, ValueError) as error:  # the name is too long or contains a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(f"{str(path)[:200]!r}: {reason}") from None
     return True
 
 
 def _require_writable(path: pathlib.Path, what: str) -> None:
-    """Refuse a path where `what` cannot be written, as far as the file system says beforehand."""
-    there = path
-    while not _exists(there) and there != there.parent:
-        there = there.parent
-    if not there.is_dir() and there != path:
-        raise argparse.ArgumentTypeError(f"{path}: {there} is not a folder")
+    """Raise ArgumentTypeError if `what` cannot be written at `path`.
+
+    The check creates and deletes a temporary file in the nearest existing folder.
+    """
+    existing = path
+    while not _exists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() and existing != path:
+        raise argparse.ArgumentTypeError(f"{path}: {existing} is not a folder")
     try:
-        if there.is_dir():
-            # To ask for permissions is not enough: /proc, or a full disk, would grant them.
-            tempfile.TemporaryFile(dir=there).close()
-        elif not os.access(there, os.W_OK):
+        if existing.is_dir():
+            # Permission bits are not enough: they also look fine in /proc and on a full disk.
+            tempfile.TemporaryFile(dir=existing).close()
+        elif not os.access(existing, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise argparse.ArgumentTypeError(

@@ -1,4 +1,4 @@
-"""Check the numbers that users pass, with one wording for every public function; needs no jax."""
+"""Check numbers that users pass, with the same error wording in every public function; no jax."""
 
 import math
 import operator
@@ -6,24 +6,24 @@ from typing import Any
 
 import numpy as np
 
-# Beyond these, float32 loses x / cap or cap * tanh(x / cap) for common logits x.
+# Outside these bounds float32 cannot represent x / cap or cap * tanh(x / cap) for common logits x.
 _LEAST_CAP, _GREATEST_CAP = 1e-30, 1e30
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
     """Return `value` as an int.
 
-    Python and NumPy integers pass. Booleans, floats and strings do not, even where Python would
-    convert them.
+    Python and NumPy integers are accepted. Booleans, floats and strings are refused, even where
+    Python would convert them.
 
     Args:
-        name: what the caller calls the argument.
-        value: what was given.
-        least: the least value that is allowed; any if None.
-        most: the greatest value that is allowed; any if None.
+        name: name of the argument, for the error.
+        value: value to check.
+        least: smallest allowed value; no bound if None.
+        most: largest allowed value; no bound if None.
 
     Raises:
-        ValueError: unless `value` is an integer between `least` and `most`.
+        ValueError: if `value` is not an integer between `least` and `most`.
 
     >>> integer("window", 3, least=1)
     3
@@ -43,12 +43,12 @@ def number(name: str, value: Any, *, none: str = "") -> float:
     """Return `value` as a finite float.
 
     Args:
-        name: what the caller calls the argument.
-        value: what was given.
-        none: what passing None would mean, for the error.
+        name: name of the argument, for the error.
+        value: value to check.
+        none: hint about the meaning of None, appended to the error.
 
     Raises:
-        ValueError: for NaN, infinity, booleans, and what is no number.
+        ValueError: if `value` is NaN, infinite, a boolean, or not a number.
     """
     found = _float(value)
     if not math.isfinite(found):
@@ -58,10 +58,10 @@ def number(name: str, value: Any, *, none: str = "") -> float:
 
 
 def soft_cap(name: str, value: Any) -> float:
-    """Return a soft cap of logits as a float.
+    """Return a soft cap for logits as a float.
 
     Raises:
-        ValueError: unless it is a positive number that float32 can divide by.
+        ValueError: if it is not a positive number that float32 can divide by.
     """
     found = _float(value)
     if not _LEAST_CAP <= found <= _GREATEST_CAP:  # False for NaN
@@ -76,7 +76,7 @@ def boolean(name: str, value: Any) -> bool:
     """Return `value` as a bool.
 
     Raises:
-        ValueError: unless it is True or False.
+        ValueError: if it is not True or False.
     """
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
@@ -84,16 +84,16 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def dimension(name: str, value: Any, ndim: int) -> int:
-    """Return a dim of an array of `ndim` dims, counted from 0.
+    """Return the index of a dim, counted from 0, for an array of `ndim` dims.
 
     Raises:
-        ValueError: unless the array has that dim.
+        ValueError: if the array does not have that dim.
     """
     return integer(name, value, least=-ndim, most=ndim - 1) % ndim
 
 
 def _float(value: Any) -> float:
-    """Return NaN for what is no number (strings, booleans, tracers)."""
+    """Return `value` as a float; NaN if it is not a number (strings, booleans, tracers)."""
     if isinstance(value, bool | np.bool_ | str | bytes):
         return math.nan
     try:

@@ -1,15 +1,15 @@
-"""Read YAML and JSON that somebody else may have written: plain values, and nothing else.
+"""Read untrusted YAML and JSON as plain values, and nothing else.
 
-A config, a run folder, a model folder and a message from the network are not trusted. So nothing
-here imports a module, builds an object or follows a reference, and what is too large, too deep or
-ambiguous is refused before it costs memory or time:
+A config, a run folder, a model folder and a message from the network are not trusted. So this
+module never imports a module, builds an object or follows a reference because of what a file says.
+Input that is too large, too deep or ambiguous is refused before it costs memory or time:
 
 - a file must be a regular file of UTF-8 text, with or without a byte order mark, of bounded size;
 - nesting and the number of values are bounded;
-- a key that comes twice in one mapping is an error (both formats would keep the last one silently);
-- YAML has no anchors, aliases, merge keys or tags here.
+- a repeated key in one mapping is an error (both formats would silently keep the last one);
+- YAML anchors, aliases, merge keys and tags are refused.
 
-Every fault is a ValueError of one line that names the place.
+Every fault raises a ValueError of one line that names the file and position.
 """
 
 import os
@@ -18,43 +18,43 @@ import stat
 from typing import Any
 
 MAX_BYTES = 2**20
-"""Bytes of a config, if the caller says nothing else."""
+"""Default size limit of a file, in bytes."""
 
 MAX_VALUES = 20_000
-"""Keys and values that a YAML file may hold."""
+"""Most keys and values that a YAML file may hold."""
 
 MAX_DEPTH = 32
-"""Mappings and lists inside each other."""
+"""Deepest nesting of mappings and lists."""
 
 
-def read_text(path: str | os.PathLike, limit: int = MAX_BYTES) -> str:
+def read_text(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:
     """Return the text of a file, without a byte order mark.
 
     Args:
         path: a regular file.
-        limit: bytes that it may have.
+        limit: largest size, in bytes.
 
     Raises:
-        ValueError: if it is no regular file, is larger, or is not UTF-8 text.
+        ValueError: if it is not a regular file, is larger than `limit`, or is not UTF-8 text.
         OSError: if it cannot be opened.
     """
-    # O_NONBLOCK: to open a FIFO would wait for somebody to write to it.
+    # Without O_NONBLOCK, opening a FIFO would wait until another process writes to it.
     with open(path, "rb", opener=lambda name, _: os.open(name, os.O_RDONLY | os.O_NONBLOCK)) as f:
         if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-            raise ValueError(f"{path} is no regular file.")
+            raise ValueError(f"{path} is not a regular file.")
         content = f.read(limit + 1)
     if len(content) > limit:
         raise ValueError(
-            f"{path} is larger than {limit / 2**20:g} MiB; this is no file of its kind."
+            f"{path} is larger than {limit / 2**20:g} MiB, which is too large for such a file."
         )
     return decode(content, str(path))
 
 
 def decode(content: bytes, place: str) -> str:
-    """Return bytes as text, without a byte order mark; `place` is what errors call it.
+    """Return bytes as text, without a byte order mark; `place` names the source in errors.
 
     Raises:
-        ValueError: if they are not UTF-8, or have a NUL in them.
+        ValueError: if the bytes are not UTF-8 or contain a NUL.
     """
     at = content.find(b"\0")
     try:
@@ -66,8 +66,8 @@ def decode(content: bytes, place: str) -> str:
     return text
 
 
-def read_yaml(path: str | os.PathLike) -> Any:
-    """Return what a YAML file holds; see `parse_yaml` and `read_text`."""
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """Return the plain values of a YAML file; see `parse_yaml` and `read_text`."""
     return parse_yaml(read_text(path), str(path))
 
 
@@ -76,10 +76,10 @@ def parse_yaml(text: str, place: str) -> Any:
 
     Args:
         text: one document.
-        place: what errors call it.
+        place: name of the source in errors.
 
     Raises:
-        ValueError: if it is no YAML, or has anything that the module's docstring refuses.
+        ValueError: if it is not YAML, or contains anything that the module's docstring refuses.
 
     >>> parse_yaml("steps: 3", "the example")
     {'steps': 3}
@@ -93,7 +93,7 @@ def parse_yaml(text: str, place: str) -> Any:
 
     class Loader(base):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            """Build a mapping whose keys are all different."""
+            """Build a mapping; refuse repeated keys."""
             found: dict[Any, Any] = {}
             for key_node, value_node in node.value:
                 key = self.construct_object(key_node, deep=True)
@@ -104,14 +104,14 @@ def parse_yaml(text: str, place: str) -> Any:
                 found[key] = self.construct_object(value_node, deep=True)
             return found
 
-    # The constructor of mappings in PyYAML is a generator, made for references to itself.
+    # PyYAML's own constructor of mappings is a generator, which allows references to itself.
     Loader.add_constructor("tag:yaml.org,2002:map", Loader.construct_mapping)
     try:
         _check_events(yaml.parse(text, Loader=base))
         return yaml.load(text, Loader=Loader)
     except _RefusedError as error:
         raise ValueError(f"{place} {error}") from None
-    # A ValueError is one of a scalar: a date that there is not, a number of 5,000 digits.
+    # A ValueError comes from a scalar: an impossible date, or a number of 5,000 digits.
     except (yaml.YAMLError, ValueError) as error:
         tabs = "; indent with spaces, not tabs" if "\t" in text else ""
         said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
@@ -121,7 +121,7 @@ def parse_yaml(text: str, place: str) -> Any:
 
 
 def _check_events(events: Any) -> None:
-    """Refuse what could grow, or is more than plain values, as the text is taken apart."""
+    """Refuse references, tags and excessive size while the text is parsed into events."""
     import yaml
 
     depth = values = 0
@@ -143,7 +143,7 @@ def _check_events(events: Any) -> None:
 
 
 class _RefusedError(ValueError):
-    """Something is not allowed here, whatever the format says of it."""
+    """The text is valid in its format, but this module does not allow it."""
 
 
 def _refused(what: str, where: Any, remedy: str = "") -> _RefusedError:
@@ -151,8 +151,8 @@ def _refused(what: str, where: Any, remedy: str = "") -> _RefusedError:
     return _RefusedError(f"{what} (line {line}){f'; {remedy}' if remedy else ''}.")
 
 
-def read_json(path: str | os.PathLike, limit: int = MAX_BYTES) -> Any:
-    """Return what a JSON file holds; see `parse_json` and `read_text`."""
+def read_json(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> Any:
+    """Return the plain values of a JSON file; see `parse_json` and `read_text`."""
     return parse_json(read_text(path, limit), str(path))
 
 
@@ -160,11 +160,11 @@ def parse_json(text: str, place: str) -> Any:
     """Return the plain values of a JSON text.
 
     Args:
-        text: one value.
-        place: what errors call it.
+        text: one JSON value.
+        place: name of the source in errors.
 
     Raises:
-        ValueError: if it is no JSON, has a key twice, or is nested too deeply.
+        ValueError: if it is not JSON, repeats a key, or is nested too deeply.
 
     >>> parse_json('{"a": [1]}', "the example")
     {'a': [1]}
@@ -202,7 +202,7 @@ def _check_depth(value: Any, place: str) -> None:
 
 
 def is_regular(path: pathlib.Path) -> bool:
-    """Return whether a path is a regular file, also for names that no file can have."""
+    """Return whether a path is a regular file; False for names that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):

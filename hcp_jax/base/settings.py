@@ -1,12 +1,12 @@
-"""Declare beside each field of a config what it may be, and what it means to change it in a run.
+"""Declare, beside each config field, its bounds and whether a resumed run may change it.
 
 Every field of a config is a `dataclasses.field` whose metadata come from one of three functions:
 
-    free      changes memory, speed, paths or reports: a run may go on with another value
-    numbers   changes what is computed: a run goes on with another value only with consent
-    fixed     changes which parameters, or which order of data, there are: a run keeps it
+    free      changes memory, speed, paths or reports: a resumed run may use another value
+    numbers   changes what is computed: a resumed run needs consent to use another value
+    fixed     changes the set of parameters or the order of the data: a resumed run must keep it
 
-Each takes the bounds of a number. A number that is not finite is refused everywhere.
+Each function takes the bounds of a number. Infinities and NaN are refused everywhere.
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ import numpy as np
 Kind = Literal["free", "numbers", "fixed"]
 
 MOST = 2**31 - 1
-"""The greatest size or count that makes sense: devices count in int32."""
+"""Largest allowed size or count; devices count in int32."""
 
 
 CONSENT = ("numbers", "data")
-"""The words by which a person agrees to what changes the numbers, or the text."""
+"""Values of --accept: the user agrees to changed numbers, or to changed data."""
 
 
 class Bounds(NamedTuple):
-    """What a number may be; None where there is no bound on that side.
+    """Bounds of a number; None means no bound on that side.
 
     Attributes:
-        least: the least value.
-        above: the value that it must exceed.
-        most: the greatest value.
+        least: smallest allowed value.
+        above: value that the number must exceed.
+        most: largest allowed value.
     """
 
     least: float | None = None
@@ -41,7 +41,7 @@ class Bounds(NamedTuple):
     most: float | None = None
 
     def fault(self, value: float) -> str | None:
-        """Say what `value` must be and is not; None if it is within the bounds.
+        """Return the requirement that `value` breaks, in words; None if it is within the bounds.
 
         >>> Bounds(least=1, most=8).fault(9)
         'at most 8'
@@ -62,14 +62,14 @@ class Bounds(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is declared of a field."""
+    """Declaration of one config field: its kind and its bounds."""
 
     kind: Kind
     bounds: Bounds
 
 
 class Change(NamedTuple):
-    """A field that a run had, and has, with different values."""
+    """Config field whose value differs between a checkpoint's run and the current run."""
 
     key: str
     kind: Kind
@@ -81,34 +81,34 @@ class Change(NamedTuple):
 
 
 def free(**bounds: float) -> dict[str, Setting]:
-    """Declare a field with which a run may go on whatever its value; see `Bounds`."""
+    """Declare a field that a resumed run may change freely; see `Bounds`."""
     return {"setting": Setting("free", Bounds(**bounds))}
 
 
 def numbers(**bounds: float) -> dict[str, Setting]:
-    """Declare a field that changes what is computed; see `Bounds`."""
+    """Declare a field that changes what is computed, so changing it needs consent; see `Bounds`."""
     return {"setting": Setting("numbers", Bounds(**bounds))}
 
 
 def fixed(**bounds: float) -> dict[str, Setting]:
-    """Declare a field that a run keeps; see `Bounds`."""
+    """Declare a field that a resumed run must keep; see `Bounds`."""
     return {"setting": Setting("fixed", Bounds(**bounds))}
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """Check the numbers of a config against their types and the bounds beside its fields.
+    """Check the numbers of a config against the types and bounds of its fields.
 
-    Parts that are configs themselves have checked themselves.
+    Nested configs are skipped: they have already checked themselves.
 
     Args:
         config: an instance of a dataclass.
-        prefix: what its keys begin with, such as "optimizer.".
+        prefix: prefix of the keys in errors, such as "optimizer.".
 
     Raises:
-        ValueError: if a number is not finite or out of bounds; names the key, the value and what is
-            needed.
+        ValueError: if a number is not finite or is out of bounds; names the key, the value and the
+            requirement.
     """
-    config_type: Any = type(config)  # mypy does not take a type for hashable
+    config_type: Any = type(config)  # Any, because mypy does not treat a type as hashable
     kinds = _scalars(config_type)
     for field in dataclasses.fields(config):
         setting: Setting | None = field.metadata.get("setting")
@@ -122,12 +122,12 @@ def check(config: Any, prefix: str = "") -> None:
 
 
 def changes(before: Mapping[str, Any], now: Any, prefix: str = "") -> list[Change]:
-    """Compare a config with one that was written down; return what differs.
+    """Compare a config with a stored one and return the fields that differ.
 
     Args:
-        before: the config of before, in plain values; a key that it lacks counts as the default.
+        before: the stored config, as plain values; a missing key means the field's default.
         now: an instance of a dataclass.
-        prefix: what its keys begin with.
+        prefix: prefix of its keys.
     """
     found = []
     for field in dataclasses.fields(now):
@@ -138,14 +138,14 @@ def changes(before: Mapping[str, Any], now: Any, prefix: str = "") -> list[Chang
             continue
         ours = _plain(dataclasses.asdict(ours) if dataclasses.is_dataclass(ours) else ours)  # type: ignore[arg-type]
         if _plain(theirs) != ours:
-            # A field of which nothing is declared is not known to be harmless.
+            # A field without a declaration may change results, so it counts as "numbers".
             setting: Setting = field.metadata.get("setting") or Setting("numbers", Bounds())
             found.append(Change(key, setting.kind, theirs, ours))
     return found
 
 
 def fixed_values(config: Any) -> dict[str, Any]:
-    """Return the fields of a config that a run keeps, parts left out."""
+    """Return the `fixed` fields of a config, without nested configs."""
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -153,7 +153,7 @@ def fixed_values(config: Any) -> dict[str, Any]:
     }
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: "dataclasses.Field[Any]") -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
     if field.default_factory is dataclasses.MISSING:
@@ -172,7 +172,7 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 @functools.cache
 def _scalars(config: type) -> dict[str, set[type]]:
-    """Return the scalar types that the annotation of each field allows, at any depth."""
+    """Return the scalar types in the annotation of each field, at any depth."""
 
     def scalars(hint: Any) -> set[type]:
         if get_origin(hint) is Literal:
@@ -184,7 +184,7 @@ def _scalars(config: type) -> dict[str, set[type]]:
 
 
 def _wrong_kind(value: Any, allowed: set[type]) -> str | None:
-    """Say what a value must be if its type is not one of `allowed`; None if it is."""
+    """Return the required type in words; None if the type of `value` is one of `allowed`."""
     if {bool, int, float}.isdisjoint(allowed):
         return None if isinstance(value, str) or str not in allowed else "a string"
     if isinstance(value, str):

@@ -1,9 +1,9 @@
-"""Tables and sentences for a person: readable on a narrow terminal, whole in a file or a pipe.
+"""Print tables and text that fit a narrow terminal and are complete in a file or a pipe.
 
-`console` knows how wide the output is; `show` prints a table. Where the terminal is too narrow it
-leaves out the least important columns, and says so; if that is not enough, each row becomes a line
-of names and values. Text is printed as it is: rich's markup, such
-as `[in, out]`, is never interpreted.
+`console` returns a console that knows the width of the output; `show` prints a table. If the
+terminal is too narrow, `show` leaves out the least important columns and says so; if that is not
+enough, it prints each row as a line of names and values. Text is printed unchanged: Rich markup,
+such as `[in, out]`, is never interpreted.
 """
 
 import sys
@@ -17,12 +17,12 @@ import rich.text
 
 from hcp_jax.base import terminal
 
-_GAP = 1  # cells of padding; a line of the box takes another one
-_NO_LIMIT = 10_000  # cells of a line in a file
+_GAP = 1  # padding in character cells; each vertical line of the box takes one more
+_NO_LIMIT = 10_000  # width in character cells when the output is a file or a pipe
 
 
 def console() -> rich.console.Console:
-    """Return a console on standard output: as wide as the terminal, without limit elsewhere."""
+    """Return a console on standard output, as wide as the terminal; unlimited in a file or pipe."""
     width = None if sys.stdout.isatty() else _NO_LIMIT
     return terminal.console(file=sys.stdout, width=width)
 
@@ -39,12 +39,12 @@ def show(
     """Print a table.
 
     Args:
-        to: where to print.
-        headings: one for each column.
-        rows: a cell for each column.
-        left: the columns that are aligned to the left; the others are numbers.
-        drop: columns to leave out if the table is too wide, the first one first.
-        title: printed above.
+        to: console to print on.
+        headings: heading of each column.
+        rows: rows, each with one cell per column.
+        left: columns to align to the left; the others hold numbers and align to the right.
+        drop: columns to leave out if the table is too wide, in this order.
+        title: text printed above the table.
     """
     cells = [headings, *rows]
     widths = {

@@ -1,13 +1,13 @@
-"""Text for the terminal: what a file, a name or another host says cannot steer the screen.
+"""Print text safely: untrusted text cannot control the terminal.
 
-Tensor names, file names, keys of JSON, host names and documents are written by others. Control
-characters and escape sequences in them could colour, move or clear what is on the screen, line
-breaks could forge lines of ours, and characters that reverse the direction of text could make a
-name look like another one. So all that the library prints passes through here:
+Tensor names, file names, JSON keys, host names and documents are untrusted. Control characters and
+escape sequences in them could colour, move or clear the screen, line breaks could forge lines of
+output, and characters that reverse the direction of text could make one name look like another. So
+everything that the library prints passes through this module:
 
-- `say` prints plain text, `console` makes a Rich console, `Formatter` formats log records: whatever
-  they are given is made safe on its way out, so that no message can forget it;
-- `printable` makes one quoted name safe, on one line and of bounded length.
+- `say` prints plain text, `console` makes a Rich console and `Formatter` formats log records; each
+  escapes unsafe characters on output, so that callers cannot forget to;
+- `printable` escapes one quoted name, on one line and of bounded length.
 """
 
 import logging
@@ -17,17 +17,17 @@ from collections.abc import Iterable
 from typing import IO, Any
 
 SHOWN = 200
-"""Characters of a quoted name in a message, if the caller says nothing else."""
+"""Default number of characters of a quoted name in a message."""
 
 _LONGEST_LINE = 4000  # characters of a line of a log or an error
 
 
 def printable(text: object, limit: int = SHOWN) -> str:
-    r"""Return text as one line that a terminal shows as it is.
+    r"""Return text as one line, with every character escaped that could control a terminal.
 
     Args:
-        text: what is quoted; of other objects, their `str`.
-        limit: characters that are kept; of longer text, the number left out is told.
+        text: text to quote; other objects are converted with `str`.
+        limit: most characters to keep; the result says how many were left out.
 
     >>> printable("\x1b[31mred\nand\u202egreen")
     '\\x1b[31mred\\nand\\u202egreen'
@@ -43,18 +43,18 @@ def printable(text: object, limit: int = SHOWN) -> str:
 
 
 def safe_lines(text: object, limit: int = _LONGEST_LINE) -> str:
-    """Return text of several lines with each line made `printable`."""
+    """Return text of several lines, each line passed through `printable`."""
     return "\n".join(printable(line, limit) for line in str(text).split("\n"))
 
 
 def say(text: object, *, file: IO[str] | None = None) -> None:
-    """Print text of one or several lines, made safe, and flush.
+    """Print text of one or several lines, escaped, and flush.
 
     Args:
-        text: what to print.
-        file: where to; standard output if None.
+        text: text to print.
+        file: stream to print to; standard output if None.
     """
-    # A terminal that cannot show a letter (an ASCII locale) must not cost the message.
+    # If the terminal cannot show a character (an ASCII locale), the message must still appear.
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
     line = safe_lines(text, sys.maxsize).encode(encoding, "backslashreplace").decode(encoding)
@@ -62,7 +62,7 @@ def say(text: object, *, file: IO[str] | None = None) -> None:
 
 
 def say_error(text: object) -> None:
-    """Print a message on standard error, lines bounded in length."""
+    """Print a message on standard error, with the length of its lines bounded."""
     say(safe_lines(text), file=sys.stderr)
 
 
@@ -72,25 +72,25 @@ def say_traceback(error: BaseException) -> None:
 
 
 class Formatter(logging.Formatter):
-    """A log formatter whose lines are safe."""
+    """Log formatter that escapes every line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's message, each line safe and bounded."""
+        """Return the record's message with each line escaped and its length bounded."""
         return safe_lines(super().format(record))
 
 
 def log_handler() -> logging.Handler:
-    """Return a handler that writes the messages of log records, safe, to standard error."""
+    """Return a handler that writes log messages, escaped, to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(message)s"))
     return handler
 
 
 def console(**options: Any) -> Any:
-    """Return a Rich console that prints what it is given as text, never as markup or control.
+    """Return a Rich console that prints plain text and never interprets markup or control codes.
 
     Args:
-        **options: of `rich.console.Console`.
+        **options: options of `rich.console.Console`.
     """
     import rich.console
 
@@ -100,7 +100,7 @@ def console(**options: Any) -> Any:
 
 
 def _hook() -> Any:
-    """Return a hook of Rich's that makes the text in everything printed safe; styles stay."""
+    """Return a Rich render hook that escapes all printed text and keeps styles."""
     import rich.console
     import rich.control
     import rich.segment
@@ -118,7 +118,7 @@ def _hook() -> Any:
 
     class Hook(rich.console.RenderHook):
         def process_renderables(self, renderables: list[Any]) -> list[Any]:
-            # A Control is an object of Rich's own: no text that is printed becomes one.
+            # Controls are created by Rich itself; printed text never becomes one.
             return [r if isinstance(r, rich.control.Control) else Safe(r) for r in renderables]
 
     return Hook()

@@ -1,10 +1,10 @@
-"""Hear of signals whatever the main thread does.
+"""React to signals at once, whatever the main thread is doing.
 
-Python runs its handlers in the main thread, between two instructions: not while compiled code runs
-(XLA compiles for minutes), and if that is inside a callback of the garbage collector (jax has one),
-an exception that a handler raises is printed and lost. So a handler must not raise, and a thread of
-its own must see to what cannot wait. Python's C handler writes each signal's number to a file
-descriptor at once (`signal.set_wakeup_fd`), and that is what the thread reads.
+Python runs its signal handlers in the main thread, between two bytecode instructions. They do not
+run while compiled code runs (XLA compiles for minutes). If they run inside a callback of the
+garbage collector (jax registers one), an exception that they raise is printed and lost. So a
+handler must not raise, and a separate thread must do what cannot wait. Python's C handler writes
+each signal's number to a file descriptor at once (`signal.set_wakeup_fd`); the thread reads it.
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from hcp_jax.base import terminal
 
 @contextlib.contextmanager
 def signals_to(act: Callable[[int], None]) -> Iterator[None]:
-    """Call `act` with the number of each signal that comes, in a thread, as soon as it comes.
+    """Call `act` with the number of each signal in a separate thread, as soon as it arrives.
 
-    Signals without a handler of Python's are not seen. Outside the main thread nothing is watched.
+    Signals without a Python handler are not seen. Called outside the main thread, this does
+    nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,7 +50,7 @@ def signals_to(act: Callable[[int], None]) -> Iterator[None]:
 
 
 def end_now(text: str, code: int) -> None:
-    """Print a line and end this process here and now, from any thread."""
+    """Print a message and end this process immediately; can be called from any thread."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
@@ -59,23 +60,23 @@ def end_now(text: str, code: int) -> None:
 
 @contextlib.contextmanager
 def interruptible(grace: float = 3.0, terminated: int = 143) -> Iterator[None]:
-    """End the process if a Ctrl-C was lost, `grace` seconds after it, and after SIGTERM at once.
+    """End the process at once after SIGTERM, and `grace` seconds after a Ctrl-C that was lost.
 
-    A command that sets handlers of its own sees to these signals itself.
+    A command that sets its own handlers for these signals handles them itself.
 
     Args:
-        grace: seconds that a KeyboardInterrupt has to end the command.
+        grace: seconds within which a KeyboardInterrupt must end the command.
         terminated: exit code after SIGTERM.
     """
     done = threading.Event()
 
     def note(number: int, frame: Any) -> None:
-        """Be a handler of Python's, so that SIGTERM is seen and does not kill."""
+        """Do nothing; with a Python handler, SIGTERM is seen and does not kill the process."""
 
     def act(number: int) -> None:
         handler = signal.getsignal(number)
         if number == signal.SIGTERM and handler is note:
-            end_now("hcp: stopped by SIGTERM; the same command begins again.", terminated)
+            end_now("hcp: stopped by SIGTERM; run the same command to start again.", terminated)
         lost = number == signal.SIGINT and handler is signal.default_int_handler
         if lost and not done.wait(grace):
             end_now("hcp: interrupted", 130)

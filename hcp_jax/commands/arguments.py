@@ -1,4 +1,4 @@
-"""Arguments that several verbs share."""
+"""Define the arguments that several commands share."""
 
 import argparse
 
@@ -10,7 +10,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a cluster: --gpu, --hosts and --gpus-per-host."""
     parser.add_argument(
         "--gpu",
-        type=arguments.filled,
+        type=arguments.non_empty,
         required=True,
         help=f"one of {', '.join(GPUS)}, or a YAML file that describes another",
     )
@@ -26,7 +26,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cluster(args: argparse.Namespace) -> Cluster:
-    """Return the cluster that the arguments name.
+    """Return the cluster given by the arguments.
 
     Raises:
         ValueError: if the GPU is unknown or a size is not positive.

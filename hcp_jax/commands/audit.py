@@ -1,4 +1,4 @@
-"""`hcp audit`: compile a run for a cluster that is not here, and tell what it will do there.
+"""Run `hcp audit`: compile a run for a cluster that is not available, and report on the program.
 
 hcp audit configs/llama3-8b-1m.yaml --gpu h200 --hosts 8 --gpus-per-host 8
 hcp audit configs/llama3-8b-1m.yaml --gpu h200 --hosts 8 --gpus-per-host 8 --attention --json -
@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hcp_jax.base import arguments, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments, cluster
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.whole(),
         nargs="+",
         metavar="SIZE",
-        help="the program of one group layout, each device with its share of seq_len as places",
+        help="the program of one grouping; each device has its share of seq_len as slots",
     )
     parser.add_argument(
         "--xla-flag",
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     config = configuration.from_arguments(args)
     if config.parallel.dynamic.enabled and not args.groups:
         raise NotImplementedError(
-            "hcp audit compiles one program, and parallel.dynamic has one for each layout: name "
+            "hcp audit compiles one program, and parallel.dynamic has one for each grouping: name "
             "one with --groups, or give --parallel.dynamic.enabled false."
         )
     on = cluster(args)
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def tell(found: "Audit", flags: dict, attention: bool) -> None:
-    """Print what was found: memory, collectives, time, advice."""
+def tell(found: "Audit", flags: dict[str, Any], attention: bool) -> None:
+    """Print the audit: memory, collectives, times, advice."""
     from hcp_jax.planner.audit import advice, duration, title
 
     console = tables.console()

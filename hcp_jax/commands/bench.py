@@ -1,9 +1,9 @@
-"""`hcp bench attention`: how fast the attention core is on the GPU at hand, beside others.
+"""Run `hcp bench attention`: compare the speed of attention implementations on this GPU.
 
-All contestants run in one process on the same random data, forward alone and forward with backward;
-the backward is the difference of the two. FLOPs are those that the mask asks for, as the literature
-counts them: 4 H per head and visible pair of query and key, half of T² pairs under a causal mask,
-2.5 times as many in the backward. So a kernel gets no credit for computing what is masked away.
+All implementations run in one process on the same random data, forward alone and forward with
+backward; the time of backward is the difference. FLOPs are those that the mask needs, as the
+literature counts them: 4 H per head and visible (query, key) pair, half of T² pairs under a causal
+mask, and 2.5 times as many in backward. So computing masked pairs does not raise the figure.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _LONGEST_ON_CPU = 2048
 
 
 class Setting(NamedTuple):
-    """One mask on one shape."""
+    """A mask with a shape."""
 
     mask: str
     length: int
@@ -32,7 +32,7 @@ class Setting(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table; seconds are medians, None where the contestant cannot do it."""
+    """One line of the table; seconds are medians, None where not supported."""
 
     contestant: str
     mask: str
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `hcp bench`."""
+    """Add the arguments of `hcp bench`."""
     parser.add_argument("what", choices=("attention",), help="what to time")
     parser.add_argument(
         "--length", type=arguments.length, default=16384, help="tokens, dense masks"
@@ -66,21 +66,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats",
         type=arguments.whole(most=10**6),
         default=30,
-        help="timings of which the median counts (30)",
+        help="number of timings; the median counts (30)",
     )
     parser.add_argument(
         "--sweep", action="store_true", help="time alternative Triton tiles instead"
     )
     parser.add_argument(
         "--output",
-        type=arguments.folder,
+        type=arguments.writable_folder,
         default=pathlib.Path("benchmarks/results"),
         help="the folder that the table and its plot are written to",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time, print the table, and write it as JSON and as a plot."""
+    """Run `hcp bench`: time, print the table, and write it as JSON and as a plot."""
     import jax
 
     if args.heads % args.kv_heads:
@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
     longest = max(args.stream if mask == "packed" else args.length for mask in args.masks)
     if device.platform == "cpu" and longest > _LONGEST_ON_CPU:
         raise ValueError(
-            f"there is no GPU, and {longest} tokens would take hours on a CPU; to try the command "
-            f"out, give --length and --stream of at most {_LONGEST_ON_CPU} (and --document)."
+            f"there is no GPU, and {longest} tokens would take hours on a CPU; to try the command, "
+            f"give --length and --stream of at most {_LONGEST_ON_CPU} (and --document)."
         )
     time_rows = _sweep if args.sweep else _compare
     rows = time_rows(args, settings)
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _commit() -> str | None:
-    """The commit that the package was read from; None if it does not lie in a git checkout."""
+    """Return the commit of the package; None if it is not in a git checkout."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -133,7 +133,7 @@ def _setting(args: argparse.Namespace, mask: str) -> Setting:
     if mask == "packed":
         if args.stream % args.document:
             raise ValueError(
-                f"--stream {args.stream} is no multiple of --document {args.document}; "
+                f"--stream {args.stream} is not a multiple of --document {args.document}; "
                 "give a stream of whole documents."
             )
         documents = args.stream // args.document
@@ -150,7 +150,7 @@ def _compare(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
 
 
 def _sweep(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
-    """Time each tile for all three kernels; the table tells forward and backward apart."""
+    """Time each tile size for all three kernels; the table has forward and backward columns."""
     from hcp_jax.kernels.tiles import Tile, Tiles
 
     rows = []
@@ -173,7 +173,7 @@ def _row(
         attention = _attention(args, setting, contestant, tiles)
         forward = _seconds(jax.jit(attention), args, setting)
         both = _seconds(jax.jit(_with_gradients(attention)), args, setting, gradients=True)
-    except Exception as error:  # a contestant that cannot is a line of the table, not the end of it
+    except Exception as error:  # an implementation that fails is a line of the table
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
         return Row(name, setting.mask, setting.length, None, None, None, None, reason)
     flops = 4 * args.head_size * args.heads * setting.pairs
@@ -185,7 +185,7 @@ def _row(
 
 
 def _attention(args: argparse.Namespace, setting: Setting, contestant: str, tiles: Any):
-    """Return a function of q, k and v; `tiles` of the kernels, those of the table if None."""
+    """Return attention as a function of q, k and v, with the kernels' default tiles if None."""
     import jax
     import numpy as np
 
@@ -211,7 +211,7 @@ def _attention(args: argparse.Namespace, setting: Setting, contestant: str, tile
 
 
 def _with_tiles(implementation: str, tiles: Any, mask: Any, q, k, v):
-    """Return what the public op returns on one device, computed with these tiles."""
+    """Compute the public op on one device with the given tiles."""
     import jax
     import jax.numpy as jnp
 
@@ -232,7 +232,7 @@ def _with_tiles(implementation: str, tiles: Any, mask: Any, q, k, v):
     return attention(spec, q, k, v, intervals, None, return_residual=False)[0]
 
 
-def _with_gradients(attention):
+def _with_gradients(attention: Any) -> Any:
     import jax
 
     def run(q, k, v, dout):
@@ -243,7 +243,7 @@ def _with_gradients(attention):
 
 
 def _seconds(function: Any, args: argparse.Namespace, setting: Setting, gradients=False) -> float:
-    """Median seconds of a call, of calls made in a row so that dispatching them is hidden."""
+    """Return the median seconds of a call; calls are made in a row, to hide their dispatch."""
     import jax
 
     heads = [args.heads, args.kv_heads, args.kv_heads, args.heads][: 3 + gradients]

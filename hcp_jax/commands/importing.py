@@ -1,4 +1,4 @@
-"""`hcp import`: its command line; hcp_jax.train.hf.importing does the work."""
+"""Run `hcp import`; hcp_jax.train.hf.importing does the work."""
 
 import argparse
 
@@ -9,14 +9,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `hcp import`."""
     parser.add_argument(
         "folder",
-        type=arguments.filled,
+        type=arguments.non_empty,
         help="a Hugging Face folder: config.json, safetensors, tokenizer.json",
     )
     parser.add_argument(
         "--out",
-        type=arguments.folder,
+        type=arguments.writable_folder,
         metavar="RUNFOLDER",
-        help="write config.yaml there, for hcp train; without, show it",
+        help="write config.yaml there, for hcp train; without this option, print it",
     )
 
 

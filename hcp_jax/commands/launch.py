@@ -1,12 +1,12 @@
-"""`hcp launch`: the processes of `hcp train` on one machine, started, watched, started again.
+"""Run `hcp launch`: start the processes of `hcp train` on one machine, watch them, restart them.
 
-For a machine whose GPUs are to be used by several processes, and to try a run of several hosts
-where there is one: real processes with real sockets, on loopback. On a cluster, Slurm or Kubernetes
-do this; see configs/launch.
+Use it to run several processes on the GPUs of one machine, or to try a run of several hosts on one
+machine: real processes with real sockets, on loopback. On a cluster, Slurm or Kubernetes starts the
+processes; see configs/launch.
 
-Each process is told the same run folder, so that a start after a death goes on from its last
-checkpoint. What a process prints goes where it would go if it were alone; that of all but the
-first has its number before it.
+All processes get the same run folder, so a restart after a death continues from the last
+checkpoint. The output of each process goes to the usual streams; lines of all processes except the
+first begin with the number of the process.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
 
 from hcp_jax.base import arguments, terminal
 from hcp_jax.commands import train
@@ -33,19 +33,19 @@ from hcp_jax.train.hosts import cluster, meeting
 from hcp_jax.train.hosts.watchdog import GONE
 
 GRACE = 30.0
-"""Seconds in which the others end by themselves when one has died; then they are killed."""
+"""Seconds that the other processes have to end after one has died; then they are killed."""
 
 _FINAL = (1, 2, 130)
-"""Exit codes after which the same command would come to the same end."""
+"""Exit codes after which a restart would end in the same way."""
 
 
 class End(NamedTuple):
-    """How the processes of one start ended.
+    """Result of one start of all processes.
 
     Attributes:
-        codes: the exit code of each; the negative number of the signal for one that was killed.
-        killed: those that had to be killed since another one had died.
-        stopped_by: the signal that this process was sent, and passed on.
+        codes: exit code of each process; the negative signal number if a signal killed it.
+        killed: processes that were killed because another one had died.
+        stopped_by: signal that this process received and passed on; None if there was none.
     """
 
     codes: dict[int, int]
@@ -54,17 +54,17 @@ class End(NamedTuple):
 
     @property
     def ended_first(self) -> list[int]:
-        """The processes that died of something of their own, and not because another one had."""
+        """Processes that ended on their own, not because another one had died."""
         bad = [p for p, code in self.codes.items() if code not in (0, GONE)]
         return sorted(set(bad) - self.killed) or sorted(p for p, c in self.codes.items() if c)
 
     def describe(self) -> str:
-        """Who died, and of what."""
+        """Return the processes that died, and the cause of each death."""
         return ", ".join(f"process {p} {_cause(self.codes[p])}" for p in self.ended_first)
 
     @property
     def code(self) -> int:
-        """The exit code of them all."""
+        """Exit code for the whole launch."""
         first = self.ended_first
         if not first:
             return 0
@@ -73,7 +73,7 @@ class End(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp launch`: those of `hcp train`, and how many processes."""
+    """Add the arguments of `hcp launch`: those of `hcp train`, and the number of processes."""
     train.add_run_arguments(parser)
     of = parser.add_argument_group("processes")
     of.add_argument(
@@ -100,11 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp launch`; returns the exit code of the process that ended first, if not 0."""
+    """Run `hcp launch`; return 0, or the exit code of the first process that failed."""
     from hcp_jax.train import folder as run_folders
 
     folder = train.resumed_folder(args)
-    config = train.config_of(args, folder)
+    config = train.resolve_config(args, folder)
     train.require_can_begin(config, folder, 0 if train.has_gpus() else config.parallel.num_devices)
     environments = _environments(args, config)
     made = folder is None
@@ -127,13 +127,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Processes:
-    """All processes of one start; when the context ends, so have they."""
+    """All processes of one start; a context manager that ends them on exit."""
 
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._stopped_by: int | None = None
         self._threads: list[threading.Thread] = []
-        self._all: list[subprocess.Popen] = []
+        self._all: list[subprocess.Popen[bytes]] = []
         self._before = {
             number: signal.signal(number, self._pass_on)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -142,8 +142,8 @@ class _Processes:
             zip(commands, environments, strict=True)
         ):
             piped = subprocess.PIPE if number else None
-            # In a session of its own, so that Ctrl-C comes from here, once, and not from the
-            # terminal as well.
+            # A session of its own, so that a Ctrl-C arrives once, from here, and not also from the
+            # terminal.
             process = subprocess.Popen(
                 command_line,
                 env=os.environ | environment,
@@ -161,7 +161,7 @@ class _Processes:
     def __enter__(self) -> "_Processes":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self._all:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -171,7 +171,7 @@ class _Processes:
             signal.signal(number, handler)
 
     def wait(self) -> End:
-        """Waits until all have ended, no longer than `GRACE` after the first that died."""
+        """Wait until all have ended, at most `GRACE` seconds after the first has died."""
         codes: dict[int, int] = {}
         killed: set[int] = set()
         deadline: float | None = None
@@ -190,12 +190,12 @@ class _Processes:
                 deadline = time.monotonic() + GRACE
         return End(codes, killed, self._stopped_by)
 
-    def _follow(self, target, *args) -> None:
+    def _follow(self, target: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)
         thread.start()
         self._threads.append(thread)
 
-    def _wait_for(self, number: int, process: subprocess.Popen) -> None:
+    def _wait_for(self, number: int, process: subprocess.Popen[bytes]) -> None:
         process.wait()
         self._ended.put(number)
 
@@ -207,7 +207,7 @@ class _Processes:
 
 
 def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]:
-    """What each process is started with."""
+    """Return the command of each process."""
     common = [sys.executable, "-m", "hcp_jax.cli", "train"]
     common += [] if args.config is None else [str(args.config)]
     common += [part for key, text in args.overrides or () for part in (f"--{key}", text)]
@@ -225,7 +225,7 @@ def _commands(args: argparse.Namespace, folder: pathlib.Path) -> list[list[str]]
 
 
 def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[str, str]]:
-    """What each process sees of the machine's devices."""
+    """Return the environment of each process, with its part of the machine's devices."""
     processes, wanted = args.num_processes, config.parallel.num_devices
     gpus = _gpus() if train.has_gpus() else []
     each = args.devices_per_process or (len(gpus) or wanted) // processes or 1
@@ -242,13 +242,13 @@ def _environments(args: argparse.Namespace, config: TrainConfig) -> list[dict[st
             f"{processes} processes of {each} GPUs need {wanted}, but this machine has {len(gpus)}."
         )
     parts = [gpus[i * each : (i + 1) * each] for i in range(processes)]
-    # NCCL, too, listens on loopback alone, unless somebody chose an interface.
+    # NCCL also listens on loopback only, unless the user has chosen an interface.
     common = _from_launcher() | {"NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo")}
     return [common | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    """Return the GPUs that this process may use, as names for CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -263,13 +263,16 @@ def _gpus() -> list[str]:
 
 
 def _from_launcher() -> dict[str, str]:
-    """Return what all processes of a launch know, and nobody else."""
+    """Return environment variables that only the processes of this launch share."""
     secret = meeting.secret() or secrets.token_hex(16)
     return {cluster.LAUNCHER: str(os.getpid()), meeting.SECRET: secret}
 
 
 def _free_port() -> int:
-    """One below those that the system gives to outgoing connections while the processes start."""
+    """Return a free port below the range that the system uses for outgoing connections.
+
+    So no outgoing connection can take it while the processes start.
+    """
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

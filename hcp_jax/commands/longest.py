@@ -1,4 +1,4 @@
-"""`hcp longest`: find the longest sequence that fits a cluster, by compiling.
+"""Run `hcp longest`: find the longest sequence that fits a cluster, by compiling.
 
 hcp longest configs/llama3-8b-long.yaml --gpu h200 --hosts 1
 """

@@ -1,10 +1,11 @@
-"""`hcp plan`: which split of a cluster trains a model on a length of sequence fastest, and why.
+"""Run `hcp plan`: rank the splits of a cluster for a model and a sequence length, and explain them.
 
     hcp plan --model llama3-8b --seq-len 1048576 --gpu h200 --hosts 8 --gpus-per-host 8
     hcp plan --model llama3-8b --seq-len 131072 --gpu h100 --hosts 4 --verify 3 --write best.yaml
 
-`search.py` ranks; `--verify` compiles the best few for that cluster and puts compiled memory in
-place of modelled; `--write` makes a config of the winner for `hcp train`.
+`planner/search.py` ranks the splits. `--verify` compiles the best few for the cluster and replaces
+their modelled memory by that of the compiled program. `--write` writes a config of the best split
+for `hcp train`.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from hcp_jax.planner.search import Plan, plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp plan`."""
+    """Add the arguments of `hcp plan`."""
     parser.add_argument(
         "--model",
-        type=arguments.filled,
+        type=arguments.non_empty,
         required=True,
         help=f"one of {', '.join(MODELS)}, or a config's path",
     )
@@ -43,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster_arguments(parser)
     parser.add_argument(
         "--implementation",
-        type=arguments.filled,
+        type=arguments.non_empty,
         default="triton",
-        help="of the attention core, whose rates are taken (triton)",
+        help="implementation of the attention core, whose rates are used (triton)",
     )
     parser.add_argument(
         "--top", type=arguments.whole(), default=10, help="how many splits to show (10)"
@@ -72,12 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def uses_jax(args: argparse.Namespace) -> bool:
-    """Return whether something is compiled."""
+    """Return whether the command compiles anything."""
     return args.verify > 0
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp plan`; returns the exit code."""
+    """Run `hcp plan`; return the exit code."""
     model = _model(args.model)
     found = plan(
         args.model if model is None else model,
@@ -111,7 +112,7 @@ _DROP = ("GB NVLink", "GB network", "fsdp", "waits", "tok/s/GPU", "MFU", "remat"
 
 
 def tell(found: Plan, top: int) -> None:
-    """Print the best splits and why the first is the first."""
+    """Print the best splits and the reasons for the first one."""
     console = tables.console()
     fitting = sum(candidate.fits for candidate in found.candidates)
     console.print(
@@ -127,12 +128,12 @@ def tell(found: Plan, top: int) -> None:
 
 
 def verify(found: Plan, fields: dict[str, Any], count: int) -> Plan:
-    """Compile the best few for the cluster, and rank them again by their true memory.
+    """Compile the best splits for the cluster, and rank again by their compiled memory.
 
     Args:
         found: a plan.
-        fields: `ModelConfig`'s, of its model.
-        count: how many to compile; minutes each for large models.
+        fields: fields of the `ModelConfig` of its model.
+        count: number of splits to compile; large models take minutes each.
     """
     from hcp_jax.planner.audit import audit_step, chosen_flags, place
 
@@ -147,7 +148,7 @@ def verify(found: Plan, fields: dict[str, Any], count: int) -> Plan:
 
 
 def config_text(found: Plan, fields: dict[str, Any]) -> str:
-    """Return the best split as a config for `hcp train`, with marked lines to fill in."""
+    """Return the best split as a config for `hcp train`, with lines marked for the user."""
     from hcp_jax.train import config as configuration
 
     text = configuration.dump(_train_config(found, found.best, fields))
@@ -158,7 +159,7 @@ def config_text(found: Plan, fields: dict[str, Any]) -> str:
         "#",
         f"# Replace every {configuration.FILL_IN} before hcp train; hcp audit and hcp verify read "
         "the file as it is.",
-        "# Look at the lines marked with <- as well.",
+        "# Check the lines marked with <- as well.",
         "",
     ]
     return "\n".join([*head, *lines, ""])
@@ -168,7 +169,7 @@ _NOTES = {
     "path: FILL_IN": "  # <- a folder of text, or of tokens (hcp tokenize)",
     "tokenizer: null": "  # <- the model's tokenizer.json, unless data.path has tokens already",
     "run_dir: runs": "  # <- a folder that all hosts see",
-    "steps: 1000": "  # <- steps and the optimizer are where to begin, no recipe",
+    "steps: 1000": "  # <- steps and optimizer are a starting point, not a recipe",
 }
 
 
@@ -196,7 +197,7 @@ def _train_config(found: Plan, candidate: Candidate, fields: dict[str, Any]) -> 
 
 
 def _model(name: str) -> Any:
-    """Return the `ModelConfig` of a config's path; None for a name."""
+    """Return the `ModelConfig` if `name` is the path of a config; None if it names a model."""
     if not name.lower().endswith((".yaml", ".yml")) and not pathlib.Path(name).is_file():
         return None
     from hcp_jax.train import config as configuration

@@ -1,4 +1,4 @@
-"""`hcp plot`: its command line; hcp_jax.train.metrics.figures does the work."""
+"""Run `hcp plot`; hcp_jax.train.metrics.figures does the work."""
 
 import argparse
 import pathlib
@@ -8,7 +8,9 @@ from hcp_jax.base import arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `hcp plot`."""
-    parser.add_argument("runs", nargs="+", type=arguments.there, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "runs", nargs="+", type=arguments.existing_folder, metavar="RUN", help="a run folder"
+    )
     parser.add_argument(
         "--out",
         type=arguments.output(".png", ".pdf", ".svg"),

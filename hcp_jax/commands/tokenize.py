@@ -1,4 +1,4 @@
-"""`hcp tokenize`: text to a folder of tokens, which can be stopped and gone on with."""
+"""Run `hcp tokenize`: convert text to a folder of tokens; a stopped run can be continued."""
 
 import argparse
 import contextlib
@@ -25,17 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file of text, JSON lines, JSON, CSV or Parquet, or a folder of them",
     )
     parser.add_argument(
-        "--tokenizer", type=arguments.file, required=True, help="the model's tokenizer.json"
+        "--tokenizer",
+        type=arguments.existing_file,
+        required=True,
+        help="the model's tokenizer.json",
     )
     parser.add_argument(
         "--out",
-        type=arguments.folder,
+        type=arguments.writable_folder,
         required=True,
-        help="a new folder, to be named in data.path; one that was begun is gone on with",
+        help="a new folder, to be named in data.path; an unfinished one is continued",
     )
     parser.add_argument(
         "--field",
-        type=arguments.filled,
+        type=arguments.non_empty,
         default="text",
         help="field that holds a record's text (text)",
     )
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `hcp tokenize`.
 
     Returns:
-        0, also after SIGTERM; 130 after Ctrl-C. Either way the same command goes on.
+        0, also after SIGTERM; 130 after Ctrl-C. In both cases the same command continues the work.
     """
     tokenizer = Tokenizer(args.tokenizer, args.bos, args.eos, args.special_tokens)
     texts = Texts(args.data, args.field, args.bad_lines)

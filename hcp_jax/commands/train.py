@@ -1,4 +1,4 @@
-"""`hcp train`: what its command line says, and what its exit code says."""
+"""Run `hcp train`: parse its arguments, start the run, and choose the exit code."""
 
 import argparse
 import functools
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hcp train`."""
+    """Add the arguments of `hcp train`."""
     add_run_arguments(parser)
     parser.add_argument(
         "--folder",
         metavar="RUN",
-        type=arguments.folder,
-        help="this run folder, not a new one: go on if it has a checkpoint, else begin; the same "
-        "command can so be given again and again, by a scheduler, say, until the run is done",
+        type=arguments.writable_folder,
+        help="use this run folder: continue if it has a checkpoint, else start; so a scheduler can "
+        "give the same command again and again until the run is done",
     )
     cluster.add_arguments(parser)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say what is trained."""
+    """Add the arguments that say what is trained."""
     configuration.add_arguments(parser)
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        type=arguments.filled,
-        help="go on from the last checkpoint of this run folder, or of the 'latest'; with its own "
-        "config unless one is given",
+        type=arguments.non_empty,
+        help="continue from the last checkpoint of this run folder, or of the 'latest' one, with "
+        "its own config unless one is given",
     )
     parser.add_argument(
         "--accept",
         metavar="WORD",
         action="append",
         choices=CONSENT,
-        help="go on although something has changed since the last checkpoint: 'numbers' (settings "
-        "that change what is computed) or 'data' (the text); can be given twice",
+        help="continue although something has changed since the last checkpoint: 'numbers' "
+        "(settings that change what is computed) or 'data' (the text); can be given twice",
     )
     parser.add_argument(
         "--profile",
@@ -63,22 +63,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile-from",
         metavar="STEP",
         type=arguments.whole(least=0),
-        help="the first step that is traced; else the first few are skipped",
+        help="the first traced step; without this option the first few steps are skipped",
     )
 
 
 def num_devices(args: argparse.Namespace) -> int:
-    """How many devices this process must simulate where there is no GPU."""
-    total = config_of(args, _folder(args)).parallel.num_devices
+    """Return the number of devices that this process simulates if there is no GPU."""
+    total = resolve_config(args, _folder(args)).parallel.num_devices
     return max(1, total // cluster.num_processes(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `hcp train`.
+    """Run `hcp train`.
 
     Returns:
-        0, also for a run that SIGTERM (preemption) stopped, since it is saved; 130 after Ctrl-C;
-        `cluster.WENT_WRONG` if something happened that is nobody's mistake.
+        0, also if SIGTERM (preemption) stopped the run, because it is saved; 130 after Ctrl-C;
+        `cluster.WENT_WRONG` after an error that the user did not cause.
     """
     met: list[Peers] = []
     with Signals(functools.partial(_end, args, met)) as signals:
@@ -102,7 +102,7 @@ def _end(args: argparse.Namespace, met: list[Peers], number: int, stepping: bool
 
 def _run(args: argparse.Namespace, signals: Signals, met: list[Peers]) -> int:
     folder = _folder(args)
-    config = config_of(args, folder)
+    config = resolve_config(args, folder)
     require_can_begin(config, folder, 0 if has_gpus() else num_devices(args))
 
     from hcp_jax.train.loop import train
@@ -134,28 +134,28 @@ def _run(args: argparse.Namespace, signals: Signals, met: list[Peers]) -> int:
 
 
 def has_gpus() -> bool:
-    """Return whether jax will use what it finds, and not simulate devices on the CPU."""
+    """Return whether jax will use real devices instead of simulating them on the CPU."""
     import jax
 
     return not (jax.config.values["jax_platforms"] or "").startswith("cpu")
 
 
 def require_can_begin(config: TrainConfig, folder: pathlib.Path | None, simulated: int) -> None:
-    """Refuse, before data is read or anything compiles, what cannot run or be written here.
+    """Refuse a run that cannot run or be written here, before data is read or anything compiles.
 
     Args:
-        config: the run.
+        config: config of the run.
         folder: its run folder; None for a new one in `run_dir`.
-        simulated: devices that this machine would simulate; 0 if it has GPUs.
+        simulated: number of devices that this machine would simulate; 0 if it has GPUs.
 
     Raises:
-        ValueError: says what, and what to do.
+        ValueError: says what is wrong, and what to do.
     """
     here.require_filled_in(config)
     here.require_runs_here(config, simulated)
     if folder is None:
         try:
-            arguments.folder(config.run_dir)
+            arguments.writable_folder(config.run_dir)
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"run_dir: {error}") from None
 
@@ -165,7 +165,7 @@ def _exit_code(outcome: "Outcome") -> int:
 
 
 def _tell(error: Exception) -> None:
-    """An error of the machine's is a line; any other one is ours, and a traceback."""
+    """Print a line for an error of the machine, and a traceback for any other error."""
     if isinstance(error, OSError) and os.environ.get("HCP_DEBUG", "0") in ("", "0"):
         terminal.say_error(f"hcp: {error}")
     else:
@@ -173,7 +173,7 @@ def _tell(error: Exception) -> None:
 
 
 def _same_everywhere(config: TrainConfig, folder: pathlib.Path | None) -> dict[str, Any]:
-    """What processes must be started with alike, by the names that a person knows it by."""
+    """Return the values that all processes must share, by names for people."""
     packages = ("jax", "jaxlib", "numpy", "hcp_jax")
     return {
         **configuration.flatten(config),
@@ -199,28 +199,28 @@ def _folder(args: argparse.Namespace) -> pathlib.Path | None:
 
 
 def resumed_folder(args: argparse.Namespace) -> pathlib.Path | None:
-    """Return the folder of the run that a command line goes on with; None for a new run."""
+    """Return the folder of the run that a command line continues; None for a new run."""
     if args.accept and args.resume is None and getattr(args, "folder", None) is None:
-        raise ValueError("--accept is for a run that goes on; name it with --resume or --folder.")
+        raise ValueError("--accept is for a resumed run; name it with --resume or --folder.")
     if args.resume is None:
         return None
     if any(key == "init_from" for key, _ in args.overrides or ()):
         raise ValueError(
-            "--init_from begins a new run from a folder's weights, and --resume goes on with a "
+            "--init_from starts a new run from a folder's weights, and --resume continues with a "
             "run's own; give one of the two."
         )
     if args.resume != "latest":
         folder = pathlib.Path(args.resume)
         if not (folder / "config.yaml").is_file():
-            raise ValueError(f"--resume: {folder} is no run folder: it has no config.yaml.")
+            raise ValueError(f"--resume: {folder} is not a run folder: it has no config.yaml.")
         return folder
     from hcp_jax.train import folder as run_folders
 
     return run_folders.latest(configuration.from_arguments(args).run_dir)
 
 
-def config_of(args: argparse.Namespace, folder: pathlib.Path | None) -> TrainConfig:
-    """The config named, or that of the run resumed; overridden."""
+def resolve_config(args: argparse.Namespace, folder: pathlib.Path | None) -> TrainConfig:
+    """Return the named config, or that of the resumed run, with the overrides applied."""
     saved = folder is not None and (folder / "config.yaml").is_file()
     if args.config is not None or not saved:
         if args.config is None:

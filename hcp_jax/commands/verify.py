@@ -1,12 +1,12 @@
-"""`hcp verify`: proof, on the devices at hand, that context parallelism computes what one does.
+"""Run `hcp verify`: check, on the available devices, that a mesh computes the same as one device.
 
-Three things are measured, and a table tells them: attention against dense attention in float64, a
-training step against the same step on one device, and the bytes that the compiled programs move
-against what the algorithm must move. `streams.py` does it for streams that are cut over the mesh,
+It prints tables of three comparisons: attention against dense attention in float64, a training step
+against the same step on one device, and the bytes that the compiled programs move against those
+that the algorithm must move. `streams.py` does this for streams that are cut over the mesh,
 `groups.py` for documents on groups of devices (`parallel.dynamic`).
 
-The sequences are short and large models are made narrow, with their heads, masks, comm types and
-mesh kept: the mathematics does not depend on the rest.
+Sequences are short and large models are narrowed; heads, masks, comm types and mesh are kept. The
+mathematics does not depend on the rest.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def num_devices(args: argparse.Namespace) -> int:
-    """Return how many devices to simulate where there is no GPU."""
+    """Return the number of devices to simulate if there is no GPU."""
     return _config(args).parallel.num_devices
 
 

@@ -1,1 +1,1 @@
-"""Compile for clusters that are not here, and read what the compiler made."""
+"""Compile for clusters that are not available, and read the compiled programs."""

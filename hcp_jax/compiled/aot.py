@@ -1,4 +1,4 @@
-"""Compile for a cluster that is not here, from shapes alone.
+"""Compile for a cluster that is not available, from shapes alone.
 
     hcp.set_up_platform()  # before jax starts
     cluster = Cluster(hardware.gpu("h200"), hosts=8, gpus_per_host=8)
@@ -6,8 +6,8 @@
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=...)      # on that mesh
     compiled = compile_for(f, q, flags=hcp.xla_flags("NVIDIA H200"))
 
-No array is made and no GPU is asked for: the CUDA plugin's wheels hold the whole compiler, Pallas
-kernels included. The result is the program that the cluster would run, so its memory, its
+No array is created and no GPU is needed: the wheels of the CUDA plugin contain the whole compiler,
+also for Pallas kernels. The result is the program that the cluster would run, so its memory, its
 collectives and their schedule are facts (`report.py` reads them).
 """
 
@@ -28,14 +28,14 @@ def devices(cluster: Cluster) -> list[jax.Device]:
     """Return the devices of a cluster, for a mesh; they hold no arrays and run nothing.
 
     Args:
-        cluster: any number of hosts and of GPUs in each.
+        cluster: any number of hosts, and any number of GPUs in each.
 
     Returns:
-        Host by host; `process_index` tells the host.
+        The devices, host by host; `process_index` is the number of the host.
 
     Raises:
         NotImplementedError: if the CUDA compiler is not installed, or jax has started without it;
-            says what to do.
+            the error says what to do.
     """
     if not any(_installed(plugin) for plugin in _PLUGINS):
         raise NotImplementedError(
@@ -50,16 +50,16 @@ def devices(cluster: Cluster) -> list[jax.Device]:
             target_config=target_config(cluster.gpu),
             topology=f"1x{cluster.hosts}x{cluster.gpus_per_host}",
         )
-    except NotImplementedError as error:  # the plugin looked for a GPU, and gave up
+    except NotImplementedError as error:  # the plugin found no GPU when jax started
         raise NotImplementedError(
-            "jax started with its CUDA plugin, which found no GPU and left: call "
-            "hcp.set_up_platform() before anything else of jax, or set JAX_PLATFORMS=cpu."
+            "jax started with its CUDA plugin, which found no GPU and was dropped: call "
+            "hcp.set_up_platform() before any other use of jax, or set JAX_PLATFORMS=cpu."
         ) from error
     return list(topology.devices)
 
 
 def compile_for(
-    f: Callable,
+    f: Callable[..., Any],
     *shapes: Any,
     flags: Mapping[str, bool | int | str] | None = None,
     donate: tuple[int, ...] = (),
@@ -67,18 +67,18 @@ def compile_for(
     """Compile a function for the devices that its arguments' shardings name.
 
     Args:
-        f: a function, or one that `jax.jit` has wrapped already.
-        *shapes: its arguments: pytrees of `jax.ShapeDtypeStruct` with shardings over a mesh of
-            `devices(cluster)`, and numbers.
+        f: a function, jitted or not.
+        *shapes: its arguments: numbers, and pytrees of `jax.ShapeDtypeStruct` with shardings over
+            a mesh of `devices(cluster)`.
         flags: XLA flags without dashes, such as `hcp.xla_flags(kind)`.
-        donate: positions of the arguments whose memory the results may take; of a function that is
-            jitted already, it says so itself.
+        donate: positions of the arguments whose memory the results may reuse; ignored for a jitted
+            function, which declares its own.
 
     Returns:
-        The compiled program: `as_text()`, `memory_analysis()`. It cannot be called here.
+        The compiled program, with `as_text()` and `memory_analysis()`. It cannot be called here.
 
     Raises:
-        ValueError: if no shape says on which devices it lies.
+        ValueError: if no shape has a sharding.
     """
     leaves = jax.tree.leaves(shapes)
     platforms = {
@@ -96,11 +96,12 @@ def compile_for(
     lowering = tuple("cuda" if platform == "gpu" else platform for platform in platforms)
     lowered = jitted.trace(*shapes).lower(lowering_platforms=lowering)
     with host_memory.compiling():
-        return lowered.compile(compiler_options=dict(flags or {}))
+        compiled: jax.stages.Compiled = lowered.compile(compiler_options=dict(flags or {}))
+        return compiled
 
 
 def target_config(gpu: GPU) -> str:
-    """Return the text proto by which XLA compiles for a GPU on a machine that has none."""
+    """Return the text proto that describes a GPU to XLA, for compiling on a machine without one."""
     major, minor = gpu.compute_capability
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     return f"""

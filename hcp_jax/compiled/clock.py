@@ -1,15 +1,17 @@
-"""Put a compiled schedule on a clock: what a device computes and sends, and when it waits.
+"""Simulate the timing of a compiled schedule: when a device computes, sends and waits.
 
-The instructions of a compiled program are issued in order on one compute stream; a collective's
-start puts a transfer on its link, where transfers queue, and its done waits for the last byte. A
-walk over the schedule with a clock shows what is hidden behind what. Seconds are modelled:
+The instructions of a compiled program are issued in order on one compute stream. The start of a
+collective puts a transfer on its link, where transfers queue; its done waits for the last byte.
+Walking over the schedule with a clock shows which transfers are hidden behind which kernels.
+Seconds are modelled:
 
     attention kernel   FLOPs from its shapes and the mask's density, at the kernel's rate
-    matrix product     its FLOPs at the GPU's rate, or its bytes at the memory's, whichever is more
-    anything else      bytes read and written, at the memory's rate; every kernel takes a launch
-    transfer           bytes that a device sends at its link's rate, and a latency
+    matrix product     the longer of its FLOPs at the GPU's rate and its bytes at the memory's rate
+    anything else      bytes read and written, at the memory's rate; every kernel adds a launch
+    transfer           bytes that a device sends at the rate of its link, plus a latency
 
-The order, and what stands between a start and its done, is a fact; only the seconds are a model.
+The order of instructions, and what lies between a start and its done, are facts; only the seconds
+are modelled.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from hcp_jax.compiled import hlo
 from hcp_jax.cost.shape import BACKWARD
 from hcp_jax.hardware import GPU, Path
 
-LAUNCH_S = 2e-6  # from one kernel to the next on one stream
+LAUNCH_S = 2e-6  # seconds from one kernel to the next on one stream
 _FREE = {
     "after-all",
     "bitcast",
@@ -34,21 +36,21 @@ _FREE = {
     "replica-id",
     "tuple",
 }
-# Of the seven products of the two backward kernels, three make dq and four dk and dv.
+# The two backward kernels compute seven products: three for dq, four for dk and dv.
 _BACKWARD_SHARES = {"dq": 3 / 7, "dkv": 4 / 7}
 _MOST_SPANS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Something that happens in a schedule.
+    """Kernel or transfer in a schedule.
 
     Attributes:
         lane: "compute", or the link that a transfer runs on.
-        kind: "attention", "product", "other"; of a transfer, the collective's kind.
-        name: of the kernel or of the collective.
-        begin: seconds from the start of the program.
-        end: likewise.
+        kind: "attention", "product" or "other" for a kernel; the kind of collective for a transfer.
+        name: name of the kernel or of the collective.
+        begin: seconds from the start of the program to its begin.
+        end: seconds from the start of the program to its end.
     """
 
     lane: str
@@ -63,11 +65,11 @@ class Flight:
     """One execution of a collective.
 
     Attributes:
-        seconds: that it takes on its link.
-        until: seconds from its start to its last byte, the wait for its link included.
+        seconds: seconds that it occupies its link.
+        until: seconds from its start to its last byte, including the wait for its link.
         exposed: seconds in which the device waits for it.
         attention: seconds of attention issued between its start and its done.
-        behind: kernels issued between the two, the longest first.
+        behind: names of kernels issued between start and done, the longest first.
     """
 
     seconds: float
@@ -79,14 +81,14 @@ class Flight:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A schedule on the clock.
+    """Simulated timing of a compiled program.
 
     Attributes:
-        spans: in the order in which they begin; of a long program only the first ones.
-        flights: of every collective, by the name of its (start) instruction.
+        spans: kernels and transfers in order of their begin; only the first ones of a long program.
+        flights: execution of every collective, by the name of its (start) instruction.
         compute_s: seconds in which the device computes, by kind.
-        exposed_s: seconds in which it waits.
-        step_s: seconds of one run.
+        exposed_s: seconds in which the device waits.
+        step_s: seconds of one run of the program.
     """
 
     spans: tuple[Span, ...]
@@ -98,13 +100,13 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Rates at which a schedule runs.
+    """Rates for the simulation of a schedule.
 
     Attributes:
-        gpu: whose rates they run at.
-        implementation: of the attention kernels.
-        density: share of the (query, key) pairs that attention kernels are given that is visible.
-        path: what a collective runs over.
+        gpu: GPU whose rates are used.
+        implementation: implementation of the attention kernels.
+        density: visible share of the (query, key) pairs given to attention kernels.
+        path: returns the path of a collective.
     """
 
     gpu: GPU
@@ -114,17 +116,17 @@ class Costs:
 
 
 def simulate(module: hlo.Module, costs: Costs) -> Schedule:
-    """Walk over a compiled program with a clock.
+    """Simulate the timing of a compiled program.
 
     Args:
         module: `hlo.parse(compiled.as_text())`.
-        costs: the rates.
+        costs: rates of kernels and links.
     """
     return _Walk(module, costs).run()
 
 
 def kind_of(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> str:
-    """Return what an instruction computes: "attention", "product", "other", or "" for nothing."""
+    """Return the kind of an instruction: "attention", "product", "other", or "" for no kernel."""
     if instruction.opcode in _FREE:
         return ""
     products = _product_flops(module, computation, instruction) > 0
@@ -135,7 +137,7 @@ def kind_of(module: hlo.Module, computation: hlo.Computation, instruction: hlo.I
 
 
 def label(instruction: hlo.Instruction) -> str:
-    """Return a short name: the kernel's own, or the last part of its place in the program."""
+    """Return a short name: the name of the kernel, or the last part of jax's name stack."""
     match = re.search(r'\bname = "([^"]+)"', instruction.attributes)
     if match and instruction.opcode == "custom-call":
         return match.group(1).strip("_")
@@ -143,7 +145,7 @@ def label(instruction: hlo.Instruction) -> str:
 
 
 class _Departed(NamedTuple):
-    """A transfer under way, and what had been computed when it was issued."""
+    """Transfer in flight, with the compute totals at its start."""
 
     issued: float
     begin: float
@@ -223,7 +225,7 @@ class _Walk:
         self.now = max(self.now, departed.end)
 
     def loop(self, body: hlo.Computation, trips: int) -> None:
-        """Walk over the body once; all its later trips take as long."""
+        """Walk over the body once; all later trips take the same time."""
         now, exposed, compute = self.now, self.exposed, dict(self.compute)
         first = len(self.spans)
         self.walk(body)
@@ -242,7 +244,7 @@ class _Walk:
             ]
 
     def longest(self, branches: list[hlo.Computation]) -> None:
-        """Walk over all branches from the same time on, and keep the time of the longest."""
+        """Walk over all branches from the same start time, and keep the time of the longest."""
         start, last = self.now, (-math.inf, self.exposed, dict(self.compute))
         exposed, compute = self.exposed, dict(self.compute)
         for branch in branches:
@@ -262,9 +264,9 @@ class _Walk:
         self.compute[kind] += seconds
         self.now += seconds
 
-    def span(self, *fields) -> None:
+    def span(self, lane: str, kind: str, name: str, begin: float, end: float) -> None:
         if len(self.spans) < _MOST_SPANS:
-            self.spans.append(Span(*fields))
+            self.spans.append(Span(lane, kind, name, begin, end))
 
 
 def _seconds(
@@ -284,7 +286,7 @@ def _seconds(
 def _attention_seconds(
     computation: hlo.Computation, instruction: hlo.Instruction, costs: Costs
 ) -> float:
-    """Return the seconds of a kernel that takes q `[B, T, N, H]` and k `[B, S, K, H]` first."""
+    """Return the seconds of an attention kernel on q `[B, T, N, H]` and k `[B, S, K, H]`."""
     q, k = (hlo.shape_sizes(computation.by_name[name].shape) for name in instruction.operands[:2])
     flops = 4.0 * math.prod(q) * k[1] * costs.density
     if "attend_grads" not in instruction.op_name:
@@ -298,7 +300,7 @@ def _attention_seconds(
 def _product_flops(
     module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
 ) -> float:
-    """Return the FLOPs of the matrix products in an instruction, whatever wraps them."""
+    """Return the FLOPs of the matrix products in an instruction, also inside fusions and calls."""
     if instruction.opcode == "dot":
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     elif instruction.opcode == "custom-call" and "cublas" in instruction.target:
@@ -315,7 +317,7 @@ def _product_flops(
 
 
 def _bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
-    """Return the bytes that a kernel reads and writes; of an array it only slices, the slices."""
+    """Return the bytes that a kernel reads and writes; for a sliced array only the slices count."""
     operands = [computation.by_name[n] for n in instruction.operands if n in computation.by_name]
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2.0 * instruction.bytes
@@ -328,13 +330,13 @@ def _bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo.In
     written = float(instruction.bytes)
     for update in updates:
         written += fused.by_name[update.operands[1]].bytes - update.bytes
-    return max(0.0, written) + sum(_read(fused, place) for place in range(len(operands)))
+    return max(0.0, written) + sum(_read(fused, index) for index in range(len(operands)))
 
 
-def _read(fused: hlo.Computation, place: int) -> float:
-    """Return the bytes that a fusion reads of its operand number `place`."""
+def _read(fused: hlo.Computation, index: int) -> float:
+    """Return the bytes that a fusion reads from its operand number `index`."""
     for instruction in fused.instructions:
-        if instruction.opcode == "parameter" and instruction.literal == str(place):
+        if instruction.opcode == "parameter" and instruction.literal == str(index):
             return _read_by_users(fused, instruction)
     return 0.0
 

@@ -1,17 +1,16 @@
-"""Read compiled programs: XLA's optimised HLO text, as `compiled.as_text()` gives it.
+"""Parse compiled programs: the optimised HLO text that `compiled.as_text()` returns.
 
-Compiled HLO is *scheduled*: the instructions of a computation stand in the order in which they are
-issued. A collective that may run beside other work is cut in two, a start and a done, and what
-stands between them is what it may hide behind. A `while` runs its body as many times as its
-`known_trip_count` says.
+Compiled HLO is *scheduled*: the instructions of a computation are listed in the order in which they
+are issued. An asynchronous collective is split into a start and a done; the instructions between
+them can hide it. A `while` runs its body `known_trip_count` times.
 
     module = parse(compiled.as_text())
     for collective in collectives(compiled.as_text()):
         print(collective.kind, collective.count, collective.bytes, collective.groups)
 
-It reads programs of any platform and knows nothing of meshes or of time (`report.py` does), so that
-tests of any part can count collectives with it. XLA widens bfloat16
-collectives to float32 when it compiles for CPUs: bytes are exact there for float32 programs only.
+It reads programs of any platform and knows nothing about meshes or time (`report.py` does), so that
+tests of any room can count collectives with it. When XLA compiles for CPUs it widens bfloat16
+collectives to float32, so bytes are exact there only for float32 programs.
 """
 
 import dataclasses
@@ -51,11 +50,11 @@ class Instruction:
     Attributes:
         name: unique in its module.
         opcode: such as "fusion", "custom-call", "all-gather-start".
-        shape: the type of its result, as HLO writes it.
+        shape: type of its result, in HLO syntax.
         operands: names of the instructions it reads.
-        attributes: all that follows the operands, as HLO writes it.
-        literal: what stands in the place of operands, if there are none: a parameter's number, the
-            beginning of a constant.
+        attributes: everything after the operands, in HLO syntax.
+        literal: text in the place of the operands if there are none, such as a parameter's number
+            or the beginning of a constant.
     """
 
     name: str
@@ -67,12 +66,12 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Size of its result in bytes, all elements of a tuple together."""
+        """Size of its result in bytes, summed over the elements of a tuple."""
         return shape_bytes(self.shape)
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations it runs; not the condition of a while."""
+        """Names of the computations it runs, without the condition of a while."""
         found: list[str] = []
         for one, many in _CALLED.findall(self.attributes):
             found += [one] if one else re.findall(r"[\w.\-]+", many)
@@ -80,7 +79,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Place in the Python program that it comes from: jax's name stack, or ''."""
+        """Origin in the Python program: jax's name stack, or ''."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match.group(1) if match else ""
 
@@ -92,14 +91,14 @@ class Instruction:
 
     @property
     def trip_count(self) -> int | None:
-        """How often a while runs its body; None if the compiler does not know."""
+        """Number of times that a while runs its body; None if the compiler does not know."""
         match = _TRIPS.search(self.attributes)
         return int(match.group(1)) if match else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions, in the order in which they are issued."""
+    """Sequence of instructions, in the order in which they are issued."""
 
     name: str
     instructions: tuple[Instruction, ...]
@@ -112,7 +111,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program."""
+    """Compiled program: its computations by name, and the name of the entry."""
 
     entry: str
     computations: dict[str, Computation]
@@ -122,21 +121,21 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a compiled program, wherever it stands in it.
+    """One collective of a compiled program, in any of its computations.
 
     Attributes:
         kind: one of `KINDS`.
-        bytes: what one device puts in, each time.
-        count: how often it runs in one run of the program: the product of the trip counts around
-            it. A while of unknown length counts as one.
-        groups: the devices, as logical numbers, that talk to each other. Of a permute, the rings:
-            each followed from its first device along the pairs.
-        pairs: of a permute, (source, target); else empty.
-        name: of the (start) instruction.
-        computation: that it stands in.
-        op_name: where in the Python program it comes from.
-        asynchronous: whether it is cut into a start and a done.
-        between: names of the instructions issued between the two; empty for a synchronous one.
+        bytes: bytes that one device puts in, each time.
+        count: how often it runs in one run of the program: the product of the trip counts of the
+            loops around it. A loop of unknown length counts once.
+        groups: groups of communicating devices, as logical numbers. For a permute, its rings: each
+            lists the devices along the pairs, from its first device on.
+        pairs: (source, target) pairs of a permute; empty for other kinds.
+        name: name of the (start) instruction.
+        computation: computation that contains it.
+        op_name: origin in the Python program: jax's name stack.
+        asynchronous: True if it is split into a start and a done.
+        between: names of the instructions issued between start and done; empty if synchronous.
     """
 
     kind: str
@@ -152,12 +151,12 @@ class Collective:
 
     @property
     def group_size(self) -> int:
-        """Devices in the largest group."""
+        """Number of devices in the largest group."""
         return max((len(group) for group in self.groups), default=1)
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that one device sends, each time; see `cost.traffic.sent_bytes`."""
+        """Bytes that one device sends each time; see `cost.traffic.sent_bytes`."""
         return sent_bytes(self.kind, self.bytes, self.group_size)
 
 
@@ -168,7 +167,7 @@ def parse(hlo_text: str) -> Module:
         hlo_text: `compiled.as_text()`.
 
     Raises:
-        ValueError: if the text is not that of an HLO module with an entry.
+        ValueError: if the text is not an HLO module with an entry.
     """
     head = hlo_text[: hlo_text.find("\n")]
     counts = [re.search(rf"\b{word}=(\d+)", head) for word in ("num_partitions", "replica_count")]
@@ -197,18 +196,18 @@ def collectives(hlo_text: str) -> list[Collective]:
     """Return every collective of a compiled program, in the order in which they run.
 
     Raises:
-        ValueError: if the text is no HLO module, or names its groups in a way not known here.
+        ValueError: if the text is not an HLO module, or writes its groups in an unknown syntax.
     """
     return module_collectives(parse(hlo_text))
 
 
 def module_collectives(module: Module) -> list[Collective]:
-    """Return the `collectives` of a module that has been parsed already."""
+    """Return the `collectives` of a parsed module."""
     return list(_walk(module, module.computations[module.entry], 1))
 
 
 def find_collective(module: Module, instruction: Instruction) -> Instruction | None:
-    """Return the collective that an instruction issues: itself, or one wrapped in it; or None."""
+    """Return the collective that an instruction is or wraps; None if there is none."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
         return instruction
@@ -238,7 +237,7 @@ def done_of(computation: Computation, start: Instruction) -> int | None:
 
 
 def shape_bytes(shape: str) -> int:
-    """Return the bytes of an array type, or of all arrays of a tuple type.
+    """Return the bytes of an array type, or the sum over a tuple type.
 
     >>> shape_bytes("(f32[2,3]{1,0}, bf16[4]{0})")
     32
@@ -344,7 +343,7 @@ def _pairs(attributes: str) -> tuple[tuple[int, int], ...]:
 
 
 def _rings(pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the devices that pairs join, each ring from its least device on."""
+    """Return the rings that (source, target) pairs form, each from its lowest device on."""
     target = dict(pairs)
     heads = sorted(set(target) - set(target.values())) + sorted(target)
     seen: set[int] = set()

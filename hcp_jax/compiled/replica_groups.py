@@ -1,4 +1,4 @@
-"""Read the groups of devices of a collective, in each of the ways in which HLO writes them."""
+"""Parse the device groups of a collective, in every syntax that HLO uses for them."""
 
 import itertools
 import math
@@ -9,11 +9,11 @@ def parse_groups(attributes: str, num_devices: int) -> tuple[tuple[int, ...], ..
     """Return the groups of devices of a collective.
 
     Args:
-        attributes: of the instruction, as HLO writes them.
-        num_devices: of the module; no groups mean one of all.
+        attributes: attributes of the instruction, in HLO syntax.
+        num_devices: number of devices of the module; without groups, all form one group.
 
     Raises:
-        ValueError: if the groups are written in a way that is not known.
+        ValueError: if the groups are written in an unknown syntax.
 
     >>> parse_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
     ((0, 2), (1, 3))
@@ -38,7 +38,7 @@ def parse_groups(attributes: str, num_devices: int) -> tuple[tuple[int, ...], ..
 
 
 def _device_order(text: str) -> tuple[int, ...]:
-    """Return the device at each place of a mesh, from a list or from `[8,8]T(1,0)`."""
+    """Return the devices of a mesh in order, from a list or from `[8,8]T(1,0)`."""
     if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         dims, order = (_numbers(group or "") for group in iota.groups())
         return _iota_groups((math.prod(dims),), dims, order)[0]
@@ -54,7 +54,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _iota_groups(
     shape: tuple[int, ...], dims: tuple[int, ...], order: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
-    """Return `[groups, size]<=[dims]T(order)`: 0, 1, 2 … in dims, transposed, cut into rows."""
+    """Return the groups `[groups, size]<=[dims]T(order)`: an iota of `dims`, transposed, by row."""
     order = order or tuple(range(len(dims)))
     strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     ranges = [range(dims[i]) for i in order]
@@ -67,7 +67,10 @@ def _iota_groups(
 
 
 def _mesh_groups(axes: str, grouped: str) -> tuple[tuple[int, ...], ...]:
-    """Return `mesh['a'=2,'b'=4] {'b'}`; `'b':(m)n` is the part of size n below m of axis b."""
+    """Return the groups `mesh['a'=2,'b'=4] {'b'}`; `'b':(m)n` is a sub-axis of axis b of size n.
+
+    Its m is the product of the sizes of the sub-axes before it.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
     parts = {
         name: (int(above), int(size)) if size else (1, sizes[name])

@@ -1,9 +1,9 @@
-"""Report what a compiled program moves, hides and holds.
+"""Report what a compiled program moves and hides, and the memory it needs.
 
 `read` finds the memory of any compiled program, its collectives with their mesh axes, links and
-bytes, and, with a clock (`clock.py`), which of them nothing hides. A ring hop counts as hidden only
-if attention is scheduled between its start and its done, and by the cost model enough of it to last
-until the last byte has come.
+bytes, and, by simulated timing (`clock.py`), which of them are not hidden. A ring hop counts as
+hidden only if enough attention is scheduled between its start and its done: by the cost model, it
+must last until the last byte has arrived.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ from hcp_jax.cost.step import stream_pairs
 from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, RING_HOP
 from hcp_jax.hardware import Cluster, Path
 
-# Share of its own seconds for which a hidden transfer may still be waited for.
+# A transfer counts as hidden if the device waits for at most this share of its duration.
 _TOLERANCE = 0.01
 _NAMES = {RING_HOP: "ring", EXCHANGE_HEADS: "heads", GATHER_KV: "gather"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Memory of one device, in bytes.
 
     Attributes:
-        argument_bytes: of what the program is given.
-        output_bytes: of what it gives back.
-        alias_bytes: of outputs that take the place of donated arguments.
-        temp_bytes: of everything in between, at the worst moment.
-        device_bytes: what the GPU has.
-        host_bytes: in the host's memory, of what is offloaded.
+        argument_bytes: bytes of the program's arguments.
+        output_bytes: bytes of its outputs.
+        alias_bytes: bytes of outputs that reuse the memory of donated arguments.
+        temp_bytes: peak of all temporary buffers.
+        device_bytes: memory of the GPU.
+        host_bytes: bytes offloaded to the host's memory.
     """
 
     argument_bytes: int
@@ -47,31 +47,31 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of all of it together."""
+        """Bytes of arguments, outputs and temporaries; aliased outputs count once."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether a tenth of the GPU is left for CUDA, NCCL's buffers and fragmentation."""
+        """True if a tenth of the GPU is left for CUDA, NCCL's buffers and fragmentation."""
         return self.peak_bytes <= 0.9 * self.device_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """Collectives of a program that are alike.
+    """Collectives of a program with equal properties, merged into one entry.
 
     Attributes:
-        kind: in HLO's words.
-        what: "ring", "heads", "gather", or "" for one that is not attention's.
-        axes: mesh axes that it runs over.
+        kind: kind of collective, as HLO names it.
+        what: "ring", "heads" or "gather" for attention; "" for other collectives.
+        axes: mesh axes that they run over.
         link: "inside a host" or "between hosts".
-        bytes: that one device puts in, each time.
-        sent_bytes: that one device sends, each time.
-        count: how often it runs.
-        hidden: whether compute hides it.
-        seconds: modelled, of all of them.
-        exposed_s: of these, seconds in which the device waits.
-        behind: the kernels it is hidden behind, the longest first.
+        bytes: bytes that one device puts in, each time.
+        sent_bytes: bytes that one device sends, each time.
+        count: how often they run, in total.
+        hidden: True if compute hides them.
+        seconds: modelled seconds of all runs.
+        exposed_s: seconds of these in which the device waits.
+        behind: kernels that hide them, the longest first.
     """
 
     kind: str
@@ -92,11 +92,11 @@ class Audit:
     """Facts and modelled seconds of one program.
 
     Attributes:
-        cluster: that it was compiled for.
-        memory: of one device.
-        collectives: alike ones together, in the order of the program.
-        schedule: on the clock.
-        compile_s: seconds that the compiler took; 0 if unknown.
+        cluster: cluster that it was compiled for.
+        memory: memory of one device.
+        collectives: its collectives, equal ones merged, in the order of the program.
+        schedule: simulated timing.
+        compile_s: seconds of compilation; 0 if unknown.
     """
 
     cluster: Cluster
@@ -107,17 +107,17 @@ class Audit:
 
     @property
     def ring_hops(self) -> int:
-        """Number of moves round the ring; K, V and their gradients each make their own."""
+        """Number of ring permutes; K, V and their gradients are counted separately."""
         return sum(moved.count for moved in self.collectives if moved.what == "ring")
 
     @property
     def ring_hops_hidden(self) -> int:
-        """Number of these that are hidden behind attention."""
+        """Number of ring permutes that are hidden behind attention."""
         return sum(m.count for m in self.collectives if m.what == "ring" and m.hidden)
 
     @property
     def communication_s(self) -> float:
-        """Seconds in which something is sent, hidden or not."""
+        """Seconds of all transfers, hidden or not."""
         return sum(moved.seconds for moved in self.collectives)
 
     def to_json(self) -> dict[str, Any]:
@@ -149,16 +149,16 @@ def read(
     density: float = 1.0,
     compile_s: float = 0.0,
 ) -> Audit:
-    """Read a compiled program.
+    """Read a compiled program and return its audit.
 
     Args:
-        compiled: for the devices of `mesh`.
-        mesh: made of `aot.devices(cluster)`.
-        cluster: whose links and rates are taken.
-        implementation: of the attention core, whose rates are taken.
-        density: share of the (query, key) pairs given to attention kernels that is visible: see
+        compiled: program compiled for the devices of `mesh`.
+        mesh: mesh of `aot.devices(cluster)`.
+        cluster: cluster whose links and rates are used.
+        implementation: implementation of the attention core, whose rates are used.
+        density: visible share of the (query, key) pairs given to attention kernels; see
             `busiest_density`.
-        compile_s: what to report as the compiler's time.
+        compile_s: compilation seconds to report.
     """
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
@@ -198,14 +198,14 @@ def read(
 def busiest_density(
     model: ModelShape, seq_len: int, cp_size: int, layout: str, ring_size: int
 ) -> float:
-    """Return the share of visible pairs among those given to the busiest device's kernels.
+    """Return the visible share of the (query, key) pairs given to the busiest device's kernels.
 
     Args:
-        model: whose mask it is.
+        model: gives the mask.
         seq_len: T, padded.
         cp_size: C.
         layout: "zigzag" or "contiguous".
-        ring_size: devices that K and V move over.
+        ring_size: number of devices that K and V move over.
     """
     chunks = cp_size * (2 if layout == "zigzag" else 1)
     by_hop = pairs_by_hop(stream_pairs(model, seq_len, chunks), cp_size, layout, ring_size)
@@ -216,15 +216,16 @@ def collective_axes(collective: hlo.Collective, mesh: Mesh) -> tuple[str, ...]:
     """Return the mesh axes along which a collective's devices differ."""
     varying: set[str] = set()
     for group in collective.groups:
-        places = np.array(np.unravel_index(np.array(group), mesh.devices.shape))
-        differs = (places != places[:, :1]).any(axis=1)
+        coordinates = np.array(np.unravel_index(np.array(group), mesh.devices.shape))
+        differs = (coordinates != coordinates[:, :1]).any(axis=1)
         varying |= {axis for axis, d in zip(mesh.axis_names, differs, strict=True) if d}
     return tuple(axis for axis in mesh.axis_names if axis in varying)
 
 
 def _number(device: jax.Device, cluster: Cluster) -> int:
     """Return a device's number in the cluster, counted host by host."""
-    return device.process_index * cluster.gpus_per_host + device.id % cluster.gpus_per_host
+    host: int = device.process_index
+    return host * cluster.gpus_per_host + device.id % cluster.gpus_per_host
 
 
 def _moved(c: hlo.Collective, flight: clock.Flight, mesh: Mesh, link: str) -> Moved:
@@ -249,7 +250,7 @@ def _moved(c: hlo.Collective, flight: clock.Flight, mesh: Mesh, link: str) -> Mo
 
 
 def _together(moved: list[Moved]) -> list[Moved]:
-    alike: dict[tuple, Moved] = {}
+    alike: dict[tuple[Any, ...], Moved] = {}
     for one in moved:
         key = (one.kind, one.what, one.axes, one.link, one.bytes, one.hidden)
         same = alike.get(key)

@@ -1,13 +1,17 @@
-"""Draw a schedule: what the compute stream and each link do, moment by moment.
+"""Draw a schedule: the work of the compute stream and of each link over time.
 
-The upper panel shows the whole program, the lower one a part of its middle, in which transfers can
-be told from the kernels that hide them. Time in which the device waits is hatched.
+The upper panel shows the whole program; the lower one shows a part of its middle at a scale where
+single transfers and the kernels that hide them are visible. Waiting time is hatched.
 """
 
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from hcp_jax.compiled.clock import Schedule, Span
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLORS = {
     "attention": "#4c78a8",
@@ -30,15 +34,15 @@ _ZOOM_TRANSFERS = 12
 
 
 def draw(schedule: Schedule, file: pathlib.Path, title: str) -> None:
-    """Write the picture of a schedule.
+    """Draw a schedule and write it to a file.
 
     Args:
-        schedule: from `clock.simulate`.
-        file: where; its suffix says the format, .png or .svg.
-        title: what is shown.
+        schedule: result of `clock.simulate`.
+        file: file to write; its suffix gives the format, .png or .svg.
+        title: title of the picture.
 
     Raises:
-        ValueError: if the suffix is another.
+        ValueError: if the suffix is neither .png nor .svg.
     """
     if file.suffix not in (".png", ".svg"):
         raise ValueError(f"the picture must be a .png or .svg file, got {str(file)!r}.")
@@ -55,7 +59,7 @@ def draw(schedule: Schedule, file: pathlib.Path, title: str) -> None:
     _lanes(above, schedule.spans, waits, lanes, (0.0, last))
     _lanes(below, schedule.spans, waits, lanes, zoom(schedule.spans))
     above.set_title(title, loc="left", size=11)
-    below.set_title("a stretch of it", loc="left", size=10)
+    below.set_title("part of it", loc="left", size=10)
     kinds = [kind for kind in _COLORS if any(span.kind == kind for span in schedule.spans)]
     entries = [Patch(color=_COLORS[kind], label=_WORDS.get(kind, kind)) for kind in kinds]
     entries.append(Patch(facecolor="none", edgecolor="red", hatch="///", label="waiting"))
@@ -64,7 +68,7 @@ def draw(schedule: Schedule, file: pathlib.Path, title: str) -> None:
 
 
 def waiting(spans: Sequence[Span]) -> list[tuple[float, float]]:
-    """Return the gaps between one kernel and the next, in which the device waits."""
+    """Return the gaps between consecutive kernels, in which the device waits."""
     computing = sorted((s for s in spans if s.lane == "compute"), key=lambda s: s.begin)
     gaps, now = [], 0.0
     for span in computing:
@@ -76,7 +80,7 @@ def waiting(spans: Sequence[Span]) -> list[tuple[float, float]]:
 
 
 def zoom(spans: Sequence[Span]) -> tuple[float, float]:
-    """Return begin and end of a stretch about the middle that holds a dozen transfers."""
+    """Return begin and end of a part in the middle that contains a dozen transfers."""
     end = max((span.end for span in spans), default=0.0)
     moves = [s for s in spans if s.kind == "collective-permute"] or [
         s for s in spans if s.lane != "compute"
@@ -88,14 +92,20 @@ def zoom(spans: Sequence[Span]) -> tuple[float, float]:
     return chosen[0].begin, max(move.end for move in chosen)
 
 
-def _lanes(axes, spans: Sequence[Span], waits, lanes: list[str], window) -> None:
+def _lanes(
+    axes: "Axes",
+    spans: Sequence[Span],
+    waits: Sequence[tuple[float, float]],
+    lanes: list[str],
+    window: tuple[float, float],
+) -> None:
     begin, end = window
     pixel = (end - begin) / 1200
     zoomed = begin > 0
     scale = 1e3 if end - begin < 10 else 1.0
     shown = [s for s in spans if s.end >= begin and s.begin <= end]
-    for place, lane in enumerate(lanes):
-        # What is narrower than a pixel is not drawn at random: transfers get one, kernels none.
+    for row, lane in enumerate(lanes):
+        # Spans narrower than a pixel would appear at random: transfers get one pixel, kernels none.
         least = 0.0 if lane == "compute" else pixel
         for kind, color in _COLORS.items():
             bars = [
@@ -103,8 +113,8 @@ def _lanes(axes, spans: Sequence[Span], waits, lanes: list[str], window) -> None
                 for s in shown
                 if s.lane == lane and s.kind == kind
             ]
-            edge = {"linewidth": 0.6 if zoomed else 0.0, "edgecolor": "white"}
-            axes.broken_barh(bars, (place - 0.4, 0.8), facecolors=color, snap=False, **edge)
+            edge: dict[str, Any] = {"linewidth": 0.6 if zoomed else 0.0, "edgecolor": "white"}
+            axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=color, snap=False, **edge)
     if zoomed:
         _names(axes, shown, lanes, window, scale)
     gaps = [(a * scale, (b - a) * scale) for a, b in waits if b - a > pixel and a < end]
@@ -116,7 +126,13 @@ def _lanes(axes, spans: Sequence[Span], waits, lanes: list[str], window) -> None
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _names(axes, spans: Sequence[Span], lanes: list[str], window, scale: float) -> None:
+def _names(
+    axes: "Axes",
+    spans: Sequence[Span],
+    lanes: list[str],
+    window: tuple[float, float],
+    scale: float,
+) -> None:
     begin, end = window
     for span in spans:
         left, right = max(span.begin, begin), min(span.end, end)

@@ -1,1 +1,1 @@
-"""Seconds, bytes and memory of a training step, by model; NumPy only, nothing is compiled."""
+"""Model the seconds, bytes and memory of a training step; NumPy only, nothing is compiled."""

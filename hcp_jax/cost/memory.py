@@ -1,17 +1,17 @@
-"""How much memory a training step takes, modelled: what stays, and what the worst moment holds.
+"""Model the memory of a training step: permanent buffers plus those of the peak moment.
 
-Parameters, gradients and the optimizer's moments are float32, activations in the compute dtype.
-The worst moment is the loss, or the backward pass of a layer, whichever holds more:
+Parameters, gradients and the optimizer's moments are float32; activations have the compute dtype.
+Memory peaks in the loss or in the backward pass of a layer, whichever needs more:
 
     state         parameters and two moments, cut over tp (and over dp and cp by FSDP)
-    kept          what each layer leaves for its backward pass, by remat policy
+    kept          what each layer keeps for its backward pass, by remat policy
     hidden        the hidden states between the layers and the loss, and their gradients
     vocabulary    the loss: the gathered head, its gradient before it is scattered, logits
     gradients     of the layers, as the scan stacks them
     layer         one layer's weights and gradients, whole, and its activations in backward
 
-What is offloaded or computed in chunks (docs/memory.md) is not modelled: `hcp audit` tells it.
-`hcp plan --verify` replaces these figures by those of the compiled program.
+Offloading and computing in chunks (docs/memory.md) are not modelled; `hcp audit` shows their
+effect. `hcp plan --verify` replaces these figures by those of the compiled program.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from hcp_jax.cost.step import Split
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one device, by what they are for."""
+    """Bytes of one device, by purpose."""
 
     state: float
     kept: float
@@ -33,18 +33,18 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> float:
-        """Bytes of what is always there, and of the larger of the two moments."""
+        """Bytes of the permanent buffers and of the larger of the two moments."""
         return (
             self.state + self.kept + self.hidden + max(self.vocabulary, self.gradients + self.layer)
         )
 
 
 def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1) -> MemoryEstimate:
-    """Return the memory of one device, modelled.
+    """Return the modelled memory of one device.
 
     Args:
-        model: the decoder.
-        split: how the run is split.
+        model: shape of the decoder.
+        split: split of the run over the cluster.
         seq_len: T.
         rows: streams of each data-parallel replica in a microbatch.
     """
@@ -63,21 +63,21 @@ def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1
 
 
 def _kept(model: ModelShape, split: Split, t: float, heads: float) -> float:
-    """Return the bytes that a layer keeps of t tokens for its backward pass."""
+    """Return the bytes that a layer keeps for its backward pass over t tokens."""
     inputs = 2.0 * t * model.hidden_size
     outputs = t * (2.0 * heads + 4.0 * heads / model.head_size)
     if split.remat == "full":
         return inputs
     if split.remat == "attention":
         return inputs + outputs
-    # Counted in compiled programs: norms and rotations leave float32 copies, too.
+    # These counts come from compiled programs: norms and rotations also keep float32 copies.
     kv_heads = 2.0 * t * 2 * _kv_width(model, split)
     mlp = 2.0 * t * (model.mlp_products + 1) * model.intermediate_size / split.tp
     return 14 * inputs + 2.0 * t * 10 * heads + kv_heads + mlp
 
 
 def _kv_width(model: ModelShape, split: Split) -> float:
-    """Return the kv heads of a device times their size, replicas for the exchange included."""
+    """Return a device's kv heads times the head size, with the replicas for the exchange."""
     return max(model.num_kv_heads / split.tp, split.exchange) * model.head_size
 
 

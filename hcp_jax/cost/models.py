@@ -1,4 +1,4 @@
-"""The one list of well-known models, from their published configs."""
+"""List well-known models by name, with the sizes of their published configs."""
 
 import dataclasses
 import difflib
@@ -30,8 +30,8 @@ def _sizes(
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    # The model of the benchmark that docs/dynamic.md compares with. Its MLP has no gate, so it has
-    # a shape but no `ModelConfig`. The vocabulary is modelled: the benchmark names none.
+    # The model of the benchmark that docs/dynamic.md compares with. Its MLP has no gate, so there
+    # is no `ModelConfig` for it. The vocabulary size is assumed: the benchmark gives none.
     "gpt-12x2048": {"vocab_size": 50304, "mlp_products": 2} | _sizes(12, 2048, 8192, 16, 16),
     "llama2-7b": {"vocab_size": 32000} | _sizes(32, 4096, 11008, 32, 32),
     "llama3-8b": _LLAMA3 | _sizes(32, 4096, 14336, 32, 8),
@@ -47,7 +47,7 @@ def model_shape(model: "str | ModelShape | Any") -> ModelShape:
     """Return the shape of a named model or of a `ModelConfig`.
 
     Raises:
-        ValueError: if there is no model of that name; the error names the nearest.
+        ValueError: if there is no model of that name; the error suggests the nearest one.
 
     >>> model_shape("llama3-8b").params
     8030261248
@@ -67,8 +67,8 @@ def model_fields(name: str) -> dict[str, Any]:
     """Return the `ModelConfig` fields of a named model.
 
     Raises:
-        ValueError: if there is no model of that name; the error names the nearest.
-        NotImplementedError: if the library cannot train the model, only tell its cost.
+        ValueError: if there is no model of that name; the error suggests the nearest one.
+        NotImplementedError: if the library can estimate the model's cost but cannot train it.
     """
     fields = _find(name)
     if "mlp_products" in fields:

@@ -1,4 +1,4 @@
-"""Count the (query, key) pairs that a mask shows: in all, and to each device at each hop.
+"""Count the (query, key) pairs visible under a mask: in total, and per device and hop.
 
 Attention's work is the number of visible pairs, not T². It is counted exactly, for any mask, from
 its intervals. With `m(x) = Σ_i min(e_i, x) - Σ_i min(s_i, x)` over some queries i, the keys in
@@ -19,13 +19,14 @@ def chunk_pairs(intervals: "Intervals", chunks: int) -> Int64[np.ndarray, "chunk
     """Count the visible pairs between every chunk of queries and every chunk of keys of a stream.
 
     Args:
-        intervals: of the queries in natural order, one row; T is a multiple of `chunks`.
-        chunks: how many equal chunks the stream is cut into.
+        intervals: key intervals of the queries in natural order, one row; T is a multiple of
+            `chunks`.
+        chunks: number of equal chunks that the stream is cut into.
 
     Raises:
-        ValueError: if T is no multiple of `chunks`, or there are several rows.
+        ValueError: if T is not a multiple of `chunks`, or there are several rows.
 
-    >>> from hcp_jax.mask import causal
+    >>> from hcp_jax.sequence.mask import causal
     >>> chunk_pairs(causal().intervals(8), 2)
     array([[10,  0],
            [16, 10]])
@@ -49,18 +50,18 @@ def chunk_pairs(intervals: "Intervals", chunks: int) -> Int64[np.ndarray, "chunk
 def causal_chunk_pairs(
     seq_len: int, chunks: int, window: int | None = None
 ) -> Float64[np.ndarray, "chunks chunks"]:
-    """`chunk_pairs` of a causal mask, by formula: at once for any length.
+    """Return `chunk_pairs` of a causal mask by formula, in constant time for any length.
 
-    With `g(x) = max(x, 0)`, query i sees `g(i + 1 - a) - g(i + 1 - b)` of the keys in `[a, b)`
-    before it, less as many as lie before its window. Sums of `g` over i are triangle numbers.
+    With `g(x) = max(x, 0)`, query i sees `g(i + 1 - a) - g(i + 1 - b)` of the keys in `[a, b)`,
+    minus those that lie before its window. Sums of `g` over i are triangular numbers.
 
     Args:
         seq_len: T, a multiple of `chunks`.
-        chunks: how many equal chunks the stream is cut into.
-        window: keys that a query sees, itself included; None for all before it.
+        chunks: number of equal chunks that the stream is cut into.
+        window: number of keys that a query sees, itself included; None for all earlier keys.
 
     Returns:
-        Rows are chunks of queries, columns chunks of keys; exact up to 2**53 pairs a chunk.
+        Rows are chunks of queries, columns chunks of keys; exact up to 2**53 pairs per chunk.
 
     >>> causal_chunk_pairs(8, 2)
     array([[10.,  0.],
@@ -82,7 +83,7 @@ def causal_chunk_pairs(
 def merge_chunks(
     table: Int64[np.ndarray, "fine fine"], chunks: int
 ) -> Int64[np.ndarray, "coarse coarse"]:
-    """Return `chunk_pairs` of fewer chunks, from that of a multiple of them."""
+    """Return the `chunk_pairs` table of fewer chunks, by summing blocks of a finer table."""
     times = table.shape[0] // chunks
     merged: np.ndarray = table.reshape(chunks, times, chunks, times).sum(axis=(1, 3))
     return merged
@@ -91,17 +92,16 @@ def merge_chunks(
 def pairs_by_hop(
     table: Int64[np.ndarray, "chunks chunks"], cp_size: int, layout: str, ring_size: int
 ) -> Int64[np.ndarray, "ring hops"]:
-    """Return the visible pairs of every ring rank's queries with the keys there at every hop.
+    """Return the visible pairs of each ring rank's queries with the keys that it has at each hop.
 
     Args:
-        table: `chunk_pairs` for the layout's chunks: 2C of them in zigzag, else C.
-        cp_size: C, the devices the stream is cut over.
+        table: `chunk_pairs` for the layout's chunks: 2C of them for zigzag, else C.
+        cp_size: C, the number of devices that the stream is cut over.
         layout: "zigzag" or "contiguous".
         ring_size: P; each rank holds the chunks of C / P neighbouring devices.
     """
-    from hcp_jax.sequence.layout import (
-        chunk_order,  # imports jax, which hcp plan --help can do without
-    )
+    # Imported here, because it imports jax, and `hcp plan --help` must not.
+    from hcp_jax.sequence.layout import chunk_order
 
     order = chunk_order(cp_size, layout)
     ordered = table[np.ix_(order, order)]

@@ -1,15 +1,15 @@
-"""The shape of a decoder, and the arithmetic of its training step as MFU counts it.
+"""Describe the shape of a decoder, and count the FLOPs of its training step as MFU counts them.
 
-Counted is what the model needs, not what a run spends: nothing that remat computes again, none of
-the softmax, norms and activations, and of attention only the (query, key) pairs that the mask
-shows, as they are in the batch: a packed stream of short documents has fewer than one long
-document. (Many count T² pairs, or half of them, for any batch; then packing, or a window, would
-seem to raise MFU.) Backward is twice forward (PaLM: Chowdhery et al., 2022, appendix B):
+The count covers what the model needs, not what a run computes: no recomputation by remat, and no
+softmax, norms or activations. Of attention it counts only the (query, key) pairs that are visible
+in the actual batch: a packed stream of short documents has fewer than one long document. (Counting
+T² pairs, or half of them, for every batch would make packing or a window seem to raise MFU.)
+Backward counts as twice forward (PaLM: Chowdhery et al., 2022, appendix B):
 
-    matrix products   6 · weights · tokens           output head included, embedding lookup not
-    attention         12 · heads · H · pairs         in every layer: two products of 2 FLOPs, thrice
+    matrix products   6 · weights · tokens           with the output head, without embedding lookup
+    attention         12 · heads · H · pairs         per layer: two products of 2 FLOPs, times 3
 
-The planner, the memory model, the scheduler of dynamic CP and the trainer's MFU all ask this shape.
+The planner, the memory model, the scheduler of dynamic CP and the trainer's MFU all use this shape.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hcp_jax.sequence.mask import Mask
 
-BACKWARD = 2.5  # FLOPs of an attention kernel's backward, in forwards: five products for two
+BACKWARD = 2.5  # FLOPs of an attention kernel's backward over its forward: five products to two
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What the cost of a decoder depends on; the words are `ModelConfig`'s.
+    """Sizes that determine the cost of a decoder; the names are those of `ModelConfig`.
 
     Attributes:
-        mlp_products: matrices of an MLP: 3 with a gate, 2 without.
+        mlp_products: number of matrices of an MLP: 3 with a gate, 2 without.
     """
 
     vocab_size: int
@@ -63,30 +63,30 @@ class ModelShape:
 
     @property
     def layer_params(self) -> int:
-        """Weights of one layer's matrix products."""
+        """Number of weights of one layer's matrix products."""
         mlp = self.mlp_products * self.intermediate_size
         return self.hidden_size * (2 * self.query_width + 2 * self.kv_width + mlp)
 
     @property
     def head_params(self) -> int:
-        """Weights of the output head."""
+        """Number of weights of the output head."""
         return self.vocab_size * self.hidden_size
 
     @property
     def product_params(self) -> int:
-        """Weights that every token is multiplied by: of all layers and the output head."""
+        """Number of weights that every token is multiplied by: all layers and the output head."""
         return self.num_layers * self.layer_params + self.head_params
 
     @property
     def params(self) -> int:
-        """All parameters, norms included."""
+        """Number of all parameters, with norms."""
         embeddings = self.head_params * (1 if self.tie_embeddings else 2)
         norms = (2 * self.num_layers + 1) * self.hidden_size
         return self.num_layers * self.layer_params + embeddings + norms
 
     @property
     def mask(self) -> "Mask":
-        """What it attends with: a causal mask, within its window."""
+        """Attention mask: causal, limited to the sliding window if there is one."""
         # Imported here because masks import jax, and the scheduler must not.
         from hcp_jax.sequence.mask import causal, sliding_window
 
@@ -96,12 +96,12 @@ class ModelShape:
 
 
 def step_flops(model: ModelShape, tokens: float, pairs: float) -> float:
-    """Return the FLOPs of a training step, of all devices together.
+    """Return the FLOPs of a training step, summed over all devices.
 
     Args:
-        model: the decoder.
-        tokens: in the step.
-        pairs: visible (query, key) pairs of all its streams, of one head of one layer.
+        model: shape of the decoder.
+        tokens: number of tokens in the step.
+        pairs: visible (query, key) pairs of one head of one layer, summed over all streams.
 
     >>> tiny = ModelShape(10, 1, 4, 8, 2, 1, 2)
     >>> step_flops(tiny, 5, 15) == 6 * (4 * (12 + 24) + 40) * 5 + 12 * 2 * 2 * 15

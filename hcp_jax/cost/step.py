@@ -1,17 +1,17 @@
-"""FLOPs, bytes and seconds of a training step, for a model on a cluster, without compiling it.
+"""Estimate FLOPs, bytes and seconds of a training step on a cluster, without compiling it.
 
-FLOPs are counted: attention's from the mask's intervals (`pairs.py`), the matrix products' from
-their shapes. The rates of `hcp_jax.hardware` turn them into seconds. What hides is taken
-from audits of compiled programs: ring hops behind attention and FSDP's gathers behind the layers,
-each as far as they last; all-to-alls, gathers of K and V, tensor parallel sums and the gradients'
-sum without FSDP stand alone. What attention moves is listed by `traffic.py`.
+FLOPs are counted: those of attention from the mask's intervals (`pairs.py`), those of the matrix
+products from their shapes. The rates of `hcp_jax.hardware` turn them into seconds. The overlap
+follows audits of compiled programs: ring hops hide behind attention and FSDP's gathers behind the
+layers, as long as the compute lasts; all-to-alls, gathers of K and V, tensor-parallel sums, and the
+sum of gradients without FSDP are fully exposed. `traffic.py` lists what attention moves.
 
-A step, on one device, with t = T / C tokens of each of its rows:
+A step on one device, with t = T / C tokens of each of its rows:
 
     matmul        2 · parameters · t forward, twice that backward, once more where recomputed
     attention     4 · H · heads · pairs forward, 2.5 times that backward
-    memory-bound  what norms, activations, merging of partials and the optimizer read and write
-    transfers     each at its link's rate, and a latency
+    memory-bound  reads and writes of norms, activations, merging of partials, optimizer
+    transfers     bytes at the rate of the link, plus a latency
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from hcp_jax.hardware import NO_LINK, Cluster, Path
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a run is split over a cluster; the words are `ParallelConfig`'s and `ModelConfig`'s."""
+    """Split of a run over a cluster; names as in `ParallelConfig` and `ModelConfig`."""
 
     dp: int = 1
     tp: int = 1
@@ -51,22 +51,22 @@ class Split:
 
     @property
     def cp(self) -> int:
-        """C."""
+        """Context-parallel degree C."""
         return self.cp_outer * self.cp_inner
 
     @property
     def strategy(self) -> Strategy:
-        """What each cp axis does."""
+        """Axes that exchange heads, and axes that K and V move over."""
         return STRATEGIES[self.comm_type]
 
     @property
     def exchange(self) -> int:
-        """Devices that exchange heads."""
+        """Number of devices that exchange heads."""
         return self._size(self.strategy.exchange)
 
     @property
     def move(self) -> int:
-        """Devices that K and V move over."""
+        """Number of devices that K and V move over."""
         return self._size(self.strategy.move)
 
     def _size(self, axes: tuple[str, ...]) -> int:
@@ -83,12 +83,12 @@ class Transfer:
     """One kind of transfer in a step.
 
     Attributes:
-        what: in words.
+        what: description in words.
         axes: mesh axes it runs over.
         link: "inside a host" or "between hosts".
-        bytes: that one device sends in a step.
-        seconds: that they take.
-        exposed: seconds of them in which the device waits.
+        bytes: bytes that one device sends in a step.
+        seconds: duration of all of them.
+        exposed: seconds in which the device waits for them.
     """
 
     what: str
@@ -107,16 +107,16 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A step's modelled cost on the busiest device.
+    """Modelled cost of a step on the busiest device.
 
     Attributes:
         compute: seconds by part.
-        transfers: what moves.
-        flops: of the model in a step, on one device, as MFU counts them (`step_flops`).
-        attention_flops: attention's part of them.
-        tokens: in a step, of all devices.
+        transfers: all transfers.
+        flops: FLOPs of a step on one device, as MFU counts them (`step_flops`).
+        attention_flops: the part of these FLOPs that is attention.
+        tokens: tokens in a step, over all devices.
         gpus: number of devices.
-        peak: FLOP/s of one, by data sheet.
+        peak: FLOP/s of one device, by data sheet.
     """
 
     compute: dict[str, float]
@@ -134,12 +134,12 @@ class Estimate:
 
     @property
     def communication_s(self) -> float:
-        """Seconds in which it sends, hidden or not."""
+        """Seconds in which the device sends, hidden or not."""
         return sum(transfer.seconds for transfer in self.transfers)
 
     @property
     def exposed_s(self) -> float:
-        """Seconds in which it waits."""
+        """Seconds in which the device waits for a transfer."""
         return sum(transfer.exposed for transfer in self.transfers)
 
     @property
@@ -154,11 +154,11 @@ class Estimate:
 
     @property
     def mfu(self) -> float:
-        """Share of the peak that the model's own FLOPs make."""
+        """Model FLOPs utilization: the model's FLOP/s over the peak FLOP/s."""
         return self.flops / self.step_s / self.peak
 
     def bytes_on(self, link: str) -> float:
-        """Bytes that a device sends over a kind of link in a step."""
+        """Return the bytes that a device sends over one kind of link in a step."""
         return sum(transfer.bytes for transfer in self.transfers if transfer.link == link)
 
 
@@ -171,22 +171,22 @@ def estimate(
     rows: int = 1,
     implementation: str = "triton",
 ) -> Estimate:
-    """Return what one optimizer step costs.
+    """Return the modelled cost of one optimizer step.
 
     Args:
-        model: the decoder.
-        split: sizes of the mesh, comm type, remat policy; must be valid for the model.
-        cluster: whose GPU count is the mesh's.
-        seq_len: T, tokens of a row, padding included.
+        model: shape of the decoder.
+        split: mesh sizes, comm type and remat policy; must be valid for the model.
+        cluster: cluster with as many GPUs as the mesh has devices.
+        seq_len: T, tokens of a row, with padding.
         rows: streams of each data-parallel replica in a step.
-        implementation: of the attention core, whose rate is taken.
+        implementation: implementation of the attention core, whose rates are used.
     """
     t = rows * seq_len // split.cp
     attention = _Attention(model, split, cluster, seq_len, rows, implementation)
     again = 0 if split.remat == "none" else 1
     layers = model.num_layers * model.layer_params / split.tp
     head = model.head_params / split.tp
-    # The output head's logits are always made again: they are never kept.
+    # The output head is always recomputed in backward: its logits are never kept.
     products = 2.0 * t * (layers * (3 + again) + head * 4)
     bandwidth = cluster.gpu.memory_bandwidth
     shards = split.dp * split.cp if split.fsdp else 1
@@ -216,13 +216,14 @@ def estimate(
 
 @functools.lru_cache(maxsize=4096)
 def path(cluster: Cluster, split: Split, axes: tuple[str, ...], kind: str) -> Path:
-    """Return what a collective along some mesh axes runs over: the slowest of its groups."""
+    """Return the path of a collective along some mesh axes: that of its slowest group."""
     order = ("dp", "cp_outer", "cp_inner", "tp")
     mesh = np.arange(cluster.size).reshape([getattr(split, axis) for axis in order])
     along = [order.index(axis) for axis in axes]
     groups = np.moveaxis(mesh, along, range(-len(along), 0))
     groups = groups.reshape(-1, int(np.prod([mesh.shape[i] for i in along])))
-    # Groups that spread over hosts alike have the same path: a large mesh has few kinds of them.
+    # Groups that spread over hosts in the same way have the same path; even a large mesh has only
+    # a few such patterns.
     spread = groups // cluster.domain
     kinds = {row.tobytes(): i for i, row in enumerate(spread - spread[:, :1])}
     chosen = groups[list(kinds.values())].tolist()
@@ -230,19 +231,21 @@ def path(cluster: Cluster, split: Split, axes: tuple[str, ...], kind: str) -> Pa
 
 
 @functools.lru_cache(maxsize=64)
-def stream_pairs(mask_of: ModelShape, seq_len: int, chunks: int) -> np.ndarray:
-    """Return `chunk_pairs` of a model's mask, `[chunks, chunks]`, without touching T tokens."""
-    return causal_chunk_pairs(seq_len, chunks, mask_of.sliding_window)
+def stream_pairs(model: ModelShape, seq_len: int, chunks: int) -> np.ndarray:
+    """Return `chunk_pairs` of a model's mask, `[chunks, chunks]`, without arrays of length T."""
+    return causal_chunk_pairs(seq_len, chunks, model.sliding_window)
 
 
 @functools.lru_cache(maxsize=256)
-def _busiest_by_hop(mask_of: ModelShape, seq_len: int, cp: int, move: int) -> np.ndarray:
+def _busiest_by_hop(model: ModelShape, seq_len: int, cp: int, move: int) -> np.ndarray:
     """Return the visible pairs of the busiest ring rank at each hop, in zigzag, `[hops]`."""
-    return pairs_by_hop(stream_pairs(mask_of, seq_len, 2 * cp), cp, "zigzag", move).max(axis=0)
+    by_hop = pairs_by_hop(stream_pairs(model, seq_len, 2 * cp), cp, "zigzag", move)
+    busiest: np.ndarray = by_hop.max(axis=0)
+    return busiest
 
 
 class _Attention:
-    """One layer's attention, forward and backward, with what it recomputes."""
+    """Cost of one layer's attention, forward and backward, with recomputation."""
 
     def __init__(
         self,
@@ -267,14 +270,14 @@ class _Attention:
             remat=split.remat,
         )
         per_pair = 4.0 * model.head_size * (heads // split.exchange) * rows
-        # All devices wait for the one that has most to do at a hop.
+        # At each hop all devices wait for the busiest one.
         flops = per_pair * _busiest_by_hop(model, seq_len, split.cp, split.move)
         gpu = cluster.gpu
         self.forward_hops = flops / gpu.attention_rate(implementation, "forward").value
         backward = gpu.attention_rate(implementation, "backward").value
         self.backward_hops = BACKWARD * flops / backward
         self.forwards = 2 if split.remat == "full" else 1
-        # Partials are merged, and gradients added up, in float32, hop by hop.
+        # Each hop merges partials and adds gradients in float32.
         merged = 12.0 * t * heads * model.head_size
         hops = split.move - 1 if split.strategy.by == "ring" else 0
         self.merge_s = hops * merged / gpu.memory_bandwidth
@@ -303,7 +306,7 @@ class _Attention:
         ]
 
     def _together(self, what: str, moves: list[Traffic], hops: np.ndarray) -> list[Transfer]:
-        """Return moves that travel at the same time, behind the attention of each hop."""
+        """Return transfers that run at the same time, hidden behind the attention of each hop."""
         if not moves:
             return []
         first = moves[0]
@@ -314,13 +317,12 @@ class _Attention:
         return [Transfer(what, first.axes, link, first.count * size, first.count * one, exposed)]
 
     def _alone(self, what: str, moves: list[Traffic], starts: int | None) -> list[Transfer]:
-        """Return transfers for which the device waits in full.
+        """Return transfers that nothing hides.
 
         Args:
-            what: in words.
-            moves: all over the same axes.
-            starts: collectives that begin one after the other, of each move; None for as many as
-                it has arrays.
+            what: description in words.
+            moves: traffic over the same axes.
+            starts: number of latencies per execution; None for one per array.
         """
         if not moves:
             return []
@@ -335,7 +337,7 @@ class _Attention:
 
 
 def _elementwise_bytes(model: ModelShape, split: Split, t: int) -> float:
-    """Return the bytes that a layer's norms, rotations and activations read and write."""
+    """Return the bytes read and written by a layer's norms, rotations and activations."""
     heads = (model.num_heads + model.num_kv_heads) * model.head_size / split.tp
     forward = (
         2.0
@@ -350,10 +352,10 @@ def _elementwise_bytes(model: ModelShape, split: Split, t: int) -> float:
 
 
 def _tensor_parallel(model: ModelShape, split: Split, cluster: Cluster, t: int) -> list[Transfer]:
-    """Return the sums of activations over tp, of all layers."""
+    """Return the sums of activations over tp, for all layers."""
     link, rate, latency = path(cluster, split, ("tp",), "all-reduce")
     again = 0 if split.remat == "none" else 1
-    # The second sum of a layer made again is of no use to its backward.
+    # The second sum of a recomputed layer is not needed in backward.
     sums = model.num_layers * (4 + again)
     sent = sums * sent_bytes("all-reduce", 2.0 * t * model.hidden_size, split.tp)
     seconds = sent / rate + sums * latency
@@ -363,7 +365,7 @@ def _tensor_parallel(model: ModelShape, split: Split, cluster: Cluster, t: int) 
 def _weights_and_gradients(
     model: ModelShape, split: Split, cluster: Cluster, compute_s: float
 ) -> list[Transfer]:
-    """Return how weights are gathered and gradients summed over dp and cp."""
+    """Return the transfers that gather weights and sum gradients over dp and cp."""
     axes = ("dp", "cp_outer", "cp_inner")
     link, rate, latency = path(cluster, split, axes, "all-gather")
     gathers = 2 if split.remat == "none" else 3

@@ -1,18 +1,18 @@
-"""What each comm type moves: the one list of collectives of a layer's attention.
+"""List the collectives of a layer's attention, for each comm type; no other such list exists.
 
 `layer_traffic` lists every collective with its axes, its bytes and how often it runs. The start-up
-log, `hcp verify`, the planner, the scheduler of dynamic CP and the tests read this list; what the
-compiler made of it is in the compiled program (`hcp audit`).
+log, `hcp verify`, the planner, the scheduler of dynamic CP and the tests read this list. `hcp
+audit` reads the collectives that the compiler issues from the compiled program.
 
 With A devices that exchange heads and P that K and V move over, T tokens of a row on C = A · P
 devices, and each kv head replicated r = A / gcd(K, A) times:
 
-    exchange   q, k, v in and out out, forward; their cotangents, backward: (A - 1) / A of each
-    ring       K and V, P - 1 hops; backward K and V again, and dK and dV in float32, P - 1 each
+    exchange   forward: q, k, v and the output; backward: their cotangents; (A - 1) / A of each
+    ring       forward: K and V, P - 1 hops; backward: K and V again, and dK and dV in float32
     gather     the same bytes, in one collective
 
-It stands in this room, below meshes and attention, because a plan is made where there is no jax.
-Pure Python, on shapes alone.
+This module lies below meshes and attention, because the planner runs without jax. Pure Python, on
+shapes alone.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ COMM_TYPES: tuple[CommType, ...] = get_args(CommType)
 Remat = Literal["none", "attention", "full"]
 Direction = Literal["forward", "backward"]
 
-# Names under which the collectives stand in a compiled program (`jax.named_scope`).
+# Names of the collectives in a compiled program (`jax.named_scope`).
 EXCHANGE_HEADS, RING_HOP, GATHER_KV = "exchange_heads", "ring_hop", "gather_kv"
 SCOPES = (RING_HOP, GATHER_KV, EXCHANGE_HEADS)
 
-GRADIENT_BYTES = 4  # dK and dV travel and add up in float32
+GRADIENT_BYTES = 4  # dK and dV are sent and summed in float32
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -52,18 +52,18 @@ STRATEGIES: dict[str, Strategy] = {
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Arrays that one device sends together, some number of times a step.
+    """Collectives over the same axes that run together, and how often they run in a step.
 
     Attributes:
         scope: one of `SCOPES`.
-        kind: of the collective, in HLO's words.
-        direction: the pass that needs it; what remat repeats counts as backward.
+        kind: kind of the collective, as HLO names it.
+        direction: pass that needs it; what remat repeats counts as backward.
         axes: mesh axes it runs over.
-        group: number of devices along them.
-        arrays: collectives that run side by side: one for each array.
-        count: how often they run.
-        bytes: that one device puts in each time, all arrays together.
-        repeated: whether a remat policy makes it run again.
+        group: number of devices along these axes.
+        arrays: number of collectives that run at the same time, one for each array.
+        count: how often they run in a step.
+        bytes: bytes that one device puts in each time, summed over the arrays.
+        repeated: True if it runs only because a remat policy recomputes.
     """
 
     scope: str
@@ -78,18 +78,19 @@ class Traffic:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that one device sends each time."""
+        """Bytes that one device sends each time it runs."""
         return sent_bytes(self.kind, self.bytes, self.group)
 
 
 def sent_bytes(kind: str, put: float, group: int) -> float:
-    """Return the bytes that one device sends, in the algorithm that sends the least.
+    """Return the bytes that one device sends, for the algorithm that sends the least.
 
-    With g devices in a group: all that it puts in (permute, broadcast), (g - 1) times that
-    (all-gather), a share of (g - 1) / g (all-to-all, reduce-scatter), twice that (all-reduce).
+    For g devices in a group, as a multiple of the bytes that the device puts in: 1 (permute,
+    broadcast), g - 1 (all-gather), (g - 1) / g (all-to-all, reduce-scatter), or 2 (g - 1) / g
+    (all-reduce).
 
     Args:
-        kind: of the collective, in HLO's words.
+        kind: kind of the collective, as HLO names it.
         put: bytes that one device puts in.
         group: g.
 
@@ -108,7 +109,7 @@ def sent_bytes(kind: str, put: float, group: int) -> float:
 
 
 def kv_heads_exchanged(kv_heads: int, exchange: int) -> int:
-    """Return the kv heads of a device before an exchange, replicated just enough to share out."""
+    """Return a device's kv heads before an exchange, replicated until `exchange` divides them."""
     return math.lcm(kv_heads, exchange)
 
 
@@ -128,16 +129,16 @@ def layer_traffic(
     Args:
         strategy: which axes exchange heads and which move K and V, by names in `sizes`.
         sizes: devices along each axis.
-        tokens: of one device, all its rows together.
+        tokens: tokens of one device, over all its rows.
         heads: query heads of one device before the exchange (those of its tp part).
-        kv_heads: kv heads, likewise.
+        kv_heads: kv heads of one device before the exchange.
         head_size: H.
-        item_bytes: bytes of an element of q, k, v and out.
-        remat: what backward computes again: "attention" exchanges q, k and v again, "full" also
-            moves K and V again and exchanges out again.
+        item_bytes: bytes of an element of q, k, v and the output.
+        remat: what backward recomputes: "attention" exchanges q, k and v again, "full" also moves
+            K and V again and exchanges the output again.
 
     Returns:
-        Nothing for an axis of one device.
+        All collectives; none for axes of one device.
     """
     exchange, move = (math.prod(sizes[axis] for axis in axes) for axes in strategy[:2])
     kv_items = 2 * tokens * kv_heads_exchanged(kv_heads, exchange) * head_size
@@ -157,9 +158,9 @@ def total(
     scopes: tuple[str, ...] = SCOPES,
     direction: Direction | None = None,
 ) -> int:
-    """Return the bytes that one device sends in a step, of some scopes and one direction or both.
+    """Return the bytes that one device sends in a step, for some scopes and one or both directions.
 
-    What a remat policy repeats is included: list the traffic with remat "none" to leave it out.
+    Repetitions by a remat policy are included; list the traffic with remat "none" to exclude them.
     """
     return round(
         sum(
@@ -176,13 +177,13 @@ def state_bytes(
     """Return the bytes that one device sends in a step for weights and their gradients.
 
     Args:
-        params: parameters of one device's tp part.
-        copies: devices along dp and cp.
-        item_bytes: bytes of a weight as it is gathered.
-        fsdp: each device holds a part: it gathers the weights and scatters float32 gradients.
-            Otherwise float32 gradients are summed.
-        gathers: how often FSDP gathers each weight: forward and backward, and once more where a
-            remat policy computes layers again.
+        params: number of parameters of one device's tp part.
+        copies: number of devices along dp and cp.
+        item_bytes: bytes per weight when weights are gathered.
+        fsdp: if True, each device holds a part of the weights: it gathers weights and scatters
+            float32 gradients. If False, float32 gradients are summed.
+        gathers: how often FSDP gathers each weight: forward, backward, and once more if a remat
+            policy recomputes layers.
     """
     gradients = GRADIENT_BYTES * params
     if not fsdp:
@@ -205,7 +206,7 @@ def _exchange(
         found.append(one("backward", *qkv, repeated=True))
     if remat == "full":
         found.append(one("backward", *out, repeated=True))
-    # The cotangent of out comes in; those of q, k and v go out.
+    # The cotangent of the output comes in; those of q, k and v go out.
     return [*found, one("backward", *out), one("backward", *qkv)]
 
 
@@ -233,7 +234,7 @@ def _gather(
         return Traffic(*(GATHER_KV, "all-gather", direction, axes, size, 2, 1, kv_bytes, repeated))
 
     again = [gather("backward", repeated=True)] if remat == "full" else []
-    # Each device puts in the gradients of all keys, and keeps the sum of those of its own.
+    # Each device puts in gradients for all keys, and receives the sum for its own keys.
     scatter = Traffic(
         *(GATHER_KV, "reduce-scatter", "backward", axes, size, 2, 1, size * grad_bytes)
     )

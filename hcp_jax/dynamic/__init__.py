@@ -1,4 +1,4 @@
-"""Dynamic context parallelism: each document on as many devices as it needs.
+"""Schedule dynamic context parallelism: each document runs on as many devices as it needs.
 
     from hcp_jax import dynamic
 
@@ -6,8 +6,8 @@
     print(plan)
     arrays = dynamic.pack(plan.microbatches[0], plan.lengths, plan.max_tokens_per_device)
 
-NumPy alone: nothing here imports jax, so that a host can plan before any device is touched. The
-names are imported on first use, so that `hcp --help` imports nothing at all.
+It uses NumPy only and never imports jax, so a host can plan before any device is used. The names
+are imported on first use, so that `hcp --help` stays fast.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""What others do with the same documents: the schedules that ours is compared with.
+"""Schedule documents as other systems do, for comparison with this library's scheduler.
 
-They stand apart from the scheduler because they must not share its ideas. Each returns a
-`Schedule`, so that one cost model and one set of measures judge all. They are given the better side
-of a doubt: packing is best fit, and padding costs them neither time nor room.
+These baselines share no code with the scheduler, except where they say so. Each returns a
+`Schedule`, so that one cost model and one set of measures judge all. Where a detail is open, they
+get the better choice: packing is best fit, and padding costs them neither time nor room.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from hcp_jax.dynamic.scheduler import MAX_MENU, schedule
 from hcp_jax.sequence import groupings
 from hcp_jax.sequence.packing import Microbatch
 
-# The reference's second scheduler stops a group at this much above the longest document's work.
+# The reference's second scheduler limits a group to this multiple of the longest document's work.
 HEADROOM = 1.05
 
 
@@ -26,13 +26,14 @@ class Outcome:
     """Figures of one strategy on one batch, under the cost model.
 
     Attributes:
-        seconds: modelled, all microbatches, every device computing and sending whole buffers.
-        seconds_unpadded: the same if shapes followed the data: only as many tokens computed and
-            sent as the fullest device of the microbatch has.
-        num_microbatches: how many there are.
-        num_programs: different layouts among them.
-        token_fill: share of places that hold a token.
-        balance: attention pairs of the mean device over the busiest's, by microbatch, summed.
+        seconds: modelled seconds of all microbatches; whole buffers are computed and sent.
+        seconds_unpadded: the same if shapes followed the data: each device computes and sends only
+            as many tokens as the fullest device of the microbatch has.
+        num_microbatches: number of microbatches.
+        num_programs: number of different groupings among them.
+        token_fill: share of slots that hold a token.
+        balance: attention pairs of the mean device over those of the busiest, each summed over
+            microbatches.
         idle_share: share of device-seconds spent waiting for a slower group.
         padding: tokens added inside documents, as a share of all real tokens.
     """
@@ -51,9 +52,9 @@ def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
     """Measure a schedule.
 
     Args:
-        plan: anybody's.
-        multiple: to what each document is padded, for `Outcome.padding` alone (neither time nor
-            room are counted for it); None: twice the size of its group.
+        plan: schedule of any scheduler.
+        multiple: documents are padded to multiples of this number; it changes only
+            `Outcome.padding`, neither time nor room. None means twice the size of the group.
     """
     unpadded, padding, cost = 0.0, 0, plan.cost
     for mb in plan.microbatches:
@@ -78,7 +79,7 @@ def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
 
 
 def fixed_size(lengths: Sequence[int], num_devices: int, max_tokens_per_device: int) -> int:
-    """Return the least divisor of the number of devices whose group holds the longest document."""
+    """Return the smallest group size that divides the devices and holds the longest document."""
     longest = max(lengths)
     return next(
         size
@@ -112,7 +113,7 @@ def fixed_balanced(
 def one_size_per_microbatch(
     lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
 ) -> Schedule:
-    """Schedule by our own scheduler, with groups of equal size only."""
+    """Schedule with this library's scheduler, restricted to groups of equal size."""
     sizes = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     menu = [(size,) * (num_devices // size) for size in sizes[::-1]]
     return schedule(lengths, num_devices, max_tokens_per_device, menu=menu[-MAX_MENU:], cost=cost)

@@ -1,7 +1,7 @@
-"""A proven lower bound on the seconds of any schedule, and what each document costs at least.
+"""Compute a proven lower bound on the seconds of any schedule, and a price for each document.
 
-It stands alone because it judges the scheduler: it knows the cost model and which group sizes
-there are, and nothing of how documents are put together.
+This module judges the scheduler, so it shares no code with it: it uses the cost model and the
+possible group sizes, and does not depend on how documents are combined.
 
 Let a schedule have microbatches k = 1 … K over N devices, buffers of M tokens, dense seconds
 C = `Cost.dense_seconds(M)`, and T_k the seconds of the slowest ring of microbatch k. It takes
@@ -63,7 +63,7 @@ def lower_bound(
     sizes: Sequence[int],
     cost: Cost,
 ) -> float:
-    """Return seconds that no schedule with groups of these sizes can beat.
+    """Return a lower bound on the seconds of any schedule with groups of these sizes.
 
     Args:
         lengths: tokens of each document.
@@ -127,7 +127,7 @@ def _volume(
 
 
 def best_rings(sizes: Sequence[int], tokens: int, cost: Cost) -> list[Ring]:
-    """Return the cheapest ring of each size: inside a host wherever it fits."""
+    """Return the cheapest ring of each size: inside a host if it fits there."""
     return [cost.ring(size, size > cost.devices_per_host, tokens) for size in sorted(sizes)]
 
 
@@ -141,15 +141,15 @@ def document_prices(
     """Return the least device-seconds p(L) that a document of each length costs in any group.
 
     Args:
-        lengths: the different lengths.
-        count: how many documents have each.
+        lengths: distinct lengths.
+        count: number of documents of each length.
         rings: one per group size.
         max_tokens_per_device: M.
         slot_seconds: seconds of a device added to every group: 0, or the dense seconds.
     """
     options = [_ring_prices(ring, lengths, max_tokens_per_device, slot_seconds) for ring in rings]
-    # Any choice of line and φ per size is valid: the best one for all sizes alike, and then a few
-    # rounds of improving one size after another.
+    # Any choice of line and φ per size is valid. Start with the best one common to all sizes, then
+    # improve one size after another for a few rounds.
     alike = np.sum(np.min(options, axis=0) * count, axis=1)
     start = int(np.argmax(alike))
     chosen = np.array([of_ring[start] for of_ring in options])

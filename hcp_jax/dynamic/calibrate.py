@@ -1,4 +1,4 @@
-"""`hcp dynamic calibrate`: fit the cost model to timed microbatches.
+"""Run `hcp dynamic calibrate`: fit the cost model to timed microbatches.
 
     hcp dynamic calibrate timed.jsonl --output cost.json
     hcp dynamic simulate --cost cost.json …
@@ -7,8 +7,6 @@ Each line of the file is one microbatch that ran, as JSON:
 
     {"layout": [4, 2, 1, 1], "lengths": [[8000], [3000], [900, 700], [1500]], "tokens": 2048,
      "seconds": 0.0312}
-
-It stands apart from the cost model because that knows no files.
 """
 
 import argparse
@@ -22,8 +20,10 @@ from hcp_jax.dynamic.cost import Cost, TimedMicrobatch, model_cost
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the arguments that `run` reads."""
-    parser.add_argument("rows", type=arguments.file, help="a JSON object per line and microbatch")
+    """Add the arguments that `run` reads."""
+    parser.add_argument(
+        "rows", type=arguments.existing_file, help="a JSON object per line and microbatch"
+    )
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-12x2048")
     parser.add_argument("--devices-per-host", type=arguments.whole(), default=8)
     parser.add_argument(
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fit, print what changed and how well it fits, and write the cost; the exit status.
+    """Fit the cost, print its changes and errors, write it, and return the exit code.
 
     Raises:
         ValueError: if the file has no rows, or one of them is not as described.
@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_rows(path: Path) -> list[TimedMicrobatch]:
-    """The timed microbatches of a file.
+    """Read the timed microbatches of a file.
 
     Raises:
-        ValueError: naming the first line that is not one.
+        ValueError: names the first invalid line.
     """
     rows = []
     for number, line in enumerate(reading.read_text(path).splitlines(), 1):
@@ -76,7 +76,8 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
             )
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}:{number} is no object of layout, lengths, tokens and seconds: {error}"
+                f"{path}:{number} is not an object with layout, lengths, tokens and seconds: "
+                f"{error}"
             ) from None
         if len(rows[-1].layout) != len(rows[-1].lengths):
             raise ValueError(f"{path}:{number} needs one list of lengths for each group.")
@@ -84,10 +85,10 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
 
 
 def read_cost(path: Path) -> Cost:
-    """The cost that `run` wrote.
+    """Read a cost that `run` wrote.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the file contains something else.
     """
     try:
         return Cost(**reading.read_json(path))

@@ -1,7 +1,7 @@
-"""The configuration of training with dynamic context parallelism.
+"""Define the config of training with dynamic context parallelism.
 
-Apart from what it configures, so that a config is read, and what cannot be is refused, before there
-are devices or documents.
+It is separate from the code that it configures, so that a config can be read and checked before
+there are devices or documents.
 """
 
 import dataclasses
@@ -14,23 +14,23 @@ from hcp_jax.sequence import groupings
 
 @dataclasses.dataclass(frozen=True)
 class DynamicConfig:
-    """Settings of dynamic CP: each document gets as many of the dp · cp devices as it needs.
+    """Config of dynamic CP: each document gets as many of the dp · cp devices as it needs.
 
     Attributes:
-        enabled: schedule the documents of every step onto groups of devices; everything below is
-            without meaning otherwise.
+        enabled: schedule the documents of every step onto groups of devices; if False, the other
+            fields have no effect.
         max_tokens_per_device: M, tokens of the buffer that a device holds in a microbatch; a group
             of g devices holds documents of g · M tokens.
-        min_cp_size: the least size of a group.
-        max_cp_size: the largest size of a group; null: dp · cp.
-        menu: the group layouts that are compiled: "auto" chooses at most 16 for the run's own
-            documents, a number at most that many; or a list of layouts, each a list of sizes.
-        lookahead: steps whose documents are scheduled together, so that buffers are fuller.
+        min_cp_size: smallest size of a group.
+        max_cp_size: largest size of a group; null means dp · cp.
+        menu: groupings to compile: "auto" chooses at most 16 for the run's own documents, a number
+            chooses at most that many; or a list of groupings, each a list of sizes.
+        lookahead: number of steps whose documents are scheduled together, to fill buffers better.
         cost: a file that `hcp dynamic calibrate` wrote; null: the run's model on modelled H200s.
-        max_seqlen_per_dp_cp_rank: Megatron's word for max_tokens_per_device.
+        max_seqlen_per_dp_cp_rank: Megatron's name for max_tokens_per_device.
 
     Raises:
-        ValueError: if it is enabled, and a value is missing or makes no sense.
+        ValueError: if it is enabled and a value is missing or invalid.
     """
 
     enabled: bool = field(default=False, metadata=fixed())
@@ -44,7 +44,7 @@ class DynamicConfig:
     cost: str | None = field(default=None, metadata=free())
     max_seqlen_per_dp_cp_rank: int | None = field(default=None, metadata=free(least=1, most=MOST))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "dynamic.")
         if not self.enabled:
             return
@@ -60,22 +60,22 @@ class DynamicConfig:
 
     @property
     def tokens(self) -> int:
-        """Return M, by whichever word it was given."""
+        """M, given as max_tokens_per_device or as max_seqlen_per_dp_cp_rank."""
         given = (self.max_tokens_per_device, self.max_seqlen_per_dp_cp_rank)
         return next(value for value in given if value is not None)
 
     @property
     def layouts(self) -> tuple[groupings.Layout, ...] | None:
-        """Return the menu if it is a list of layouts, else None."""
+        """Return the menu if it is a list of groupings, else None."""
         if not isinstance(self.menu, list):
             return None
         return tuple(dict.fromkeys(tuple(layout) for layout in self.menu))
 
     def check_sizes(self, num_devices: int) -> int:
-        """Check the sizes against a number of devices and return the widest possible group.
+        """Check the sizes against a number of devices, and return the widest possible group size.
 
         Raises:
-            ValueError: if no layout fits, or one of the menu does not.
+            ValueError: if no grouping fits, or one of the menu does not.
         """
         sizes = groupings.group_sizes(num_devices, self.min_cp_size, self.max_cp_size)
         if self.layouts is None:

@@ -1,10 +1,10 @@
-"""Model the seconds of documents on a ring of devices, which the scheduler minimises.
+"""Model the seconds of a microbatch; the scheduler minimises them.
 
 A microbatch is one compiled program in which every device holds one buffer of T tokens, and its
 devices are cut into rings, each with its own documents. It takes
 
-    seconds_per_microbatch                    fixed, however little there is to compute
-    + T · seconds_per_token                   all work that is linear in tokens, padding included
+    seconds_per_microbatch                    fixed
+    + T · seconds_per_token                   all work that is linear in tokens, with padding
     + max over rings of                       the other rings wait for the slowest
         pairs · seconds_per_pair              attention, on each device of the ring
         + Σ over hops of max(0, transfer - attention of one hop)      the part that is not hidden
@@ -36,33 +36,33 @@ from hcp_jax.cost.shape import BACKWARD, ModelShape
 from hcp_jax.cost.traffic import GRADIENT_BYTES, ITEM_BYTES
 from hcp_jax.hardware import GPU, gpu
 
-# Of an attention kernel's time, forward takes this share; its FLOPs are counted.
+# Share of forward in an attention kernel's time, by FLOPs.
 FORWARD_SHARE = 1 / (1 + BACKWARD)
 _ITEM_BYTES = ITEM_BYTES["bfloat16"]
-# Bytes of a hop, in those of a forward hop: backward moves K and V again, and dK and dV with them;
-# at the end dK and dV go home alone.
+# Bytes of a hop relative to a forward hop: backward moves K and V again together with dK and dV; at
+# the end dK and dV travel home alone.
 HOME_TRAFFIC = GRADIENT_BYTES / _ITEM_BYTES
 BACKWARD_TRAFFIC = 1 + HOME_TRAFFIC
 
-# What all that is linear in tokens (products, norms, activations, optimizer) reaches in training,
-# as a share of the rate of large products. Modelled.
+# Rate of all work that is linear in tokens (products, norms, activations, optimizer), as a share of
+# the rate of large products. Modelled.
 LINEAR_SHARE = 0.6
-# Seconds of one microbatch however small. Modelled.
+# Fixed seconds of one microbatch. Modelled.
 MICROBATCH_SECONDS = 2e-3
 DEFAULT_MODEL, DEFAULT_GPU = "gpt-12x2048", "h200"
 
 
 class Ring(NamedTuple):
-    """The cost of one ring of devices, with all constants multiplied out.
+    """Cost of one ring of devices, with all constants multiplied out.
 
     Attributes:
-        size: devices.
-        crosses: whether it leaves its host.
+        size: number of devices.
+        crosses: True if the ring spans several hosts.
         work: seconds per (query, key) pair on one device.
         forward_hop: seconds of one transfer forward.
         backward_hop: seconds of one transfer backward.
         home: seconds of the last transfer, which nothing hides.
-        padding: tokens by which tiles lengthen a document here.
+        padding: tokens that rounding to tiles adds to a document.
     """
 
     size: int
@@ -79,7 +79,7 @@ class Ring(NamedTuple):
         return padded * padded / (2 * self.size)
 
     def seconds(self, pairs: float) -> float:
-        """Return the seconds of documents of `pairs` pairs a device: increasing and convex."""
+        """Return the seconds for `pairs` pairs per device; increasing and convex in `pairs`."""
         work = pairs * self.work
         if self.size == 1:
             return work
@@ -90,13 +90,13 @@ class Ring(NamedTuple):
 
 
 class TimedMicrobatch(NamedTuple):
-    """A microbatch that was timed, for `Cost.calibrate`.
+    """Timed microbatch, for `Cost.calibrate`.
 
     Attributes:
         layout: group sizes in device order.
         lengths: the lengths of each group's documents.
-        tokens: tokens that each device's buffer holds, padding included.
-        seconds: measured, forward and backward.
+        tokens: tokens of each device's buffer, with padding.
+        seconds: measured seconds, forward and backward.
     """
 
     layout: tuple[int, ...]
@@ -126,20 +126,20 @@ _DEFAULTS = _parameters(model_shape(DEFAULT_MODEL), gpu(DEFAULT_GPU), tp=1)
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Parameters of the model above; all seconds are of forward plus backward, over all layers.
+    """Parameters of the model above; all seconds are forward plus backward, over all layers.
 
     The defaults are a GPT of 12 layers, 2048 wide, on H200s: `model_cost("gpt-12x2048", "h200")`.
-    Make others with `model_cost`, or fit them with `calibrate`.
+    Create others with `model_cost`, or fit them with `calibrate`.
 
     Attributes:
-        seconds_per_pair: attention to one (query, key) pair.
-        seconds_per_token: everything else for one token.
-        seconds_per_microbatch: fixed.
-        kv_bytes_per_token: K and V of one token, all layers.
-        seconds_per_byte_inside: of a transfer inside a host.
-        seconds_per_byte_across: of a transfer between hosts.
-        seconds_per_hop: latency of one transfer in every layer.
-        tile: tokens to whose multiples a kernel rounds a chunk.
+        seconds_per_pair: seconds of attention for one (query, key) pair.
+        seconds_per_token: seconds of everything else for one token.
+        seconds_per_microbatch: fixed seconds of a microbatch.
+        kv_bytes_per_token: bytes of K and V of one token, all layers.
+        seconds_per_byte_inside: seconds per byte of a transfer inside a host.
+        seconds_per_byte_across: seconds per byte of a transfer between hosts.
+        seconds_per_hop: latency of one transfer, summed over layers.
+        tile: kernels round a chunk up to a multiple of this number of tokens.
         devices_per_host: devices that share a host; device d is on host d // devices_per_host.
     """
 
@@ -161,7 +161,7 @@ class Cost:
         checks.integer("Cost.devices_per_host", self.devices_per_host, least=1)
 
     def crosses(self, first: int, size: int) -> bool:
-        """Return whether devices `first` to `first + size - 1` are of more than one host."""
+        """Return whether devices `first` to `first + size - 1` are on more than one host."""
         return first // self.devices_per_host != (first + size - 1) // self.devices_per_host
 
     def ring(self, size: int, crosses: bool, tokens: int) -> Ring:
@@ -180,7 +180,7 @@ class Cost:
         )
 
     def rings(self, layout: Sequence[int], tokens: int) -> list[Ring]:
-        """Return the rings of a layout over devices 0, 1, …; `tokens` as in `ring`."""
+        """Return the rings of a grouping over devices 0, 1, …; `tokens` as in `ring`."""
         known: dict[tuple[int, bool], Ring] = {}
         rings, first = [], 0
         for size in layout:
@@ -218,15 +218,15 @@ class Cost:
         return self.dense_seconds(tokens) + max(self.group_seconds(layout, lengths, tokens))
 
     def calibrate(self, rows: Sequence[TimedMicrobatch]) -> "Cost":
-        """Return the cost that fits timed microbatches best, in relative least squares.
+        """Return the cost that fits timed microbatches best, by relative least squares.
 
         Which ring is slowest and which hops are hidden depends on the parameters, so the fit is
-        repeated until that no longer changes, or 50 times; the best fit seen is kept.
-        A parameter that no row can tell from the others keeps its value: seconds_per_token where
-        all rows have buffers of one size, links where no row has a ring on them.
+        repeated until that no longer changes, at most 50 times; the best fit is kept. A parameter
+        that the rows do not determine keeps its value: seconds_per_token if all rows have buffers
+        of one size, a link if no row has a ring on it.
 
         Args:
-            rows: timed microbatches; as many kinds as possible, and at least one.
+            rows: timed microbatches, as varied as possible; at least one.
 
         Raises:
             ValueError: if there are no rows, or one took no time.
@@ -259,7 +259,7 @@ class Cost:
             free[_FITTED.index("seconds_per_token")] = False
         scale = np.linalg.norm(features[:, free], axis=0)
         rest = target - features[:, ~free] @ now[~free]
-        # A weak pull towards the present values decides only what the rows leave open.
+        # A weak pull towards the present values fixes only what the rows do not determine.
         ridge = 1e-6 * np.eye(scale.size)
         matrix = np.concatenate([features[:, free] / scale, ridge])
         fitted, _ = nnls(matrix, np.concatenate([rest, ridge @ (now[free] * scale)]))

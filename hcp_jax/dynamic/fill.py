@@ -1,8 +1,8 @@
 """Fill the groups of one microbatch with documents that are not scheduled yet.
 
-Everything that searches for a schedule fills layouts by the same rule: the group with least work
-takes the longest document that it has room for. `Unscheduled` finds that document in nearly
-constant time, so that the time of a schedule grows linearly with the number of documents.
+Every search for a schedule fills groupings by the same rule: the group with the least work takes
+the longest document that it has room for. `Unscheduled` finds that document in nearly constant
+time, so the time of scheduling grows linearly with the number of documents.
 """
 
 import heapq
@@ -16,9 +16,9 @@ from hcp_jax.sequence.packing import max_documents_per_ring
 
 
 class Problem(NamedTuple):
-    """Hold what does not change while microbatches are built.
+    """Fixed data of the search for a schedule.
 
-    A rank is a document's place in ascending order of length.
+    The rank of a document is its index in ascending order of length.
     """
 
     lengths: list[int]  # ascending
@@ -32,13 +32,13 @@ class Problem(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """A microbatch that is being planned.
+    """Planned microbatch.
 
     Attributes:
         layout: group sizes in device order.
-        groups: the ranks of each group's documents.
-        seconds: modelled time.
-        value: the documents' share of the lower bound, in seconds.
+        groups: ranks of each group's documents.
+        seconds: modelled seconds.
+        value: share of its documents in the lower bound, in seconds.
     """
 
     layout: Layout
@@ -48,14 +48,14 @@ class Filled(NamedTuple):
 
 
 class Unscheduled:
-    """The documents that no microbatch holds yet, by rank.
+    """Set of documents, by rank, that no microbatch contains yet.
 
-    A disjoint-set forest over ranks: every scheduled rank points to a lower one, and the root of a
-    rank is the longest unscheduled document that is no longer than it. Nodes are ranks plus one, so
-    that node 0 means "none".
+    It is a disjoint-set forest over ranks: every scheduled rank points to a lower one, and the root
+    of a rank is the longest unscheduled document that is not longer than it. Nodes are ranks plus
+    one; node 0 means "none".
 
     Args:
-        count: the number of documents.
+        count: number of documents.
     """
 
     def __init__(self, count: int):
@@ -90,9 +90,9 @@ class Unscheduled:
 def fill(
     problem: Problem, unscheduled: Unscheduled, layout: Layout, rings: Sequence[Ring]
 ) -> Filled:
-    """Fill a layout: the group with least work takes the longest document it has room for.
+    """Fill a grouping: the group with the least work takes the longest document it has room for.
 
-    `unscheduled` does not change: several layouts are filled before one is chosen.
+    `unscheduled` is not modified, because several groupings are filled before one is chosen.
     """
     lengths, values = problem.lengths, problem.values
     left = unscheduled.count
@@ -102,7 +102,7 @@ def fill(
     most = max_documents_per_ring(problem.tokens)
     value = slowest = 0.0
     taken: dict[int, int] = {}  # node of a document taken here -> a lower node to go on from
-    # Among equals the widest comes first, so that it gets the longest document.
+    # Among groups of equal work the widest comes first, so that it gets the longest document.
     heap = [(ring.seconds(0.0), -ring.size, group) for group, ring in enumerate(rings)]
     heapq.heapify(heap)
     while heap and left:

@@ -1,6 +1,6 @@
-"""The picture of a schedule: devices × time, one colour per document.
+"""Draw a schedule: devices × time, one colour per document.
 
-It stands alone because matplotlib is imported here and nowhere else.
+Only this module of the room imports matplotlib.
 """
 
 import colorsys
@@ -19,14 +19,15 @@ _GOLDEN = 0.618033988749895  # steps of it spread hues evenly, however many ther
 def draw(plan: "Schedule", axes: "Axes | None" = None) -> "Axes":
     """Draw a schedule as a Gantt chart.
 
-    A column is a microbatch, a box a document on the devices of its group; boxes stand one behind
-    the other in time as if the documents of a group were computed in turn, each as long as its
-    share of the group's tokens and attention. Light grey is computing padding, hatched are
-    transfers that attention does not hide, and white is waiting for a slower group.
+    A column is a microbatch, and a box is a document on the devices of its group. The boxes of a
+    group follow each other in time, as if its documents were computed one after the other; the
+    length of a box is the document's share of the group's tokens and attention. Light grey is
+    computing padding, hatched boxes are transfers that attention does not hide, and white is
+    waiting for a slower group.
 
     Args:
-        plan: what to draw.
-        axes: where; a new figure of fitting size if None.
+        plan: schedule to draw.
+        axes: axes to draw on; a new figure of suitable size if None.
     """
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
@@ -107,7 +108,7 @@ def _finish(plan: "Schedule", axes: "Axes", now: float, seconds: tuple[float, ..
     left = 0.0
     for mb, took in zip(plan.microbatches, seconds, strict=True):
         axes.axvline(left + took, color="black", linewidth=0.8)
-        if took >= 0.05 * now:  # as wide as the words, about
+        if took >= 0.05 * now:  # about the width of the text
             label = groupings.describe(mb.layout)
             axes.text(
                 left + took / 2, -0.015 * plan.num_devices, label, ha="center", va="bottom", size=8

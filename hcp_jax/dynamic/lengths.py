@@ -1,13 +1,10 @@
-"""Length distributions, written as one word on a command line.
+"""Draw lengths from distributions that are written as one word on a command line.
 
-    lognormal:mean=1024,sigma=1.5,min=128,max=8192
-    uniform:min=128,max=8192
-    mix:0.90@2048,0.09@32768,0.01@262144
-    a path to a CSV file: its column `length`, or its only column
-    a path to a folder that `hcp tokenize` made: tokens of each document, of which only offsets.npy
-    is read
-
-It stands alone because simulations, benches and the choice of a menu all start from one.
+lognormal:mean=1024,sigma=1.5,min=128,max=8192
+uniform:min=128,max=8192
+mix:0.90@2048,0.09@32768,0.01@262144
+a path to a CSV file: its column `length`, or its only column
+a path to a folder that `hcp tokenize` made: tokens of each document (only offsets.npy is read)
 """
 
 import csv
@@ -21,20 +18,20 @@ from hcp_jax.base import reading
 from hcp_jax.base.arguments import MOST_TOKENS, parse_length
 
 MOST_SIGMA = 10.0
-"""The widest lognormal: of a wider one, all lengths are min or max."""
+"""Largest sigma of a lognormal; with a larger one, nearly all lengths are min or max."""
 
 
 def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
     """Draw `count` lengths from the distribution `spec`; the same seed gives the same lengths.
 
-    Of a file or a folder, `count` of its lengths drawn without repeating (all of them if it has
-    fewer).
+    From a file or a folder, `count` of its lengths are drawn without repetition (all of them if it
+    has fewer).
 
-    A lognormal's lengths are clipped to [min, max], and `mean` is the mean *after* clipping: that
-    is the one a reader can check on the data. sigma is of the logarithm before clipping.
+    The lengths of a lognormal are clipped to [min, max]. `mean` is the mean *after* clipping, which
+    can be checked on the data; sigma is that of the logarithm before clipping.
 
     Raises:
-        ValueError: if the words make no distribution, or the file holds no lengths.
+        ValueError: if `spec` is not a distribution, or the file contains no lengths.
     """
     if count < 1:
         raise ValueError(f"the number of documents must be >= 1, got {count}.")
@@ -116,7 +113,7 @@ def _from_file(path: Path, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _from_offsets(path: Path) -> np.ndarray:
-    """Return the tokens that training makes of each document: one more than it has itself."""
+    """Return the tokens that each document has in training: one more than it has itself."""
     if not path.is_file():
         raise ValueError(f"{path.parent} has no offsets.npy; hcp tokenize makes folders that have.")
     return np.diff(np.load(path, mmap_mode="r")) + 1

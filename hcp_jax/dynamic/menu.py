@@ -1,9 +1,9 @@
-"""From many batches: the menu that serves them all, and steps that share their documents.
+"""Choose a menu of groupings for many batches, and schedule several batches together.
 
-`scheduler.schedule` looks at one batch. Training compiles its menu once, before the first step, so
-the menu has to serve batches that are not there yet; and a batch's tokens are rarely a multiple of
-what the devices hold, so its last microbatch is part empty unless several batches are filled
-together. Both look across batches, which is why they stand apart.
+`scheduler.schedule` looks at one batch. This module looks across batches. Training compiles its
+menu once, before the first step, so the menu must also serve later batches. And the tokens of a
+batch are rarely a multiple of what the devices hold, so its last microbatch is partly empty unless
+several batches are scheduled together.
 """
 
 import itertools
@@ -22,11 +22,11 @@ from hcp_jax.sequence.packing import Microbatch
 
 
 class Step(NamedTuple):
-    """One optimizer step of several that were scheduled together.
+    """One optimizer step out of several that were scheduled together.
 
     Attributes:
-        plan: its microbatches; `plan.lengths` are the lengths of this step's documents alone.
-        sources: for each of them, (batch, index in that batch).
+        plan: its microbatches; `plan.lengths` are the lengths of the documents of this step only.
+        sources: (batch, index in that batch) of each of these documents.
     """
 
     plan: Schedule
@@ -42,24 +42,24 @@ def choose_menu(
     cost: Cost | None = None,
     max_layouts: int = MAX_MENU,
 ) -> tuple[Layout, ...]:
-    """Choose the layouts that training should compile, for batches like these.
+    """Choose the groupings that training should compile, for batches like these.
 
-    Tried are the layouts that the batches choose for themselves, layouts of equal groups, and
-    layouts of two neighbouring sizes on halves, quarters and eighths of the devices, which fit
-    whatever the next batch brings. Kept are those that most of the modelled time goes to.
+    Candidates are the groupings that the batches choose for themselves, groupings of equal sizes,
+    and groupings of two neighbouring sizes on halves, quarters and eighths of the devices, which
+    suit other batches too. The groupings that take most of the modelled time are kept.
 
     Args:
-        batches: lengths of the documents of each sample batch; a few dozen are plenty.
+        batches: lengths of the documents of each sample batch; a few dozen batches are enough.
         num_devices: as in `schedule`.
         max_tokens_per_device: as in `schedule`.
         min_cp_size: as in `schedule`.
         max_cp_size: as in `schedule`.
         cost: as in `schedule`.
-        max_layouts: programs to compile at most.
+        max_layouts: most groupings in the menu, which is the number of programs to compile.
 
     Returns:
-        The menu, widest groups first. A layout with as wide groups as there can be is always in it,
-        so that any document that fits at all can be trained on.
+        The menu, widest groups first. It always contains a grouping with the widest possible group,
+        so that every document that fits at all can be trained on.
 
     Raises:
         ValueError: as `schedule`; and if there are no batches, or max_layouts is less than 1.
@@ -76,7 +76,7 @@ def choose_menu(
 
     sizes = groupings.group_sizes(num_devices, min_cp_size, max_cp_size)
     free = plans(None)
-    # Not all of a mix's sizes can be of use: none wider than any batch chose, but for the fallback.
+    # Skip mixes with groups wider than any batch chose; only the fallback may be wider.
     widest = max((max(mb.layout) for plan in free for mb in plan.microbatches), default=sizes[0])
     fallback = groupings.canonical(
         groupings.uniform(sizes[-1], num_devices, sizes), cost.devices_per_host
@@ -87,7 +87,7 @@ def choose_menu(
     while True:
         used = _seconds_by_layout(plans(menu))
         ranked = sorted(used, key=lambda layout: (-used[layout], layout))
-        # By halves: what the layouts that go leave behind shows which of the others are needed.
+        # Remove in halves: how the rest is then used shows which of the others are needed.
         keep = max(max_layouts, len(menu) // 2)
         kept = [layout for layout in ranked if layout != fallback][: keep - 1]
         if len(menu) <= max_layouts:
@@ -107,23 +107,23 @@ def schedule_batches(
 ) -> tuple[Step, ...]:
     """Schedule several batches together (a look-ahead), as many optimizer steps as batches.
 
-    Filled together, only the last microbatch of all is part empty. Microbatches come out by length;
-    every run of `len(batches)` of them is dealt one to each step in an order that the seed decides,
-    so that each step sees long and short documents as each batch did.
+    When batches are scheduled together, only the very last microbatch is partly empty. Microbatches
+    come out ordered by length. Each run of `len(batches)` microbatches is dealt to the steps, one
+    each, in an order given by the seed, so that every step has long and short documents.
 
     Args:
         batches: lengths of the documents of each batch.
-        num_devices: as in `schedule`; so are the others.
-        max_tokens_per_device: tokens of a device's buffer.
-        min_cp_size: the least size of a group.
-        max_cp_size: the largest size of a group.
-        menu: layouts that may be used.
-        cost: the cost model.
-        seed: decides the order; the same seed gives the same steps.
+        num_devices: as in `schedule`.
+        max_tokens_per_device: as in `schedule`.
+        min_cp_size: as in `schedule`.
+        max_cp_size: as in `schedule`.
+        menu: as in `schedule`.
+        cost: as in `schedule`.
+        seed: seed of the order; the same seed gives the same steps.
 
     Returns:
-        A step for each batch, each with every microbatch it runs and where its documents are from.
-        Together they hold every document once. A step has no microbatch only where there are fewer
+        A step for each batch, with its microbatches and the sources of its documents. Together the
+        steps contain every document once. A step has no microbatch only if there are fewer
         microbatches than batches.
 
     Raises:
@@ -175,7 +175,7 @@ def _step(
 def _mixes(
     num_devices: int, wanted: Sequence[int], sizes: tuple[int, ...], devices_per_host: int
 ) -> list[Layout]:
-    """Return layouts of equal groups, and of two neighbouring sizes on eighths of the devices."""
+    """Return groupings of equal sizes, and of two neighbouring sizes on eighths of the devices."""
     mixes = [groupings.uniform(size, num_devices, sizes) for size in wanted]
     can = groupings.composable(num_devices, sizes)
     for narrow, wide in itertools.pairwise(wanted):

@@ -1,7 +1,7 @@
-"""The scheduler's answer: microbatches, their layouts and documents, and how good they are.
+"""Hold a schedule: its microbatches with their groupings and documents, and measures of quality.
 
-It stands alone so that the program, the packing and the pictures can speak of a schedule without
-the code that found it.
+It is separate from the scheduler, so that the training program, the packing and the pictures need
+no code that searches.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from hcp_jax.sequence.packing import Microbatch
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Microbatches that together hold every document once.
+    """Microbatches that together contain every document once.
 
     Attributes:
         lengths: tokens of each document.
-        num_devices: devices of every layout.
+        num_devices: number of devices of every grouping.
         max_tokens_per_device: tokens of every device's buffer.
-        menu: the layouts that may be used.
-        microbatches: in the order in which they run.
-        cost: the model that the seconds are of.
-        sizes: the group sizes that there were to choose from, on the menu or not.
+        menu: groupings that may be used.
+        microbatches: microbatches in the order in which they run.
+        cost: cost model of the seconds.
+        sizes: possible group sizes, on the menu or not.
     """
 
     lengths: tuple[int, ...]
@@ -95,7 +95,7 @@ class Schedule:
 
     @cached_property
     def lower_bound(self) -> float:
-        """Seconds that no schedule of groups of these sizes can beat: see `bound`."""
+        """Lower bound on the seconds of any schedule with groups of these sizes; see `bound`."""
         return lower_bound(
             self.lengths, self.num_devices, self.max_tokens_per_device, self.sizes, self.cost
         )
@@ -104,8 +104,8 @@ class Schedule:
         """Check that the schedule is complete and fits the devices.
 
         Raises:
-            ValueError: if a document is missing or comes twice, a group holds more than its devices
-                can, or a layout is not on the menu.
+            ValueError: if a document is missing or appears twice, a group holds more tokens than
+                its devices can, or a grouping is not on the menu.
         """
         held = [d for mb in self.microbatches for group in mb.documents for d in group]
         if sorted(held) != list(range(len(self.lengths))):

@@ -1,6 +1,6 @@
-"""The last small steps: documents change places so that groups finish together.
+"""Refine a schedule by exchanging documents between groups, so that groups finish together.
 
-It stands apart from the scheduler because it starts from its answer and can only better it.
+It starts from a finished schedule and can only improve it.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from hcp_jax.dynamic.cost import Ring
 from hcp_jax.dynamic.fill import Filled, Problem
 from hcp_jax.sequence.packing import max_documents_per_ring
 
-# Enough for what the filling leaves to gain, and little enough not to be noticed in its time.
+# Enough for most of the possible gain, and few enough to take little of the scheduler's time.
 _STEPS, _PARTNERS = 12, 4
 
 
 class _Group:
-    """A group whose documents are being exchanged."""
+    """Group whose documents are exchanged."""
 
     def __init__(self, ring: Ring, ranks: list[int], lengths: list[int], tokens: int):
         self.ring = ring
@@ -24,14 +24,14 @@ class _Group:
         self.seconds = ring.seconds(self.pairs)
 
 
-def polish(problem: Problem, filled: Sequence[Filled]) -> list[Filled]:
-    """Relieve the slowest group of each microbatch by exchanging documents with quick groups.
+def refine(problem: Problem, filled: Sequence[Filled]) -> list[Filled]:
+    """Relieve the slowest group of each microbatch by exchanging documents with faster groups.
 
-    With groups of its own microbatch, as long as both end up quicker than the slowest was; and with
-    the last microbatch, which tends to have room, as long as that does not get slower.
+    Exchanges within a microbatch must leave both groups faster than the slowest one was. Exchanges
+    with the last microbatch, which often has room, must not make that microbatch slower.
 
     Args:
-        problem: what does not change.
+        problem: the fixed data of the search.
         filled: microbatches, at least one.
     """
     lengths, tokens, cost = problem.lengths, problem.tokens, problem.cost
@@ -84,8 +84,8 @@ def _best_exchange(
 ) -> tuple[float, int, int]:
     """Return the best exchange: (seconds of the slower group, rank given, rank taken or -1).
 
-    `quick` may take `limit` seconds at most, and counts as no slower than `slow` was: one of
-    another microbatch may well be. Of documents of one length any will do.
+    `quick` may take at most `limit` seconds. It may belong to another microbatch and be slower than
+    `slow`, so it counts as no slower than `slow` was. Documents of equal length are equivalent.
     """
     best = (float("inf"), 0, -1)
     takes = {lengths[rank]: rank for rank in quick.ranks}

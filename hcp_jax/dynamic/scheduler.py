@@ -1,18 +1,18 @@
-"""Lengths in, microbatches out: each a layout of groups with the documents that they hold.
+"""Schedule documents, given their lengths, into microbatches on groups of devices.
 
-Microbatches are built one after another from the documents that are left. For each, a few layouts
-are tried; a layout is filled as jobs are put on machines (longest processing time first, Graham
-1969): the group with least work so far takes the longest document that it still has room for.
-That one rule does three things: documents of like length meet in one microbatch, so that its groups
-finish together; groups end up full, since nearly any gap has a document that fits it; and wide
-groups, whose hops cost time even when empty, take documents only while that is hidden.
+Microbatches are built one after another from the remaining documents. For each, a few groupings are
+tried. A grouping is filled as jobs are assigned to machines (longest processing time first, Graham
+1969): the group with the least work so far takes the longest document that it has room for. This
+rule has three effects. Documents of similar length meet in one microbatch, so its groups finish
+together. Groups end up full, because nearly every gap has a document that fits it. Wide groups,
+whose hops cost time even when empty, take documents only while that time is hidden.
 
-Of the layouts tried, the one kept has the greatest efficiency: what its documents cost at least
-(`bound.document_prices`, their share of the lower bound) over what the microbatch takes.
+The grouping with the highest efficiency is kept: the minimum cost of its documents
+(`bound.document_prices`, their share of the lower bound) over the seconds of the microbatch.
 
-Nothing here is random but the order of documents of equal length (from the seed), all arithmetic is
-plain floats in a fixed order, and every microbatch takes the longest document left: so it always
-ends, and gives the same answer on every host.
+Only the order of documents of equal length is random (from the seed), and all arithmetic is plain
+floats in a fixed order, so every host gets the same schedule. Every microbatch takes the longest
+remaining document, so scheduling always ends.
 """
 
 import itertools
@@ -25,16 +25,16 @@ from hcp_jax.dynamic.bound import best_rings, document_prices
 from hcp_jax.dynamic.cost import Cost, Ring
 from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
 from hcp_jax.dynamic.plan import Schedule
-from hcp_jax.dynamic.refine import polish
+from hcp_jax.dynamic.refine import refine
 from hcp_jax.sequence import groupings
 from hcp_jax.sequence.groupings import Layout
 from hcp_jax.sequence.packing import Microbatch
 
-MAX_MENU = 16  # programs that are worth compiling before the first step
-_TIE = 1.0002  # the cost model is not so good that less than this would tell two schedules apart
+MAX_MENU = 16  # most programs worth compiling before the first step
+_TIE = 1.0002  # schedules closer than this ratio count as equal: the cost model is not more exact
 
 
-# Proposes layouts for the unscheduled documents; at least one of them holds the longest.
+# A function that proposes groupings for the unscheduled documents; at least one holds the longest.
 _Propose = Callable[[Problem, Unscheduled], Sequence[Layout]]
 
 
@@ -48,26 +48,26 @@ def schedule(
     cost: Cost | None = None,
     seed: int = 0,
 ) -> Schedule:
-    """Put every document on as many devices as it needs.
+    """Schedule every document on as many devices as it needs.
 
     Args:
         lengths: tokens of each document, each at least 1.
-        num_devices: N, the data-parallel times context-parallel devices.
+        num_devices: N, the number of data-parallel times context-parallel devices.
         max_tokens_per_device: M, tokens of the buffer that each device holds in each microbatch; a
             group of g devices holds g·M tokens.
-        min_cp_size: the least size of a group.
-        max_cp_size: the largest size of a group; N if None.
-        menu: the layouts that may be used, each a sequence of group sizes that add up to N; chosen
-            for these very documents if None (see `choose_menu` for a data set's).
-        cost: the cost model; `Cost()` if None.
-        seed: which of several documents of equal length goes where.
+        min_cp_size: smallest size of a group.
+        max_cp_size: largest size of a group; N if None.
+        menu: groupings that may be used, each a sequence of group sizes that add up to N; if None,
+            chosen for these documents (`choose_menu` chooses one for a data set).
+        cost: cost model; `Cost()` if None.
+        seed: decides the order of documents of equal length.
 
     Returns:
-        The schedule: immutable; every document exactly once, and no device over M tokens.
+        The schedule, immutable, with every document exactly once and no device above M tokens.
 
     Raises:
-        ValueError: if an argument makes no sense, or a document is longer than the widest group
-            holds; names it and the least max_tokens_per_device.
+        ValueError: if an argument is invalid, or a document is longer than the widest group holds;
+            names it and the smallest max_tokens_per_device that would do.
 
     >>> plan = schedule([3000, 500, 700, 900], num_devices=4, max_tokens_per_device=1024)
     >>> [(m.layout, m.documents) for m in plan.microbatches]
@@ -101,7 +101,7 @@ def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return `lengths` as int64.
 
     Raises:
-        ValueError: unless they are integers of at least 1, in one dimension.
+        ValueError: if they are not integers of at least 1 in one dimension.
     """
     array = np.asarray(lengths)
     if array.size == 0 and array.ndim == 1:
@@ -156,7 +156,7 @@ def _check_menu(
 
 
 def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
-    """Sort documents by length; the seed decides the order of equal ones."""
+    """Sort documents by length; the seed decides the order of documents of equal length."""
     shuffled = np.random.default_rng(seed).permutation(lengths.size)
     return shuffled[np.argsort(lengths[shuffled], kind="stable")]
 
@@ -184,17 +184,17 @@ def _problem(
 def _search(
     problem: Problem, given: tuple[Layout, ...] | None
 ) -> tuple[tuple[Layout, ...], list[Filled]]:
-    """Try a few ways to choose layouts; return the menu and the microbatches of the best.
+    """Try a few ways to choose groupings; return the menu and the microbatches of the best one.
 
-    By efficiency one microbatch at a time, which is best for most data; each document in the
-    narrowest group that holds it; equal groups in every microbatch; and groups of one and the same
-    size throughout, which packs tightest where documents are few. Of ways that come to the same
-    time, as near as a model can tell, the evenest.
+    The ways are: by efficiency, one microbatch at a time, which is best for most data; each
+    document in the narrowest group that holds it; equal groups in every microbatch; and groups of
+    one size throughout, which packs tightest if there are few documents. Among ways that take the
+    same time within the model's accuracy, the most even one is chosen.
     """
     if given is not None:
         filled = _build(problem, given)
         assert filled is not None, "nothing makes it give up"
-        return given, polish(problem, filled)
+        return given, refine(problem, filled)
     found: list[tuple[float, list[Filled]]] = []
     for propose in (_by_target, _narrowest_only, _equal_groups, *_one_size(problem)):
         give_up = min((seconds for seconds, _ in found), default=float("inf")) * _TIE
@@ -203,7 +203,7 @@ def _search(
         if filled is not None and any(mb.layout not in menu for mb in filled):
             filled = _build(problem, menu, give_up)
         if filled is not None:
-            filled = polish(problem, filled)
+            filled = refine(problem, filled)
             found.append((sum(mb.seconds for mb in filled), filled))
     least = min(seconds for seconds, _ in found)
     tied = [filled for seconds, filled in found if seconds <= least * _TIE]
@@ -212,7 +212,7 @@ def _search(
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
-    """Sum the attention pairs of the busiest device of each microbatch: less is more even."""
+    """Sum the attention pairs of the busiest device over microbatches; less is more even."""
     total = 0.0
     for mb in filled:
         total += max(
@@ -227,9 +227,9 @@ def _build(
     menu: Sequence[Layout] | _Propose,
     give_up: float = float("inf"),
 ) -> list[Filled] | None:
-    """Build microbatches for all documents, from a menu of layouts or those proposed on the way.
+    """Build microbatches for all documents, from a menu or from groupings proposed on the way.
 
-    None as soon as they are sure to take `give_up` seconds or more.
+    Return None as soon as they are certain to take `give_up` seconds or more.
     """
     unscheduled = Unscheduled(len(problem.lengths))
     filled: list[Filled] = []
@@ -248,7 +248,7 @@ def _build(
 
 
 def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Layout]) -> Filled:
-    """Return the most efficient candidate; those that cannot beat the best are not filled."""
+    """Return the most efficient candidate; candidates that cannot beat the best are not filled."""
     rank = unscheduled.longest()
     longest = problem.lengths[rank]
     worth = problem.num_devices * problem.tokens * problem.density[rank]
@@ -273,11 +273,12 @@ def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Layou
 
 
 def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
-    """Propose layouts, from wide groups that are quick to narrow ones that are cheap.
+    """Propose groupings, from wide groups that are fast to narrow ones that are cheap.
 
-    Every document, longest first, gets the narrowest group in which it fits and takes at most a
-    target; the targets are fractions of what the longest takes in the narrowest group that holds
-    it. And for every size, as many groups of it as there can be.
+    For each of several target times, every document, longest first, gets the narrowest group that
+    holds it within the target. The targets are fractions of the time of the longest document in the
+    narrowest group that holds it. One more grouping for every size has as many groups of it as
+    possible.
     """
     longest = problem.lengths[unscheduled.longest()]
     narrowest = _able(problem, longest)[0]
@@ -332,7 +333,7 @@ def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Lay
 
 
 def _narrowest_size(problem: Problem, length: int, target: float) -> int:
-    """Return the narrowest group that takes at most `target` seconds, or else the quickest one."""
+    """Return the narrowest group size that needs at most `target` seconds, or else the fastest."""
     quickest, least = 0, float("inf")
     for ring in problem.rings:
         if ring.size * problem.tokens >= length:
@@ -345,7 +346,7 @@ def _narrowest_size(problem: Problem, length: int, target: float) -> int:
 
 
 def _frequent(filled: Sequence[Filled], problem: Problem) -> tuple[Layout, ...]:
-    """Return at most `MAX_MENU` layouts: those that take most time, and the fallback."""
+    """Return at most `MAX_MENU` groupings: those that take most time, and the fallback."""
     fallback = _uniform(problem, problem.sizes[-1])
     seconds: dict[Layout, float] = {}
     for mb in filled:

@@ -1,10 +1,11 @@
-r"""`hcp dynamic simulate`: what dynamic context parallelism brings for a distribution of lengths.
+r"""Run `hcp dynamic simulate`: show the gain of dynamic CP for a distribution of lengths.
 
     hcp dynamic simulate --lengths lognormal:mean=1024,sigma=1.5,min=128,max=8192 --devices 64 \
         --max-tokens-per-device 2048
 
-It draws batches, schedules them with ours and with each of `baselines`, and shows all of them under
-one cost model: as a table, JSON and a picture. No jax, no devices.
+It draws batches, schedules them with this library's scheduler and with each of `baselines`, and
+compares all of them under one cost model, in a table, JSON and a picture. It needs no jax and no
+devices.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.scheduler import schedule
 
 MOST_DOCUMENTS = 1_000_000
-"""Documents of a batch that are scheduled in reasonable time."""
+"""Most documents of a batch that can be scheduled in reasonable time."""
 
 OURS = "dynamic (ours)"
 TOGETHER = "dynamic, batches filled together"
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run` reads."""
     parser.add_argument(
         "--lengths",
-        type=arguments.filled,
+        type=arguments.non_empty,
         required=True,
         help="lognormal:mean=…,sigma=…,min=…,max=… (mean of the clipped lengths), "
         "uniform:min=…,max=…, mix:share@length,…, a CSV file, or a folder that hcp tokenize made",
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices-per-host", type=arguments.whole(), default=8)
     parser.add_argument(
         "--cost",
-        type=arguments.file,
+        type=arguments.existing_file,
         default=None,
         metavar="FILE",
         help="of `hcp dynamic calibrate`",
@@ -90,10 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate, print, write what was asked for, and return the exit status.
+    """Simulate, print, write the requested files, and return the exit code.
 
     Raises:
-        ValueError: if an argument makes no sense.
+        ValueError: if an argument is invalid.
     """
     cost = model_cost(args.model, devices_per_host=args.devices_per_host)
     if args.cost is not None:
@@ -181,8 +182,8 @@ def _simulate(
         limits = num_devices, args.max_tokens_per_device, cost
         plans_of[name] = [strategy(batch.tolist(), *limits) for batch in batches]
     for name, plans in plans_of.items():
-        # Padding as the systems that these stand for have it: to twice the devices of a group; the
-        # reference to twice all of them.
+        # Pad as the compared systems do: to twice the devices of a group; the reference pads to
+        # twice all devices.
         pad = {OURS: 1, TOGETHER: 1, "seeded greedy (reference)": 2 * num_devices}.get(name)
         outcome = _mean([baselines.outcome(plan, pad) for plan in plans])
         record["strategies"][name] = dataclasses.asdict(outcome)
@@ -194,7 +195,7 @@ def _simulate(
 
 
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:
-    """Average each figure over batches."""
+    """Return the mean of each figure over batches."""
     columns = zip(*(dataclasses.astuple(outcome) for outcome in outcomes), strict=True)
     return Outcome(*(float(np.mean(column)) for column in columns))
 

@@ -1,4 +1,4 @@
-"""GPUs, links and clusters as data: one table, each number with its source; plain Python.
+"""Describe GPUs, links and clusters as data: one table, each number with its source; plain Python.
 
 from hcp_jax import hardware
 

@@ -1,4 +1,4 @@
-"""A cluster: hosts of equal GPUs, and the link that a collective runs over."""
+"""Describe a cluster of equal hosts, and find the link that a collective runs over."""
 
 import dataclasses
 import math
@@ -9,13 +9,13 @@ from hcp_jax.hardware.gpu import GPU, Path
 
 NO_LINK, INSIDE, BETWEEN = "no link", "inside a host", "between hosts"
 
-# In these, each GPU sends through its own network card alone.
+# In these collectives each GPU sends through its own network card only.
 _OWN_CARD = ("collective-permute", "all-to-all", "ragged-all-to-all")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Hosts of equal GPUs.
+    """Cluster of hosts, each with the same number of GPUs of one kind.
 
     Raises:
         ValueError: if a size is not a positive integer.
@@ -43,17 +43,17 @@ class Cluster:
 
     @property
     def domain(self) -> int:
-        """Number of GPUs that NVLink joins."""
+        """Number of GPUs joined by NVLink."""
         return self.gpu.nvlink_domain or self.gpus_per_host
 
     def path(self, kind: str, group: Sequence[int]) -> Path:
-        """Return what a collective of some devices runs over, and how fast.
+        """Return the path of a collective: the kind of link, its rate and its latency.
 
-        Where a group has several GPUs in each host, gathers and reductions cross hosts over all of
-        their network cards at once; in a permute and an all-to-all, each GPU uses its own card.
+        If a group has several GPUs in each host, gathers and reductions cross hosts over all their
+        network cards at once; in a permute or an all-to-all each GPU uses its own card.
 
         Args:
-            kind: of the collective, in HLO's words.
+            kind: kind of the collective, as HLO names it.
             group: numbers of its devices, counted host by host.
         """
         members = Counter(device // self.domain for device in group)

@@ -1,4 +1,4 @@
-"""Read a GPU that is not in the table from a YAML file, as what differs from one that is.
+"""Read a GPU that is not in the table from a YAML file that lists its differences from a known GPU.
 
     name: h20                 # hcp plan --gpu h20.yaml --hosts 4 --gpus-per-host 8
     like: h100
@@ -8,7 +8,7 @@
     network: {peak: 50.0e9}   # bytes/s of one GPU's card; name and latency may be given, too
     sources: {peak_flops: "vendor's data sheet"}
 
-Rates that are not given are taken at the same share of the peak as those of the GPU it is like.
+A rate that is not given is the same share of the peak as on the GPU named by `like`.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ _MAY_BE_ZERO = ("nvlink_domain", "latency")
 
 
 def read_gpu(path: pathlib.Path, table: Mapping[str, GPU]) -> GPU:
-    """Return the GPU that a YAML file describes.
+    """Return the GPU described by a YAML file.
 
     Args:
         path: the file.
-        table: GPUs by short name, for the field `like` (default: h100).
+        table: GPUs by short name, for the field `like` (h100 if the file has none).
 
     Raises:
         ValueError: if the file cannot be read, or a field is unknown, missing or wrong.
@@ -66,7 +66,7 @@ def _fields(path: pathlib.Path) -> dict[Any, Any]:
 
 
 def _value(path: pathlib.Path, name: str, value: Any, like: Any) -> Any:
-    """Return a field's value, checked, in the type that the same field of another GPU has."""
+    """Check a field and return it in the type of the same field of the GPU `like`."""
     if name in _LINKS:
         return _link(path, name, value)
     if name in _TEXTS:
@@ -108,7 +108,7 @@ def _link(path: pathlib.Path, name: str, fields: Any) -> Link:
 
 def _number(path: pathlib.Path, name: str, value: Any) -> float:
     try:
-        # YAML reads 25e9, which has no point, as a text.
+        # YAML reads 25e9 as a string, because it has no decimal point.
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan

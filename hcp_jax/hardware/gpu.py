@@ -1,4 +1,4 @@
-"""The types of the table: a GPU, its links, and rates that say where they come from."""
+"""Define the types of the hardware table: GPUs, links, and rates with their sources."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -8,11 +8,11 @@ Direction = Literal["forward", "backward"]
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How fast something runs in practice.
+    """Speed reached in practice, measured or modelled.
 
     Attributes:
         value: FLOP/s or bytes/s.
-        measured: whether it was measured on this very kind of GPU; otherwise it is modelled.
+        measured: True if it was measured on this exact kind of GPU; False if it is modelled.
         source: who measured it and how, or how it was modelled.
     """
 
@@ -23,11 +23,11 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A link between GPUs.
+    """Link between GPUs.
 
     Attributes:
-        name: such as "NVLink 4" or "InfiniBand NDR".
-        peak: bytes/s that one GPU can send while it receives as many, by data sheet.
+        name: name, such as "NVLink 4" or "InfiniBand NDR".
+        peak: bytes/s that one GPU can send while it receives the same amount, by data sheet.
         rate: bytes/s that a large collective reaches.
         latency: seconds from the start of a collective to its first byte, launch included.
     """
@@ -42,9 +42,9 @@ class Link:
 class GPU:
     """One kind of GPU.
 
-    Three figures are FLOP/s of bfloat16, and they mean different things: `peak_flops` is what the
-    data sheet promises (MFU divides by it), `product_rate` is what large matrix products reach, and
-    `attention_rates` are what attention kernels reach.
+    Three figures are in FLOP/s of bfloat16 and mean different things: `peak_flops` is the figure of
+    the data sheet (MFU divides by it), `product_rate` is the rate that large matrix products reach,
+    and `attention_rates` are the rates that attention kernels reach.
 
     Attributes:
         name: short name, such as "h200".
@@ -56,16 +56,16 @@ class GPU:
         memory_bandwidth: bytes/s.
         l2_bytes: size of the L2 cache.
         clock_ghz: boost clock.
-        shared_bytes_per_core: shared memory of a core.
-        shared_bytes_per_block: the most that one block may ask for.
+        shared_bytes_per_core: shared memory of a streaming multiprocessor.
+        shared_bytes_per_block: most shared memory that one block may request.
         peak_flops: dense bfloat16 products, by data sheet.
         nvlink: link to the GPUs of its NVLink domain.
-        network: link to all others.
+        network: link to all other GPUs.
         product_rate: FLOP/s that large bfloat16 products reach.
         attention_rates: FLOP/s that attention kernels reach, by implementation and direction;
             visible pairs are counted exactly, backward as 2.5 times forward.
-        nvlink_domain: GPUs that NVLink joins; 0 means those of one host.
-        sources: source of each number that is not from the target specification.
+        nvlink_domain: number of GPUs joined by NVLink; 0 means the GPUs of one host.
+        sources: source of each number that is not from OpenXLA's target specification.
     """
 
     name: str
@@ -91,7 +91,7 @@ class GPU:
         """Return the FLOP/s of an attention kernel.
 
         Args:
-            implementation: of the attention core, such as "triton".
+            implementation: name of the attention core's implementation, such as "triton".
             direction: "forward" or "backward".
 
         Raises:
@@ -108,7 +108,7 @@ class GPU:
 
 
 class Path(NamedTuple):
-    """How a collective travels: kind of link, bytes/s that each device sends, seconds to start."""
+    """Path of a collective: kind of link, bytes/s sent by each device, seconds of latency."""
 
     link: str
     rate: float
@@ -121,10 +121,10 @@ def modelled_share(peak: float, share: float, what: str) -> Rate:
 
 
 def nvlink(name: str, peak: float) -> Link:
-    """Return an NVLink link of `peak` bytes/s; 80 % of it and 10 µs are modelled."""
+    """Return an NVLink link of `peak` bytes/s; its rate (80 % of it) and latency are modelled."""
     return Link(name, peak, modelled_share(peak, 0.8, "the data sheet"), 10e-6)
 
 
 def infiniband(name: str, peak: float) -> Link:
-    """Return an InfiniBand link of `peak` bytes/s; 90 % of it and 25 µs are modelled."""
+    """Return an InfiniBand link of `peak` bytes/s; its rate (90 %) and latency are modelled."""
     return Link(name, peak, modelled_share(peak, 0.9, "the data sheet"), 25e-6)

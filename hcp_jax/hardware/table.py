@@ -1,9 +1,9 @@
-"""The one table of GPUs and links, each number with its source.
+"""List the known GPUs and links in one table, each number with its source.
 
-What a GPU is (cores, memory, clock) is what OpenXLA's target specifications say; peaks of products
-and links are what the vendor's data sheets say; how fast kernels and collectives really run is a
-`Rate`, measured or modelled, and says which. A GPU that is not here is described in a YAML file:
-see `custom.py`. To add one for good, add it here, and its peak to `PEAK_FLOPS`.
+Cores, memory and clocks come from OpenXLA's target specifications. Peaks of matrix products and of
+links come from the vendor's data sheets. The speed that kernels and collectives reach is a `Rate`,
+which says whether it was measured or modelled. A GPU that is not here can be described in a YAML
+file: see `custom.py`. To add a GPU to the library, add it here, and its peak to `PEAK_FLOPS`.
 
 Plain Python without jax and NumPy, so that a plan can be made on any machine.
 """
@@ -39,9 +39,9 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H800": 989e12,
     "NVIDIA L40S": 362e12,
 }
-"""FLOP/s of dense bfloat16 products at boost clock, by `jax.Device.device_kind`: data sheets."""
+"""Data sheets' FLOP/s of dense bfloat16 products at boost clock, by `jax.Device.device_kind`."""
 
-# FLOP/s of public kernels of the same kind; XLA's dense attention stands for "blockwise".
+# FLOP/s of public kernels of the same kind; "blockwise" has the rate of XLA's dense attention.
 _H100_ATTENTION: dict[tuple[str, Direction], float] = {
     ("triton", "forward"): 361e12,
     ("triton", "backward"): 338e12,
@@ -56,7 +56,7 @@ _B200_PEAK, _GB200_PEAK = PEAK_FLOPS["NVIDIA B200"], PEAK_FLOPS["NVIDIA GB200"]
 
 
 def _attention(peak: float, measured: bool = False) -> dict[tuple[str, Direction], Rate]:
-    """Return the rates of the H100's kernels, or the same share of another GPU's peak."""
+    """Return the rates of the H100's kernels, scaled to the peak of another GPU."""
     if measured:
         return {
             key: Rate(value, key[0] != "blockwise", f"{_KERNELS} ({key[0]})")
@@ -156,10 +156,10 @@ _A800 = dataclasses.replace(
 GPU_NAMES: tuple[str, ...] = tuple(
     dict.fromkeys(kind.split()[1].split("-")[0].lower() for kind in PEAK_FLOPS)
 )
-"""Short names of all GPUs whose peak is known, such as "h20"; `GPUS` describes some of them."""
+"""Short names of all GPUs with a known peak, such as "h20"; only some of them are in `GPUS`."""
 
 GPUS: dict[str, GPU] = {g.name: g for g in (_A100, _A800, _H100, _H200, _B200, _GB200)}
-"""The GPUs by short name."""
+"""GPUs by short name."""
 
 
 def gpu(name: str) -> GPU:
@@ -170,8 +170,8 @@ def gpu(name: str) -> GPU:
             path of a YAML file that describes another GPU (see `custom.py`). Case is ignored.
 
     Raises:
-        ValueError: if the name is unknown (the error names the nearest), if only the peak of this
-            GPU is known, or if the file is wrong.
+        ValueError: if the name is unknown (the error suggests the nearest one), if only the peak of
+            this GPU is known, or if the file is invalid.
 
     >>> gpu("h200") is gpu("NVIDIA H200")
     True
@@ -197,10 +197,10 @@ def gpu(name: str) -> GPU:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Return FLOP/s of dense bfloat16 products by data sheet, or None for an unknown device.
+    """Return the data sheet's FLOP/s of dense bfloat16 products; None for an unknown device.
 
     Args:
-        device_kind: `jax.Device.device_kind`, exactly: a PCIe card is not an SXM one.
+        device_kind: exact value of `jax.Device.device_kind`; a PCIe card differs from an SXM one.
 
     >>> peak_flops("NVIDIA H200"), peak_flops("cpu")
     (989000000000000.0, None)

@@ -1,1 +1,1 @@
-"""Flax models whose attention is context parallel."""
+"""Provide Flax models with context-parallel attention."""

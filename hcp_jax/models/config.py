@@ -1,4 +1,4 @@
-"""What a decoder is made of. Apart from the model, so that reading a config builds nothing."""
+"""Define the config of a decoder; separate from the model, so that reading it builds nothing."""
 
 import dataclasses
 from dataclasses import field
@@ -27,27 +27,29 @@ class ModelConfig:
         num_kv_heads: K, key and value heads; N / K query heads share one.
         head_size: H; hidden_size / num_heads if None.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: how they are stretched; None if they are not.
-        qk_norm: RMSNorm of q and k, per head, before they are rotated (Qwen3).
+        rope_scaling: how the frequencies are stretched; None if they are not.
+        qk_norm: RMSNorm of q and k, per head, before the rotation (Qwen3).
         qkv_bias: a bias on q, k and v (Qwen2).
         tie_embeddings: the output head is the embedding.
         norm_eps: epsilon of every RMSNorm.
-        sliding_window: tokens a query sees, itself included; None for all before it.
-        logits_soft_cap: of the attention's logits.
-        attention_sinks: one learnt logit per head that takes weight and gives none.
-        remat: what a layer's backward pass recomputes: "none" of it; all but "attention", whose
-            outputs are kept; or the "full" layer.
-        offload_activations: whether what a layer keeps for its backward pass (its input, and what
-            `remat` names) waits for it in the host's memory.
-        compute_dtype: of activations and of weights in use.
-        mlp_chunk: tokens per device that the MLP computes at one time, and again in backward; None
-            for all of them, once.
-        loss_chunk: tokens per device whose logits exist at one time.
+        sliding_window: number of tokens that a query sees, itself included; None for all earlier
+            tokens.
+        logits_soft_cap: soft cap of the attention logits; None for no cap.
+        attention_sinks: a learnt logit per head that takes part in the softmax but adds no value.
+        remat: what a layer's backward pass recomputes: "none", "attention" (everything except
+            attention, whose outputs are kept) or "full" (the whole layer).
+        offload_activations: keep what a layer needs for its backward pass (its input, and what
+            `remat` keeps) in the host's memory.
+        compute_dtype: dtype of activations, and of weights when they are used.
+        mlp_chunk: number of tokens per device in one chunk of the MLP, which is recomputed in
+            backward; None computes all tokens at once.
+        loss_chunk: number of tokens per device whose logits exist at one time.
         z_loss: weight of the squared log-partition of the output head (PaLM uses 1e-4).
-        implementation: of the attention core; None for the best on the devices at hand.
+        implementation: implementation of the attention core; None for the best on the mesh's
+            devices.
 
     Raises:
-        ValueError: for sizes that do not fit each other.
+        ValueError: if sizes do not fit each other.
     """
 
     vocab_size: int = field(metadata=fixed(above=0, most=MOST))
@@ -83,7 +85,7 @@ class ModelConfig:
             )
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}; "
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
                 "change one of them or give head_size."
             )
         if self.head_dim % 2:
@@ -97,21 +99,21 @@ class ModelConfig:
 
         if self.offload_activations and self.remat == "none":
             raise ValueError(
-                "offload_activations needs remat 'attention' or 'full', which say by name what is "
-                "kept; it is 'none'."
+                "offload_activations needs remat 'attention' or 'full', which name what is kept; "
+                "got 'none'."
             )
 
     @property
     def head_dim(self) -> int:
-        """H, whether it was given or not."""
+        """Head size H: `head_size`, or hidden_size / num_heads."""
         return self.head_size or self.hidden_size // self.num_heads
 
     def mask(self, segment_ids=None) -> "Mask":
-        """The mask this model attends with, in natural order.
+        """Return the attention mask of this model, in natural order.
 
         Args:
-            segment_ids: int32 `[B, T]`, equal for the tokens of one document; None for streams that
-                are one document each.
+            segment_ids: int32 `[B, T]`, equal for the tokens of one document; None if each stream
+                is one document.
         """
         from hcp_jax.sequence.mask import causal, documents, sliding_window
 

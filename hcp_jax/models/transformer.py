@@ -1,12 +1,12 @@
-"""A decoder of the Llama kind in Flax NNX: RMSNorm, rotary GQA, SwiGLU, layers scanned.
+"""Define a decoder of the Llama kind in Flax NNX: RMSNorm, rotary GQA, SwiGLU, scanned layers.
 
-Parallelism stays outside: attention is one op that is told a `ContextParallel`, activations are
-told at the border of every layer how they are cut, and how parameters are cut is the business of
-`train/sharding.py`. With `cp=None` this is a plain model on one device.
+Parallelism is mostly outside the model: attention is one op that takes a `ContextParallel`,
+activations get a sharding constraint between layers, and `train/sharding.py` decides how parameters
+are cut. With `cp=None` this is a plain model on one device.
 
-Submodules are called what Hugging Face's Llama and Qwen call them, so that their weights map one to
-one: `self_attn.q_proj.kernel[layer]` is `layers.{layer}.self_attn.q_proj.weight`, transposed to
-`[D, N, H]` (`[N, H, D]` for `o_proj`); the parameters of all layers are stacked in front.
+Submodules have the names of Hugging Face's Llama and Qwen, so that their weights map one to one:
+`self_attn.q_proj.kernel[layer]` is `layers.{layer}.self_attn.q_proj.weight`, transposed to
+`[D, N, H]` (`[N, H, D]` for `o_proj`). The parameters of all layers are stacked along a first dim.
 """
 
 import functools
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: ContextParallel | None
     ) -> Float[Array, "B T D"]:
-        """`x` attends to itself; `turn` rotates q and k, `mask` and `cp` are the op's."""
+        """Apply self-attention to `x`; `turn` rotates q and k, the op takes `mask` and `cp`."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -100,13 +100,13 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: ContextParallel | None
     ) -> Float[Array, "B T D"]:
-        """One layer; arguments as `Attention`'s."""
+        """Apply one layer; arguments as in `Attention`."""
         x = x + self.self_attn(self.input_layernorm(x), turn, mask=mask, cp=cp)
         return x + self.mlp(self.post_attention_layernorm(x), cp)
 
 
 class Transformer(nnx.Module):
-    """Tokens to hidden states, and from those to logits.
+    """Decoder from tokens to hidden states, and from these to logits.
 
     >>> config = ModelConfig(vocab_size=256, num_layers=2, hidden_size=16, intermediate_size=32,
     ...                      num_heads=4, num_kv_heads=2)
@@ -135,17 +135,17 @@ class Transformer(nnx.Module):
         mask: Mask | None = None,
         cp: ContextParallel | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm, in the compute dtype.
+        """Return the hidden states after the last norm, in the compute dtype.
 
         Args:
-            tokens: in cp's layout order, as `cp.shard_batch` leaves them.
-            positions: of each token in its document.
-            mask: who sees whom; `config.mask()` (causal, and the sliding window) if None. One that
-                is given is all there is: it must have the model's sliding window in it.
-            cp: the context parallelism, with one comm type or one per layer; None for one device.
+            tokens: token ids in cp's layout order, as returned by `cp.shard_batch`.
+            positions: position of each token in its document.
+            mask: attention mask; `config.mask()` (causal, with the sliding window) if None. A given
+                mask replaces it, so it must include the model's sliding window.
+            cp: context with one comm type, or one per layer; None for one device.
 
         Raises:
-            ValueError: if cp has a comm type per layer, but not for as many layers as these.
+            ValueError: if cp has comm types for another number of layers.
         """
         config = self.config
         live_tp(cp)
@@ -165,7 +165,7 @@ class Transformer(nnx.Module):
         x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
         graphdef, state = nnx.split(self.layers)
 
-        def layer(cp: ContextParallel | None, x: Any, params: dict) -> Any:
+        def layer(cp: ContextParallel | None, x: Any, params: dict[str, Any]) -> Any:
             x = checkpoint_name(x, _INPUT)
             return _cut(nnx.merge(graphdef, params)(x, turn, mask=mask, cp=cp), cp)
 
@@ -175,11 +175,11 @@ class Transformer(nnx.Module):
 
     @property
     def unembedding(self) -> Float[Array, "V D"]:
-        """The output matrix: logits are `hidden · unembeddingᵀ`."""
+        """Return the output matrix: logits are `hidden · unembeddingᵀ`."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).embedding[...]
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits in float32, all of them at once; training uses `summed_cross_entropy` instead."""
+        """Return all logits at once, in float32; training uses `summed_cross_entropy` instead."""
 
         def logits(hidden: Any, unembedding: Any) -> Any:
             return jnp.einsum(
@@ -193,24 +193,24 @@ class Transformer(nnx.Module):
         return spmd.run(None, (), logits, spec, hidden, self.unembedding)
 
 
-def abstract_model(config: ModelConfig) -> tuple[Any, dict]:
-    """The model without its numbers: the static graph, and the parameters' shapes.
+def abstract_model(config: ModelConfig) -> tuple[Any, dict[str, Any]]:
+    """Return a model without values: its static graph, and the shapes of its parameters.
 
-    `nnx.merge(graph, params)` makes a `Transformer` of the graph and any dict of parameters of
-    these shapes, so that what crosses a `jit` is a plain tree of arrays.
+    `nnx.merge(graph, params)` builds a `Transformer` from the graph and a dict of parameters of
+    these shapes, so only a plain tree of arrays crosses a `jit`.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     shapes = nnx.to_pure_dict(state)
     return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """Fresh parameters, as a dict of dicts of arrays that mirrors the modules; `jit` it."""
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Return new random parameters: nested dicts of arrays that mirror the modules; `jit` it."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
 
 
 class _Stretch(NamedTuple):
-    """Layers `first … last - 1`, whose comm types repeat `period`: what one scan computes."""
+    """Layers `first` to `last - 1`, whose comm types repeat `period`; one scan computes them."""
 
     first: int
     last: int
@@ -218,10 +218,10 @@ class _Stretch(NamedTuple):
 
 
 def _stretches(cp: ContextParallel | None, num_layers: int) -> list[_Stretch]:
-    """The layers in as few different pieces as will do, since each is compiled.
+    """Split the layers into stretches, as few as possible, because each is compiled.
 
-    If the comm types of the whole model repeat (one in four gathers, say), that is one stretch;
-    otherwise there is one for every run of equal ones.
+    If the comm types of the whole model repeat (for example, every fourth layer gathers), there is
+    one stretch; otherwise there is one for every run of equal comm types.
     """
     if cp is None or isinstance(cp.comm_type, str):
         return [_Stretch(0, num_layers, (cp,))]
@@ -241,17 +241,17 @@ def _stretches(cp: ContextParallel | None, num_layers: int) -> list[_Stretch]:
 
 
 def _scan(layer: Callable, stretch: _Stretch, x: Any, params: dict, config: ModelConfig) -> Any:
-    """The layers of a stretch one after the other, a period of them at each turn."""
+    """Apply the layers of a stretch in order; one turn of the scan computes one period."""
     first, last, period = stretch
     turns = (last - first) // len(period)
     layers = [_remat(functools.partial(layer, cp), config, turns) for cp in period]
 
     if len(period) == 1:
-        # Without the reshape below, of which XLA makes one more copy of all layers' gradients.
+        # This avoids the reshape below, for which XLA copies the gradients of all layers once more.
         whole = jax.tree.map(lambda p: p[first:last], params)
         return jax.lax.scan(lambda x, p: (layers[0](x, p), None), x, whole)[0]
 
-    def turn(x: Any, params: dict) -> tuple[Any, None]:
+    def turn(x: Any, params: dict[str, Any]) -> tuple[Any, None]:
         for i, one in enumerate(layers):
             x = one(x, jax.tree.map(operator.itemgetter(i), params))
         return x, None
@@ -263,13 +263,13 @@ def _scan(layer: Callable, stretch: _Stretch, x: Any, params: dict, config: Mode
 
 
 def _remat(layer: Callable, config: ModelConfig, turns: int) -> Callable:
-    """The layer with a backward pass that recomputes all but what the config's policy keeps."""
+    """Wrap a layer so that backward recomputes what the config's policy does not keep."""
     if config.remat == "none":
         return layer
     kept = {"attention": RESIDUALS, "full": ()}[config.remat]
     if config.offload_activations:
-        # A checkpoint's inputs stay on the device, whatever the policy; but this one's is read only
-        # under its name, and what the name stands for is what backward then needs.
+        # The inputs of a checkpoint stay on the device under every policy. Here the input is read
+        # only through its checkpoint name, so that the offloaded copy is all that backward needs.
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[_INPUT, *kept],
@@ -278,8 +278,8 @@ def _remat(layer: Callable, config: ModelConfig, turns: int) -> Callable:
         )
     else:
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    # A loop's body is never merged with its recomputation in another loop, and barriers would cost;
-    # but a loop of one turn is no loop to XLA.
+    # XLA never merges the body of a loop with its recomputation in another loop, so the barriers of
+    # prevent_cse are not needed. But XLA removes a loop of one turn, and then they are.
     return jax.checkpoint(layer, policy=policy, prevent_cse=turns == 1)
 
 

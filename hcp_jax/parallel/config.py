@@ -9,8 +9,9 @@ import math
 from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
-from hcp_jax.base.names import COMM_TYPES, LAYOUTS, require_known
+from hcp_jax.base.names import LAYOUTS, require_known
 from hcp_jax.base.settings import MOST, check, free
+from hcp_jax.cost.traffic import COMM_TYPES
 from hcp_jax.dynamic.config import DynamicConfig
 
 if TYPE_CHECKING:

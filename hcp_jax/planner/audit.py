@@ -1,7 +1,7 @@
-"""Compile a run for a cluster that is not here, and read what it will do there.
+"""Compile a run for a cluster that is not available, and report what the program will do there.
 
 The compiled program is the one that the cluster would run; `compiled.report` reads it. Memory,
-bytes and the order of things are facts; seconds are modelled.
+bytes and the order of instructions are facts; seconds are modelled.
 """
 
 import dataclasses
@@ -25,14 +25,15 @@ from hcp_jax.parallel.mesh import xla_flags
 from hcp_jax.parallel.microbatch import abstract_microbatch
 from hcp_jax.sequence.mask import intervals
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.step import abstract_state, make_optimizer, make_train_step
+from hcp_jax.train.optimizer import make_optimizer
+from hcp_jax.train.step import abstract_state, make_train_step
 
 
 def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
-    """Return a config's context, on a mesh of a cluster's devices.
+    """Return a config's `ContextParallel` on a mesh of a cluster's devices.
 
     Raises:
-        ValueError: if the mesh has another number of devices than the cluster.
+        ValueError: if mesh and cluster differ in their number of devices.
     """
     needed = config.parallel.num_devices
     if needed != cluster.size:
@@ -46,12 +47,17 @@ def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
 def chosen_flags(
     cluster: Cluster, given: list[str], library: bool = True
 ) -> dict[str, bool | int | str]:
-    """Return XLA flags: the library's, overridden by those of the command line.
+    """Return XLA flags: those of the library, overridden by those of the command line.
+
+    Args:
+        cluster: the cluster.
+        given: flags of the command line, as NAME=VALUE.
+        library: False leaves the library's flags out.
 
     Raises:
-        ValueError: if one is not of the form NAME=VALUE.
+        ValueError: if a given flag is not of the form NAME=VALUE.
     """
-    # Clusters have NVIDIA GPUs, also those that a YAML file describes under a name of its own.
+    # All clusters have NVIDIA GPUs, also those that a YAML file describes under another name.
     flags = xla_flags(f"NVIDIA {cluster.gpu.device_kind}") if library else {}
     for pair in given:
         name, equals, value = pair.lstrip("-").partition("=")
@@ -62,15 +68,15 @@ def chosen_flags(
 
 
 def compile_attention(
-    cp: ContextParallel, model: ModelConfig, seq_len: int, rows: int, flags: dict
+    cp: ContextParallel, model: ModelConfig, seq_len: int, rows: int, flags: dict[str, Any]
 ) -> jax.stages.Compiled:
     """Compile one layer's attention, forward and backward, for the devices of a mesh.
 
     Args:
-        cp: over a mesh of `aot.devices(cluster)`.
-        model: for its heads, mask, dtype and implementation.
+        cp: context over a mesh of `aot.devices(cluster)`.
+        model: gives heads, mask, dtype and implementation.
         seq_len: T, padded.
-        rows: batch size B; under groups, dp.
+        rows: batch size B; with groups, the dp size.
         flags: XLA flags.
     """
     mask = model.mask() if cp.groups is None else _abstract_batch(cp, rows, seq_len)["mask"]
@@ -80,8 +86,8 @@ def compile_attention(
         shape = (rows, seq_len, heads, model.head_dim)
         return jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=sharding)
 
-    def both(q, k, v, dout, mask):
-        def attention(q, k, v):
+    def forward_and_backward(q: Any, k: Any, v: Any, dout: Any, mask: Any) -> Any:
+        def attention(q: Any, k: Any, v: Any) -> Any:
             return dot_product_attention(
                 q, k, v, cp=cp, mask=mask, implementation=model.implementation
             )
@@ -90,7 +96,7 @@ def compile_attention(
         return out, *pull_back(dout)
 
     q, k = array(model.num_heads), array(model.num_kv_heads)
-    return compile_for(both, q, k, k, q, mask, flags=flags)
+    return compile_for(forward_and_backward, q, k, k, q, mask, flags=flags)
 
 
 def audit_attention(
@@ -99,14 +105,14 @@ def audit_attention(
     model: ModelConfig,
     seq_len: int,
     rows: int,
-    flags: dict,
+    flags: dict[str, Any],
 ) -> Audit:
-    """Compile one layer's attention, forward and backward, for a cluster, and read it.
+    """Compile one layer's attention, forward and backward, for a cluster, and audit the program.
 
     Args:
-        cp: over a mesh of `aot.devices(cluster)`.
+        cp: context over a mesh of `aot.devices(cluster)`.
         cluster: that cluster.
-        model: for its heads, mask, dtype and implementation.
+        model: gives heads, mask, dtype and implementation.
         seq_len: T.
         rows: batch size B.
         flags: XLA flags.
@@ -117,13 +123,15 @@ def audit_attention(
     return read_model(compiled, cp, cluster, model, seq_len, time.perf_counter() - begin)
 
 
-def audit_step(cp: ContextParallel, cluster: Cluster, config: TrainConfig, flags: dict) -> Audit:
-    """Compile a config's whole training step for a cluster, and read it.
+def audit_step(
+    cp: ContextParallel, cluster: Cluster, config: TrainConfig, flags: dict[str, Any]
+) -> Audit:
+    """Compile a config's whole training step for a cluster, and audit the program.
 
     Args:
-        cp: a `ContextParallel` over a mesh of `aot.devices(cluster)`.
+        cp: context over a mesh of `aot.devices(cluster)`.
         cluster: that cluster.
-        config: a `TrainConfig`.
+        config: config of the run.
         flags: XLA flags.
     """
     fsdp = config.parallel.fsdp
@@ -145,12 +153,12 @@ def audit_step(cp: ContextParallel, cluster: Cluster, config: TrainConfig, flags
 
 
 def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, Any]:
-    """Return, as shapes, what `cp.shard_batch` (or `place_microbatch`) makes of a batch."""
+    """Return the shapes of a batch after `cp.shard_batch` (or `place_microbatch`)."""
     dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
     if cp.groups is not None:
         return abstract_microbatch(cp, seq_len // cp.size, dtypes)
 
-    def array(dtype) -> jax.ShapeDtypeStruct:
+    def array(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=cp.sharding(2))
 
     whole = NamedSharding(cp.mesh, PartitionSpec(cp.dp, None))
@@ -169,9 +177,9 @@ def read_model(
     seq_len: int,
     compile_s: float = 0.0,
 ) -> Audit:
-    """Read a program in which a model's attention runs, with its mask and its kernels' rates.
+    """Read a compiled program, with the mask and the kernel rates of the model that it runs.
 
-    With groups, each group is assumed to be filled by one document.
+    With groups, the audit assumes that one document fills each group.
     """
     size = model.head_dim
     problem = Problem(
@@ -200,13 +208,13 @@ def read_model(
 
 
 def title(found: Audit, attention: bool) -> str:
-    """Return in a line what was compiled."""
+    """Return one line that says what was compiled."""
     what = "attention of one layer, forward and backward" if attention else "training step"
     return f"{what} on {found.cluster}"
 
 
 def advice(found: Audit) -> list[str]:
-    """Return what to do about what is exposed or does not fit, or one line if all is well."""
+    """Return advice about exposed transfers and memory; one line if nothing is wrong."""
     lines = []
     memory, step = found.memory, found.schedule.step_s
     if not memory.fits:
@@ -229,17 +237,17 @@ def advice(found: Audit) -> list[str]:
 
 _ABOUT = {
     "heads": (
-        "Nothing hides the exchange of heads, which takes",
+        "The exchange of heads is not hidden; it takes",
         "Set parallel.head_groups, so that one group's exchange hides behind another's attention, "
         "or make cp_inner smaller and cp_outer larger, as long as the ring stays hidden.",
     ),
     "gather": (
-        "Nothing hides the gather of K and V, which takes",
+        "The gather of K and V is not hidden; it takes",
         'Use comm_type "p2p" or "a2a+p2p", which hide it.',
     ),
     "": (
-        "Weights, gradients and activations are waited for during",
-        "Less tp, more tokens per GPU, or parallel.fsdp=false where the weights fit.",
+        "Waiting for weights, gradients and activations takes",
+        "Use less tp, more tokens per GPU, or parallel.fsdp=false if the weights fit.",
     ),
 }
 
@@ -259,5 +267,5 @@ def _about_hops(found: Audit, hops: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as text, below one second in milliseconds."""
+    """Return seconds as text; in milliseconds if less than one second."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"

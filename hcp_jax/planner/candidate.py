@@ -1,4 +1,4 @@
-"""One split of a cluster, with its modelled cost and memory."""
+"""Hold one split of a cluster with its modelled cost and memory."""
 
 import dataclasses
 from typing import Any
@@ -7,19 +7,19 @@ from hcp_jax import hardware
 from hcp_jax.cost.memory import MemoryEstimate
 from hcp_jax.cost.step import Estimate, Split
 
-USABLE = 0.9  # of the memory: the rest is CUDA's, NCCL's and what fragments leave unused
+USABLE = 0.9  # share of the memory; the rest is left for CUDA, NCCL and fragmentation
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One split, with what it costs.
+    """One split with its cost.
 
     Attributes:
-        split: the mesh, the comm type and the remat policy.
-        cost: of a step.
-        memory: of a device, modelled.
-        compiled_bytes: of a device, from the compiled program; None unless verified.
-        device_bytes: what the GPU has.
+        split: mesh sizes, comm type and remat policy.
+        cost: modelled cost of a step.
+        memory: modelled memory of a device.
+        compiled_bytes: memory of a device in the compiled program; None unless verified.
+        device_bytes: memory of the GPU.
     """
 
     split: Split
@@ -30,12 +30,12 @@ class Candidate:
 
     @property
     def peak_bytes(self) -> float:
-        """Memory of a device: compiled if known, else modelled."""
+        """Memory of a device in bytes: from the compiled program if known, else modelled."""
         return self.memory.peak if self.compiled_bytes is None else self.compiled_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether it leaves a tenth of the memory."""
+        """True if it leaves at least a tenth of the memory free."""
         return self.peak_bytes <= USABLE * self.device_bytes
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Explain a plan in words, for somebody who has not split a sequence before.
+"""Explain a plan in words, for readers who have not split a sequence before.
 
-Each sentence is made of the figures that decided: what a hop sends and computes, what is not
-hidden, what would not fit. The best split of every other comm type is compared with the winner.
+Each sentence gives the figures that decided: what a hop sends and computes, what is not hidden,
+what would not fit. The best split of every other comm type is compared with the winner.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Candidates = Sequence[Candidate]
 
 
 def describe_strategy(split: Split) -> str:
-    """Return a sentence on what attention does with a split's comm type, for beginners.
+    """Return a sentence that describes how attention works with a split's comm type.
 
     >>> describe_strategy(Split(cp_outer=4, comm_type="p2p"))
     'keys and values go round a ring of 4 GPUs while attention computes'
@@ -37,10 +37,10 @@ def describe_strategy(split: Split) -> str:
 
 
 def explain(candidates: Candidates, seq_len: int) -> str:
-    """Return why the best split is the best; one sentence or two to a line.
+    """Return the reasons why the best split is the best, one or two sentences per line.
 
     Args:
-        candidates: the best first.
+        candidates: all splits, the best first.
         seq_len: T.
     """
     lines = [*_sequence(candidates, seq_len), *_tensor(candidates), *_transfers(candidates[0])]
@@ -58,7 +58,7 @@ def _sequence(candidates: Candidates, seq_len: int) -> list[str]:
 
 
 def _least_cp(candidates: Candidates) -> str:
-    """Return why the sequence is cut over so many GPUs and not over fewer."""
+    """Return the reason why the sequence is not cut over fewer GPUs."""
     fewer = [c for c in candidates if c.split.cp < candidates[0].split.cp]
     if not fewer:
         return ""
@@ -76,7 +76,7 @@ def _tensor(candidates: Candidates) -> list[str]:
     if split.tp > 1:
         sums = _waits(candidates[0], "summed over tp")
         return [
-            f"Weights are cut over {split.tp} GPUs (tp) as well: sums that nothing hides take "
+            f"Weights are also cut over {split.tp} GPUs (tp): sums that nothing hides take "
             f"{sums:.0%} of the step, and each GPU has fewer heads and less memory to fill."
         ]
     best = _best_of(candidates, lambda c: c.split.tp > 1)
@@ -139,7 +139,7 @@ def _with_comm_type(comm_type: CommType) -> Callable[[Candidate], bool]:
 
 
 def _compared(chosen: Candidate, best: Candidate | None, comm_type: CommType) -> str:
-    """Return how much slower the best split of another comm type is, and why."""
+    """Return a sentence on how much slower the best split of another comm type is, and why."""
     if best is None:
         return f"{comm_type}: does not fit, or the heads do not divide."
     slower = 1 - best.cost.tokens_per_s / chosen.cost.tokens_per_s

@@ -1,8 +1,9 @@
-"""Find the longest sequence that fits, with the compiler as the judge.
+"""Find the longest sequence that fits, by compiling the training step.
 
-The training step is compiled for a cluster that is not here, at two lengths. Memory grows with the
-length along a line, which gives the length that would fill nine tenths of a GPU; the step of that
-length is compiled, too, and shortened until it does fit. `docs/memory.md` has the results.
+The step is compiled at two lengths, for a cluster that is not available. Memory grows nearly
+linearly with the length, so a line through both gives the length that would fill nine tenths of a
+GPU. The step is then compiled at that length, which is reduced until it fits. `docs/memory.md` has
+results.
 """
 
 import dataclasses
@@ -13,18 +14,18 @@ from hcp_jax.hardware import Cluster
 from hcp_jax.planner import audit
 from hcp_jax.train.config import TrainConfig
 
-# Tokens per device: a multiple of the chunks that configs ask for.
+# Round tokens per device to a multiple of the chunk sizes in configs.
 _ROUND = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """The longest sequence that fits.
+    """Longest sequence that fits.
 
     Attributes:
         tokens_per_device: T / C, a multiple of 4096.
-        memory: of the step of that length, compiled.
-        tried: memory of every length that was compiled, by tokens per device.
+        memory: memory of the compiled step of that length.
+        tried: memory of every compiled length, by tokens per device.
     """
 
     tokens_per_device: int
@@ -32,28 +33,26 @@ class Longest:
     tried: dict[int, Memory]
 
 
-def longest(
-    memory_of: Callable[[int], Memory], first: tuple[int, int], attempts: int = 5
-) -> Longest:
-    """Return the most tokens per device that fit.
+def longest(measure: Callable[[int], Memory], first: tuple[int, int], attempts: int = 5) -> Longest:
+    """Return the largest number of tokens per device that fits.
 
     Args:
-        memory_of: maps tokens per device to the memory of the step, by compiling it.
-        first: the two lengths to begin with, in tokens per device.
-        attempts: lengths to compile besides these two.
+        measure: returns the memory of the step for a number of tokens per device.
+        first: the first two lengths to try, in tokens per device.
+        attempts: most lengths to try after these two.
 
     Raises:
-        ValueError: if none of the attempts gave a length that fits.
+        ValueError: if none of the tried lengths fits.
     """
-    tried = {length: memory_of(length) for length in first}
+    tried = {length: measure(length) for length in first}
     for _ in range(attempts):
-        length = _where_the_line_meets_the_limit(tried)
+        length = _extrapolated_length(tried)
         too_long = [t for t in tried if not tried[t].fits]
         if too_long:
             length = min(length, min(too_long) - _ROUND)
         if length <= 0 or length in tried:
             break
-        tried[length] = memory_of(length)
+        tried[length] = measure(length)
         if tried[length].fits and tried[length].peak_bytes > 0.98 * _limit(tried[length]):
             break
     fitting = [t for t, memory in tried.items() if memory.fits]
@@ -62,10 +61,11 @@ def longest(
     return Longest(max(fitting), tried[max(fitting)], tried)
 
 
-def _where_the_line_meets_the_limit(tried: dict[int, Memory]) -> int:
-    """Return the length at which the line through the two lengths nearest to the limit meets it.
+def _extrapolated_length(tried: dict[int, Memory]) -> int:
+    """Return the length at which a line through two tried points reaches the memory limit.
 
-    All lengths would do if memory were exactly linear; how buffers are packed bends it a little.
+    The two points nearest to the limit are used, because the packing of buffers makes memory
+    slightly nonlinear.
     """
     spare = {t: _limit(memory) - memory.peak_bytes for t, memory in tried.items()}
     low, high = sorted(sorted(tried, key=lambda t: abs(spare[t]))[:2])
@@ -82,24 +82,24 @@ def longest_of_config(
     """Return the `longest` of a config's training step on a cluster.
 
     Args:
-        config: its seq_len is not used; each dp replica has one stream.
-        cluster: as large as the config's mesh.
+        config: config of the run; its seq_len is ignored, and each dp replica has one stream.
+        cluster: cluster with as many GPUs as the config's mesh has devices.
         first: as in `longest`.
-        report: called with tokens per device and memory after each compile.
+        report: called with tokens per device and memory after each compilation.
 
     Raises:
-        ValueError: if the mesh has another size than the cluster, or no length fits.
+        ValueError: if the mesh and the cluster differ in size, or no length fits.
     """
     cp = audit.place(config, cluster)
     flags = audit.chosen_flags(cluster, [])
 
-    def memory_of(tokens: int) -> Memory:
-        of_length = dataclasses.replace(config, seq_len=tokens * cp.size)
-        memory = audit.audit_step(cp, cluster, of_length, flags).memory
+    def measure(tokens: int) -> Memory:
+        resized = dataclasses.replace(config, seq_len=tokens * cp.size)
+        memory = audit.audit_step(cp, cluster, resized, flags).memory
         report(tokens, memory)
         return memory
 
-    return longest(memory_of, first)
+    return longest(measure, first)
 
 
 def _limit(memory: Memory) -> float:

@@ -1,4 +1,4 @@
-"""Rank every split of a cluster for a model and a length of sequence.
+"""Rank every split of a cluster for a model and a sequence length.
 
 Every (dp, tp, cp_outer, cp_inner, comm type, remat policy) that fills the cluster and that the
 model's heads allow goes through the cost model and the memory model; those that fit are ranked by
@@ -24,19 +24,19 @@ from hcp_jax.planner.candidate import USABLE, Candidate
 from hcp_jax.planner.explain import explain
 
 REMATS: tuple[Remat, ...] = get_args(Remat)
-MOST_GPUS = 2048  # tables of (2 cp)² chunks of the stream grow with the square
+MOST_GPUS = 2048  # the tables of (2 cp)² pairs of chunks grow with the square of cp
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The splits of a cluster for a model and a length, the best first; those that fit lead.
+    """Ranked splits of a cluster for a model and a sequence length.
 
     Attributes:
-        model: the decoder.
-        cluster: the GPUs.
+        model: shape of the decoder.
+        cluster: the cluster.
         seq_len: T.
-        batch: streams per step, over all of dp; None for one of each replica.
-        candidates: every valid split.
+        batch: streams per step, over all of dp; None for one stream per replica.
+        candidates: every valid split, the best first; splits that fit come before the others.
     """
 
     model: ModelShape
@@ -47,11 +47,11 @@ class Plan:
 
     @property
     def best(self) -> Candidate:
-        """The fastest that fits."""
+        """The fastest split that fits."""
         return self.candidates[0]
 
     def explain(self) -> str:
-        """Return in words why the best is the best."""
+        """Return the reasons, in words, why the best split is the best."""
         return explain(self.candidates, self.seq_len)
 
     def to_json(self) -> dict[str, Any]:
@@ -75,24 +75,24 @@ def plan(
     batch: int | None = None,
     implementation: str = "triton",
 ) -> Plan:
-    """Rank every split of a cluster for a model and a length of sequence.
+    """Rank every split of a cluster for a model and a sequence length.
 
     Args:
         model: a name in `MODELS`, or a `ModelConfig`.
         seq_len: T, tokens of a stream.
-        gpu: a name in `hardware.GPUS`, or a YAML file that describes another.
+        gpu: a name in `hardware.GPUS`, or a YAML file that describes another GPU.
         hosts: number of hosts.
-        gpus_per_host: GPUs in each.
-        batch: streams per step, over all of dp: replicas compute theirs one by one. None gives each
-            replica one, so that splits with more dp have larger steps.
-        implementation: of the attention core, whose rates are taken.
+        gpus_per_host: number of GPUs in each host.
+        batch: streams per step, over all of dp; a replica computes its streams one by one. None
+            gives each replica one stream, so splits with more dp have larger steps.
+        implementation: implementation of the attention core, whose rates are used.
 
     Returns:
-        The plan; `plan.best.split`, `plan.explain()`.
+        The plan; see `plan.best.split` and `plan.explain()`.
 
     Raises:
-        ValueError: for an unknown model or GPU, or if nothing fits: says the least cluster of such
-            hosts that would.
+        ValueError: for an unknown model or GPU, or if nothing fits; the error then names the
+            smallest cluster of such hosts that would.
 
     >>> plan("llama3-8b", 131072, gpu="h100", hosts=4).best.fits
     True
@@ -115,7 +115,7 @@ def plan(
 
 
 def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
-    """Yield every split of `gpus` devices that the model's heads and the sequence allow."""
+    """Yield every split of `gpus` devices that is valid for the model's heads and the sequence."""
     for tp in _divisors(gpus):
         if model.num_kv_heads % tp or model.intermediate_size % tp or model.vocab_size % tp:
             continue
@@ -132,12 +132,14 @@ def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
                             yield dataclasses.replace(split, remat=remat, fsdp=fsdp)
 
 
-def _ranked(model, cluster, seq_len, batch, implementation) -> list[Candidate]:
+def _ranked(
+    model: ModelShape, cluster: Cluster, seq_len: int, batch: int | None, implementation: str
+) -> list[Candidate]:
     found = []
     for split in splits(model, cluster.size, seq_len):
         if batch is not None and batch % split.dp:
             continue
-        # Streams of one replica are computed one by one: accumulation costs time, not memory.
+        # A replica computes its streams one by one: accumulation costs time, not memory.
         rows = 1 if batch is None else batch // split.dp
         chunks = 2 * split.cp
         padded = -(-seq_len // chunks) * chunks
@@ -147,8 +149,8 @@ def _ranked(model, cluster, seq_len, batch, implementation) -> list[Candidate]:
     return sorted(found, key=_rank)
 
 
-def _rank(candidate: Candidate) -> tuple:
-    """Return a sort key: what fits first, then by speed in steps of 1 %, then by memory."""
+def _rank(candidate: Candidate) -> tuple[float, ...]:
+    """Return a sort key: splits that fit first, then by speed in steps of 1 %, then by memory."""
     if not candidate.fits:
         return (1, candidate.peak_bytes, 0.0, 0.0)
     speed = candidate.cost.tokens_per_s
@@ -162,7 +164,7 @@ def _valid(model: ModelShape, split: Split) -> bool:
         return False
     if split.strategy.exchange and split.strategy.move:
         return split.cp_inner > 1 and split.cp_outer > 1
-    # One level: written with one axis, the inner one for heads and the outer one for K and V.
+    # With one level, use only one axis: the inner one for heads, or the outer one for K and V.
     return (split.cp_inner if split.strategy.move else split.cp_outer) == 1
 
 

@@ -1,1 +1,1 @@
-"""`hcp verify`: proof, on the devices at hand, that context parallelism computes what one does."""
+"""Check, on the available devices, that context parallelism computes the same as one device."""

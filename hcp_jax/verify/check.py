@@ -1,8 +1,8 @@
-"""`hcp.check`: does the user's own program compute on a mesh what it computes on one device?
+"""Check that a user's program computes on a mesh what it computes on one device (`hcp.check`).
 
 The program runs twice, on `cp`'s mesh and on one device, and outputs and gradients are compared. If
-they differ, each mistake that is known to give wrong numbers silently is put right in turn; the
-one whose repair makes the difference go away is named.
+they differ, the checker repairs in turn each mistake that is known to give wrong numbers silently.
+It reports the mistake whose repair removes the difference.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from hcp_jax.verify.programs import (
     Subject,
     compare,
     is_float,
+    make_subject,
     on_host,
     one_device,
     ran,
-    subject_of,
 )
 from hcp_jax.verify.repairs import ALONE, POSITIONS, SHIFTS, Order, Trial
 
@@ -35,32 +35,32 @@ ADVICE = {
     INPUTS: "give the model cp.shard_batch(batch), or cp.shard(x, dim=1) for each array",
     POSITIONS: "positions, or a table by position, are in natural order, as np.arange(T) is; use "
     "cp.positions(T), and index tables with it",
-    SHIFTS: "jnp.roll, x[:, 1:] or the like takes the next place in the layout for the next token; "
+    SHIFTS: "jnp.roll, x[:, 1:] or the like takes the next slot in the layout for the next token; "
     "use cp.roll(x, shift)",
     ALONE: "attention ran without cp on tokens that are in the layout; pass cp=cp, or "
     "hcp.attention_fn(cp)",
-    MASK_LENGTH: "the mask is not for as many tokens as the queries have; make it from ids of all "
-    "tokens",
+    MASK_LENGTH: "the mask is for another number of tokens than the queries have; make it from ids "
+    "of all tokens",
     PADDING: "the tokens that cp.shard added take part: join masks that look ahead with "
     "hcp.lengths(T), and leave padding out of means and losses",
 }
-"""What to do about each mistake."""
+"""Advice for each mistake."""
 
 _TOLERANCE = {2: 3e-2, 4: 1e-4, 8: 1e-9}  # by bytes of the dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `hcp.check` found; print it.
+    """Result of `hcp.check`; print it.
 
     Attributes:
-        differences: largest error over largest value, of every output and, where the outputs
-            agree, of every gradient; inf where shapes or NaNs differ.
-        tolerance: what a difference may be.
-        mistakes: what the program does wrong, out of `ADVICE`; empty if it is right, or if no known
+        differences: largest error over largest value for every output and, if the outputs agree,
+            for every gradient; inf where shapes or NaNs differ.
+        tolerance: largest allowed difference.
+        mistakes: mistakes in the program, keys of `ADVICE`; empty if it is right, or if no known
             mistake explains the difference.
-        notes: what was not compared, and what is right by luck.
-        error: what the program raised on the mesh, if it did.
+        notes: what was not compared, and what is right only by luck.
+        error: error that the program raised on the mesh; "" if none.
     """
 
     differences: dict[str, float]
@@ -71,7 +71,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Return whether the mesh computes what one device computes."""
+        """True if the mesh computes what one device computes."""
         good = all(x <= self.tolerance for x in self.differences.values())
         return good and not self.error and not self.mistakes
 
@@ -85,8 +85,8 @@ class Report:
         lines += [f"  looks like: {name}. {ADVICE[name]}." for name in self.mistakes]
         if not self.ok and not self.mistakes:
             lines.append(
-                "  no mistake that is known here explains it (what lies along the sequence is "
-                "known by its size: give the batch a length that no other dim has)"
+                "  no known mistake explains it (sequence dims are recognised by their size: give "
+                "the batch a length that no other dim has)"
             )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
@@ -102,35 +102,35 @@ def check(
 ) -> Report:
     """Run a program or a model under `cp` and on one device, and compare outputs and gradients.
 
-    On one device it runs with a `cp` of the same axes, each of one device: the program needs no
-    case for it. Use a small model in float32 and a short batch: the program is compiled a few
-    times. A batch whose length needs padding checks that padding takes no part.
+    On one device the program runs with a `cp` of the same axes, each of size 1, so it needs no
+    special case. Use a small model in float32 and a short batch: the program is compiled a few
+    times. With a batch whose length needs padding, the check also finds errors caused by padding.
 
     Args:
         program: one of
 
-            * a function `f(batch, cp)`, or `f(params, batch, cp)` with `params`: all of the user's
-              step, so it gets the batch in natural order and puts it in the layout itself. Models
-              of linen are called in one. It returns arrays: a loss, or outputs in the layout or in
-              natural order.
+            * a function `f(batch, cp)`, or `f(params, batch, cp)` with `params`: the user's whole
+              step. It gets the batch in natural order and puts it in the layout itself. Call linen
+              models inside such a function. It returns arrays: a loss, or outputs in the layout or
+              in natural order.
             * an `nnx.Module` that is called as `model(batch, cp)`: only the model, so `check` puts
-              the batch in the layout before.
+              the batch in the layout first.
             * a class or function `build(cp)` that returns a model called as `model(batch)`, from a
-              fixed seed; for models that are told cp when they are made.
-        example_batch: what the program takes: an array `[B, T, ...]`, or a dict of such arrays, of
+              fixed seed; for models that take cp when they are built.
+        example_batch: input of the program: an array `[B, T, ...]`, or a dict of such arrays, of
             arrays `[B]`, scalars and `Mask`s; in natural order, on the host.
-        cp: the mesh and the strategy to check.
+        cp: mesh and strategy to check.
         params: parameters, for a function that takes them first; any pytree.
-        tolerance: largest error over largest value; if None, by dtype (1e-4 for float32).
-        raise_if_wrong: raise instead of returning a report that is not ok.
+        tolerance: largest allowed error over largest value; if None, by dtype (1e-4 for float32).
+        raise_if_wrong: raise an error instead of returning a report that is not ok.
 
     Returns:
         The report: `report.ok`, `report.mistakes`, and a text to print.
 
     Raises:
-        NotImplementedError: for a `cp` with groups.
-        ValueError: if the program has another signature; and, with `raise_if_wrong`, with the
-            report as its text. What the program raises on one device is raised.
+        NotImplementedError: if `cp` has groups.
+        ValueError: if the program has another signature; with `raise_if_wrong`, if the report is
+            not ok. Errors that the program raises on one device are passed on.
 
     >>> import jax, jax.numpy as jnp, numpy as np, hcp_jax as hcp
     >>> def step(batch, cp):
@@ -145,11 +145,11 @@ def check(
     """
     if cp.groups is not None:
         raise NotImplementedError(
-            "hcp.check runs programs on streams; for groups there is hcp verify with a config."
+            "hcp.check runs programs on streams; for groups use hcp verify with a config."
         )
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be a positive number, got {tolerance!r}.")
-    subject = subject_of(program, params, cp)
+    subject = make_subject(program, params, cp)
     checker = _Checker(subject, example_batch, cp, -1.0 if tolerance is None else tolerance)
     report = checker.report()
     if raise_if_wrong and not report.ok:
@@ -162,13 +162,13 @@ class _Way:
     """One way to run the program on the mesh.
 
     Attributes:
-        length: tokens that the batch is cut to; all of them if None.
-        place: entries of the batch that are put in the layout for the program, which should do so.
-        repairs: of the program itself.
+        length: number of tokens that the batch is cut to; None keeps all.
+        sharded: entries of the batch that the checker puts in the layout in place of the program.
+        repairs: kinds of mistakes repaired in the program itself.
     """
 
     length: int | None = None
-    place: tuple[str, ...] = ()
+    sharded: tuple[str, ...] = ()
     repairs: frozenset[str] = frozenset()
 
 
@@ -183,9 +183,9 @@ class _Checker:
     subject: Subject
     batch: Any
     cp: ContextParallel
-    tolerance: float  # negative: by dtype
+    tolerance: float  # negative means by dtype
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.batch = jax.tree.map(on_host, self.batch)
         params = jax.tree.map(on_host, self.subject.params)
         self.subject = self.subject._replace(params=params)
@@ -203,7 +203,7 @@ class _Checker:
     def report(self) -> Report:
         try:
             first = self._try(_Way())
-        except MaskLengthError as short:  # on one device already
+        except MaskLengthError as short:  # raised on one device
             first = _Results({}, set(), short)
         mistakes = () if self._good(first) else self._diagnose(first)
         if self._good(first) and ALONE in first.found:
@@ -222,7 +222,7 @@ class _Checker:
         )
 
     def _diagnose(self, first: _Results) -> tuple[str, ...]:
-        """Return the fewest mistakes whose repair makes the difference go away."""
+        """Return the smallest set of mistakes whose repair removes the difference."""
         if isinstance(first.error, MaskLengthError):
             return (MASK_LENGTH,)
         if isinstance(first.error, CutSequenceError):
@@ -232,43 +232,43 @@ class _Checker:
         if padded and self._good(self._try(_Way(length=whole))):
             return (PADDING,)
         length = whole if padded else None
-        for places, kinds in self._suspects(first, length):
-            if self._good(self._try(_Way(length, places, kinds))):
-                found = ((INPUTS,) if places else ()) + tuple(sorted(kinds))
-                if padded and not self._good(self._try(_Way(None, places, kinds))):
+        for names, kinds in self._suspects(first, length):
+            if self._good(self._try(_Way(length, names, kinds))):
+                found = ((INPUTS,) if names else ()) + tuple(sorted(kinds))
+                if padded and not self._good(self._try(_Way(None, names, kinds))):
                     found += (PADDING,)
-                if places and set(places) != set(self._streams()):
-                    self.notes.append(f"never put in the layout: {', '.join(places)}")
+                if names and set(names) != set(self._streams()):
+                    self.notes.append(f"never put in the layout: {', '.join(names)}")
                 return found
         return ()
 
     def _suspects(
         self, first: _Results, length: int | None
     ) -> Iterator[tuple[tuple[str, ...], frozenset[str]]]:
-        """Yield what may have to be put right: entries to place, and repairs; the fewest first."""
+        """Yield possible repairs, the smallest first: batch entries to shard, kinds of mistakes."""
         names = self._streams()
-        places: list[tuple[str, ...]] = [()]
+        sharded: list[tuple[str, ...]] = [()]
         if not self.subject.is_model:
-            places += [names, *((name,) for name in names if len(names) > 1)]
+            sharded += [names, *((name,) for name in names if len(names) > 1)]
         found = set(first.found)
-        for place in places[1:] if first.error is not None else ():
-            found |= self._try(_Way(length, place)).found
+        for entries in sharded[1:] if first.error is not None else ():
+            found |= self._try(_Way(length, entries)).found
         kinds = [
             frozenset(chosen)
             for size in range(len(found) + 1)
             for chosen in itertools.combinations(sorted(found), size)
         ]
-        pairs = [(place, kind) for place in places for kind in kinds if place or kind]
+        pairs = [(entries, kind) for entries in sharded for kind in kinds if entries or kind]
         yield from sorted(pairs, key=lambda pair: bool(pair[0]) + len(pair[1]))
 
     def _streams(self) -> tuple[str, ...]:
-        """Return the entries of the batch that have a sequence dim; "" for a batch of one array."""
+        """Return the names of batch entries with a sequence dim; "" for a batch of one array."""
         if not isinstance(self.batch, dict):
             return ("",)
         return tuple(k for k, x in self.batch.items() if np.ndim(x) > 1)
 
     def _whole_length(self) -> int | None:
-        """Return the longest length up to the batch's that needs no padding; None if none is."""
+        """Return the longest length that needs no padding, at most the batch's; None if none."""
         masks = jax.tree.leaves(self.batch, is_leaf=lambda x: isinstance(x, Mask))
         if any(isinstance(x, Mask) and x.length is not None for x in masks):
             return None
@@ -280,13 +280,13 @@ class _Checker:
         return results.error is None and agree
 
     def _try(self, way: _Way) -> _Results:
-        """Return how the mesh differs from one device when the program runs this way."""
+        """Return the differences of the mesh from one device when the program runs this way."""
         alone = self._alone(way.length)
         trial = Trial(Order(self.cp, self.cp.padded_length(way.length or self.length)), way.repairs)
         try:
             here = self._run(self.cp, way, trial)
             differences = compare(here, alone, trial.order, self.tolerance)
-        except Exception as error:  # whatever the user's program raises on the mesh is told
+        except Exception as error:  # the report shows any error of the user's program
             return _Results({}, trial.found, error)
         return _Results(differences, trial.found)
 
@@ -298,10 +298,10 @@ class _Checker:
 
     def _run(self, cp: ContextParallel, way: _Way, trial: Trial) -> "Ran":
         batch = self._cut(way.length)
-        if way.place:
-            placed = batch if isinstance(batch, dict) else {"": batch}
-            placed |= cp.shard_batch({name: placed[name] for name in way.place})
-            batch = placed if isinstance(batch, dict) else placed[""]
+        if way.sharded:
+            entries = batch if isinstance(batch, dict) else {"": batch}
+            entries |= cp.shard_batch({name: entries[name] for name in way.sharded})
+            batch = entries if isinstance(batch, dict) else entries[""]
         try:
             return ran(self.subject, batch, cp, trial)
         except jax.errors.TracerArrayConversionError:
@@ -309,10 +309,10 @@ class _Checker:
                 "gradients of the batch's own arrays were not compared: the program reads them on "
                 "the host (cp.shard_batch does; cp.shard(x, dim=1) does not)"
             )
-            return ran(self.subject, batch, cp, trial, of_batch=False)
+            return ran(self.subject, batch, cp, trial, batch_gradients=False)
 
     def _cut(self, length: int | None) -> Any:
-        def cut(x):
+        def cut(x: Any) -> Any:
             return x[:, :length] if np.ndim(x) > 1 and x.shape[1] == self.length else x
 
         batch = self.batch if length is None else jax.tree.map(cut, self.batch)

@@ -1,16 +1,17 @@
-"""Documents on groups of devices, against one device: the tables of a config with dynamic CP.
+"""Check documents on groups of devices against one device, for a config with dynamic CP.
 
-What is proved is every program of the menu that training on the config's data would compile:
+The checks cover every program of the menu that training on the config's data would compile:
 
-1. attention, outputs and gradients, of every group layout and every comm type that the config's
-   layers use, each document against dense attention in float64 on it alone;
-2. the loss and the gradient's norm of one step over microbatches of all layouts, by the programs
+1. outputs and gradients of attention, for every grouping and every comm type of the config's
+   layers; each document is compared with dense float64 attention on that document alone;
+2. loss and gradient norm of one step over microbatches of all groupings, computed by the programs
    that training runs, against one step on one device over the same documents;
-3. the bytes that each layout's programs put into ring hops and exchanges of heads, device by
-   device, against what the device's group needs.
+3. bytes that each grouping's programs put into ring hops and exchanges of heads, per device,
+   against the bytes that the device's group needs.
 
-No group's attention needs anything of another's: a collective of attention that leaves its group is
-a *stray*, and fails its row. Of attention alone, every collective of the program is looked at.
+The attention of one group needs nothing from another group. So an attention collective that leaves
+its group is a *stray* and fails its row. In the programs of check 1, which contain attention only,
+all collectives are examined.
 """
 
 import contextlib
@@ -38,54 +39,57 @@ from hcp_jax.train import data, evaluation
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.streams import Segments
 from hcp_jax.train.dynamic import DynamicProgram, PlacedMicrobatch, PlacedStep
+from hcp_jax.train.optimizer import make_optimizer
 from hcp_jax.train.step import (
     abstract_state,
     init_state,
     make_eval_loss,
-    make_optimizer,
     make_train_step,
 )
 from hcp_jax.verify import measures
 from hcp_jax.verify.measures import EXACT, Attended, Check
 
 _SCOPES = (RING_HOP, EXCHANGE_HEADS)
-_FILL = 2  # microbatches' worth of documents for each layout
-_NO_TOKEN = 50.0  # what stands where there is none, and must not matter
+_FILL = 2  # number of microbatches that the documents of each grouping fill
+_NO_TOKEN = 50.0  # value of slots without a token; it must not change results
 
 
-class Held(NamedTuple):
-    """A microbatch, and the lengths of its documents, which are numbered from 0 group by group."""
+class PackedDocuments(NamedTuple):
+    """Microbatch with the lengths of its documents, which are numbered from 0 group by group."""
 
     microbatch: Microbatch
     lengths: Int64[np.ndarray, "n"]
 
     def packed(self, tokens: int) -> tuple[PackedMicrobatch, Int64[np.ndarray, "D M"]]:
-        """Its buffers; and, of all its documents end to end, the token at each place, or -1."""
+        """Return its buffers, and the token number in each slot, or -1 for an empty slot.
+
+        Tokens are numbered over all documents, concatenated.
+        """
         packed = dynamic.pack(self.microbatch, self.lengths, tokens)
         begins = np.append(np.cumsum(self.lengths) - self.lengths, -1)
         return packed, begins[packed.document] + packed.position
 
 
-class Text(NamedTuple):
-    """A microbatch, and the places in the corpus of the tokens of its documents, end to end."""
+class CorpusMicrobatch(NamedTuple):
+    """Microbatch with the corpus index of each token of its concatenated documents."""
 
-    held: Held
-    places: Int64[np.ndarray, "T"]
+    held: PackedDocuments
+    corpus_index: Int64[np.ndarray, "T"]
 
 
 def checks(
     config: TrainConfig, cp: ContextParallel, console: rich.console.Console
 ) -> Iterator[tuple[str, Iterator[Check]]]:
-    """All checks of a config on a mesh, table by table, made as they are iterated over.
+    """Yield the title and rows of each table of checks; rows are computed during iteration.
 
     Args:
-        config: its `parallel.dynamic` is enabled.
-        cp: the mesh, without groups.
-        console: where the progress of compiling is shown.
+        config: config with `parallel.dynamic` enabled.
+        cp: context without groups.
+        console: console that shows the progress of compilation.
 
     Raises:
         ValueError: if the data or the menu do not fit the groups, as in training.
-        NotImplementedError: if the groups of a layout cannot have the comm type of a layer.
+        NotImplementedError: if a grouping does not support the comm type of a layer.
     """
     corpus, _ = evaluation.open_corpora(config.data, config.eval, config.model.vocab_size)
     with contextlib.closing(DynamicProgram(config, cp, corpus, console)) as training:
@@ -95,7 +99,7 @@ def checks(
     model, tokens = small.model, small.parallel.dynamic.tokens
     contexts = {layout: dataclasses.replace(cp, groups=layout) for layout in training.menu}
     for grouped in contexts.values():
-        _needed_bytes(model, grouped, tokens)  # what cannot be is told before anything compiles
+        _needed_bytes(model, grouped, tokens)  # raises for unsupported groupings before compiling
     yield (
         "attention against each document alone in dense float64, largest error over largest value\n"
         f"(in float32, {tokens} tokens a device; of several groups one is full, one empty; at most "
@@ -107,7 +111,9 @@ def checks(
         abstract = abstract_state(model, optimizer, cp, fsdp=small.parallel.fsdp)
         program.compile(abstract)
         segments = Segments(corpus, config.seq_len)
-        texts = [text for layout in contexts for text in _texts(layout, segments, tokens)]
+        texts = [
+            text for layout in contexts for text in _corpus_microbatches(layout, segments, tokens)
+        ]
         placed = [_placed(text, corpus, contexts, small) for text in texts]
         yield (
             f"one training step of {len(texts)} microbatches in these groups, in float32, against "
@@ -124,10 +130,10 @@ def checks(
 def _reduced(
     config: TrainConfig, cp: ContextParallel, menu: Sequence[Layout]
 ) -> tuple[TrainConfig, ContextParallel]:
-    """The menu's programs with small buffers, so that a widest group's dense attention fits."""
+    """Return the config with small buffers, so that the widest group's dense attention fits."""
     small, cp = measures.narrowed(config, cp)
     dynamic_config = config.parallel.dynamic
-    # An odd number, so that documents are cut into uneven chunks, too.
+    # With an odd number, some documents are cut into chunks of unequal size.
     tokens = min(dynamic_config.tokens, max(256 // cp.axis_size(cp.flat_axes), 8) - 1)
     dynamic_config = dataclasses.replace(
         dynamic_config,
@@ -149,14 +155,14 @@ def _attention(
     for layout, cp in contexts.items():
         held = _random_documents(layout, tokens, rng)
         inputs = measures.random_inputs(rng, model, (int(held.lengths.sum()),))
-        packed, places = held.packed(tokens)
+        packed, index = held.packed(tokens)
         alone = _alone(model, held.lengths, inputs)._asdict()
         exact = {
-            part: _in_buffers(x, places, -np.inf if part == "lse" else 0.0)
+            part: _in_buffers(x, index, -np.inf if part == "lse" else 0.0)
             for part, x in alone.items()
         }
         float32 = {
-            name: _in_buffers(x.astype(np.float32), places, _NO_TOKEN) for name, x in inputs.items()
+            name: _in_buffers(x.astype(np.float32), index, _NO_TOKEN) for name, x in inputs.items()
         }
         window = model.sliding_window
         for layer_cp, layers in measures.layers_by_comm_type(cp, model).items():
@@ -179,8 +185,8 @@ def _attention(
             yield Check(cells, max(errors.values()) <= EXACT and strays == 0)
 
 
-def _random_documents(layout: Layout, tokens: int, rng: np.random.Generator) -> Held:
-    """Up to six documents in each group: one of the widest full, one of the narrowest empty."""
+def _random_documents(layout: Layout, tokens: int, rng: np.random.Generator) -> PackedDocuments:
+    """Return up to six random documents per group; a widest group is full, a narrowest empty."""
     full, empty = layout.index(max(layout)), layout.index(min(layout))
     if full == empty and len(layout) > 1:
         empty = full + 1
@@ -192,16 +198,17 @@ def _random_documents(layout: Layout, tokens: int, rng: np.random.Generator) -> 
         borders = np.unique([0, *rng.integers(0, total + 1, 5), total])
         documents.append(tuple(range(len(lengths), len(lengths) + borders.size - 1)))
         lengths += np.diff(borders).tolist()
-    return Held(Microbatch(layout, tuple(documents)), np.array(lengths, np.int64))
+    return PackedDocuments(Microbatch(layout, tuple(documents)), np.array(lengths, np.int64))
 
 
 def _alone(
     model: ModelConfig, lengths: Int64[np.ndarray, "n"], inputs: dict[str, np.ndarray]
 ) -> Attended:
-    """Attention on each document by itself, dense in float64; the answers end to end."""
+    """Compute dense float64 attention on each document by itself; concatenate the results."""
     answers = []
     for begin, length in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
-        # Few lengths, since each is compiled; what comes after the document it does not see.
+        # Pad to few different lengths, because each is compiled; the document does not see the
+        # padding after it.
         tail = max(16, 1 << int(length - 1).bit_length()) - length
         row = {
             name: np.pad(x[begin : begin + length], ((0, tail), (0, 0), (0, 0)))[None]
@@ -216,18 +223,18 @@ def _alone(
 
 
 def _in_buffers(
-    natural: Shaped[np.ndarray, "T ..."], places: Int64[np.ndarray, "D M"], otherwise: float
+    natural: Shaped[np.ndarray, "T ..."], index: Int64[np.ndarray, "D M"], otherwise: float
 ) -> Shaped[np.ndarray, "D M ..."]:
-    """What belongs to tokens end to end, at the places where `Held.packed` puts the tokens."""
-    inside = (places >= 0).reshape(*places.shape, *[1] * (natural.ndim - 1))
-    return np.where(inside, natural[places], np.asarray(otherwise, natural.dtype))
+    """Move values of concatenated tokens to their slots; `otherwise` fills the empty slots."""
+    inside = (index >= 0).reshape(*index.shape, *[1] * (natural.ndim - 1))
+    return np.where(inside, natural[index], np.asarray(otherwise, natural.dtype))
 
 
-def _texts(layout: Layout, segments: Segments, tokens: int) -> list[Text]:
-    """Documents of the corpus as the scheduler puts them onto a layout, in several microbatches.
+def _corpus_microbatches(layout: Layout, segments: Segments, tokens: int) -> list[CorpusMicrobatch]:
+    """Schedule documents of the corpus onto one grouping, in several microbatches.
 
-    The longest first, as much of it as the widest group holds; then others, of random lengths up
-    to that, since most documents of a corpus may be as long as `seq_len` allows.
+    The first document is the longest one, cut to what the widest group holds. The others are cut to
+    random lengths, because most documents of a corpus may be as long as `seq_len` allows.
     """
     most, num_devices = max(layout) * tokens, sum(layout)
     rng = np.random.default_rng(0)
@@ -244,22 +251,27 @@ def _texts(layout: Layout, segments: Segments, tokens: int) -> list[Text]:
         order = [d for group in microbatch.documents for d in group]
         count = itertools.count()
         renumbered = tuple(tuple(next(count) for _ in group) for group in microbatch.documents)
-        held = Held(Microbatch(layout, renumbered), np.array([lengths[d] for d in order]))
-        places = [segments.refs(numbers[d], 0, lengths[d]) for d in order]
-        texts.append(Text(held, np.concatenate(places)))
+        held = PackedDocuments(
+            Microbatch(layout, renumbered), np.array([lengths[d] for d in order])
+        )
+        indices = [segments.refs(numbers[d], 0, lengths[d]) for d in order]
+        texts.append(CorpusMicrobatch(held, np.concatenate(indices)))
     return texts
 
 
 def _placed(
-    text: Text, corpus: data.Corpus, contexts: dict[Layout, ContextParallel], config: TrainConfig
+    text: CorpusMicrobatch,
+    corpus: data.Corpus,
+    contexts: dict[Layout, ContextParallel],
+    config: TrainConfig,
 ) -> PlacedMicrobatch:
-    """The text in the buffers of its groups, as a program of the menu takes it."""
-    packed, places = text.held.packed(config.parallel.dynamic.tokens)
-    of_corpus = _in_buffers(text.places, places, 0)
+    """Put a microbatch into the buffers of its groups, as input for a program of the menu."""
+    packed, index = text.held.packed(config.parallel.dynamic.tokens)
+    corpus_index = _in_buffers(text.corpus_index, index, 0)
     arrays = {
-        "tokens": corpus.tokens_at(of_corpus),
-        "targets": corpus.targets_at(of_corpus),
-        "weights": (of_corpus > 0).astype(np.float32),
+        "tokens": corpus.tokens_at(corpus_index),
+        "targets": corpus.targets_at(corpus_index),
+        "weights": (corpus_index > 0).astype(np.float32),
     }
     window = config.model.sliding_window
     cp = contexts[packed.layout]
@@ -267,20 +279,22 @@ def _placed(
     return PlacedMicrobatch(packed.layout, placed)
 
 
-def _stacked(texts: Sequence[Text], corpus: data.Corpus, config: TrainConfig) -> dict[str, Any]:
-    """The texts as a batch of one device: each a stream of documents, filled up to one length."""
-    longest = max(text.places.size for text in texts)
-    ids, positions, places = np.zeros((3, len(texts), longest), np.int64)
-    for row, (held, of_corpus) in enumerate(texts):
-        used, number = of_corpus.size, np.arange(held.lengths.size)
+def _stacked(
+    texts: Sequence[CorpusMicrobatch], corpus: data.Corpus, config: TrainConfig
+) -> dict[str, Any]:
+    """Return microbatches as a batch for one device: one padded stream of documents for each."""
+    longest = max(text.corpus_index.size for text in texts)
+    ids, positions, whole_index = np.zeros((3, len(texts), longest), np.int64)
+    for row, (held, corpus_index) in enumerate(texts):
+        used, number = corpus_index.size, np.arange(held.lengths.size)
         begins = np.cumsum(held.lengths) - held.lengths
         ids[row, :used] = np.repeat(number + 1, held.lengths)
         positions[row, :used] = np.arange(used) - np.repeat(begins, held.lengths)
-        places[row, :used] = of_corpus
+        whole_index[row, :used] = corpus_index
     return {
-        "tokens": corpus.tokens_at(places),
-        "targets": corpus.targets_at(places),
-        "weights": (places > 0).astype(np.float32),
+        "tokens": corpus.tokens_at(whole_index),
+        "targets": corpus.targets_at(whole_index),
+        "weights": (whole_index > 0).astype(np.float32),
         "positions": positions.astype(np.int32),
         "mask": config.model.mask(ids.astype(np.int32)),
     }
@@ -312,20 +326,20 @@ def _traffic(
         eval_loss: Any = make_eval_loss(config.model, cp)
         forward = eval_loss.lower(params, batches[layout]).compile()
         needed = _needed_bytes(config.model, cp, config.parallel.dynamic.tokens)
-        # As for streams: backward moves at least as much again as forward.
+        # As for streams, backward moves at least as much again as forward.
         for name, compiled, times in (
             ("forward", forward, 1),
             ("step", program.programs[layout], 2),
         ):
             found = hlo.collectives(compiled.as_text())
             for scope in _SCOPES:
-                of_scope = [c for c in found if scope in c.op_name]
-                if not of_scope and not needed[scope].any():
+                scoped = [c for c in found if scope in c.op_name]
+                if not scoped and not needed[scope].any():
                     continue
-                moved, least, exact = _moved(of_scope, cp), times * needed[scope], times == 1
-                strays = _strays(of_scope, cp)
+                moved, least, exact = _moved(scoped, cp), times * needed[scope], times == 1
+                strays = _strays(scoped, cp)
                 cells = measures.traffic_cells(
-                    scope, of_scope, int(moved.sum()), int(least.sum()), exact
+                    scope, scoped, int(moved.sum()), int(least.sum()), exact
                 )
                 enough = np.array_equal(moved, least) if exact else (moved >= least).all()
                 yield Check(
@@ -342,7 +356,7 @@ def _traffic(
 def _needed_bytes(
     model: ModelConfig, cp: ContextParallel, tokens: int
 ) -> dict[str, Int64[np.ndarray, "D"]]:
-    """Return what each device must put into the collectives of one forward pass, in float32."""
+    """Return the bytes that each device puts into each scope's collectives in a float32 forward."""
     assert cp.groups is not None
     tp, numbers, group_size = cp.axis_size(cp.tp), _numbers(cp), group_of_device(cp.groups)[1]
     needed = {scope: np.zeros(cp.mesh.size, np.int64) for scope in _SCOPES}
@@ -358,7 +372,7 @@ def _needed_bytes(
 
 
 def _moved(found: Sequence[hlo.Collective], cp: ContextParallel) -> Int64[np.ndarray, "D"]:
-    """What each device puts into these collectives, by its number in the compiled program."""
+    """Return the bytes that each device puts in, by its number in the compiled program."""
     moved = np.zeros(cp.mesh.size, np.int64)
     for c in found:
         members = [device for group in c.groups if len(group) > 1 for device in group]
@@ -367,7 +381,7 @@ def _moved(found: Sequence[hlo.Collective], cp: ContextParallel) -> Int64[np.nda
 
 
 def _strays(found: Sequence[hlo.Collective], cp: ContextParallel) -> int:
-    """How many of these collectives join devices of several groups, or of several parts of tp."""
+    """Count the collectives that join devices of several groups, or of several parts of tp."""
     assert cp.groups is not None
     numbers = _numbers(cp)
     home = np.zeros(cp.mesh.size, np.int64)
@@ -379,5 +393,5 @@ def _strays(found: Sequence[hlo.Collective], cp: ContextParallel) -> int:
 
 
 def _numbers(cp: ContextParallel) -> Int64[np.ndarray, "D lanes"]:
-    """The numbers that a compiled program gives to each device of the groups, and its tp parts."""
+    """Return the numbers, in a compiled program, of each group device and its tp parts."""
     return flat_devices(cp, np.arange(cp.mesh.size).reshape(cp.mesh.devices.shape))

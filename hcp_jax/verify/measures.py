@@ -1,4 +1,4 @@
-"""What is measured and what is allowed, whether the devices work on streams or in groups."""
+"""Measure errors and traffic for `hcp verify`, with their tolerances, for streams and groups."""
 
 import dataclasses
 import functools
@@ -21,20 +21,20 @@ from hcp_jax.train.sections import DataConfig
 
 EXACT = 2e-6  # float32 attention against float64, largest error over largest value
 SAME_STEP = 1e-5  # float32 loss and gradient norm, relative
-_LARGE = 20_000_000  # parameters; models above are made narrow
+_LARGE = 20_000_000  # number of parameters above which a model is narrowed
 
 
 class Check(NamedTuple):
-    """One row of a table: the figures by their headings, and whether they are what they must be."""
+    """One row of a table: its cells by heading, and whether the check passed."""
 
     cells: dict[str, str]
     passed: bool
 
 
 def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, ContextParallel]:
-    """A config in float32, of a model that any machine has room for; its mesh and heads are kept.
+    """Return a float32 config of a model small enough for any machine; mesh and heads are kept.
 
-    Of a large model, one layer is left for each of its comm types, and its text is bytes.
+    A large model keeps one layer for each of its comm types, and its text is read as bytes.
     """
     model = dataclasses.replace(config.model, compute_dtype="float32")
     shapes = jax.tree.leaves(abstract_model(config.model)[1])
@@ -55,27 +55,27 @@ def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
         parallel = dataclasses.replace(
             config.parallel, comm_type=list(comm_types), cp_comm_type=None
         )
-        # Bytes fit 512 ids.
+        # The ids of bytes fit a vocabulary of 512.
         return dataclasses.replace(config, model=model, parallel=parallel, data=DataConfig()), cp
     return dataclasses.replace(config, model=model), cp
 
 
 def describe(model: ModelConfig) -> str:
-    """The model's layers and heads, in words."""
+    """Return a description of the model's layers and heads."""
     heads = f"{model.num_heads} query heads, {model.num_kv_heads} kv heads of {model.head_dim}"
     return f"{model.num_layers} layer{'s' * (model.num_layers > 1)}, {heads}"
 
 
 def layers_by_comm_type(cp: ContextParallel, model: ModelConfig) -> dict[ContextParallel, str]:
-    """The layers of each comm type, as `0, 1`."""
+    """Return the context of each comm type with its layer numbers, such as "0, 1"."""
     layers: dict[ContextParallel, list[int]] = {}
     for layer in range(model.num_layers):
         layers.setdefault(cp.for_layer(layer), []).append(layer)
-    return {of_type: ", ".join(map(str, numbers)) for of_type, numbers in layers.items()}
+    return {context: ", ".join(map(str, numbers)) for context, numbers in layers.items()}
 
 
 class Attended(NamedTuple):
-    """Attention's output and lse, and the gradients of what it was given."""
+    """Output and lse of attention, and the gradients of q, k and v."""
 
     out: Any
     lse: Any
@@ -91,16 +91,16 @@ def attention(
     implementation: str | None,
     arrays: Mapping[str, Any],
 ) -> Attended:
-    """Attention, forward and backward.
+    """Compute attention, forward and backward.
 
     Args:
-        cp: the context parallelism; None for one device.
-        soft_cap: of the logits.
-        implementation: of the attention core.
+        cp: context; None for one device.
+        soft_cap: soft cap of the logits.
+        implementation: implementation of the attention core.
         arrays: "q", "k", "v", the output's cotangent "dout", and "mask".
     """
 
-    def loss(q, k, v):
+    def loss(q: Any, k: Any, v: Any) -> Any:
         out, lse = dot_product_attention(
             q,
             k,
@@ -113,22 +113,31 @@ def attention(
         )
         return jnp.sum(out * arrays["dout"]), (out, lse)
 
-    of = (arrays["q"], arrays["k"], arrays["v"])
-    grads, (out, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(*of)
+    inputs = (arrays["q"], arrays["k"], arrays["v"])
+    grads, (out, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(*inputs)
     return Attended(out, lse, *grads)
 
 
 def random_inputs(
     rng: np.random.Generator, model: ModelConfig, shape: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
-    """q, k, v and dout of a model's heads for tokens of a shape, in float64."""
+    """Return random q, k, v and dout with a model's heads, in float64.
+
+    Args:
+        rng: generator.
+        model: gives heads and head size.
+        shape: shape of the tokens; heads and head size follow it.
+    """
     heads = {"q": model.num_heads, "k": model.num_kv_heads, "v": model.num_kv_heads}
     heads["dout"] = model.num_heads
     return {name: rng.normal(size=(*shape, n, model.head_dim)) for name, n in heads.items()}
 
 
 def relative(got: np.ndarray, exact: np.ndarray) -> float:
-    """Largest error over largest value, of what is finite; inf if other places are not."""
+    """Return the largest error over the largest finite value.
+
+    Return inf if the two arrays are not finite at the same positions.
+    """
     finite = np.isfinite(exact)
     if not np.array_equal(finite, np.isfinite(got)):
         return math.inf
@@ -136,7 +145,7 @@ def relative(got: np.ndarray, exact: np.ndarray) -> float:
 
 
 def same_step(many: Mapping[str, Any], single: Mapping[str, Any]) -> Iterator[Check]:
-    """A step's metrics on all devices, and on one."""
+    """Compare the metrics of a step on all devices with those on one device."""
     for name in ("loss", "grad_norm"):
         here, alone = float(many[name]), float(single[name])
         error = abs(here - alone) / abs(alone)
@@ -153,14 +162,14 @@ def same_step(many: Mapping[str, Any], single: Mapping[str, Any]) -> Iterator[Ch
 def needed_bytes(
     model: ModelConfig, tp: int, tokens: int, strategy: Strategy, sizes: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return what one device must put into collectives for a layer's attention, forward, by scope.
+    """Return the bytes that one device puts into a layer's forward collectives, by scope.
 
     Args:
-        model: for its heads, in float32.
-        tp: devices that share the heads for good.
-        tokens: of the device, all rows together.
+        model: gives the heads; values are float32.
+        tp: number of devices that the heads are cut over.
+        tokens: tokens of the device, over all its rows.
         strategy: which axes exchange heads and which move K and V.
-        sizes: devices along each axis.
+        sizes: number of devices along each axis.
     """
     needed = dict.fromkeys(SCOPES, 0)
     for moved in layer_traffic(
@@ -180,7 +189,7 @@ def needed_bytes(
 def traffic_cells(
     scope: str, found: list[hlo.Collective], moved: int, needed: int, exact: bool
 ) -> dict[str, str]:
-    """What the collectives of one scope move, as cells of a table."""
+    """Return the table cells for the collectives of one scope."""
     count = sum(c.count for c in found)
     kinds = ", ".join(sorted({c.kind for c in found})) or "none"
     return {

@@ -1,4 +1,4 @@
-"""Programs of the user's own, for `hcp.check`: run them on a mesh, and compare what comes out."""
+"""Run user programs for `hcp.check` on a mesh or on one device, and compare their results."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,12 @@ from hcp_jax.verify.repairs import Order, Trial
 
 
 class Subject(NamedTuple):
-    """What is checked, in one form.
+    """Program under check, in a common form.
 
     Attributes:
-        call: (params, batch, cp) -> outputs.
-        params: for `call`, on the host.
-        is_model: whether it takes a batch that is in the layout.
+        call: function of (params, batch, cp) that returns the outputs.
+        params: parameters for `call`, on the host.
+        is_model: True if it takes a batch that is already in the layout.
     """
 
     call: Callable[[Any, Any, ContextParallel], Any]
@@ -33,11 +33,11 @@ class Subject(NamedTuple):
     is_model: bool
 
 
-def subject_of(program: Callable, params: Any, cp: ContextParallel) -> Subject:
-    """Return a program in one form; see `hcp.check` for those that it may have.
+def make_subject(program: Callable[..., Any], params: Any, cp: ContextParallel) -> Subject:
+    """Return a program in the common form; `hcp.check` lists the accepted signatures.
 
     Raises:
-        ValueError: if it has none of them.
+        ValueError: if the program has another signature.
     """
     count = _arguments(program)
     is_module = isinstance(program, nnx.Module)
@@ -63,8 +63,8 @@ def subject_of(program: Callable, params: Any, cp: ContextParallel) -> Subject:
     return _built(program, cp)
 
 
-def _built(build: Callable, cp: ContextParallel) -> Subject:
-    """Return a model that is built for each mesh; both must have the same parameters."""
+def _built(build: Callable[..., Any], cp: ContextParallel) -> Subject:
+    """Build a model for each mesh; both must have the same parameters."""
     made = {c: build(c) for c in (cp, one_device(cp))}
     if not all(isinstance(model, nnx.Module) for model in made.values()):
         return Subject(lambda _, batch, cp: made[cp](batch), (), True)
@@ -75,19 +75,19 @@ def _built(build: Callable, cp: ContextParallel) -> Subject:
     for here, alone in zip(*states, strict=True):
         if isinstance(here, np.ndarray) and not np.array_equal(here, alone, equal_nan=True):
             raise ValueError(
-                "hcp.check got a model with other parameters each time it was built; build it from "
-                "a fixed seed, such as lambda cp: Model(cp, rngs=nnx.Rngs(0))."
+                "hcp.check built the model twice and got different parameters; build it from a "
+                "fixed seed, such as lambda cp: Model(cp, rngs=nnx.Rngs(0))."
             )
     return Subject(lambda s, batch, cp: nnx.merge(graphs[cp], s)(batch), state, True)
 
 
 class Ran(NamedTuple):
-    """A program that ran.
+    """Results of a program.
 
     Attributes:
-        outputs: its arrays, by name.
-        inputs: names of the arrays that gradients are of.
-        pull: gradients, from a cotangent for each output (None: of an integer).
+        outputs: output arrays by name.
+        inputs: names of the arrays that gradients are taken of.
+        pull: returns the gradients, from a cotangent for each output (None for an integer output).
     """
 
     outputs: dict[str, np.ndarray]
@@ -96,21 +96,21 @@ class Ran(NamedTuple):
 
 
 def ran(
-    subject: Subject, batch: Any, cp: ContextParallel, trial: Trial, of_batch: bool = True
+    subject: Subject, batch: Any, cp: ContextParallel, trial: Trial, batch_gradients: bool = True
 ) -> Ran:
-    """Run a program, and make its gradients ready.
+    """Run a program, and prepare its gradients.
 
     Args:
         subject: the program.
-        batch: in natural order, on the host, unless the program is to get it in the layout.
-        cp: where it runs.
-        trial: what is put right in it.
-        of_batch: whether gradients of the batch's own arrays are wanted, too.
+        batch: batch on the host in natural order, or in the layout if the program needs it so.
+        cp: context to run under.
+        trial: repairs applied to the program.
+        batch_gradients: also take gradients of the arrays in the batch.
     """
     paths, structure = jax.tree.flatten_with_path((subject.params, batch))
     leaves = [leaf for _, leaf in paths]
     number = len(jax.tree.leaves(subject.params))
-    varied = [i for i, x in enumerate(leaves) if is_float(x) and (of_batch or i < number)]
+    varied = [i for i, x in enumerate(leaves) if is_float(x) and (batch_gradients or i < number)]
 
     def program(values: list[Any]) -> Any:
         given = list(leaves)
@@ -143,13 +143,13 @@ def ran(
 
 
 def compare(here: Ran, alone: Ran, order: Order, tolerance: float) -> dict[str, float]:
-    """Return the largest error over the largest value of every output and gradient.
+    """Return the largest error over the largest value, for every output and gradient.
 
-    Arrays on the mesh may be in the layout or in natural order: whichever fits better counts.
-    Gradients are compared where the outputs agree.
+    Arrays on the mesh may be in the layout or in natural order; the order that fits better counts.
+    Gradients are compared only if the outputs agree.
 
     Raises:
-        ValueError: if the two have different outputs.
+        ValueError: if the names of the outputs differ.
     """
     if here.outputs.keys() != alone.outputs.keys():
         raise ValueError(
@@ -166,7 +166,8 @@ def compare(here: Ran, alone: Ran, order: Order, tolerance: float) -> dict[str, 
         return differences
     mine = here.pull([c for _, c in cotangents])
     theirs = alone.pull([c for c, _ in cotangents])
-    # Some gradients are zero but for rounding (that of the bias of keys): they have no scale.
+    # Some gradients are zero except for rounding (such as that of the keys' bias), so their own
+    # largest value is no scale for errors.
     least = 1e-3 * max((np.abs(want).max(initial=0) for want in theirs), default=0)
     for name, got, want in zip(alone.inputs, mine, theirs, strict=True):
         differences[f"gradient of {name}"], _ = _best(got, want, order, float(least))
@@ -174,7 +175,7 @@ def compare(here: Ran, alone: Ran, order: Order, tolerance: float) -> dict[str, 
 
 
 def one_device(cp: ContextParallel) -> ContextParallel:
-    """Return a context with the same axes, all of size one."""
+    """Return a context with the same axes, all of size 1."""
     mesh = cp.mesh
     grid = np.asarray(mesh.devices.flat[:1]).reshape((1,) * len(mesh.axis_names))
     alone = Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
@@ -185,7 +186,7 @@ def one_device(cp: ContextParallel) -> ContextParallel:
 
 
 def on_host(x: Any) -> Any:
-    """Return an array on the host; keys of random numbers as they are."""
+    """Return an array on the host; random number keys are returned unchanged."""
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
     return np.asarray(x)
@@ -197,7 +198,7 @@ def is_float(x: Any) -> bool:
 
 
 def _placed(batch: Any, cp: ContextParallel) -> Any:
-    """Return a batch in the layout; traced arrays, too."""
+    """Return a batch in the layout; its arrays may be traced."""
     if not isinstance(batch, dict):
         return cp.shard(batch, dim=1)
     traced = {k: x for k, x in batch.items() if isinstance(x, jax.core.Tracer)}
@@ -207,7 +208,7 @@ def _placed(batch: Any, cp: ContextParallel) -> Any:
 
 @contextlib.contextmanager
 def _on(cp: ContextParallel) -> Iterator[None]:
-    """Be on the devices of `cp`; a warning of padding is what the comparison finds out."""
+    """Use `cp`'s mesh, and ignore the padding warning: the comparison covers it."""
     outside = jax.sharding.get_abstract_mesh()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -220,7 +221,7 @@ def _on(cp: ContextParallel) -> Iterator[None]:
 def _best(
     got: np.ndarray, want: np.ndarray, order: Order, least: float = 0
 ) -> tuple[float, int | None]:
-    """Return the error in the order that fits better, and the dim that is in the layout."""
+    """Return the error in the order that fits better, and the dim that is in the layout or None."""
     dims: list[int | None] = [None]
     if got.ndim == want.ndim:
         dims += [d for d, size in enumerate(got.shape) if size == order.length >= want.shape[d]]
@@ -231,14 +232,14 @@ def _best(
 
 
 def _natural(got: np.ndarray, want: np.ndarray, order: Order, dim: int | None) -> np.ndarray:
-    """Return an output in natural order, without padding; as it is if `dim` is None."""
+    """Return an output in natural order without padding; unchanged if `dim` is None."""
     if dim is None:
         return got
     return np.take(got, np.argsort(order.index)[: want.shape[dim]], axis=dim)
 
 
 def _in_layout(x: np.ndarray, like: np.ndarray, order: Order, dim: int | None) -> np.ndarray:
-    """Return what belongs to an output in natural order, as the output is; see `_natural`."""
+    """Return a natural-order array in the order of an output on the mesh; inverse of `_natural`."""
     if dim is None:
         return x
     more = [(0, like.shape[d] - size if d == dim else 0) for d, size in enumerate(x.shape)]
@@ -248,7 +249,7 @@ def _in_layout(x: np.ndarray, like: np.ndarray, order: Order, dim: int | None) -
 def _error(got: np.ndarray, want: np.ndarray, least: float) -> float:
     """Return the largest error over the largest value, or over `least` if that is larger.
 
-    It is inf for other shapes, and where NaNs are at other places.
+    Return inf if the shapes differ, or if NaNs or infinities are at different positions.
     """
     if got.shape != want.shape:
         return math.inf
@@ -262,8 +263,8 @@ def _error(got: np.ndarray, want: np.ndarray, least: float) -> float:
     return float(np.abs(got[finite] - want[finite]).max(initial=0) / scale)
 
 
-def _arguments(program: Callable) -> int:
-    """Return how many arguments must be given to a program by position."""
+def _arguments(program: Callable[..., Any]) -> int:
+    """Return the number of required positional arguments of a program."""
     given = inspect.signature(program).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in given)

@@ -1,9 +1,9 @@
-"""Run a traced program with a suspected mistake put right.
+"""Run a traced program with suspected mistakes repaired.
 
-A mistake of order, such as `np.arange` for positions, is visible in the program's jaxpr: something
-along the sequence is in natural order where the arrays around it are in a layout. `Trial` evaluates
-the jaxpr with such places put right; if the difference from one device then goes away, that was the
-mistake. Inside the library's own functions nothing is touched.
+A mistake in the order of tokens, such as `np.arange` for positions, is visible in the program's
+jaxpr: a value along the sequence is in natural order while the arrays around it are in a layout.
+`Trial` evaluates the jaxpr with such values repaired. If the difference from one device disappears,
+that was the mistake. The library's own functions are left unchanged.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jax.extend import core
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.layout import global_index
 
-# The names of jitted functions of the library, as they stand in a jaxpr.
+# Names of the library's jitted functions in a jaxpr.
 _ATTENTION = "_jitted"
 _OWN = (_ATTENTION, "_reorder", "_restore", "_roll")
 
@@ -28,22 +28,22 @@ ALONE, POSITIONS, SHIFTS = "attention without cp", "positions in natural order",
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The order of a stream of `length` tokens (padded) in the layout of `cp`."""
+    """Order of a padded stream of `length` tokens in the layout of `cp`."""
 
     cp: ContextParallel
     length: int
 
     @functools.cached_property
     def index(self) -> np.ndarray:
-        """Return the global index of the token at each place of the layout."""
+        """Global index of each token, in layout order."""
         return global_index(self.length, self.cp.size, self.cp.layout)
 
     def to_layout(self, x: Any) -> Any:
-        """Return natural `x` in the layout, along every dim that is as long as the stream."""
+        """Reorder `x` from natural to layout order, along every dim as long as the stream."""
         return self._taken(x, self.index)
 
     def to_natural(self, x: Any) -> Any:
-        """Return `x`, which is in the layout, in natural order."""
+        """Reorder `x` from layout to natural order, along every dim as long as the stream."""
         return self._taken(x, np.argsort(self.index))
 
     def _taken(self, x: Any, index: np.ndarray) -> Any:
@@ -55,12 +55,12 @@ class Order:
 
 @dataclasses.dataclass
 class Trial:
-    """An evaluation of a jaxpr with some kinds of mistake put right.
+    """Evaluation of a jaxpr with some kinds of mistakes repaired.
 
     Attributes:
-        order: of the layout.
-        repairs: the kinds, out of `ALONE`, `POSITIONS` and `SHIFTS`.
-        found: the kinds that the jaxpr shows signs of; filled in by `run`.
+        order: order of the tokens in the layout.
+        repairs: kinds of mistakes to repair, out of `ALONE`, `POSITIONS` and `SHIFTS`.
+        found: kinds of mistakes that the jaxpr shows signs of; filled in by `run`.
     """
 
     order: Order
@@ -68,10 +68,10 @@ class Trial:
     found: set[str] = dataclasses.field(default_factory=set)
 
     def run(self, closed: core.ClosedJaxpr, *args: Any) -> list[Any]:
-        """Return the outputs of the program, repaired."""
+        """Evaluate the repaired program and return its outputs."""
         return self._evaluate(closed.jaxpr, closed.consts, args)
 
-    def _evaluate(self, jaxpr: core.Jaxpr, consts: Sequence, args: Sequence) -> list[Any]:
+    def _evaluate(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         values |= dict(zip(jaxpr.invars, args, strict=True))
 
@@ -107,14 +107,14 @@ class Trial:
         return _bind(equation, args)
 
     def _constant(self, x: Any) -> Any:
-        """Return a constant, in the layout if it is a table by position in natural order."""
+        """Return a constant; reorder it to the layout if it is a table indexed by position."""
         placed = isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
         if placed or self.order.length not in np.shape(x) or not self._wanted(POSITIONS):
             return x
         return self.order.to_layout(x)
 
     def _shifted(self, equation: core.JaxprEqn, args: list[Any]) -> list[Any]:
-        """Return the results of cutting or joining along the sequence, done in natural order."""
+        """Evaluate a cut or join along the sequence in natural order, and return its results."""
         length, result = self.order.length, _shape(equation.outvars[0])
         shapes = [x.shape for x in args if np.ndim(x) == len(result)]
         along = [
@@ -135,26 +135,29 @@ class Trial:
         return kind in self.repairs
 
     def _runs_along(self, equation: core.JaxprEqn) -> bool:
-        return equation.params["shape"][equation.params["dimension"]] == self.order.length
+        length: int = equation.params["shape"][equation.params["dimension"]]
+        return length == self.order.length
 
     def _is_alone(self, equation: core.JaxprEqn) -> bool:
-        """Return whether this call of attention is over the stream, but on no mesh."""
+        """Return whether this attention call covers the whole stream without using the mesh."""
         over = any(self.order.length in _shape(atom)[:2] for atom in equation.invars)
         return over and not any(set(self.order.cp.cp_axes) & axes for axes in _mapped(equation))
 
     def _repaired(self, closed: Any) -> Any:
-        """Return an inner jaxpr, repaired."""
+        """Return an inner jaxpr with repairs applied."""
         is_closed = isinstance(closed, core.ClosedJaxpr)
         jaxpr, consts = (closed.jaxpr, closed.consts) if is_closed else (closed, ())
         shapes = [jax.ShapeDtypeStruct(_shape(v), v.aval.dtype) for v in jaxpr.invars]
         body = functools.partial(self._evaluate, jaxpr, consts)
         traced = jax.make_jaxpr(lambda *args: body(args))(*shapes)
         if traced.consts:
-            return closed  # a table that the body holds: what differs stays unexplained
+            return closed  # the body contains a table; this repair is not supported
         return traced if is_closed else traced.jaxpr
 
 
-def _bind(equation: core.JaxprEqn, args: list[Any], repaired: Callable | None = None) -> list[Any]:
+def _bind(
+    equation: core.JaxprEqn, args: list[Any], repaired: Callable[[Any], Any] | None = None
+) -> list[Any]:
     params: Any = dict(equation.params)
     for key, value in equation.params.items():
         if repaired is None:
@@ -170,7 +173,8 @@ def _bind(equation: core.JaxprEqn, args: list[Any], repaired: Callable | None = 
 
 
 def _shape(atom: Any) -> tuple[int, ...]:
-    return atom.aval.shape
+    shape: tuple[int, ...] = atom.aval.shape
+    return shape
 
 
 def _mapped(equation: core.JaxprEqn) -> list[set[str]]:

@@ -1,11 +1,11 @@
-"""Streams that are cut over the mesh, against one device: the tables of a config without groups.
+"""Check streams that are cut over the mesh against one device, for a config without groups.
 
-1. attention, outputs and gradients, of every comm type that the config's layers use, under the
+1. outputs and gradients of attention, for every comm type of the config's layers and with the
    config's own masks, against dense attention in float64;
-2. the loss and the gradient's norm of one training step, against the same step on one device;
-3. the bytes that the compiled programs move, against what the algorithm must move. A program that
-   moves less attends to less than it should: throughput would look splendid, and the model would
-   be wrong (a fault that other systems have shipped).
+2. loss and gradient norm of one training step, against the same step on one device;
+3. bytes that the compiled programs move, against the bytes that the algorithm must move. A program
+   that moves less attends to less than it should: throughput looks better, but the model is wrong
+   (a fault that other systems have shipped).
 """
 
 import dataclasses
@@ -22,13 +22,14 @@ from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.placing import Gathered
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.step import init_state, make_eval_loss, make_optimizer, make_train_step
+from hcp_jax.train.optimizer import make_optimizer
+from hcp_jax.train.step import init_state, make_eval_loss, make_train_step
 from hcp_jax.verify import measures
 from hcp_jax.verify.measures import EXACT, Check
 
 
 def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iterator[Check]]]:
-    """All checks of a config on a mesh, table by table, made as they are iterated over."""
+    """Yield the title and rows of each table of checks; rows are computed during iteration."""
     small, cp = _reduced(config, cp)
     batch = next(
         data.make_batches(
@@ -53,8 +54,8 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
 
 
 def _reduced(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, ContextParallel]:
-    """A config whose dense attention and single-device step fit anywhere."""
-    # An odd length, so that padding is checked, too.
+    """Return a config whose dense attention and single-device step fit on any machine."""
+    # An odd length also checks padding.
     length = min(config.seq_len, max(256, 6 * cp.size)) - 1
     small, cp = measures.narrowed(config, cp)
     return dataclasses.replace(small, seq_len=max(length, 2)), cp
@@ -81,9 +82,9 @@ def _attention(cp: ContextParallel, model: ModelConfig, length: int) -> Iterator
                 placed | {"mask": layer_cp.place(mask, length)},
             )
             errors = {}
-            for part, value, of_exact in zip(found._fields, found, exact, strict=True):
+            for part, value, want in zip(found._fields, found, exact, strict=True):
                 natural = np.asarray(layer_cp.unshard(value, dim=1, length=length), np.float64)
-                errors[part] = measures.relative(natural, np.asarray(of_exact))
+                errors[part] = measures.relative(natural, np.asarray(want))
             cells = {
                 "layers": layers,
                 "comm type": str(layer_cp.comm_type),
@@ -93,7 +94,7 @@ def _attention(cp: ContextParallel, model: ModelConfig, length: int) -> Iterator
             yield Check(cells, max(errors.values()) <= EXACT)
 
 
-def _one_step(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[Check]:
+def _one_step(config: TrainConfig, cp: ContextParallel, batch: dict[str, Any]) -> Iterator[Check]:
     optimizer = make_optimizer(config.optimizer, config.steps)
     metrics = []
     whole = {n: x.whole() if isinstance(x, Gathered) else x for n, x in batch.items()}
@@ -105,7 +106,7 @@ def _one_step(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator
     yield from measures.same_step(*metrics)
 
 
-def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[Check]:
+def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict[str, Any]) -> Iterator[Check]:
     placed = cp.shard_batch(batch)
     optimizer = make_optimizer(config.optimizer, config.steps)
     fsdp = config.parallel.fsdp
@@ -114,8 +115,8 @@ def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[
     forward = eval_loss.lower(state.params, placed).compile()
     step: Any = make_train_step(config.model, config.optimizer, config.steps, cp, fsdp=fsdp)
     programs = {
-        # Backward moves at least as much again: dK and dV, or the exchanges' cotangents. It moves
-        # K and V once more, but there the compiler may merge a move with one of the forward.
+        # Backward moves at least as much again: dK and dV, or the cotangents of the exchanges. It
+        # also moves K and V again, but the compiler may merge such a move with one of the forward.
         "forward": (forward, 1),
         "step": (step.lower(state, placed).compile(), 2),
     }
@@ -125,15 +126,17 @@ def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict) -> Iterator[
         for scope in SCOPES:
             if not needed[scope]:
                 continue
-            of_scope = [c for c in found if scope in c.op_name]
-            moved = sum(c.bytes * c.count for c in of_scope)
+            scoped = [c for c in found if scope in c.op_name]
+            moved = sum(c.bytes * c.count for c in scoped)
             exact, least = program == "forward", needed[scope] * times
-            cells = measures.traffic_cells(scope, of_scope, moved, least, exact)
+            cells = measures.traffic_cells(scope, scoped, moved, least, exact)
             yield Check({"program": program} | cells, moved == least if exact else moved >= least)
 
 
-def _needed_bytes(model: ModelConfig, cp: ContextParallel, shape) -> dict[str, int]:
-    """Return what one device must put into the collectives of one forward pass, in float32."""
+def _needed_bytes(
+    model: ModelConfig, cp: ContextParallel, shape: tuple[int, ...]
+) -> dict[str, int]:
+    """Return the bytes that one device puts into each scope's collectives in a float32 forward."""
     tokens = shape[0] // cp.axis_size(cp.dp) * cp.padded_length(shape[1]) // cp.size
     needed = dict.fromkeys(SCOPES, 0)
     for layer in range(model.num_layers):

@@ -56,10 +56,10 @@ def test_a_file_to_write_is_checked_before_the_work(tmp_path):
 
 def test_a_folder_to_write_in(tmp_path):
     (tmp_path / "file").write_text("")
-    assert arguments.folder(str(tmp_path / "new" / "deep")) == tmp_path / "new" / "deep"
+    assert arguments.writable_folder(str(tmp_path / "new" / "deep")) == tmp_path / "new" / "deep"
     for name in ("", str(tmp_path / "file"), str(tmp_path / "file" / "below"), "a\0b"):
         with pytest.raises(argparse.ArgumentTypeError):
-            arguments.folder(name)
+            arguments.writable_folder(name)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "nan", "1.5", "9" * 40, "x"])

@@ -96,9 +96,9 @@ def test_what_is_no_text_of_its_size_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             reading.read_yaml(tmp_path / "x")
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         reading.read_yaml(tmp_path / "fifo")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         reading.read_yaml("/dev/zero")
 
 

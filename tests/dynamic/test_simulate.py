@@ -55,7 +55,7 @@ def test_calibrated_costs_are_used(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[1, 2]\n", ":1 is no object"),
+        ("[1, 2]\n", ":1 is not an object"),
         ('{"layout": [2], "lengths": [[1], [2]], "tokens": 8, "seconds": 1}\n', "one list of"),
         ("", "at least one row"),
     ],

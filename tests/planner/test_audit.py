@@ -111,8 +111,8 @@ def exposed(what, seconds, waits):
         ([], 90 * 2**30, "does not fit"),
         ([exposed("ring", 0.2, 0.2)], 0, "no attention is scheduled beside them"),
         ([exposed("ring", 0.2, 0.1)], 0, "attention beside them is too short"),
-        ([exposed("heads", 0.2, 0.2)], 0, "Nothing hides the exchange of heads"),
-        ([exposed("gather", 0.2, 0.2)], 0, "Nothing hides the gather of K and V"),
+        ([exposed("heads", 0.2, 0.2)], 0, "The exchange of heads is not hidden"),
+        ([exposed("gather", 0.2, 0.2)], 0, "The gather of K and V is not hidden"),
         ([exposed("", 0.2, 0.2)], 0, "Weights, gradients and activations"),
     ],
 )

@@ -162,8 +162,8 @@ def test_data_of_another_order_begin_anew_if_that_is_accepted():
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (["--resume", "runs/x", "--init_from", "folder"], "--init_from begins a new run"),
-        (["x.yaml", "--accept", "data"], "--accept is for a run that goes on"),
+        (["--resume", "runs/x", "--init_from", "folder"], "--init_from starts a new run"),
+        (["x.yaml", "--accept", "data"], "--accept is for a resumed run"),
     ],
 )
 def test_a_command_line_that_contradicts_itself_is_refused_at_once(line, says):

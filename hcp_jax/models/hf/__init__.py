@@ -1,1 +1,1 @@
-"""Models in Hugging Face folders: their config.json and their safetensors, read and written."""
+"""Read and write models in Hugging Face folders: config.json and safetensors."""

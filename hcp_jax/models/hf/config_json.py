@@ -1,8 +1,8 @@
-"""config.json of a Hugging Face folder to a `ModelConfig`, and back.
+"""Convert the config.json of a Hugging Face folder to a `ModelConfig`, and back.
 
-What such a file says and this model would compute in another way is refused by its name and value;
-what has no effect on what is computed (dropout of none, caches, ids of special tokens) is passed
-over. What is left out means what it means to the `transformers` package, version 5.
+A setting that this model would compute in another way is refused, with its name and value. Settings
+that do not change the result (zero dropout, caches, ids of special tokens) are ignored. A missing
+setting has the default of the `transformers` package, version 5.
 """
 
 import math
@@ -24,7 +24,7 @@ FAMILIES = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2 and Qwen2.5, dense"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3, dense"),
 }
-"""model_type -> (architecture, what it is known as)."""
+"""Supported families: model_type -> (architecture, name for people)."""
 
 SHAPES = (
     "vocab_size",
@@ -39,10 +39,10 @@ SHAPES = (
     "tie_embeddings",
     "attention_sinks",
 )
-"""What decides which parameters a model has: weights fit only where all of it is equal."""
+"""Fields that determine a model's parameters; weights fit only if all of them are equal."""
 
 READINGS = ("rope_theta", "rope_scaling", "norm_eps", "sliding_window", "logits_soft_cap")
-"""What decides what is computed of them: a run may change it, to reach further, say."""
+"""Fields that determine the computation; a run may change them, such as for longer contexts."""
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -53,18 +53,18 @@ _SIZES = {
 }
 
 _HEADS = json_fields.SIZES["num_key_value_heads"]
-_THETA = 1.5, 1e15  # the base of a geometric series that falls
-_LEAST, _MOST = 1e-6, 1e6  # factors of a rope
+_THETA = 1.5, 1e15  # bounds of the base of the frequencies
+_LEAST, _MOST = 1e-6, 1e6  # bounds of RoPE's factors
 
 _NO_MLP_BIAS = "the MLP has no biases here"
 _NO_O_BIAS = "it adds a bias to o_proj, which has none here"
 
 
 def read_raw(folder: pathlib.Path) -> dict[str, Any]:
-    """The config.json of a folder as it stands.
+    """Return the config.json of a folder, unchanged.
 
     Raises:
-        ValueError: if there is none, or it is no JSON object.
+        ValueError: if there is none, or it is not a JSON object.
     """
     model_folder.require(folder)
     file = model_folder.member(folder, CONFIG)
@@ -75,16 +75,16 @@ def read_raw(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def model_config(raw: dict[str, Any], place: str = "config.json") -> ModelConfig:
-    """The model that a config.json describes.
+    """Return the model that a config.json describes.
 
     Args:
-        raw: what the file holds.
-        place: what errors call it.
+        raw: contents of the file.
+        place: name of the file in errors.
 
     Raises:
-        NotImplementedError: for a family, or an option, that this model does not compute; names it
-            and its value.
-        ValueError: if something is missing or contradicts itself.
+        NotImplementedError: for a family or an option that this model does not support; names the
+            option and its value.
+        ValueError: if something is missing or contradictory.
     """
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -96,7 +96,7 @@ def model_config(raw: dict[str, Any], place: str = "config.json") -> ModelConfig
     _refuse_what_would_differ(raw, family, place)
     fields = Fields(raw, place)
     sizes: dict[str, Any] = {ours: fields.size(theirs) for ours, theirs in _SIZES.items()}
-    # Of Llama alone is it usual to leave this out.
+    # Only Llama's configs usually leave this out.
     optional = family == "llama" or "num_key_value_heads" in raw
     kv_heads = fields.whole_or_none("num_key_value_heads", _HEADS) if optional else None
     if not optional:
@@ -122,11 +122,11 @@ def model_config(raw: dict[str, Any], place: str = "config.json") -> ModelConfig
 
 
 def reach(raw: dict[str, Any], model: ModelConfig) -> int | None:
-    """Return how many tokens a model was made to read, with its scaling; None if it is not said.
+    """Return the context length of a model, with its scaling; None if the file does not say it.
 
     Args:
         raw: its config.json.
-        model: the same, with the scaling that is used.
+        model: the model of this file, with the scaling in use.
     """
     longest = Fields(raw, CONFIG).whole_or_none("max_position_embeddings")
     scaling = model.rope_scaling
@@ -137,7 +137,7 @@ def reach(raw: dict[str, Any], model: ModelConfig) -> int | None:
 
 
 def differences(names: Sequence[str], there: ModelConfig, here: ModelConfig) -> list[str]:
-    """What of `names` is not equal, in words: "num_layers 32 there and 16 here"."""
+    """Return the fields of `names` that differ, in words: "num_layers 32 there and 16 here"."""
     pairs = ((name, getattr(there, name), getattr(here, name)) for name in names)
     return [f"{name} {a!r} there and {b!r} here" for name, a, b in pairs if a != b]
 
@@ -145,17 +145,17 @@ def differences(names: Sequence[str], there: ModelConfig, here: ModelConfig) -> 
 def raw_config(
     model: ModelConfig, max_positions: int, dtype: str, like: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A config.json that describes a model.
+    """Return a config.json that describes a model.
 
     Args:
         model: the model.
-        max_positions: tokens that it has been trained to read.
-        dtype: of its tensors.
-        like: the config.json that the model came from, which is kept but for what has changed.
+        max_positions: context length that it has been trained for, in tokens.
+        dtype: dtype of its tensors.
+        like: the config.json that the model came from; only changed settings are replaced.
 
     Raises:
-        NotImplementedError: if no supported family can say what the model computes.
-        ValueError: if the weights of `like` are of another shape.
+        NotImplementedError: if no supported family can describe the model.
+        ValueError: if the weights of `like` have other shapes.
     """
     raw = _fresh(model) if like is None else dict(like)
     came = Fields(raw, CONFIG).whole_or_none("max_position_embeddings")
@@ -220,7 +220,7 @@ def _iterable(value: Any) -> Any:
 
 
 def _window(fields: Fields, family: str, num_layers: int) -> int | None:
-    """Return the sliding window of all layers."""
+    """Return the sliding window, which is the same in all layers."""
     if family == "llama":
         return None
     given = "sliding_window" in fields.values
@@ -247,7 +247,7 @@ def _window(fields: Fields, family: str, num_layers: int) -> int | None:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Return the base of the frequencies and how they are stretched, from either form."""
+    """Return the base of the frequencies and their scaling, from either form of config.json."""
     of = fields.mapping("rope_scaling")
     if not of.values:
         of = fields.mapping("rope_parameters")
@@ -295,7 +295,7 @@ def _scaling(kind: str, of: Fields, fields: Fields, longest: int | None) -> Rope
 
 
 def _attention_factor(of: Fields, factor: float) -> float | None:
-    """Return yarn's factor; None for what follows from the factor of the context alone."""
+    """Return yarn's attention factor; None if it follows from the context factor alone."""
     given = of.number_or_none("attention_factor", _LEAST, _MOST)
     if given is not None:
         return given
@@ -308,7 +308,7 @@ def _attention_factor(of: Fields, factor: float) -> float | None:
 
 
 def _fresh(model: ModelConfig) -> dict[str, Any]:
-    """A config.json of the first family that has the model's parameters."""
+    """Return a config.json of the first family that has the model's parameters."""
     family = "mistral" if model.sliding_window else "llama"
     if model.qk_norm or model.qkv_bias:
         family = "qwen3" if model.qk_norm else "qwen2"
@@ -322,7 +322,7 @@ def _fresh(model: ModelConfig) -> dict[str, Any]:
 
 
 def _put_rope(raw: dict[str, Any], model: ModelConfig) -> None:
-    """In the form that versions 4 and 5 of transformers both read."""
+    """Write RoPE's settings in the form that versions 4 and 5 of transformers both read."""
     for key in ("rope_parameters", "original_max_position_embeddings"):
         raw.pop(key, None)
     scaling = model.rope_scaling

@@ -1,7 +1,7 @@
-"""The fields of a config.json, read one by one: each of its type and within bounds, or refused.
+"""Read the fields of a config.json, and refuse those of a wrong type or out of bounds.
 
-The file may be anybody's. JSON has numbers that are no sizes (1.5, true, "32", NaN, 1e999), and
-each of them would go far before it fails, or would not fail and compute something else.
+The file is not trusted. JSON has values that are not sizes (1.5, true, "32", NaN, 1e999); without
+these checks they would fail much later, or compute something else.
 """
 
 import math
@@ -19,18 +19,18 @@ SIZES = {
     "num_key_value_heads": 2**14,
     "head_dim": 2**14,
 }
-"""Sizes of a model and the greatest value of each: far above any model that there is."""
+"""Largest allowed value of each size of a model, far above existing models."""
 
 MAX_TOKENS = 2**40
-"""The longest context, or window, that a file may speak of."""
+"""Longest allowed context or window, in tokens."""
 
 
 class Fields:
-    """The fields of one mapping.
+    """Fields of one mapping.
 
     Args:
         values: the mapping.
-        place: what errors call it.
+        place: name of the mapping in errors.
     """
 
     def __init__(self, values: Mapping[str, Any], place: str):
@@ -54,7 +54,7 @@ class Fields:
         return None if self.values.get(key) is None else self.whole(key, most)
 
     def size(self, key: str) -> int:
-        """Return one of `SIZES`."""
+        """Return a field of `SIZES`, checked against its bound."""
         return self.whole(key, SIZES[key])
 
     def number(self, key: str, low: float, high: float) -> float:
@@ -85,7 +85,7 @@ class Fields:
         return Fields(value or {}, f"{self.place}: {key}")
 
     def wrong(self, key: str, needed: str) -> ValueError:
-        """Return the error of a field that is not what is needed."""
+        """Return the error for a field that does not have the needed value."""
         value: Any = self.values.get(key)
         large = isinstance(value, int) and abs(value) > 10**30
         got = f"about 1e{math.log10(abs(value)):.0f}" if large else printable(repr(value), 80)

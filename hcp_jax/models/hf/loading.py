@@ -1,12 +1,12 @@
-"""Weights of Hugging Face folders, in safetensors, to parameters and back.
+"""Load weights of Hugging Face folders (safetensors) into parameters, and convert them back.
 
-The model calls its modules what these folders call them, so that names need no table: the
+The modules of the model have the names that these folders use, so no table of names is needed: the
 parameter `layers.self_attn.q_proj.kernel` holds the `model.layers.{i}.self_attn.q_proj.weight` of
-all layers, stacked. A matrix lies there as `[outputs, inputs]` and here as `[inputs, outputs]`,
+all layers, stacked. A matrix is `[outputs, inputs]` in the folder and `[inputs, outputs]` here,
 with inputs or outputs split into heads.
 
-What is read is only what the devices of this process hold, one tensor at a time: each is put on its
-devices, into its place among the layers, before the next one is opened. Nothing is ever unpickled.
+Each process reads only the parts that its devices hold, one tensor at a time: a tensor is put on
+its devices, at its index among the layers, before the next one is opened. Nothing is unpickled.
 """
 
 import functools
@@ -28,18 +28,19 @@ from hcp_jax.models.hf.model_folder import Stored, some, stored_tensors
 from hcp_jax.models.transformer import abstract_model
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""What a tensor may be stored as; every one of these is exact in float32."""
+"""Dtypes that a stored tensor may have; each is exact in float32."""
 
 
 class Slot(NamedTuple):
-    """Where a tensor of a folder goes.
+    """Position of a tensor of a folder in the parameters.
 
     Attributes:
-        name: of the tensor.
-        path: of the parameter, keys from the outside in.
-        layer: which of the layers stacked in it; None if it is no layer's.
-        shape: what the parameter has for it, layers not counted.
-        inputs: how many of these dims a matrix reads from; None for what lies there as it is here.
+        name: name of the tensor.
+        path: path of the parameter, keys from the outside in.
+        layer: index among the stacked layers; None if the tensor belongs to no layer.
+        shape: shape of its part of the parameter, without the layer dim.
+        inputs: number of these dims that are inputs of a matrix; None if the tensor is stored
+            untransposed.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Slot(NamedTuple):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The tensor's own shape."""
+        """Shape of the tensor in the folder."""
         if self.inputs is None:
             return self.shape
         inputs, outputs = self.shape[: self.inputs], self.shape[self.inputs :]
@@ -58,7 +59,7 @@ class Slot(NamedTuple):
 
 
 def slots(config: ModelConfig) -> list[Slot]:
-    """Return all tensors of a model, parameter by parameter, the layers of each in order."""
+    """Return the slots of all tensors of a model, by parameter, with its layers in order."""
     return list(_slots(config))
 
 
@@ -71,7 +72,7 @@ def _slots(config: ModelConfig) -> tuple[Slot, ...]:
         *modules, kind = path
         stacked = modules[0] == "layers"
         shape = leaf.shape[1:] if stacked else leaf.shape
-        # o_proj reads heads; all else reads one dim.
+        # The inputs of o_proj are heads (two dims); all other matrices have one input dim.
         inputs = {"kernel": 2 if "o_proj" in modules else 1, "bias": 0}.get(kind)
         suffix = "bias" if kind == "bias" else "weight"
         for layer in range(config.num_layers) if stacked else [None]:
@@ -83,11 +84,11 @@ def _slots(config: ModelConfig) -> tuple[Slot, ...]:
 
 
 def check(config: ModelConfig, folder: pathlib.Path) -> dict[str, Stored]:
-    """The tensors of a model in a folder: all of them, of their shapes, and no others.
+    """Return the tensors of a folder, after checking that they are exactly those of the model.
 
     Raises:
-        ValueError: as `stored_tensors`, or if a tensor is missing, of another shape, stored in
-            another way than `DTYPES`, or not one of the model's; names them.
+        ValueError: as `stored_tensors`, or if a tensor is missing, has another shape or a dtype not
+            in `DTYPES`, or does not belong to the model; names these tensors.
     """
     found = stored_tensors(folder)
     place = printable(folder)
@@ -117,16 +118,16 @@ def check(config: ModelConfig, folder: pathlib.Path) -> dict[str, Stored]:
     return {name: found[name] for name in needed}
 
 
-def load_params(config: ModelConfig, folder: pathlib.Path, shardings: Any = None) -> dict:
-    """The parameters of a model, in float32, each placed where it belongs.
+def load_params(config: ModelConfig, folder: pathlib.Path, shardings: Any = None) -> dict[str, Any]:
+    """Load the parameters of a model in float32 onto their devices.
 
-    Of each tensor this process reads what its own devices hold, and no more than one tensor is in
-    the host's memory at a time.
+    This process reads only the parts of each tensor that its own devices hold, and keeps at most
+    one tensor in the host's memory at a time.
 
     Args:
         config: the model.
-        folder: a Hugging Face folder whose weights it fits.
-        shardings: a tree like the parameters of `NamedSharding`s; None for one device.
+        folder: a Hugging Face folder with weights of this model.
+        shardings: a tree of `NamedSharding`s like the parameters; None for one device.
 
     Raises:
         ValueError: as `check`.
@@ -145,19 +146,19 @@ def load_params(config: ModelConfig, folder: pathlib.Path, shardings: Any = None
             continue
         if slot.layer == 0:
             parent[key] = _zeros(parent[key].shape, sharding)
-        one = _placed(slot, stored, _of_one_layer(sharding))
-        # Waited for: until then the tensor is in the host's memory.
+        one = _placed(slot, stored, _layer_sharding(sharding))
+        # Wait, because until then the tensor is in the host's memory.
         parent[key] = jax.block_until_ready(_put_layer(sharding)(parent[key], one, slot.layer))
     return params
 
 
 def read_slot(slot: Slot, stored: Stored) -> np.ndarray:
-    """A tensor as its parameter has it, in float32."""
+    """Read a tensor in the form of its parameter, in float32."""
     return _read(slot, stored, tuple(slice(None) for _ in slot.shape))
 
 
 def to_stored(slot: Slot, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The values of a parameter for a slot as its folder has them."""
+    """Convert a slot's values from the form of the parameter to the form of the folder."""
     if slot.inputs is not None:
         split = (math.prod(slot.shape[: slot.inputs]), math.prod(slot.shape[slot.inputs :]))
         values = values.reshape(split).T
@@ -165,27 +166,27 @@ def to_stored(slot: Slot, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _placed(slot: Slot, stored: Stored, sharding: Any) -> jax.Array:
-    """A tensor on its devices."""
+    """Put a tensor on its devices."""
     read: dict[str, np.ndarray] = {}
 
-    def of_device(index: Any) -> np.ndarray:
-        # Devices that hold the same part share one copy of it.
+    def device_part(index: Any) -> np.ndarray:
+        # Devices that hold the same part share one host copy.
         if str(index) not in read:
             read[str(index)] = _read(slot, stored, index)
         return read[str(index)]
 
-    return jax.make_array_from_callback(slot.shape, sharding, of_device)
+    return jax.make_array_from_callback(slot.shape, sharding, device_part)
 
 
 def _read(slot: Slot, stored: Stored, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of what a parameter has for a tensor."""
+    """Read the part `index` of a tensor, in the form of its parameter."""
     k = slot.inputs
-    # A file has heads and their dims as one; only of the outermost dim can a part be read alone.
+    # In a file heads and head size are one dim; only the outermost dim can be read in part.
     outermost = {0, k}
     read = [i if d in outermost else slice(None) for d, i in enumerate(index)]
     rest = tuple(slice(None) if d in outermost else i for d, i in enumerate(index))
     try:
-        # Opened anew each time, so that no more of a file stays mapped than one tensor.
+        # Open the file for each tensor, so that at most one tensor of it stays mapped.
         with safe_open(stored.file, framework="numpy") as file:
             tensor = file.get_slice(slot.name)
             if k is None:
@@ -202,7 +203,7 @@ def _read(slot: Slot, stored: Stored, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def _finite(values: np.ndarray, name: str, stored: Stored) -> np.ndarray:
-    """Return the values, if all of them are finite: one NaN would make a NaN of every loss."""
+    """Return the values if all are finite; a single NaN would make every loss NaN."""
     wrong = values.size - np.count_nonzero(np.isfinite(values))
     if wrong:
         raise ValueError(
@@ -213,17 +214,17 @@ def _finite(values: np.ndarray, name: str, stored: Stored) -> np.ndarray:
 
 
 def _require_first_rows(needed: dict[str, Slot], found: dict[str, Stored]) -> None:
-    """Read a row of each tensor: weights that are NaN throughout are told before training loads."""
+    """Read one row of each tensor, so that weights full of NaNs are refused before loading."""
     by_file = sorted((found[name].file, name) for name in needed)
-    for file, of_file in itertools.groupby(by_file, key=lambda pair: pair[0]):
+    for file, entries in itertools.groupby(by_file, key=lambda pair: pair[0]):
         with safe_open(file, framework="numpy") as opened:
-            for _, name in of_file:
+            for _, name in entries:
                 row = opened.get_slice(name)[:1]
                 _finite(np.asarray(row, np.float32), name, found[name])
 
 
 def _why_missing(found: dict[str, Stored], needed: dict[str, Slot]) -> str:
-    """Return what the names that are there tell of where they come from, to end a sentence."""
+    """Return the end of an error that says where tensors with such names come from."""
     if any(".lora_" in name or name.startswith("base_model.") for name in found):
         return "; it holds an adapter (LoRA): merge it into its base model first, and save that"
     for name in list(needed)[:20]:
@@ -243,7 +244,7 @@ def _why_missing(found: dict[str, Stored], needed: dict[str, Slot]) -> str:
 
 
 def _flat(index: Sequence[slice], shape: Sequence[int]) -> slice:
-    """The part of several dims laid out as one, of which only the outermost is cut."""
+    """Return the slice of several dims merged into one, of which only the outermost is cut."""
     begin, end, _ = index[0].indices(shape[0])
     inner = math.prod(shape[1:])
     return slice(begin * inner, end * inner)
@@ -253,7 +254,7 @@ def _zeros(shape: tuple[int, ...], sharding: Any) -> jax.Array:
     return jax.jit(functools.partial(jnp.zeros, shape, jnp.float32), out_shardings=sharding)()
 
 
-def _of_one_layer(sharding: Any) -> Any:
+def _layer_sharding(sharding: Any) -> Any:
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = PartitionSpec(*sharding.spec[1:])
@@ -262,25 +263,28 @@ def _of_one_layer(sharding: Any) -> Any:
 
 @functools.cache
 def _put_layer(sharding: Any) -> Any:
-    """(all layers, one of them, its number) -> all layers; in place."""
+    """Return a jitted (all layers, one layer, its index) -> all layers that updates in place."""
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 def _is_passed_over(name: str) -> bool:
-    """Frequencies that old versions saved; they follow from the config."""
+    """Return whether a tensor holds frequencies, which old versions saved and the config gives."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def _require_tied(folder: pathlib.Path, found: dict[str, Stored]) -> None:
-    """An output head of its own next to tied embeddings must be the embedding once more."""
+    """Require that a stored output head equals the embedding if the embeddings are tied."""
     head, table = found["lm_head.weight"], found["model.embed_tokens.weight"]
     same = head.shape == table.shape
     with (
-        safe_open(head.file, framework="numpy") as of_head,
-        safe_open(table.file, framework="numpy") as of_table,
+        safe_open(head.file, framework="numpy") as head_file,
+        safe_open(table.file, framework="numpy") as table_file,
     ):
-        a, b = of_head.get_slice("lm_head.weight"), of_table.get_slice("model.embed_tokens.weight")
+        a, b = (
+            head_file.get_slice("lm_head.weight"),
+            table_file.get_slice("model.embed_tokens.weight"),
+        )
         for row in range(0, table.shape[0] if same else 0, 1024):
             rows = slice(row, min(row + 1024, table.shape[0]))
             same = same and np.array_equal(a[rows], b[rows])

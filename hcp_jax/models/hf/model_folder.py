@@ -1,8 +1,8 @@
-"""The files of a Hugging Face folder: which they are, and that they are what they say.
+"""Find and check the files of a Hugging Face folder.
 
-A folder may be anybody's. Nothing outside of it is read, nothing is unpickled, and of the weights
-only the heads of the files are looked at. What is no such folder (an adapter, GGUF, a name of the
-Hub, a cache) is told by name, with what to do.
+A folder is not trusted. Nothing outside it is read, nothing is unpickled, and only the headers of
+weight files are read. If the folder is something else (an adapter, GGUF, a name of the Hub, a
+cache), the error says what it is and what to do.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
-_INDEX_BYTES = 2**26  # the index of a model of 100,000 tensors has some 10 MB
+_INDEX_BYTES = 2**26  # the index of a model of 100,000 tensors has about 10 MB
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -36,7 +36,7 @@ _OTHERS = {
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: where it is, and what it is stored as."""
+    """Tensor in a file: its location, dtype and shape."""
 
     file: pathlib.Path
     shape: tuple[int, ...]
@@ -44,19 +44,19 @@ class Stored(NamedTuple):
 
 
 def require(folder: pathlib.Path) -> None:
-    """Check that a folder is a Hugging Face folder, as far as one can see from its names.
+    """Check, by the names of its files, that a folder is a Hugging Face folder.
 
     Raises:
-        ValueError: if it is not; says what it is instead, and what to do.
+        ValueError: if it is not; the error says what it is, and what to do.
     """
     text = printable(folder)
     try:
         there, is_folder = folder.exists(), folder.is_dir()
-    except (OSError, ValueError):  # a name too long, or one with a NUL
+    except (OSError, ValueError):  # the name is too long or contains a NUL
         there = is_folder = False
     if is_folder:
         if not reading.is_regular(folder / CONFIG):
-            raise ValueError(f"{text} is no Hugging Face folder: {_what_else(folder)}")
+            raise ValueError(f"{text} is not a Hugging Face folder: {_what_else(folder)}")
         return
     if there:
         raise ValueError(f"{text} is a file; give the Hugging Face folder with its {CONFIG}.")
@@ -66,24 +66,23 @@ def require(folder: pathlib.Path) -> None:
     if hub and not folder.is_absolute() and not hub[1].startswith("."):
         name = hub[1].split("/")[1]
         raise ValueError(
-            f"{text} is no folder here. Weights are read from a local folder, and nothing is "
+            f"{text} is not a folder here. Weights are read from a local folder, and nothing is "
             f"downloaded. If it is a model of the Hugging Face Hub: hf download {hub[1]} "
             f"--local-dir {name} (pip install huggingface_hub), then give the folder {name}."
         )
     raise ValueError(
-        f"{text} is no Hugging Face folder: it has no {CONFIG}, since there is no such folder."
+        f"{text} is not a Hugging Face folder: it has no {CONFIG}, because it does not exist."
     )
 
 
 def member(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Return the path of a regular file of a folder, which may be a link only inside of it.
+    """Return the path of a regular file of a folder; a link must point inside the folder.
 
-    In the cache of the Hugging Face Hub, files of `snapshots/REVISION` are links into `blobs`
+    In the cache of the Hugging Face Hub, the files of `snapshots/REVISION` are links into `blobs`
     beside it; these are followed.
 
     Raises:
-        ValueError: if there is no such file, its name leads out of the folder, or it is a link to
-            somewhere else.
+        ValueError: if there is no such file, or its name or link leads out of the folder.
     """
     shown = printable(name)
     if pathlib.PurePath(name).name != name or not reading.is_regular(folder / name):
@@ -102,16 +101,16 @@ def member(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """Return all tensors of a folder, by name; only the heads of its files are read.
+    """Return all tensors of a folder by name; only the headers of its files are read.
 
     Raises:
         ValueError: if there are no safetensors (a pickle is never opened), a file is missing or
-            damaged, or the index and the files do not fit each other.
+            damaged, or the index does not match the files.
     """
     if not reading.is_regular(folder / INDEX):
         if not reading.is_regular(folder / ONE_FILE):
             raise ValueError(_no_safetensors(folder))
-        return _tensors_of(member(folder, ONE_FILE))
+        return _file_tensors(member(folder, ONE_FILE))
     index = member(folder, INDEX)
     placed = _read_index(index)
     found: dict[str, Stored] = {}
@@ -121,7 +120,7 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
                 f"{printable(index)} names the file {printable(name)!r}, which is not in "
                 f"{printable(folder)}."
             )
-        found |= _tensors_of(member(folder, name))
+        found |= _file_tensors(member(folder, name))
     for name, file in placed.items():
         if name not in found or found[name].file.name != file:
             raise ValueError(
@@ -138,7 +137,7 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
 
 
 def some(names: Iterable[str]) -> str:
-    """Return the first names of many, each safe to print, and how many more there are."""
+    """Return the first names, each safe to print, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(printable(name, 100) for name in names[:3]) + more
@@ -148,16 +147,17 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     try:
         held: Any = reading.read_json(index, _INDEX_BYTES)
     except ValueError as error:
-        raise ValueError(f"{printable(index)} is no index of tensors ({error})") from None
+        raise ValueError(f"{printable(index)} is not an index of tensors ({error})") from None
     placed = held.get("weight_map") if isinstance(held, dict) else None
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise ValueError(
-            f"{printable(index)} is no index of tensors: it needs a weight_map of names and files."
+            f"{printable(index)} is not an index of tensors: it needs a weight_map "
+            "from tensor names to files."
         )
     return placed
 
 
-def _tensors_of(file: pathlib.Path) -> dict[str, Stored]:
+def _file_tensors(file: pathlib.Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -165,7 +165,7 @@ def _tensors_of(file: pathlib.Path) -> dict[str, Stored]:
                 name: Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
                 for name, tensor in slices.items()
             }
-    # An OSError of safetensors has neither number nor file.
+    # An OSError raised by safetensors has neither an error number nor a file name.
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{printable(file)} is damaged, or not whole ({printable(error)}); fetch it again."
@@ -177,7 +177,7 @@ def _names(folder: pathlib.Path) -> list[str]:
 
 
 def _what_else(folder: pathlib.Path) -> str:
-    """Return what a folder without a config.json is."""
+    """Return the end of an error that says what a folder without a config.json is."""
     names = _names(folder)
     if "adapter_config.json" in names:
         return _ADAPTER
@@ -194,7 +194,7 @@ def _what_else(folder: pathlib.Path) -> str:
 
 
 def _holds(names: list[str]) -> str:
-    """Return what the files are by their suffixes, to end a sentence."""
+    """Return the end of a sentence that says what the files are, by their suffixes."""
     for suffix, what in _OTHERS.items():
         found = [name for name in names if name.lower().endswith(suffix)]
         if found:

@@ -1,7 +1,4 @@
-"""Parameters to a Hugging Face folder: config.json, safetensors in shards, and their index.
-
-Apart from `hf`, since it begins from arrays on the host, wherever they came from.
-"""
+"""Write parameters to a Hugging Face folder: config.json, sharded safetensors, and their index."""
 
 import json
 import pathlib
@@ -21,7 +18,7 @@ NUMPY_DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-"""What tensors can be written as."""
+"""Dtypes that tensors can be written in."""
 
 
 def write_folder(
@@ -31,16 +28,17 @@ def write_folder(
     values_of: Callable[[Slot], np.ndarray],
     shard_bytes: int,
 ) -> int:
-    """Writes the weights and the config; the number of shards.
+    """Write the weights and the config, and return the number of shards.
 
-    One shard is in memory at a time, besides what `values_of` holds.
+    Only one shard is in memory at a time, besides the memory that `values_of` uses.
 
     Args:
         folder: an existing folder.
         config: the model.
         raw: its config.json, with the dtype of the tensors.
-        values_of: the float32 values of a slot; called once for each, in the order of `slots`.
-        shard_bytes: how much a file may hold, unless a single tensor is larger.
+        values_of: returns the float32 values of a slot; called once for each, in the order of
+            `slots`.
+        shard_bytes: size limit of a file; a larger single tensor gets a file of its own.
     """
     dtype = NUMPY_DTYPES[raw["torch_dtype"]]
     shards = _shards(slots(config), dtype.itemsize, shard_bytes)
@@ -50,27 +48,27 @@ def write_folder(
         alone = len(shards) == 1
         name = ONE_FILE if alone else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {slot.name: to_stored(slot, values_of(slot), dtype) for slot in shard}
-        # transformers asks for the word in the head of a file before it reads the tensors.
+        # transformers requires this word in a file's header before it reads the tensors.
         save_file(tensors, folder / name, metadata={"format": "pt"})
         placed |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    # Last, so that a folder with a config has its weights.
+    # Written last, so that a folder with a config always has its weights.
     (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
     return len(shards)
 
 
 def _shards(all_slots: list[Slot], itemsize: int, limit: int) -> list[list[Slot]]:
-    """The slots, in order, in as few files of at most `limit` bytes as will do."""
+    """Split the slots, in order, into files of at most `limit` bytes."""
     shards: list[list[Slot]] = [[]]
     size = 0
     for slot in all_slots:
-        of_slot = int(np.prod(slot.shape)) * itemsize
-        if shards[-1] and size + of_slot > limit:
+        slot_bytes = int(np.prod(slot.shape)) * itemsize
+        if shards[-1] and size + slot_bytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(slot)
-        size += of_slot
+        size += slot_bytes
     return shards

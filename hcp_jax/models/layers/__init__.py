@@ -1,1 +1,1 @@
-"""The parts of a decoder layer: rotary positions, MLP, embedding, loss."""
+"""Provide the parts of a decoder: rotary positions, MLP, embedding, loss."""

@@ -1,7 +1,7 @@
-"""A device's tokens in pieces: what is computed a chunk at a time needs memory for one chunk.
+"""Split a device's tokens into chunks, so that temporary memory is needed for one chunk only.
 
-The chunks lie inside the device's own share of the stream, so that no token moves; the loss and the
-MLP, which take each token on its own, are computed like this (`jax.lax.map` over the chunks, each
+Each chunk lies inside the device's own part of the stream, so no token moves. The loss and the MLP,
+which treat each token separately, are computed this way (`jax.lax.map` over the chunks, each
 recomputed in backward).
 """
 
@@ -13,10 +13,10 @@ from jaxtyping import Array, Shaped
 
 
 def split(x: Shaped[Array, "B T ..."], chunk: int) -> Shaped[Array, "n B t ..."]:
-    """`[B, T]` as n equal stretches of the sequence, of at most `chunk` tokens each in all rows.
+    """Split `[B, T]` along the sequence into n equal blocks of at most `chunk` tokens in all rows.
 
-    n divides T if it can without cutting them by more than half; otherwise the last stretch is
-    filled up with zeros, for which the whole array is copied.
+    n divides T if that does not make blocks smaller than half of `chunk`. Otherwise the last block
+    is padded with zeros, which copies the whole array.
 
     >>> split(jnp.arange(10).reshape(2, 5), chunk=4).shape
     (5, 2, 1)
@@ -31,7 +31,7 @@ def split(x: Shaped[Array, "B T ..."], chunk: int) -> Shaped[Array, "n B t ..."]
 
 
 def join(blocks: Shaped[Array, "n B t ..."], length: int) -> Shaped[Array, "B T ..."]:
-    """The inverse of `split`, for a sequence of `length` tokens.
+    """Invert `split`, for a sequence of `length` tokens.
 
     >>> x = jnp.arange(10).reshape(2, 5)
     >>> bool((join(split(x, chunk=4), 5) == x).all())

@@ -1,9 +1,9 @@
-"""The embedding table's lookup, when the vocabulary is cut over tp.
+"""Look up token embeddings in a table that may be cut over tp.
 
-Each device looks up the tokens whose rows it has and the devices of tp add up. It is written per
-device (`shard_map`) because left to the partitioner, a table that FSDP has cut makes it move the
-activations instead, and whole. The gradient is ours: it adds up in the table's dtype, on the device
-and then over devices, while the table itself travels in the dtype that it is used in.
+Each device looks up the tokens whose rows it holds, and the results are summed over tp. This is
+written per device (`shard_map`): with a table cut by FSDP, XLA's partitioner would move the whole
+activations instead. The gradient is written here as well: it is summed in the table's dtype, on the
+device and then over devices, while the table itself travels in the dtype in which it is used.
 """
 
 import functools
@@ -25,13 +25,13 @@ def lookup(
     dtype: str,
     cp: ContextParallel | None = None,
 ) -> Float[Array, "B T D"]:
-    """The row of every token, in `dtype`; the gradient adds up in the table's own.
+    """Return the embedding of every token in `dtype`; the gradient is summed in the table's dtype.
 
     Args:
-        table: one row per token of the vocabulary; cut over tp if there is one.
-        tokens: ids, cut over dp and the cp axes.
-        dtype: of the result.
-        cp: None for one device.
+        table: one row per token of the vocabulary; cut over tp if there is a tp axis.
+        tokens: token ids, cut over dp and the cp axes.
+        dtype: dtype of the result.
+        cp: context; None for one device.
     """
     spec = _Table(table.shape, table.dtype, dtype, cp)
     if cp is None:
@@ -41,7 +41,7 @@ def lookup(
 
 
 class _Table(NamedTuple):
-    """What is static about a lookup."""
+    """Static facts of a lookup."""
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
@@ -51,7 +51,7 @@ class _Table(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup(spec: _Table, table, tokens):
-    # Cast where it lies: a table that is cut travels in the dtype of the result.
+    # Cast before it is gathered, so that a table that is cut travels in the dtype of the result.
     table, cp = table.astype(spec.in_dtype), spec.cp
     if cp is None:
         return jnp.take(table, tokens, axis=0)
@@ -62,8 +62,8 @@ def _lookup(spec: _Table, table, tokens):
         rows = jnp.where(here[..., None], jnp.take(table, row, axis=0), 0)
         return jax.lax.psum(rows, tp) if tp else rows
 
-    of_table = PartitionSpec(tp or None, None)
-    return spmd.shard_map(cp.mesh, cp.axes, on_device, (of_table, cp.spec(2)), cp.spec(3))(
+    table_spec = PartitionSpec(tp or None, None)
+    return spmd.shard_map(cp.mesh, cp.axes, on_device, (table_spec, cp.spec(2)), cp.spec(3))(
         table, tokens
     )
 
@@ -79,8 +79,8 @@ def _backward(spec: _Table, tokens, cotangent):
 
     def on_device(tokens, cotangent):
         size = spec.shape[0] // (1 if cp is None else cp.axis_size(tp))
-        # The zeros wait for the cotangent: XLA would write them before the layers' backward pass,
-        # and hold a table's worth of memory through it.
+        # The barrier makes the zeros wait for the cotangent. Otherwise XLA writes them before the
+        # layers' backward pass, and holds the memory of a table throughout it.
         zero, cotangent = jax.lax.optimization_barrier((jnp.zeros((), spec.dtype), cotangent))
         row, here = _own_rows(size, tokens, tp)
         rows = jnp.where(here[..., None], cotangent, 0).astype(spec.dtype)
@@ -89,8 +89,8 @@ def _backward(spec: _Table, tokens, cotangent):
 
     if cp is None:
         return on_device(tokens, cotangent), None
-    of_table = PartitionSpec(tp or None, None)
-    grads = spmd.shard_map(cp.mesh, cp.axes, on_device, (cp.spec(2), cp.spec(3)), of_table)
+    table_spec = PartitionSpec(tp or None, None)
+    grads = spmd.shard_map(cp.mesh, cp.axes, on_device, (cp.spec(2), cp.spec(3)), table_spec)
     return grads(tokens, cotangent), None
 
 
@@ -98,7 +98,7 @@ _lookup.defvjp(_forward, _backward)
 
 
 def _own_rows(size: int, tokens, tp: tuple[str, ...]):
-    """(row of each token in this device's part of the table, whether it is there)."""
+    """Return each token's row in this device's part of the table, and whether it is there."""
     if not tp:
         return tokens, jnp.ones_like(tokens, bool)
     row = tokens - jax.lax.axis_index(tp) * size
@@ -107,7 +107,7 @@ def _own_rows(size: int, tokens, tp: tuple[str, ...]):
 
 
 def live_axes(cp: ContextParallel, axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return those of `axes` that arrays are cut over here: of more than one device, not Manual.
+    """Return those of `axes` that cut arrays here: axes of several devices that are not Manual.
 
     >>> import hcp_jax as hcp
     >>> live_axes(hcp.ContextParallel(hcp.make_mesh(cp_outer=8)), ("cp_outer", "cp_inner"))
@@ -121,12 +121,12 @@ def live_axes(cp: ContextParallel, axes: str | tuple[str, ...] | None) -> tuple[
 def live_tp(cp: ContextParallel | None) -> tuple[str, ...]:
     """Return the mesh axes that weights are cut over for tensor parallelism.
 
-    Every part of a model asks this first, so that it refuses what no part can do.
+    Every part of a model calls this first, so that unsupported cases are refused in all of them.
 
     Raises:
-        NotImplementedError: if a `shard_map` around the call has made one of them Manual: which
-            part of a weight is here would then be anybody's guess; or if it leaves others Explicit,
-            since jax cannot yet differentiate `auto_axes` inside of a `shard_map`.
+        NotImplementedError: if a `shard_map` around the call has made one of them Manual, because
+            the part of a weight that is here would be unknown; or if it leaves other axes Explicit,
+            because jax cannot yet differentiate `auto_axes` inside a `shard_map`.
     """
     if cp is None:
         return ()

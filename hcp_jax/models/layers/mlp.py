@@ -1,10 +1,10 @@
-"""The decoder's MLP, on all of a device's tokens at once or chunk by chunk.
+"""Compute the decoder's MLP, on all tokens of a device at once or chunk by chunk.
 
-Its two inner activations are F wide, 3.5 times a layer's input in Llama 3, and in backward four of
-them are alive: on a long sequence they are most of what a layer needs. In chunks they exist for one
-chunk at a time, and backward computes them again. That is written per device (`shard_map`): each
-device takes its own tokens, weights that FSDP has cut are gathered once and not once a chunk, and
-what the chunks add to their gradients is summed on the device first and over devices once.
+Its two inner activations are F wide, 3.5 times a layer's input in Llama 3, and four of them are
+live in backward: on a long sequence they are most of a layer's memory. In chunks, they exist for
+one chunk at a time, and backward recomputes them. This is written per device (`shard_map`): each
+device computes its own tokens, weights that FSDP has cut are gathered once and not once per chunk,
+and the gradients of the chunks are summed on the device first, and over devices once.
 """
 
 import functools
@@ -36,21 +36,21 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], cp: ContextParallel | None = None
     ) -> Float[Array, "B T D"]:
-        """Compute each token on its own; `cp` says how they and the weights are cut."""
+        """Apply the MLP to each token; `cp` says how tokens and weights are cut."""
         tp = live_tp(cp)
         if self.config.mlp_chunk is None:
             return self._at_once(x)
         graph, state = nnx.split(self)
         dtype = self.config.compute_dtype
-        # Cast here, so that what travels to each device is in the compute dtype.
+        # Cast here, so that weights travel to the devices in the compute dtype.
         params = jax.tree.map(lambda p: p.astype(dtype), nnx.to_pure_dict(state))
         local = functools.partial(_by_chunk, graph, self.config.mlp_chunk, tp)
         if cp is None:
             return local(params, x)
         columns, rows = PartitionSpec(None, tp or None), PartitionSpec(tp or None, None)
         cut = {"gate_proj": columns, "up_proj": columns, "down_proj": rows}
-        of_params = {name: {"kernel": spec} for name, spec in cut.items()}
-        chunked = spmd.shard_map(cp.mesh, cp.axes, local, (of_params, cp.spec(3)), cp.spec(3))
+        param_specs = {name: {"kernel": spec} for name, spec in cut.items()}
+        chunked = spmd.shard_map(cp.mesh, cp.axes, local, (param_specs, cp.spec(3)), cp.spec(3))
         return spmd.run(cp.mesh, cp.axes, chunked, cp.spec(3), params, x)
 
     def _at_once(self, x: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
@@ -63,10 +63,10 @@ def _by_chunk(graph: Any, chunk: int, tp: tuple[str, ...], params: dict, x: Arra
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(x: Array) -> Array:
+    def one_chunk(x: Array) -> Array:
         return nnx.merge(graph, params)._at_once(x)
 
-    y = chunks.join(jax.lax.map(of_chunk, chunks.split(x, chunk)), x.shape[1])
+    y = chunks.join(jax.lax.map(one_chunk, chunks.split(x, chunk)), x.shape[1])
     return jax.lax.psum(y, tp) if tp else y
 
 

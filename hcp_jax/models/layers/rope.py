@@ -1,13 +1,13 @@
-"""Rotary position embeddings (Su et al., RoFormer, 2021), and how they stretch to longer contexts.
+"""Compute rotary position embeddings (Su et al., RoFormer, 2021), also for stretched contexts.
 
-Pair i of a head, the dims i and i + H/2 (the half-split convention of Hugging Face's weights),
-turns by the angle `position · frequency_i`. Positions are given token by token, so a stream that
-has been cut over devices, or packed with documents, needs nothing special here.
+Pair i of a head, the dims i and i + H/2 (the half-split convention of Hugging Face's weights), is
+rotated by the angle `position · frequency_i`. Each token has its own position, so streams that are
+cut over devices or packed with documents need no special treatment.
 
-The frequencies are worked out in float64 on the host, since that costs nothing. What needs care is
-the product with the position: in float32, position 2²⁰ times a frequency is off by up to 0.06 of a
-radian. So the position is split, p = 1024 h + l, and the turns that 1024 · frequency makes are
-taken off before anything is rounded; the angle is then good to 4e-4 at a million tokens.
+Frequencies are computed in float64 on the host. Their product with the position needs care: in
+float32, position 2²⁰ times a frequency is wrong by up to 0.06 radian. So the position is split,
+p = 1024 h + l, and whole turns of 1024 · frequency are removed before rounding; the error of the
+angle is then at most 4e-4 at a million tokens.
 """
 
 import math
@@ -24,7 +24,7 @@ _SPLIT = 1024
 
 
 class Rotation(NamedTuple):
-    """By what each pair of every token's heads is to be turned; one for all layers."""
+    """Cosine and sine of each token's rotation angles; shared by all layers."""
 
     cos: Float[Array, "B T 1 H/2"]
     sin: Float[Array, "B T 1 H/2"]
@@ -33,7 +33,7 @@ class Rotation(NamedTuple):
 def rope_frequencies(
     head_size: int, theta: float, scaling: RopeScaling | None = None
 ) -> Float64[np.ndarray, "H/2"]:
-    """Radians that each pair turns from one token to the next.
+    """Return the rotation of each pair from one token to the next, in radians.
 
     Args:
         head_size: H, even.
@@ -58,13 +58,13 @@ def rotation(
     theta: float,
     scaling: RopeScaling | None = None,
 ) -> Rotation:
-    """The rotation of every token, in float32.
+    """Return the rotation of every token, in float32.
 
     Args:
-        positions: of each token in its document, in any order.
+        positions: position of each token in its document, in any order.
         head_size: as in `rope_frequencies`.
         theta: as in `rope_frequencies`.
-        scaling: as in `rope_frequencies`; yarn's attention factor is in the result.
+        scaling: as in `rope_frequencies`; the result includes yarn's attention factor.
     """
     frequency = rope_frequencies(head_size, theta, scaling)
     per_low = frequency.astype(np.float32)[None, None, None]
@@ -78,14 +78,14 @@ def rotation(
 
 
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Turns every pair (x_i, x_{i+H/2}); computed in float32, returned in the dtype of `x`."""
+    """Rotate every pair (x_i, x_{i+H/2}) in float32; return the dtype of `x`."""
     first, second = jnp.split(x.astype(by.cos.dtype), 2, axis=-1)
     turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def _llama3_share(frequency, theta: float, scaling: RopeScaling):
-    """How much of each frequency is kept: by how often its wave fits the original context."""
+    """Return the kept share of each frequency, by its wavelength in the original context."""
     assert scaling.original_max_position_embeddings is not None
     waves = scaling.original_max_position_embeddings * frequency / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -93,7 +93,7 @@ def _llama3_share(frequency, theta: float, scaling: RopeScaling):
 
 
 def _yarn_share(frequency, theta: float, scaling: RopeScaling):
-    """As `_llama3_share`, but linear in the pair's number."""
+    """Return the share of each frequency that is kept, linear in the pair's number."""
     context = scaling.original_max_position_embeddings
     assert context is not None
     pairs = frequency.size

@@ -1,4 +1,4 @@
-"""How rotary frequencies are stretched, as a config says it; apart from `rope.py`, without jax."""
+"""Define the config of stretched rotary frequencies; separate from `rope.py`, without jax."""
 
 import dataclasses
 from dataclasses import field
@@ -9,21 +9,21 @@ from hcp_jax.base.settings import MOST, check, numbers
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies change so that a model reads further than it was first trained to.
+    """Change of the frequencies for contexts longer than those of the first training.
 
     Attributes:
-        kind: "linear": all divided by `factor` (Chen et al., Position Interpolation, 2023);
-            "llama3": the slow ones, by wavelength (Llama 3.1's config); "yarn": the slow ones, by
-            the turns they make in the original context, and attention sharpened (Peng et al.,
+        kind: "linear": all are divided by `factor` (Chen et al., Position Interpolation, 2023);
+            "llama3": the slow ones are, by wavelength (Llama 3.1's config); "yarn": the slow ones
+            are, by their turns in the original context, and attention is sharpened (Peng et al.,
             2023).
-        factor: how many times longer the context becomes.
+        factor: ratio of the new context length to the original one.
         original_max_position_embeddings: context of the first training, in tokens (llama3, yarn).
         low_freq_factor: llama3: wavelengths longer than original / low_freq_factor are stretched.
         high_freq_factor: llama3: those shorter than original / high_freq_factor are kept.
         beta_fast: yarn: those that make more turns than this in the original context are kept.
-        beta_slow: yarn: those that make fewer are stretched.
-        attention_factor: yarn: what q and k are multiplied by; 0.1 ln(factor) + 1 if None.
-        truncate: yarn: the borders of what is kept and what is stretched are whole pairs.
+        beta_slow: yarn: those that make fewer turns than this are stretched.
+        attention_factor: yarn: factor that multiplies q and k; 0.1 ln(factor) + 1 if None.
+        truncate: yarn: round the borders between kept and stretched pairs to whole pairs.
     """
 
     kind: Literal["linear", "llama3", "yarn"] = field(metadata=numbers())

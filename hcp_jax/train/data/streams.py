@@ -268,8 +268,8 @@ def require_same_data(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         if state.get(name) != ours:
             raise ValueError(
                 f"checkpoint and run use different data: {name} was "
-                f"{state.get(name, 'not saved')} and is {ours}. Resume with the same data, seq_len, "
-                "seed, data.packing and parallel.dynamic.enabled: the order of documents depends "
+                f"{state.get(name, 'not saved')} and is {ours}. Resume with the same data, "
+                "seq_len, seed, data.packing and parallel.dynamic.enabled: the order of documents depends "
                 f"on them{_hint(name, state)}."
             )
 

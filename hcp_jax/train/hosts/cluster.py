@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--coordinator",
-        type=arguments.filled,
+        type=arguments.non_empty,
         metavar="ADDRESS:PORT",
         help="where the others reach process 0",
     )

@@ -64,8 +64,8 @@ class Peers:
             others = self.address.processes - 1
             if others:
                 terminal.say_error(
-                    f"hcp: process 0 on {socket.gethostname()} waits at {self.address.coordinator} for "
-                    f"{others} other process{'es' * (others != 1)}, {self._timeout:.0f} s at most"
+                    f"hcp: process 0 on {socket.gethostname()} waits at "
+                    f"{self.address.coordinator} for {others} other process{'es' * (others != 1)}, {self._timeout:.0f} s at most"
                 )
             self._lines = meeting.Admission(self.address, self._timeout).gather()
         else:

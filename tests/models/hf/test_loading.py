@@ -190,8 +190,8 @@ def replace_in_index(folder, old, new):
         (lambda f: os.truncate(f / "shard-1.safetensors", 9_000), "shard-1.safetensors is damaged, or not whole"),
         (lambda f: (f / "shard-1.safetensors").write_bytes(b"\x80\x04pickle"), "shard-1.safetensors is damaged"),
         (lambda f: replace_in_index(f, '"model.norm.weight": "shard-', '"model.norm.weight": "shard-0.safetensors", "x": "shard-'), "says that .* is in .*but it is not"),
-        (lambda f: (f / model_folder.INDEX).write_text("{}"), "is no index of tensors"),
-        (lambda f: (f / model_folder.INDEX).write_text("{"), "is no index of tensors"),
+        (lambda f: (f / model_folder.INDEX).write_text("{}"), "is not an index of tensors"),
+        (lambda f: (f / model_folder.INDEX).write_text("{"), "is not an index of tensors"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_their_index_are_told(tmp_path, break_it, says):

@@ -167,7 +167,7 @@ def test_a_run_that_began_at_random_is_written_as_the_family_of_its_parameters(r
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["import", "{}/gone"], "is no Hugging Face folder: it has no config.json"),
+        (["import", "{}/gone"], "is not a Hugging Face folder: it has no config.json"),
         (["export", "{}", "{}/out"], "is no run folder"),
         (["export", "{}/run", "{}"], "exists and is not empty"),
         (["export", "{}/run", "{}/out"], "no checkpoint and no init_from: nothing to export"),
