@@ -24,6 +24,7 @@ from hcp_jax.attention.heads import replicate_kv
 from hcp_jax.parallel.context import STRATEGIES, ContextParallel
 from hcp_jax.parallel.mesh import make_mesh
 from hcp_jax.sequence import mask as masks
+from hcp_jax.sequence.dense_mask import from_dense
 from hcp_jax.sequence.layout import LAYOUTS
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
@@ -40,6 +41,7 @@ MASKS = {
     "lengths": masks.lengths(83),
     "documents": masks.documents(np.repeat([1, 2, 3], [3, 60, 37])),
     "intervals": masks.intervals(*masks.causal().intervals(LENGTH)),
+    "from_dense": from_dense(np.tri(LENGTH, dtype=bool)),
 }
 MASKS["causal & documents & sliding_window"] = (
     MASKS["causal"] & MASKS["documents"] & MASKS["sliding_window"]

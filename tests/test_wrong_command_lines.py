@@ -91,7 +91,7 @@ LINES = {
     "plan --model llama3-8b --gpu list.yaml --hosts 4 --seq-len 1M": "must hold the fields of a GPU",
     "tokenize folder --tokenizer folder --out x": "needs a file, and folder is a folder",
     "tokenize folder --tokenizer list.yaml --out list.yaml": "needs a folder, and list.yaml is a file",
-    "import list.yaml": "needs a folder, and list.yaml is a file",
+    "import list.yaml": "list.yaml is a file; give the Hugging Face folder",
     "export folder x": "folder is no run folder",
     "plot folder --out x.docx": "ends in .png, .pdf, .svg",
     f"{SIMULATE} --cost binary.yaml": "binary.yaml is not UTF-8 text",

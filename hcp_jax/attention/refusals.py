@@ -64,8 +64,9 @@ def _is_cut(x: Any, dim: int) -> bool:
     """Return whether `x` is known to be cut over several devices along `dim`."""
     if not isinstance(x, jax.Array):
         return False
-    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
-    return sharding.shard_shape(x.shape)[dim] < x.shape[dim]
+    if isinstance(x, jax.core.Tracer):  # only axes of type Explicit show in a tracer's type
+        return jax.typeof(x).sharding.spec[dim] is not None
+    return x.sharding.shard_shape(x.shape)[dim] < x.shape[dim]
 
 
 def _inside_shard_map(cp: ContextParallel) -> bool:

@@ -99,10 +99,8 @@ def place_mask(
     """See `ContextParallel.place`."""
     if mask.placement is not None:
         raise ValueError("this mask has been placed already.")
-    key_length = length if key_length is None else key_length
-    for name, value in (("length", length), ("key_length", key_length)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a number of tokens >= 1, got {value!r}.")
+    length = checks.integer("length", length, least=0)
+    key_length = length if key_length is None else checks.integer("key_length", key_length, least=0)
     padded = cp.padded_length(length)
     placed = []
     for x in mask.intervals(length, key_length):

@@ -108,7 +108,15 @@ def make_update(
         # A step in which nothing counts has loss 0, not NaN.
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, sums.grads)
-        return apply_gradients(state, grads, sums.loss / weight, sums.weight, transform, schedule)
+        return apply_gradients(
+            state,
+            grads,
+            sums.loss / weight,
+            sums.weight,
+            transform,
+            schedule,
+            optimizer.weight_decay,
+        )
 
     return jax.jit(
         update, donate_argnums=0, in_shardings=(of_state, of_sums), out_shardings=(of_state, None)

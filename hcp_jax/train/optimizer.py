@@ -15,6 +15,8 @@ from jaxtyping import Array, BFloat16, Float
 
 from hcp_jax.train.sections import OptimizerConfig
 
+_RATIO = 1e12
+
 
 def fitted_warmup(config: OptimizerConfig, num_steps: int) -> int:
     """Return the steps of warm-up in a training of so many steps.
@@ -62,6 +64,24 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def farthest(params: Any, rate: Float[Array, ""], weight_decay: float) -> Float[Array, ""]:
+    """Return a bound on the absolute value of any parameter after one step of AdamW, in float32.
+
+    It is infinite, or NaN, where the step could make a parameter so. The bound needs the old
+    parameters only: looking at the new ones before the old are given up would keep both in memory.
+    Adam divides a mean of gradients by the root of a mean of their squares: the ratio is at most
+    1 / sqrt(1 - beta2) / (1 - beta1 / sqrt(beta2)), 58 for the usual betas, while gradients are
+    finite. `_RATIO` leaves room for any betas.
+
+    Args:
+        params: before the step.
+        rate: the learning rate.
+        weight_decay: per unit of learning rate.
+    """
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(params)]))
+    return largest * (1 + rate * weight_decay) + rate * _RATIO
 
 
 def fetched(opt_state: Any, grads: Any) -> tuple[Any, Any]:

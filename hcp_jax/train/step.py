@@ -32,6 +32,7 @@ from hcp_jax.parallel import host_memory, spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.optimizer import (
     OptimizerConfig,
+    farthest,
     fetched,
     make_optimizer,
     make_schedule,
@@ -165,7 +166,9 @@ def make_train_step(
             _portions(batch, accumulation, cp),
             place,
         )
-        state, metrics = apply_gradients(state, grads, loss, tokens, transform, schedule)
+        state, metrics = apply_gradients(
+            state, grads, loss, tokens, transform, schedule, optimizer.weight_decay
+        )
         return state, metrics | {"pairs": _visible_pairs(batch)}
 
     if cp is None:
@@ -188,12 +191,13 @@ def apply_gradients(
     tokens: Float[Array, ""],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    weight_decay: float,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The update that ends a step; to be traced.
 
-    A step whose loss or gradient is not finite, or whose update would make a parameter so, is
-    skipped: parameters and optimizer state stay as they are, and so does the learning rate, which
-    goes by the updates made.
+    A step is skipped if its loss or gradient is not finite, or if the update could make a parameter
+    so (`farthest`): parameters and optimizer state stay as they are, and so does the learning rate,
+    which goes by the updates made.
 
     Args:
         state: before the step.
@@ -202,38 +206,30 @@ def apply_gradients(
         tokens: the sum of the weights, of all devices.
         optimizer: from `make_optimizer`.
         schedule: from `make_schedule`.
+        weight_decay: of the optimizer.
 
     Returns:
         The state after the step, and metrics, scalars on the device: "loss", "grad_norm" (before
         clipping), "learning_rate", "tokens", and "skipped" (1 if the step was, else 0).
     """
     grad_norm = optax.tree.norm(grads)
+    rate = jnp.asarray(schedule(updates_made(state)), jnp.float32)
+    reach = farthest(state.params, rate, weight_decay)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(reach)
     before, grads = fetched(state.opt_state, grads)
-
-    def update(old: tuple[Any, Any], grads: Any) -> tuple[Any, Any]:
-        updates, opt_state = optimizer.update(grads, old[1], old[0])
-        return optax.apply_updates(old[0], updates), opt_state
-
-    old = state.params, before
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(update(old, grads)[0])
-    # The update is made twice, first to look at it: kept meanwhile, the new parameters and moments
-    # would lie beside the old ones. The barrier keeps XLA from making it once.
-    old, grads, finite = jax.lax.optimization_barrier((old, grads, finite))
+    updates, opt_state = optimizer.update(grads, before, state.params)
+    params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), update(old, grads), old
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, before)
     )
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(schedule(updates_made(state)), jnp.float32),
+        "learning_rate": rate,
         "tokens": tokens,
         "skipped": 1 - finite.astype(jnp.int32),
     }
     return TrainState(state.step + 1, params, put_back(opt_state, state.opt_state)), metrics
-
-
-def _all_finite(tree: Any) -> Array:
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]).all()
 
 
 def updates_made(state: TrainState) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from hcp_jax.base import reading
 from hcp_jax.train import config
 
-CONFIG = (pathlib.Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text()
+CONFIG = (pathlib.Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text()
 
 REFUSED = {
     "an alias": ("a: &x [1, 1]\nb: [*x, *x]", r"anchor or alias \(& or \*\) \(line 1\)"),

@@ -43,9 +43,15 @@ def test_the_fallback_takes_documents_that_no_sample_had():
     assert plan.microbatches[0].layout == (8,)
 
 
-@pytest.mark.parametrize("arguments", [([], 8), ([[5]], 8, 256, 1, None, None, 0)])
-def test_a_menu_of_nothing_is_told(arguments):
-    with pytest.raises(ValueError, match="at least one batch and max_layouts >= 1"):
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (([], 8), "at least one batch"),
+        (([[5]], 8, 256, 1, None, None, 0), "max_layouts must be a positive integer"),
+    ],
+)
+def test_a_menu_of_nothing_is_told(arguments, told):
+    with pytest.raises(ValueError, match=told):
         choose_menu(*arguments)
 
 

@@ -222,7 +222,7 @@ def test_arguments_that_make_no_sense_are_told(arguments, words):
 
 def test_scheduling_and_packing_import_no_jax_and_nothing_that_draws():
     code = (
-        "import sys; from hcp_jax import dynamic; from hcp_jax.dynamic import command; "
+        "import sys; from hcp_jax import dynamic; "
         "p = dynamic.schedule([3000, 70], 4); dynamic.pack(p.microbatches[0], p.lengths, 2048); "
         "print(p); sys.exit(any(m in sys.modules for m in ('jax', 'matplotlib', 'rich', 'scipy')))"
     )

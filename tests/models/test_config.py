@@ -16,15 +16,15 @@ SMALL = {
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
+        ({"num_layers": 0}, "num_layers must be positive, got 0"),
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"hidden_size": 18}, "give head_size"),
         ({"head_size": 5}, "head size is 5"),
         ({"remat": "some"}, "none, attention, full"),
         ({"compute_dtype": "float16"}, "float32, bfloat16"),
-        ({"sliding_window": 0}, "sliding_window must be a positive integer"),
-        ({"loss_chunk": 0}, "loss_chunk must be a positive integer"),
-        ({"mlp_chunk": 0}, "mlp_chunk must be a positive integer"),
+        ({"sliding_window": 0}, "sliding_window must be positive, got 0"),
+        ({"loss_chunk": 0}, "loss_chunk must be positive, got 0"),
+        ({"mlp_chunk": 0}, "mlp_chunk must be positive, got 0"),
         ({"remat": "none", "offload_activations": True}, "needs remat 'attention' or 'full'"),
     ],
 )

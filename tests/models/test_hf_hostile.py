@@ -227,7 +227,7 @@ def test_a_hostile_folder_is_a_line_and_nothing_outside_is_read(
     outside.mkdir()
     shutil.copy(next(whole.glob("*.safetensors")), outside / "x.safetensors")
     opened = Opened()
-    for module in (hf, hf_folder):
+    for module in (loading, model_folder):
         monkeypatch.setattr(module, "safe_open", opened.safe_open)
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.train.checkpoint.manager import Checkpoints
-from tests.train.test_checkpoint import MODEL, make_state, mesh, save
+from tests.train.checkpoint.test_manager import MODEL, make_state, mesh, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

@@ -64,7 +64,6 @@ def test_the_same_run_goes_on_without_a_word():
         ),
         ({"optimizer__offload": True}, "optimizer.offload was False and is True"),
         ({"parallel__comm_type": "p2p"}, "parallel.comm_type was 'a2a+p2p' and is 'p2p'"),
-        ({"parallel__head_groups": 2}, "parallel.head_groups was 1 and is 2"),
         ({"checkpoint__every": 9}, "checkpoint.every was None and is 9"),
         ({"accumulation": 2}, "accumulation was 1 and is 2"),
     ],

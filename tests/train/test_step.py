@@ -209,7 +209,7 @@ def test_a_step_whose_new_parameters_would_not_be_finite_is_skipped():
         params = {"a": {"kernel": jnp.array([1.0, value])}, "b": {"scale": jnp.ones(2)}}
         state = TrainState(jnp.int32(0), params, optimizer.init(params))
         grads = jax.tree.map(jnp.ones_like, params)
-        new, metrics = apply_gradients(state, grads, value, value, optimizer, schedule)
+        new, metrics = apply_gradients(state, grads, value, value, optimizer, schedule, 1e3)
         return state, new, metrics["skipped"]
 
     state, new, skipped = step(jnp.float32(1))

@@ -62,10 +62,11 @@ class Peers:
         """
         if self.place.process == 0:
             others = self.place.processes - 1
-            terminal.say_error(
-                f"hcp: process 0 on {socket.gethostname()} waits at {self.place.address} for "
-                f"{others} other process{'es' * (others != 1)}, {self._timeout:.0f} s at most"
-            )
+            if others:
+                terminal.say_error(
+                    f"hcp: process 0 on {socket.gethostname()} waits at {self.place.address} for "
+                    f"{others} other process{'es' * (others != 1)}, {self._timeout:.0f} s at most"
+                )
             self._lines = meeting.Door(self.place, self._timeout).gather()
         else:
             self._lines = {0: meeting.join(self.place, self._timeout)}
