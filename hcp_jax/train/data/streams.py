@@ -269,8 +269,8 @@ def require_same_data(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"checkpoint and run use different data: {name} was "
                 f"{state.get(name, 'not saved')} and is {ours}. Resume with the same data, "
-                "seq_len, seed, data.packing and parallel.dynamic.enabled: the order of documents depends "
-                f"on them{_hint(name, state)}."
+                "seq_len, seed, data.packing and parallel.dynamic.enabled: the order of documents "
+                f"depends on them{_hint(name, state)}."
             )
 
 

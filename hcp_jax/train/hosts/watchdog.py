@@ -65,7 +65,8 @@ class Peers:
             if others:
                 terminal.say_error(
                     f"hcp: process 0 on {socket.gethostname()} waits at "
-                    f"{self.address.coordinator} for {others} other process{'es' * (others != 1)}, {self._timeout:.0f} s at most"
+                    f"{self.address.coordinator} for {others} other process"
+                    f"{'es' * (others != 1)}, {self._timeout:.0f} s at most"
                 )
             self._lines = meeting.Admission(self.address, self._timeout).gather()
         else:
