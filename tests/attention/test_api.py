@@ -329,7 +329,7 @@ def test_bad_masks_names_and_sizes_are_refused_with_what_to_do():
         attend(q, k, v, mask=context("4x2", "p2p", "contiguous").place(hcp.causal(), 64))
     with pytest.raises(ValueError, match=r"placed for 32 queries \(padded\), but q has 64"):
         attend(q, k, v, mask=cp.place(hcp.causal(), 30))
-    with pytest.raises(ValueError, match=r"length must be a number of tokens >= 1, got 3.5"):
+    with pytest.raises(ValueError, match=r"length must be an integer >= 0, got 3.5"):
         cp.place(hcp.causal(), 3.5)
     with pytest.raises(ValueError, match="sinks must have one logit per query head"):
         attend(q, k, v, sinks=np.zeros(3))
