@@ -8,15 +8,12 @@ from typing import Any
 import jax
 
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.placing import require_ids_of_all_tokens
 from hcp_jax.sequence.mask import Mask
 
 
 class CutSequenceError(ValueError):
     """Attention was called without `cp` on arrays that are cut along the sequence."""
-
-
-class MaskLengthError(ValueError):
-    """A mask was written for fewer queries than q has, and padding does not explain it."""
 
 
 def require_whole_call(
@@ -45,19 +42,11 @@ def require_whole_call(
                     "called without cp, which takes tokens to be in natural order on one device. "
                     "Pass cp=cp; or bring the arrays back first with cp.unshard."
                 )
-    if not isinstance(mask, Mask) or mask.placement is not None or mask.length is None:
+    if not isinstance(mask, Mask) or mask.placement is not None:
         return
     if cp is not None and (cp.groups is not None or _inside_shard_map(cp)):
-        return  # lengths are those of one device's part, or of buffers
-    length, written = q.shape[-3], mask.length
-    expected = written if cp is None else cp.padded_length(written)
-    if written < length != expected:
-        padded = "" if cp is None else f", which cp.shard pads to {expected}"
-        raise MaskLengthError(
-            f"the mask was written for {written} queries{padded}, but q has {length}. Make it "
-            f"from ids of all {length} tokens (padding has an id of its own: "
-            "hcp.documents(ids, padding_id=...)), or give q the tokens that the mask is for."
-        )
+        return  # lengths there are a device's own, or those of buffers
+    require_ids_of_all_tokens(cp, mask, q.shape[-3])
 
 
 def _is_cut(x: Any, dim: int) -> bool:

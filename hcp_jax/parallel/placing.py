@@ -93,6 +93,34 @@ def shard_batch(cp: "ContextParallel", batch: dict[str, Any]) -> dict[str, Any]:
     return {name: _shard_entry(cp, name, x, length) for name, x in batch.items()}
 
 
+class MaskLengthError(ValueError):
+    """A mask was written for fewer queries than there are, and padding does not explain it."""
+
+
+def require_ids_of_all_tokens(cp: "ContextParallel | None", mask: Mask, length: int) -> None:
+    """Refuse a mask that was written for fewer queries than there are.
+
+    Args:
+        cp: the context that may have padded the queries; None for one device.
+        mask: in natural order.
+        length: T.
+
+    Raises:
+        MaskLengthError: unless T is what `cp.shard` pads the mask's own queries to.
+    """
+    written = mask.length
+    if written is None or written >= length:
+        return
+    expected = written if cp is None else cp.padded_length(written)
+    if length != expected:
+        padded = "" if cp is None else f", which cp.shard pads to {expected}"
+        raise MaskLengthError(
+            f"the mask was written for {written} queries{padded}, but there are {length}. Make it "
+            f"from ids of all {length} tokens (padding has an id of its own: "
+            "hcp.documents(ids, padding_id=...)), or give the tokens that the mask is for."
+        )
+
+
 def place_mask(
     cp: "ContextParallel", mask: Mask, length: int, key_length: int | None = None
 ) -> Mask:
@@ -101,6 +129,7 @@ def place_mask(
         raise ValueError("this mask has been placed already.")
     length = checks.integer("length", length, least=0)
     key_length = length if key_length is None else checks.integer("key_length", key_length, least=0)
+    require_ids_of_all_tokens(cp, mask, length)
     padded = cp.padded_length(length)
     placed = []
     for x in mask.intervals(length, key_length):

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hcp_jax.attention.refusals import CutSequenceError, MaskLengthError
+from hcp_jax.attention.refusals import CutSequenceError
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.placing import MaskLengthError
 from hcp_jax.sequence.mask import Mask
 from hcp_jax.verify.programs import (
     Ran,

@@ -132,7 +132,13 @@ def ran(
             for x, c in zip(outputs, cotangents, strict=True)
         ]
         with _on(cp):
-            return [np.asarray(x) for x in jax.vjp(run, *values)[1](filled)]
+            grads = [np.asarray(x) for x in jax.vjp(run, *values)[1](filled)]
+        # A weight of 0 hides a token, such as the one that wraps around at the stream's end; its
+        # gradient would tell what stands there.
+        return [
+            g if i < number else np.where(leaves[i] == 0, np.zeros_like(g), g)
+            for i, g in zip(varied, grads, strict=True)
+        ]
 
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shape)]
     inputs = [

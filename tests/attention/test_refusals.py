@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hcp_jax as hcp
-from hcp_jax.attention.refusals import CutSequenceError, MaskLengthError
+from hcp_jax.attention.refusals import CutSequenceError
+from hcp_jax.parallel.placing import MaskLengthError
 
 
 def _cut(spec, explicit=False, length=32):
@@ -52,7 +53,7 @@ def test_a_mask_of_another_length_is_refused_unless_padding_explains_it(ids, tok
         jax.jit(hcp.dot_product_attention, static_argnames="cp"),
     ):
         with pytest.raises(
-            MaskLengthError, match=f"written for {ids} queries.* but q has {tokens}"
+            MaskLengthError, match=f"written for {ids} queries.* but there are {tokens}"
         ):
             call(q, q, q, cp=cp, mask=mask)
 

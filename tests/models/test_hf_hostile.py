@@ -373,7 +373,7 @@ def test_a_name_of_the_hub_is_told_how_to_become_a_folder(name, capsys):
 
 @pytest.mark.parametrize("name", ["/nowhere/x", "x" * 5000, "no such"])
 def test_a_folder_that_is_not_there_is_told(name):
-    with pytest.raises(ValueError, match="there is no such folder"):
+    with pytest.raises(ValueError, match="it does not exist"):
         weights.check(CONFIG, name)
 
 

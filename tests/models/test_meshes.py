@@ -116,3 +116,24 @@ def test_what_models_cannot_do_inside_a_shard_map_is_refused():
     )
     with pytest.raises(NotImplementedError, match=r"over its tp axis \(tp\)"):
         jax.eval_shape(over_tp, expected()[0], BATCH)
+
+
+MODES = {
+    "strict dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+    "64 bits": lambda: jax.enable_x64(True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_works_in_the_modes_of_jax(mode):
+    cp = hcp.ContextParallel(hcp.make_mesh(dp=2, cp_outer=2, cp_inner=2), "a2a+p2p")
+    params, batch = expected()[0], cp.shard_batch(BATCH)
+    with MODES[mode]():
+        assert_expected(jax.jit(jax.value_and_grad(functools.partial(loss, cp)))(params, batch))
+
+
+@pytest.mark.slow
+def test_a_model_works_without_jit():
+    with jax.disable_jit():
+        assert_expected(jax.value_and_grad(functools.partial(loss, None))(expected()[0], BATCH))

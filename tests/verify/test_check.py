@@ -169,6 +169,28 @@ def test_a_mask_of_too_few_tokens_is_named_and_raised_if_asked():
         hcp.check(step, {"x": _batch()["x"]}, _cp(), raise_if_wrong=True)
 
 
+def test_a_mask_of_the_batch_of_too_few_tokens_is_refused_when_it_is_placed():
+    batch = {"x": _batch()["x"], "mask": hcp.documents(np.repeat([1, 2], 5))}
+    with pytest.raises(ValueError, match="written for 10 queries, .* pads to 16, but there are 24"):
+        _cp().shard_batch(batch)
+
+    def step(batch, cp):
+        return cp.shard_batch(batch)["x"]
+
+    assert hcp.check(step, batch, _cp()).mistakes == (MASK_LENGTH,)
+
+
+def test_a_weight_of_zero_may_hide_what_padding_changes():
+    def step(batch, cp):
+        x, weights = (cp.shard(batch[name], dim=1) for name in ("x", "weights"))
+        return jnp.sum(weights[..., None] * cp.roll(x, -1, dim=1) ** 2)
+
+    weights = np.ones((2, T - 1), np.float32)
+    weights[:, -1] = 0
+    report = hcp.check(step, {"x": _batch(T - 1)["x"], "weights": weights}, _cp())
+    assert report.ok, report
+
+
 def test_what_is_wrong_otherwise_is_not_called_one_of_the_mistakes():
     def step(batch, cp):
         return cp.shard(batch["x"], dim=1) * cp.size
