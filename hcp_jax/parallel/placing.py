@@ -93,6 +93,10 @@ def shard_batch(cp: "ContextParallel", batch: dict[str, Any]) -> dict[str, Any]:
     return {name: _shard_entry(cp, name, x, length) for name, x in batch.items()}
 
 
+class PaddingWarning(UserWarning):
+    """Attention sees tokens that only pad a stream."""
+
+
 class MaskLengthError(ValueError):
     """A mask was written for fewer queries than there are, and padding does not explain it."""
 
@@ -187,6 +191,7 @@ def warn_of_padding(cp: "ContextParallel", mask: Mask, length: int, key_length: 
             f"attention with this mask also sees padding: cp.shard has padded {real} tokens to "
             f"{key_length}, and the mask does not say where the stream ends. Join it with "
             f"hcp.lengths({real}), or place it with cp.place(mask, {real}).",
+            PaddingWarning,
             stacklevel=3,
         )
 

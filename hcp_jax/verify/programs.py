@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.placing import PaddingWarning
 from hcp_jax.verify.repairs import Order, Trial
 
 
@@ -218,7 +219,7 @@ def _on(cp: ContextParallel) -> Iterator[None]:
     outside = jax.sharding.get_abstract_mesh()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message=".*attends to padding")
+        warnings.simplefilter("ignore", PaddingWarning)
         if not outside.empty:
             stack.enter_context(jax.set_mesh(cp.mesh))
         yield

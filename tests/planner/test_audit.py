@@ -113,7 +113,7 @@ def exposed(what, seconds, waits):
         ([exposed("ring", 0.2, 0.1)], 0, "attention beside them is too short"),
         ([exposed("heads", 0.2, 0.2)], 0, "The exchange of heads is not hidden"),
         ([exposed("gather", 0.2, 0.2)], 0, "The gather of K and V is not hidden"),
-        ([exposed("", 0.2, 0.2)], 0, "Weights, gradients and activations"),
+        ([exposed("", 0.2, 0.2)], 0, "Waiting for weights, gradients and activations"),
     ],
 )
 def test_what_is_exposed_or_does_not_fit_is_met_with_advice(moved, temp, words):

@@ -199,7 +199,9 @@ def test_only_the_first_process_prints_and_writes(stopped, resumed):
         assert all(word in ended.out[0] for word in ours[:4])
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == len(losses(folder))
-    assert resumed[1].err == ["", ""]
+    [waits] = resumed[1].err[0].splitlines()
+    assert " waits at 127.0.0.1:" in waits
+    assert resumed[1].err[1] == ""
     assert [p.name for p in stopped[0].parent.iterdir()] == ["quickstart-001"]
     assert len(list((stopped[0] / "tensorboard").iterdir())) == 1
     saved = {p.name for p in (resumed[0] / "checkpoints").iterdir()}

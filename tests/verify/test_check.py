@@ -215,7 +215,10 @@ def test_what_is_wrong_otherwise_is_not_called_one_of_the_mistakes():
     [
         (lambda: 0, "cannot run <lambda>, which takes 0 arguments.*it needs a function"),
         (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), r"cannot run Linear.*lambda cp: Model\(cp"),
-        (lambda cp: nnx.Linear(2, 2, rngs=nnx.Rngs(np.random.randint(2**30))), "other parameters"),
+        (
+            lambda cp: nnx.Linear(2, 2, rngs=nnx.Rngs(np.random.randint(2**30))),
+            "different parameters",
+        ),
     ],
 )
 def test_programs_that_it_cannot_run_are_refused(program, message):

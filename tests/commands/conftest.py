@@ -1,0 +1,3 @@
+"""What tests of commands in processes of their own share."""
+
+from tests.train.conftest import environment as environment
