@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from hcp_jax.base import checks
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.sequence.mask import NO_LIMIT, Mask, bidirectional, causal, lengths, sliding_window
+from hcp_jax.sequence.mask import Mask, bidirectional, causal, lengths, sliding_window
+from hcp_jax.sequence.terms import NO_LIMIT
 
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 

@@ -25,6 +25,16 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --json, which writes all figures to a file or to the screen."""
+    parser.add_argument(
+        "--json",
+        type=arguments.output(screen=True),
+        metavar="FILE",
+        help="write all figures there; - for the screen",
+    )
+
+
 def cluster(args: argparse.Namespace) -> Cluster:
     """Return the cluster given by the arguments.
 

@@ -11,7 +11,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from hcp_jax.base import arguments, tables, terminal
-from hcp_jax.commands.arguments import add_cluster_arguments, cluster
+from hcp_jax.commands.arguments import add_cluster_arguments, add_json_argument, cluster
 from hcp_jax.train import config as configuration
 
 if TYPE_CHECKING:
@@ -42,12 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an XLA flag to set besides (or in place of) the library's own; may be repeated",
     )
     parser.add_argument("--no-flags", action="store_true", help="leave the library's flags out")
-    parser.add_argument(
-        "--json",
-        type=arguments.output(screen=True),
-        metavar="FILE",
-        help="write all figures there; - for the screen",
-    )
+    add_json_argument(parser)
     parser.add_argument(
         "--picture",
         type=arguments.output(".png", ".svg"),

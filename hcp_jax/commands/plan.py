@@ -16,7 +16,7 @@ from typing import Any
 
 from hcp_jax import hardware
 from hcp_jax.base import arguments, tables, terminal
-from hcp_jax.commands.arguments import add_cluster_arguments
+from hcp_jax.commands.arguments import add_cluster_arguments, add_json_argument
 from hcp_jax.cost.models import MODELS, model_fields
 from hcp_jax.planner.candidate import Candidate
 from hcp_jax.planner.search import Plan, plan
@@ -58,12 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="compile the best K for their memory",
     )
-    parser.add_argument(
-        "--json",
-        type=arguments.output(screen=True),
-        metavar="FILE",
-        help="write all figures there; - for the screen",
-    )
+    add_json_argument(parser)
     parser.add_argument(
         "--write",
         type=arguments.output(".yaml", ".yml"),

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from hcp_jax.base import arguments, terminal
-from hcp_jax.train.data import tokens
+from hcp_jax.base import arguments, terminal, watch
+from hcp_jax.train.data import token_writer, tokens
 from hcp_jax.train.data.background import Work, in_background
 from hcp_jax.train.data.formats import shown
 from hcp_jax.train.data.text import Texts
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
     def write(work: Work) -> tokens.Meta:
         documents = lambda: work.through(texts.documents())  # noqa: E731
-        return tokens.write(documents, tokenizer, args.out, asked, terminal.say)
+        return token_writer.write(documents, tokenizer, args.out, asked, terminal.say)
 
     began = time.perf_counter()
     try:
@@ -116,8 +116,14 @@ def _terminated_as_interrupt() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise _TerminatedError
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def leave_it(number: int) -> None:
+        """Do nothing: the handlers of the main thread end the command."""
+
+    # Signals are taken from the watch around every command: its thread could look at the handler
+    # only after it was restored, and would then end the process with another exit code.
+    with watch.signals_to(leave_it):
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

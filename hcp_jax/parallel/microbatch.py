@@ -22,8 +22,9 @@ from jaxtyping import Shaped
 from hcp_jax.base import checks
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.layout import KeyRuns
-from hcp_jax.sequence.mask import Given, Mask
+from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.packing import PackedMicrobatch, max_runs
+from hcp_jax.sequence.terms import Given
 
 
 def own_devices(cp: ContextParallel) -> range:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from hcp_jax.sequence.mask import NO_LIMIT, Alike, Given, Mask
+from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.terms import NO_LIMIT, Alike, Given
 
 
 def from_dense(

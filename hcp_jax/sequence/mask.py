@@ -13,7 +13,7 @@ length; `Mask.intervals` computes its numbers. `ContextParallel.shard_batch` doe
 
 import dataclasses
 from types import ModuleType
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,17 @@ from jaxtyping import Int32, Integer
 
 from hcp_jax.base import checks
 from hcp_jax.sequence.layout import KeyRuns
-
-# Greater than the index of any key.
-NO_LIMIT = np.iinfo(np.int32).max
+from hcp_jax.sequence.terms import (
+    NO_LIMIT,
+    Causal,
+    ChunkedLocal,
+    Documents,
+    Given,
+    Lengths,
+    PrefixLM,
+    SlidingWindow,
+    Term,
+)
 
 
 class Intervals(NamedTuple):
@@ -54,146 +62,6 @@ class Placement(NamedTuple):
     key_length: int | None = None
 
 
-class _Term:
-    """One condition on (query, key) pairs."""
-
-    @property
-    def length(self) -> int | None:
-        """The number of queries that the term was written for; None if it fits any."""
-        return None
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether a query may see later keys, which could be padding as far as the term knows."""
-        return False
-
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
-        """Return (start, end) of the queries `index`; each broadcasts against `[B1, T]`."""
-        raise NotImplementedError
-
-
-@dataclass_transform(frozen_default=True)
-def _term(cls: Any) -> Any:
-    """Make a frozen dataclass a pytree; its fields marked `_static` are not leaves."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
-    static = [f.name for f in fields if f.metadata.get("static")]
-    data = [f.name for f in fields if f.name not in static]
-    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
-
-
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
-
-
-@_term
-class _Causal(_Term):
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
-        return 0, index + 1
-
-
-@_term
-class _SlidingWindow(_Term):
-    left: int = _static()  # keys before the query, at most NO_LIMIT - 1
-    right: int = _static()  # keys after it
-
-    @property
-    def looks_ahead(self) -> bool:
-        return self.right > 0
-
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
-        # Written so that no sum overflows int32, however wide the window is.
-        return index - self.left, xp.minimum(index, NO_LIMIT - 1 - self.right) + (self.right + 1)
-
-
-@_term
-class _ChunkedLocal(_Term):
-    chunk: int = _static()
-
-    @property
-    def looks_ahead(self) -> bool:
-        return True
-
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
-        start = index - index % self.chunk
-        return start, xp.minimum(start, NO_LIMIT - self.chunk) + self.chunk
-
-
-@_term
-class _PrefixLM(_Term):
-    prefix_length: Any  # [B1, 1]
-
-    @property
-    def looks_ahead(self) -> bool:
-        return True
-
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
-        return 0, xp.maximum(index + 1, self.prefix_length)
-
-
-@_term
-class _Lengths(_Term):
-    queries: Any  # [B1, 1]
-    keys: Any  # [B1, 1]; NO_LIMIT where only the queries have a length
-
-    @property
-    def looks_ahead(self) -> bool:
-        return isinstance(self.keys, np.ndarray) and bool(np.any(self.keys >= NO_LIMIT))
-
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
-        # Queries past the end are padding too: their intervals are empty.
-        return 0, xp.where(index < self.queries, self.keys, 0)
-
-
-@_term
-class _Documents(_Term):
-    segment_ids: Any  # [B1, T], any integers
-    padding_id: int | None = _static()
-
-    @property
-    def length(self) -> int | None:
-        return int(self.segment_ids.shape[1])
-
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:
-        ids = xp.asarray(self.segment_ids)
-        token = xp.arange(ids.shape[1], dtype=np.int32)[None]
-        differs = ids[:, 1:] != ids[:, :-1]
-        edge = xp.ones((ids.shape[0], min(1, ids.shape[1])), bool)
-        first = xp.where(xp.concatenate([edge, differs], axis=1), token, 0)
-        last = xp.where(xp.concatenate([differs, edge], axis=1), token + 1, NO_LIMIT)
-        start = _accumulate_max(first, xp)
-        end = -_accumulate_max(-last[:, ::-1], xp)[:, ::-1]
-        if self.padding_id is not None:
-            end = xp.where(ids == self.padding_id, start, end)
-        return start, end
-
-
-@_term
-class Given(_Term):
-    """A term that holds the intervals as numbers, one per query."""
-
-    start: Any  # [B1, T]
-    end: Any
-
-    @property
-    def length(self) -> int | None:  # noqa: D102
-        return int(self.start.shape[1])
-
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:  # noqa: D102
-        return xp.asarray(self.start), xp.asarray(self.end)
-
-
-@_term
-class Alike(_Term):
-    """A term under which all queries of a row see the same keys; it fits any number of queries."""
-
-    start: Any  # [B1, 1]
-    end: Any
-
-    def bounds(self, index: Any, xp: ModuleType) -> tuple[Any, Any]:  # noqa: D102
-        return xp.asarray(self.start), xp.asarray(self.end)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -211,7 +79,7 @@ class Mask:
         runs: the key runs of every device, one row each, if the mask was placed under a grouping.
     """
 
-    terms: tuple[_Term, ...] = ()
+    terms: tuple[Term, ...] = ()
     placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
     runs: KeyRuns | None = None
 
@@ -290,7 +158,7 @@ class Mask:
 
 def causal() -> Mask:
     """Build the causal mask: query i sees keys `[0, i+1)`."""
-    return Mask((_Causal(),))
+    return Mask((Causal(),))
 
 
 def bidirectional() -> Mask:
@@ -315,7 +183,7 @@ def sliding_window(window: int, *, right: int = 0) -> Mask:
     """
     window = checks.integer("window of sliding_window", window, least=1)
     right = checks.integer("right of sliding_window", right, least=0)
-    return Mask((_SlidingWindow(min(window, NO_LIMIT) - 1, min(right, NO_LIMIT - 1)),))
+    return Mask((SlidingWindow(min(window, NO_LIMIT) - 1, min(right, NO_LIMIT - 1)),))
 
 
 def chunked_local(chunk: int) -> Mask:
@@ -327,7 +195,7 @@ def chunked_local(chunk: int) -> Mask:
         ValueError: if `chunk` is less than 1.
     """
     chunk = checks.integer("chunk of chunked_local", chunk, least=1)
-    return Mask((_ChunkedLocal(min(chunk, NO_LIMIT)),))
+    return Mask((ChunkedLocal(min(chunk, NO_LIMIT)),))
 
 
 def prefix_lm(prefix_length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
@@ -339,7 +207,7 @@ def prefix_lm(prefix_length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
     Raises:
         ValueError: unless they are integers, 0 or greater (not checked where they are traced).
     """
-    return Mask((_PrefixLM(_per_row("prefix_length of prefix_lm", prefix_length)),))
+    return Mask((PrefixLM(_per_row("prefix_length of prefix_lm", prefix_length)),))
 
 
 def lengths(
@@ -361,8 +229,8 @@ def lengths(
     """
     queries = _per_row("length of lengths", length)
     if key_length is None:
-        return Mask((_Lengths(queries, queries),))
-    return Mask((_Lengths(queries, _per_row("key_length of lengths", key_length)),))
+        return Mask((Lengths(queries, queries),))
+    return Mask((Lengths(queries, _per_row("key_length of lengths", key_length)),))
 
 
 def documents(
@@ -406,7 +274,7 @@ def documents(
         # Renumber: 64-bit ids would be cut to 32 bits when they are copied to a device.
         ids = _renumbered(np.asarray(ids), padding_id)
         padding_id = None if padding_id is None else _PADDING_ID
-    return Mask((_Documents(ids, padding_id),))
+    return Mask((Documents(ids, padding_id),))
 
 
 def intervals(
@@ -433,11 +301,6 @@ def intervals(
     return Mask((Given(_to_int32(start), _to_int32(end)),))
 
 
-def _accumulate_max(x: Any, xp: ModuleType) -> Any:
-    return np.maximum.accumulate(x, axis=1) if xp is np else jax.lax.cummax(x, axis=1)
-
-
-# The id of padding after `_renumbered`.
 _PADDING_ID = -1
 
 

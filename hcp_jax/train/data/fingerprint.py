@@ -14,7 +14,6 @@ import concurrent.futures
 import hashlib
 import json
 import pathlib
-import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -123,9 +122,8 @@ def _files_of(data: DataConfig, name: str | None) -> list[Entry]:
     path = None if name is None else pathlib.Path(name)
     if path is not None and tokens.is_tokenised(path):
         return fingerprint([path / file for file in tokens.FILES], path)
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"]) if path is None else path
-    files = Texts(path, data.field, data.bad_lines, data.skip).files
-    return fingerprint(files, root if root.is_dir() else root.parent)
+    texts = Texts(path, data.field, data.bad_lines, data.skip)
+    return fingerprint(texts.files, texts.root)
 
 
 def _compare(key: str, before: list[Entry], now: Sequence[Entry]) -> list[str]:

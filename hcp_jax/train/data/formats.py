@@ -5,31 +5,25 @@ about a megabyte, so that a file needs no more memory than its longest document;
 is one document in several pieces.
 """
 
-import bz2
 import codecs
 import contextlib
 import csv
-import gzip
 import json
-import lzma
 import pathlib
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from hcp_jax.base.terminal import printable as shown
-
-PIECE = 2**20
-"""Bytes read at a time."""
+from hcp_jax.train.data import unpacking
+from hcp_jax.train.data.unpacking import PACKED, pieces, require_package
 
 _HEAD = 2**16  # bytes by which a format is recognised
 _BOM = codecs.BOM_UTF8
 _LINES = {".jsonl", ".ndjson", ".jsonlines", ".ldjson"}
 _TABLES = {".csv", ".tsv"}
 _PARQUET = {".parquet", ".parq", ".pq"}
-_PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
 _KEYS_SHOWN = 12
 
 Bad = Callable[[str], None]
@@ -64,7 +58,7 @@ def detect_format(file: pathlib.Path, field: str) -> str:
         ValueError: if the file is compressed and cannot be read.
     """
     suffixes = [s.lower() for s in file.suffixes]
-    while suffixes and (suffixes[-1] in _PACKED or suffixes[-1] == ".txt"):
+    while suffixes and (suffixes[-1] in PACKED or suffixes[-1] == ".txt"):
         suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
     with file.open("rb") as opened:
@@ -75,7 +69,7 @@ def detect_format(file: pathlib.Path, field: str) -> str:
     if suffix in _TABLES:
         return "CSV"
     head = b""
-    for piece in _pieces(file):
+    for piece in pieces(file):
         head += piece
         if len(head) >= _HEAD:
             break
@@ -135,7 +129,7 @@ def _text(file: pathlib.Path) -> Iterator[Piece]:
 def _checked(file: pathlib.Path) -> Iterator[bytes]:
     """Yield the pieces of a file after checking that they are text; each ends after a character."""
     offset, line, begun = 0, 1, b""
-    for piece in _pieces(file):
+    for piece in pieces(file):
         text = begun + piece
         if offset == 0 and text.startswith(_BOM):
             text, offset = text[len(_BOM) :], len(_BOM)
@@ -178,7 +172,7 @@ def _check(file: pathlib.Path, text: bytes, offset: int, line: int, final: bool)
 def _lines(file: pathlib.Path, bad: Bad) -> Iterator[tuple[int, bytes]]:
     """Yield the number and the bytes of each line that is text; numbers begin at 1."""
     offset = 0
-    for number, line in enumerate(_cut_lines(_pieces(file)), 1):
+    for number, line in enumerate(_cut_lines(pieces(file)), 1):
         text = line
         if number == 1 and text.startswith(_BOM):
             text, offset = text[len(_BOM) :], len(_BOM)
@@ -257,7 +251,7 @@ def _json_array(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
     while True:
         number += 1
         skip("")
-        wanted = PIECE
+        wanted = unpacking.PIECE
         while True:
             try:
                 record, end = decoder.raw_decode(text, at)
@@ -350,8 +344,8 @@ def _longest_field(size: int) -> Iterator[None]:
 
 
 def _parquet(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
-    pyarrow = _package("pyarrow", file)
-    parquet = _package("pyarrow.parquet", file)
+    pyarrow = require_package("pyarrow", file)
+    parquet = require_package("pyarrow.parquet", file)
     name = f"data.path: {shown(file)}"
     try:
         with parquet.ParquetFile(file) as opened:
@@ -412,59 +406,3 @@ def _has_field(head: bytes, field: str) -> bool:
         whole = "\n" in text or len(head) < _HEAD // 2
         return not whole and f"{json.dumps(field)}:" in text.replace('" :', '":')
     return isinstance(record, dict) and isinstance(record.get(field), str) and end > 0
-
-
-def _pieces(file: pathlib.Path) -> Iterator[bytes]:
-    """Yield the bytes of a file, unpacked if it is compressed."""
-    with file.open("rb") as raw:
-        begins = raw.read(6)
-        raw.seek(0)
-        packed = next((s for s, magic in _PACKED.items() if begins.startswith(magic)), None)
-        if packed is None and file.suffix.lower() in _PACKED and begins:
-            raise ValueError(f"data.path: {shown(file)} is damaged: no {file.suffix} file.")
-        if packed is None:
-            yield from iter(lambda: raw.read(PIECE), b"")
-            return
-        try:
-            yield from _unpacked(file, raw, packed)
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            raise ValueError(f"data.path: {shown(file)} is damaged: {error}") from None
-
-
-def _unpacked(file: pathlib.Path, raw: IO[bytes], packed: str) -> Iterator[bytes]:
-    if packed == ".zst":
-        yield from _unpacked_zstd(_package("zstandard", file), raw)
-        return
-    unpack: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    opened = unpack[packed](raw)
-    yield from iter(lambda: opened.read(PIECE), b"")
-
-
-def _unpacked_zstd(zstandard: Any, raw: IO[bytes]) -> Iterator[bytes]:
-    # The package's own reader accepts a file that is cut off.
-    rest = b""
-    while data := rest or raw.read(PIECE // 8):
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        while True:
-            try:
-                if text := frame.decompress(data):
-                    yield text
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from None
-            if frame.eof:
-                break
-            data = raw.read(PIECE // 8)
-            if not data:
-                raise EOFError("it is cut off")
-        rest = frame.unused_data
-
-
-def _package(name: str, file: pathlib.Path) -> Any:
-    try:
-        return __import__(name, fromlist=["_"])
-    except ImportError:
-        package = name.partition(".")[0]
-        raise ValueError(
-            f"data.path: {shown(file)} needs the package {package}: pip install {package} (the "
-            "extra 'data' of hcp_jax has it)."
-        ) from None

@@ -49,8 +49,7 @@ class Texts:
         self._files: collections.Counter[str] = collections.Counter()
         self._documents: collections.Counter[str] = collections.Counter()
         if path is None:
-            root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-            found = _walk(root, self._left_out, leave_out=_STDLIB_LEFT_OUT)
+            found = _walk(self.root, self._left_out, leave_out=_STDLIB_LEFT_OUT)
             self.files = [file for file in found if file.suffix == ".py"]
             # Other files of the standard library do not belong to this text: do not report them.
             self._left_out.clear()
@@ -64,6 +63,13 @@ class Texts:
                 )
             _require_file(path)
             self.files = [path]
+
+    @property
+    def root(self) -> pathlib.Path:
+        """The folder that the files are below."""
+        if self.path is None:
+            return pathlib.Path(sysconfig.get_paths()["stdlib"])
+        return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def source(self) -> str:
@@ -122,10 +128,14 @@ class Texts:
             lines.append(f"skipped, {self._bad:,} bad lines or records; the first: {first}")
         return lines
 
+    def _name(self, file: pathlib.Path) -> str:
+        inside = self.root in file.parents
+        return shown(str(file.relative_to(self.root)) if inside else file.name)
+
     def _choose(self, files: Iterator[pathlib.Path], skip: Sequence[str]) -> Iterator[pathlib.Path]:
         for file in files:
             if any(fnmatch.fnmatchcase(file.name.lower(), pattern.lower()) for pattern in skip):
-                self._left_out["by data.skip"].append(shown(file.name))
+                self._left_out["by data.skip"].append(self._name(file))
             else:
                 yield file
 
@@ -147,18 +157,18 @@ class Texts:
                 yield piece
             if empty:
                 self._files[kind] -= 1
-                self._left_out["empty"].append(shown(file.name))
+                self._left_out["empty"].append(self._name(file))
         except formats.NoRecordsError:
             if file == self.path:
                 raise
             self._files[kind] -= 1
-            self._left_out["JSON, but not a list of records"].append(shown(file.name))
+            self._left_out["JSON, but not a list of records"].append(self._name(file))
         except ValueError as error:
             # A few of Python's sources are in older encodings; they are left out.
             if self.path is None:
-                self._left_out["not UTF-8"].append(shown(file.name))
+                self._left_out["not UTF-8"].append(self._name(file))
             elif self._bad_lines == "skip" and "is not text" in str(error):
-                self._left_out["not text"].append(shown(file.name))
+                self._left_out["not text"].append(self._name(file))
             else:
                 raise
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from hcp_jax.train.data import DataConfig, formats, open_corpus
+from hcp_jax.train.data import DataConfig, open_corpus, unpacking
 from hcp_jax.train.data.text import Texts
 
 RECORDS = [{"text": "één"}, {"id": 3, "text": "two\nlines"}, {"text": ""}, {"text": "x" * 9}]
@@ -82,7 +82,7 @@ def test_records_are_found_under_any_name_packed_or_not(tmp_path, monkeypatch, n
     path = tmp_path / f"{name}{pack}"
     path.write_bytes(PACK[pack](content))
     assert read(path)[0] == TEXTS
-    monkeypatch.setattr(formats, "PIECE", 13)  # cuts characters, lines and records
+    monkeypatch.setattr(unpacking, "PIECE", 13)  # cuts characters, lines and records
     assert read(path)[0] == TEXTS
 
 
@@ -123,7 +123,7 @@ def test_what_a_folder_holds_and_what_is_left_out_is_told(tmp_path):
         "1 file of text (1 document)",
         "left out, JSON, but not a list of records: package.json",
         "left out, by data.skip: LICENSE, README.md, dataset_infos.json, index.json",
-        "left out, empty: none.txt",
+        "left out, empty: deep/none.txt",
         "left out, hidden: .hidden",
     ]
     assert "README.md" in str(Texts(tmp_path, skip=()).files)
@@ -236,7 +236,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["one.txt", "many.jsonl", "many.json"])
 def test_a_file_needs_hardly_more_memory_than_its_text(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(formats, "PIECE", 2**16)
+    monkeypatch.setattr(unpacking, "PIECE", 2**16)
     line = json.dumps({"text": "é" * 3000}, ensure_ascii=False)
     begin, text, end = {
         "one.txt": ("", "é" * 10_000, ""),

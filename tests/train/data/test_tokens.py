@@ -13,7 +13,7 @@ import tokenizers
 
 from hcp_jax import cli
 from hcp_jax.commands import tokenize as command
-from hcp_jax.train.data import DataConfig, open_corpus, tokenizer, tokens
+from hcp_jax.train.data import DataConfig, open_corpus, token_writer, tokenizer, tokens
 from hcp_jax.train.data.streams import Segments, Streams
 
 TEXTS = ["a b c", "c b", "a <s> zebra b", "c" * 5]
@@ -193,7 +193,7 @@ def test_writing_goes_on_with_the_same_text_alone(folder, capsys, monkeypatch):
     assert tokenize(folder) == 2
     assert "was begun with other text than there is now" in capsys.readouterr().err
     with (folder / "out" / "tokens.npy").open("rb") as file:
-        tokens._lock(file, folder)
+        token_writer._lock(file, folder)
         assert tokenize(folder) == 2
         assert "another hcp tokenize is writing there" in capsys.readouterr().err
     (folder / "text.jsonl").write_text(lines)
@@ -330,7 +330,8 @@ def test_runs_of_ids_are_read_together_and_in_order(folder, monkeypatch):
 
 
 def test_large_folders_are_held_against_some_of_their_checksums(folder, monkeypatch):
-    monkeypatch.setattr(tokens, "_BLOCK", 4)
+    for module in (tokens, token_writer):
+        monkeypatch.setattr(module, "BLOCK", 4)
     tokenize(folder)
     assert "compared with checksums: 4 of 6 parts" in "\n".join(read(folder).report)
     monkeypatch.setattr(tokens, "_BLOCKS_CHECKED", 9)
