@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from hcp_jax.base import checks
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.mask import Mask, bidirectional, causal, lengths, sliding_window
+from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.sequence.terms import NO_LIMIT
 
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
@@ -89,7 +90,7 @@ def combined_mask(
     Raises:
         ValueError: for arguments that are not masks, lengths or windows.
     """
-    if not (mask is None or isinstance(mask, Mask)):
+    if not (mask is None or isinstance(mask, Mask | PlacedMask)):
         raise ValueError(
             f"mask must be a hcp_jax.Mask, got {type(mask).__name__}. Build one with causal(), "
             "documents(ids), sliding_window(w) ... and &; a boolean matrix that shows each query "

@@ -15,12 +15,13 @@ from hcp_jax.base import checks
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.dense_mask import from_dense
 from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
 
 
 def attention_fn(
     cp: ContextParallel | None = None,
     *,
-    mask: Mask | None = None,
+    mask: Mask | PlacedMask | None = None,
     logits_soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> Callable[..., Float[Array, "*B T N Hv"]]:
@@ -91,7 +92,7 @@ def attention_fn(
             )
         if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
             raise NotImplementedError("attention has no einsum to replace; use Flax's own.")
-        if not (mask is None or isinstance(mask, Mask)):
+        if not (mask is None or isinstance(mask, Mask | PlacedMask)):
             _require_not_decoding(q, k, cp, fixed is not None or is_causal)
             mask = _from_flax(mask, q, k)
         _require_layout(cp, query.shape[-3])
@@ -165,7 +166,7 @@ def _promoted(arrays: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
 
 def _require_layout(cp: ContextParallel | None, tokens: int) -> None:
     """Check that `tokens` is a padded length; the error also explains how to call `init`."""
-    if cp is None or cp.groups is not None or cp.on_device:
+    if cp is None or cp.on_device:
         return
     if tokens == cp.padded_length(tokens):
         return

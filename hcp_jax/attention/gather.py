@@ -1,42 +1,75 @@
-"""Gather K and V over mesh axes and attend once; in backward, gather again, scatter the gradients.
+"""Gather K and V over devices and attend once; in backward, gather again, scatter the gradients.
 
 This is simpler than a ring. Its transfers are few and large and are not hidden behind compute, so
 it suits short sequences and fast links. Only the local K and V are saved for the gradient. dk and
 dv are summed in float32. (Dubey et al., The Llama 3 Herd of Models, 2024, section 3.3.2.)
 """
 
-import jax
-from jaxtyping import Array, Float
+from typing import Any, NamedTuple
 
-from hcp_jax.attention.ring import KV, Attend, AttendGrads, Rings
+import jax
+
+from hcp_jax.attention.movers import KV, Attend, AttendGrads, source_row
+from hcp_jax.cost import traffic
 from hcp_jax.kernels.merge import Partial
+from hcp_jax.parallel.peers import Peers
 from hcp_jax.sequence.layout import KeyRuns
 
 
-def forward(attend: Attend, kv: KV, runs: KeyRuns, rings: Rings) -> Partial:
-    """Compute attention of this device's queries against the keys of all devices of its ring.
+class Gather(NamedTuple):
+    """A mover that gathers the keys of all peers; see `movers.Mover`.
 
-    Args:
-        attend: the core, bound to this device's queries.
-        kv: this device's own keys and values.
-        runs: `layout.ring_runs` with ring_size 1: the runs of all keys, device by device.
-        rings: one ring; K and V are gathered over its axes.
+    Attributes:
+        peers: the devices whose keys are gathered.
     """
-    return attend(_gather(kv, rings.axes), KeyRuns(runs.starts[0], runs.offsets))
 
+    peers: Peers = Peers()
 
-def backward(
-    attend_grads: AttendGrads, kv: KV, runs: KeyRuns, rings: Rings
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-    """Return the gradients of this device's queries, keys and values; arguments as in `forward`."""
-    axes, runs = rings.axes, KeyRuns(runs.starts[0], runs.offsets)
-    dq, *dkv = attend_grads(_gather(kv, axes), runs)
-    with jax.named_scope("gather_kv"):
-        dk, dv = (jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in dkv)
-    return dq, dk, dv
+    @property
+    def sources(self) -> int:
+        """One: all keys are there at once."""
+        return 1
 
+    def block(self) -> Any:
+        """See `Mover.block`."""
+        return self.peers.block()
 
-def _gather(kv: KV, axes: tuple[str, ...]) -> KV:
-    with jax.named_scope("gather_kv"):
-        k, v = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in kv)
-    return k, v
+    def forward(self, attend: Attend, kv: KV, runs: KeyRuns) -> Partial:
+        """See `Mover.forward`."""
+        return attend(self._gather(kv), source_row(runs, 0))
+
+    def backward(self, attend_grads: AttendGrads, kv: KV, runs: KeyRuns) -> tuple[Any, Any, Any]:
+        """See `Mover.backward`."""
+        dq, *dkv = attend_grads(self._gather(kv), source_row(runs, 0))
+        with jax.named_scope(traffic.GATHER_KV):
+            dk, dv = (
+                jax.lax.psum_scatter(
+                    x,
+                    self.peers.axes,
+                    scatter_dimension=1,
+                    axis_index_groups=self.peers.index_groups,
+                    tiled=True,
+                )
+                for x in dkv
+            )
+        return dq, dk, dv
+
+    def traffic(
+        self, kv_bytes: int, grad_bytes: int, remat: traffic.Remat
+    ) -> list[traffic.Traffic]:
+        """See `Mover.traffic`."""
+        return traffic.gather(self.peers.axes, self.peers.size, kv_bytes, grad_bytes, remat)
+
+    def _gather(self, kv: KV) -> KV:
+        with jax.named_scope(traffic.GATHER_KV):
+            k, v = (
+                jax.lax.all_gather(
+                    x,
+                    self.peers.axes,
+                    axis=1,
+                    axis_index_groups=self.peers.index_groups,
+                    tiled=True,
+                )
+                for x in kv
+            )
+        return k, v

@@ -12,51 +12,32 @@ The tokens arrive device by device in the order of the axis, so they are contigu
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
-class Exchange(NamedTuple):
-    """The devices that exchange heads for sequence with each other; static.
-
-    Attributes:
-        axes: mesh axes.
-        size: A, how many neighbouring devices along `axes` exchange heads with each other.
-        devices: number of devices along `axes`; a multiple of A.
-    """
-
-    axes: tuple[str, ...] = ()
-    size: int = 1
-    devices: int = 1
-
-    @property
-    def index_groups(self) -> list[list[int]] | None:
-        """The devices along `axes` in sets of A; None if all of them are one set."""
-        if self.size == self.devices:
-            return None
-        return [[a + i for i in range(self.size)] for a in range(0, self.devices, self.size)]
+from hcp_jax.cost.traffic import EXCHANGE_HEADS
+from hcp_jax.parallel.peers import Peers
 
 
-def to_sequence(x: Float[Array, "B t N *H"], exchange: Exchange) -> Float[Array, "B At nA *H"]:
+def to_sequence(x: Float[Array, "B t N *H"], lanes: Peers) -> Float[Array, "B At nA *H"]:
     """Exchange all heads of t tokens for a share of the heads of A·t tokens."""
-    return _all_to_all(x, exchange, split=2, concat=1)
+    return _all_to_all(x, lanes, split=2, concat=1)
 
 
-def to_heads(x: Float[Array, "B At nA *H"], exchange: Exchange) -> Float[Array, "B t N *H"]:
+def to_heads(x: Float[Array, "B At nA *H"], lanes: Peers) -> Float[Array, "B t N *H"]:
     """Exchange back: the inverse of `to_sequence`."""
-    return _all_to_all(x, exchange, split=1, concat=2)
+    return _all_to_all(x, lanes, split=1, concat=2)
 
 
-def own_part(x: Float[Array, "N"], exchange: Exchange) -> Float[Array, "nA"]:
-    """Select, from one number per head, those of the heads that this device has after exchange."""
-    if exchange.size == 1:
+def own_part(x: Float[Array, "N"], lanes: Peers) -> Float[Array, "nA"]:
+    """Select, from one number per head, those of the heads that this device has after lanes."""
+    if lanes.size == 1:
         return x
-    lane = jax.lax.axis_index(exchange.axes) % exchange.size
-    part = x.shape[0] // exchange.size
-    return jax.lax.dynamic_slice_in_dim(x, lane * part, part)
+    part = x.shape[0] // lanes.size
+    return jax.lax.dynamic_slice_in_dim(x, lanes.rank() * part, part)
 
 
 def replicate_kv(x: Float[Array, "B t K H"], size: int) -> Float[Array, "B t rK H"]:
@@ -70,15 +51,15 @@ def replicate_kv(x: Float[Array, "B t K H"], size: int) -> Float[Array, "B t rK 
     return x if times == 1 else jnp.repeat(x, times, axis=2)
 
 
-def _all_to_all(x: Any, exchange: Exchange, split: int, concat: int) -> Any:
-    if exchange.size == 1:
+def _all_to_all(x: Any, lanes: Peers, split: int, concat: int) -> Any:
+    if lanes.size == 1:
         return x
-    with jax.named_scope("exchange_heads"):
+    with jax.named_scope(EXCHANGE_HEADS):
         return jax.lax.all_to_all(
             x,
-            exchange.axes,
+            lanes.axes,
             split_axis=split,
             concat_axis=concat,
-            axis_index_groups=exchange.index_groups,
+            axis_index_groups=lanes.index_groups,
             tiled=True,
         )

@@ -7,25 +7,24 @@ The all-to-alls around it use JAX's transpose, which is again an all-to-all.
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from hcp_jax.attention import gather, heads, ring
+from hcp_jax.attention import heads
 from hcp_jax.attention.derivatives import first_order
+from hcp_jax.attention.movers import Mover
 from hcp_jax.kernels.core import CoreSpec, attend, attend_grads
 from hcp_jax.kernels.merge import Partial, merge, softmax_weight
-from hcp_jax.sequence.layout import KeyRuns, ring_runs
+from hcp_jax.parallel.peers import Peers
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
 # Names of the residuals. A remat policy that saves them avoids a second forward of attention.
 RESIDUALS = ("hcp_out", "hcp_lse")
-
-_MOVES = {"ring": ring, "gather": gather}
-_ALONE, _STILL = heads.Exchange(), ring.Rings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +33,15 @@ class LocalSpec:
 
     Attributes:
         core: how one device computes.
-        key_length: S, keys in the whole stream, padded.
-        cp_size: C.
-        layout: layout of queries and keys.
-        exchange: the devices that exchange heads with each other.
-        rings: the devices that K and V move over.
-        by: how K and V move, "ring" or "gather".
+        lanes: the devices that exchange heads with each other.
+        mover: brings the keys and values of other devices.
         head_groups: the number of parts that the heads are processed in, one after the other.
     """
 
     core: CoreSpec
-    key_length: int
-    cp_size: int = 1
-    layout: str = "contiguous"
-    exchange: heads.Exchange = _ALONE
-    rings: ring.Rings = _STILL
-    by: Literal["ring", "gather"] = "ring"
+    lanes: Peers
+    mover: Mover
     head_groups: int = 1
-
-    @property
-    def runs(self) -> KeyRuns:
-        """The key runs of each member of the ring; one row if K and V are gathered."""
-        ring_size = self.rings.hops if self.by == "ring" else 1
-        return ring_runs(self.key_length, self.cp_size, self.layout, ring_size)
 
 
 def attention(
@@ -66,7 +51,7 @@ def attention(
     v: Float[Array, "B s K Hv"],
     intervals: Intervals,
     sinks: Float[Array, "N"] | None,
-    runs: KeyRuns | None = None,
+    runs: KeyRuns,
     *,
     return_residual: bool,
 ) -> tuple[Float[Array, "B t N Hv"], Float[Array, "B t N"] | None]:
@@ -79,10 +64,10 @@ def attention(
         v: this device's values.
         intervals: intervals of the queries that this device has *after* the exchange of heads.
         sinks: logits of the attention sinks of all heads (of its tp part).
-        runs: the key runs of each member of the rings; those of `spec` if None.
+        runs: the key runs of each source of keys, as stacked rows.
         return_residual: whether to return lse; None in its place otherwise.
     """
-    k, v = (heads.replicate_kv(x, spec.exchange.size) for x in (k, v))
+    k, v = (heads.replicate_kv(x, spec.lanes.size) for x in (k, v))
     number = spec.head_groups
     parts = list(zip(*(jnp.split(x, number, axis=2) for x in (q, k, v)), strict=True))
     sinks_by_part = [None] * number if sinks is None else jnp.split(sinks, number)
@@ -98,29 +83,28 @@ def attention(
             )
             partials[-1:] = before
             arriving = _to_sequence(spec, leaving)
-        own_sinks = None if part_sinks is None else heads.own_part(part_sinks, spec.exchange)
+        own_sinks = None if part_sinks is None else heads.own_part(part_sinks, spec.lanes)
         partials.append(_attend_moving(spec, *here, intervals, runs, own_sinks))
     out, lse = (
-        jnp.concatenate([heads.to_heads(x, spec.exchange) for x in results], axis=2)
+        jnp.concatenate([heads.to_heads(x, spec.lanes) for x in results], axis=2)
         for results in zip(*partials, strict=True)
     )
     return out, lse if return_residual else None
 
 
 def _to_sequence(spec: LocalSpec, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(heads.to_sequence(x, spec.exchange) for x in arrays)
+    return tuple(heads.to_sequence(x, spec.lanes) for x in arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_moving(
-    spec: LocalSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns | None, sinks: Any
+    spec: LocalSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns, sinks: Any
 ) -> Any:
     def core(kv: Any, runs: Any) -> Any:
         k, v = kv
         return attend(spec.core, q, k, v, intervals, runs)
 
-    runs = spec.runs if runs is None else runs
-    partial = _MOVES[spec.by].forward(core, (k, v), runs, spec.rings)
+    partial = spec.mover.forward(core, (k, v), runs)
     if sinks is not None:
         # A sink is one more key whose value is zero. It is merged once, not at every hop.
         partial = merge(
@@ -130,7 +114,7 @@ def _attend_moving(
 
 
 def _forward(
-    spec: LocalSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns | None, sinks: Any
+    spec: LocalSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns, sinks: Any
 ) -> Any:
     q, k, v, sinks = first_order((q, k, v, sinks))
     out, lse = _attend_moving(spec, q, k, v, intervals, runs, sinks)
@@ -152,8 +136,7 @@ def _backward(spec: LocalSpec, residuals: Any, cotangents: Any) -> Any:
         k, v = kv
         return attend_grads(spec.core, q, k, v, intervals, runs, dout, lse, delta)
 
-    runs = spec.runs if runs is None else runs
-    dq, dk, dv = _MOVES[spec.by].backward(core, (k, v), runs, spec.rings)
+    dq, dk, dv = spec.mover.backward(core, (k, v), runs)
     dsinks = None
     if sinks is not None:
         weight = softmax_weight(_by_query(sinks, lse), lse)

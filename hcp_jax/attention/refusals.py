@@ -42,10 +42,10 @@ def require_whole_call(
                     "called without cp, which takes tokens to be in natural order on one device. "
                     "Pass cp=cp; or bring the arrays back first with cp.unshard."
                 )
-    if not isinstance(mask, Mask) or mask.placement is not None:
+    if not isinstance(mask, Mask):
         return
-    if cp is not None and (cp.groups is not None or _inside_shard_map(cp)):
-        return  # lengths there are a device's own, or those of buffers
+    if cp is not None and _inside_shard_map(cp):
+        return  # lengths there are a device's own
     require_ids_of_all_tokens(cp, mask, q.shape[-3])
 
 

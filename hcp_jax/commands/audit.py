@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one layer's attention, forward and backward, instead of the whole training step",
     )
     parser.add_argument(
-        "--groups",
+        "--widest-group",
         type=arguments.whole(),
-        nargs="+",
-        metavar="SIZE",
-        help="the program of one grouping; each device has its share of seq_len as slots",
+        metavar="DEVICES",
+        help="dynamic CP's program for groups of up to so many devices; each device has its share "
+        "of seq_len as slots",
     )
     parser.add_argument(
         "--xla-flag",
@@ -57,16 +57,16 @@ def run(args: argparse.Namespace) -> int:
     from hcp_jax.planner.audit import audit_attention, audit_step, chosen_flags, place, title
 
     config = configuration.from_arguments(args)
-    if config.parallel.dynamic.enabled and not args.groups:
+    if config.parallel.dynamic.enabled and not args.widest_group:
         raise NotImplementedError(
-            "hcp audit compiles one program, and parallel.dynamic has one for each grouping: name "
-            "one with --groups, or give --parallel.dynamic.enabled false."
+            "hcp audit compiles one program, and parallel.dynamic has one for each widest group: "
+            "name one with --widest-group, or give --parallel.dynamic.enabled false."
         )
     on = cluster(args)
     flags = chosen_flags(on, args.xla_flag, library=not args.no_flags)
     cp = place(config, on)
-    if args.groups:
-        cp = dataclasses.replace(cp, groups=tuple(args.groups))
+    if args.widest_group:
+        cp = dataclasses.replace(cp, widest_group=args.widest_group)
     if args.attention:
         rows = max(cp.axis_size(cp.dp), config.batch_size // config.accumulation)
         found = audit_attention(cp, on, config.model, config.seq_len, rows, flags)

@@ -140,16 +140,14 @@ def layer_traffic(
     Returns:
         All collectives; none for axes of one device.
     """
-    exchange, move = (math.prod(sizes[axis] for axis in axes) for axes in strategy[:2])
-    kv_items = 2 * tokens * kv_heads_exchanged(kv_heads, exchange) * head_size
+    lanes, sources = (math.prod(sizes[axis] for axis in axes) for axes in strategy[:2])
+    kv_items = 2 * tokens * kv_heads_exchanged(kv_heads, lanes) * head_size
     q_bytes, kv_bytes = tokens * heads * head_size * item_bytes, kv_items * item_bytes
     found: list[Traffic] = []
-    if exchange > 1:
-        found += _exchange(strategy.exchange, exchange, q_bytes, kv_bytes, remat)
-    if move > 1:
-        movers = {"ring": _ring, "gather": _gather}
-        grads = kv_items * GRADIENT_BYTES
-        found += movers[strategy.by](strategy.move, move, kv_bytes, grads, remat)
+    if lanes > 1:
+        found += exchange(strategy.exchange, lanes, q_bytes, kv_bytes, remat)
+    moves = {"ring": hops, "gather": gather}[strategy.by]
+    found += moves(strategy.move, sources, kv_bytes, kv_items * GRADIENT_BYTES, remat)
     return tuple(found)
 
 
@@ -192,9 +190,19 @@ def state_bytes(
     return gathers * gathered + sent_bytes("reduce-scatter", gradients, copies)
 
 
-def _exchange(
+def exchange(
     axes: tuple[str, ...], size: int, q_bytes: int, kv_bytes: int, remat: Remat
 ) -> list[Traffic]:
+    """List the exchanges of heads in a layer, forward and backward.
+
+    Args:
+        axes: mesh axes that they run over.
+        size: A, how many devices exchange heads with each other.
+        q_bytes: bytes of a device's queries, as many as of its output.
+        kv_bytes: bytes of its K and V, replicated until A divides the heads.
+        remat: what backward recomputes.
+    """
+
     def one(direction: Direction, arrays: int, put: int, repeated: bool = False) -> Traffic:
         return Traffic(
             *(EXCHANGE_HEADS, "all-to-all", direction, axes, size, arrays, 1, put, repeated)
@@ -210,32 +218,48 @@ def _exchange(
     return [*found, one("backward", *out), one("backward", *qkv)]
 
 
-def _ring(
+def hops(
     axes: tuple[str, ...], size: int, kv_bytes: int, grad_bytes: int, remat: Remat
 ) -> list[Traffic]:
-    def hops(direction: Direction, put: int, repeated: bool = False) -> Traffic:
+    """List the moves of K and V from device to device, and of dK and dV back, in a layer.
+
+    Args:
+        axes: mesh axes that they move over.
+        size: how many devices' keys a device attends to, its own included.
+        kv_bytes: bytes of a device's K and V.
+        grad_bytes: bytes of their gradients.
+        remat: what backward recomputes.
+    """
+
+    def moves(direction: Direction, put: int, repeated: bool = False) -> Traffic:
         return Traffic(
             *(RING_HOP, "collective-permute", direction, axes, size, 2, size - 1, put, repeated)
         )
 
-    again = [hops("backward", kv_bytes, repeated=True)] if remat == "full" else []
+    if size == 1:
+        return []
+    again = [moves("backward", kv_bytes, repeated=True)] if remat == "full" else []
     return [
-        hops("forward", kv_bytes),
+        moves("forward", kv_bytes),
         *again,
-        hops("backward", kv_bytes),
-        hops("backward", grad_bytes),
+        moves("backward", kv_bytes),
+        moves("backward", grad_bytes),
     ]
 
 
-def _gather(
+def gather(
     axes: tuple[str, ...], size: int, kv_bytes: int, grad_bytes: int, remat: Remat
 ) -> list[Traffic]:
-    def gather(direction: Direction, repeated: bool = False) -> Traffic:
+    """List the gathers of K and V, and the scatters of their gradients; arguments as of `hops`."""
+
+    def once(direction: Direction, repeated: bool = False) -> Traffic:
         return Traffic(*(GATHER_KV, "all-gather", direction, axes, size, 2, 1, kv_bytes, repeated))
 
-    again = [gather("backward", repeated=True)] if remat == "full" else []
+    if size == 1:
+        return []
+    again = [once("backward", repeated=True)] if remat == "full" else []
     # Each device puts in gradients for all keys, and receives the sum for its own keys.
     scatter = Traffic(
         *(GATHER_KV, "reduce-scatter", "backward", axes, size, 2, 1, size * grad_bytes)
     )
-    return [gather("forward"), *again, gather("backward"), scatter]
+    return [once("forward"), *again, once("backward"), scatter]

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from hcp_jax.sequence.layout import KeyRuns, key_index
+from hcp_jax.kernels.key_index import key_index
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
 _FAR = jnp.iinfo(jnp.int32).max

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.kernels.core import CoreSpec, Problem
+from hcp_jax.kernels.key_index import key_index
 from hcp_jax.kernels.merge import Partial, softmax_weight
-from hcp_jax.sequence.layout import KeyRuns, key_index
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
 BLOCK = 256  # queries per block, and keys per block: 1 MiB of float32 logits for four heads

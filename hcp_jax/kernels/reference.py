@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hcp_jax.kernels.core import CoreSpec, Problem
+from hcp_jax.kernels.key_index import key_index
 from hcp_jax.kernels.merge import Partial, softmax_weight
-from hcp_jax.sequence.layout import KeyRuns, key_index
+from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
 

@@ -22,9 +22,10 @@ from hcp_jax.parallel import placing, spmd
 from hcp_jax.parallel.describe import collapse, describe
 from hcp_jax.parallel.mesh import as_tuple
 from hcp_jax.parallel.placing import Gathered
-from hcp_jax.sequence.groupings import check_layout
-from hcp_jax.sequence.layout import LAYOUTS, padded_length
-from hcp_jax.sequence.mask import Mask, Placement
+from hcp_jax.sequence.layout import LAYOUTS
+from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
+from hcp_jax.sequence.placement import Groups, Placement, Streams
 
 _log = logging.getLogger("hcp_jax")
 
@@ -48,14 +49,14 @@ class ContextParallel:
             heads that a device has after the exchange. It helps where the exchange is a large part
             of the step (plain a2a with short sequences). Each part runs its own ring, whose first
             and last hops may not be hidden. `hcp audit` shows both effects.
-        groups: dynamic context parallelism: the sizes of the groups of dp and cp devices, in mesh
-            order, independent of the mesh's axes. Each group has its own documents, from
-            `hcp.place_microbatch`. None: one stream over the cp axes for each dp device.
+        widest_group: dynamic context parallelism: the number of devices, counted along dp and the
+            cp axes, of the widest group that a microbatch may have. Which devices form groups, and
+            which documents they have, is data of the batch (`hcp.place_microbatch`). None: one
+            stream over the cp axes for each dp device.
 
     Raises:
         ValueError: for an axis that the mesh lacks or that has two roles, for an unknown comm type
-            or layout, and for groups that do not add up to the number of dp and cp devices.
-        NotImplementedError: for groups with a comm type that gathers K and V.
+            or layout, and for a widest group that does not divide the dp and cp devices.
 
     >>> import hcp_jax as hcp
     >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
@@ -71,11 +72,11 @@ class ContextParallel:
     cp_outer: str | None = "cp_outer"
     cp_inner: str | None = "cp_inner"
     head_groups: int = 1
-    groups: tuple[int, ...] | None = None
+    widest_group: int | None = None
 
     def __post_init__(self) -> None:
         _require_mesh(self.mesh)
-        for field in ("dp", "tp", "comm_type", "groups"):
+        for field in ("dp", "tp", "comm_type"):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         self._check_axes()
@@ -88,8 +89,8 @@ class ContextParallel:
         require_known("layout", self.layout, LAYOUTS)
         head_groups = checks.integer("head_groups", self.head_groups, least=1)
         object.__setattr__(self, "head_groups", head_groups)
-        if self.groups is not None:
-            self._check_groups()
+        if self.widest_group is not None:
+            self._check_widest_group()
             return
         for note in sorted({collapse(self, c) for c in as_tuple(self.comm_type)} - {""}):
             _log.warning(note)
@@ -111,8 +112,10 @@ class ContextParallel:
 
     @property
     def placement(self) -> Placement:
-        """The placement that is recorded in masks placed for this context."""
-        return Placement(self.layout, self.size, self.groups)
+        """Where tokens lie: streams cut by the layout, or groups with documents of their own."""
+        if self.widest_group is None:
+            return Streams(self.layout, self.size)
+        return Groups(self.widest_group, self.axis_size(self.flat_axes))
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -191,13 +194,25 @@ class ContextParallel:
         axes[dim] = self.cp_axes or None
         return PartitionSpec(*axes)
 
+    def heads_spec(self, x: Any) -> PartitionSpec:
+        """Return the spec of queries `[B, T, N, H]`: cut over dp, the cp axes and tp."""
+        return PartitionSpec(self.dp, self.cp_axes or None, self.tp)
+
+    @property
+    def whole_axes(self) -> tuple[str, ...]:
+        """The cp axes that some layer exchanges heads over.
+
+        A device gets the queries of other devices along them, so it needs their intervals.
+        """
+        comm_types = as_tuple(self.comm_type)
+        fields = {field for c in comm_types for field in STRATEGIES[c].exchange}
+        return self._present(tuple(f for f in ("cp_outer", "cp_inner") if f in fields))
+
     @property
     def interval_spec(self) -> PartitionSpec:
-        """The spec of intervals under groups: each device has those of its whole cp_inner row.
-
-        They include the queries that the device gets when heads are exchanged within the row.
-        """
-        return PartitionSpec(self.dp, self.cp_outer)
+        """The spec of intervals under groups: cut over dp and the cp axes but `whole_axes`."""
+        cut = tuple(axis for axis in self.cp_axes if axis not in self.whole_axes)
+        return PartitionSpec(self.dp, cut or None)
 
     def sharding(self, ndim: int, dim: int = 1) -> NamedSharding:
         """Return the sharding with `spec` on this mesh."""
@@ -205,8 +220,7 @@ class ContextParallel:
 
     def padded_length(self, length: int) -> int:
         """Return the length of a stream of `length` tokens after padding for this layout."""
-        length = checks.integer("length", length, least=0)
-        return padded_length(length, self.size, self.layout)
+        return self.placement.padded_length(checks.integer("length", length, least=0))
 
     def shard(self, x: Array | np.ndarray | Gathered, dim: int = 1) -> jax.Array:
         """Reorder an array from natural order to the layout and cut `dim` over the cp devices.
@@ -223,7 +237,7 @@ class ContextParallel:
         Raises:
             ValueError: if dp does not divide the batch.
         """
-        self._require_one_stream("shard")
+        self.placement.require_streams("cp.shard")
         return placing.shard(self, x, dim)
 
     def unshard(self, x: jax.Array, dim: int = 1, length: int | None = None) -> jax.Array:
@@ -234,7 +248,7 @@ class ContextParallel:
             dim: the sequence dim.
             length: the length before padding, to cut the result to; keep the padding if None.
         """
-        self._require_one_stream("unshard")
+        self.placement.require_streams("cp.unshard")
         return placing.unshard(self, x, dim, length)
 
     def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -252,10 +266,10 @@ class ContextParallel:
         Raises:
             ValueError: if the arrays have different lengths, or dp does not divide the batch.
         """
-        self._require_one_stream("shard_batch")
+        self.placement.require_streams("cp.shard_batch")
         return placing.shard_batch(self, batch)
 
-    def place(self, mask: Mask, length: int, key_length: int | None = None) -> Mask:
+    def place(self, mask: Mask, length: int, key_length: int | None = None) -> PlacedMask:
         """Place a mask: compute its intervals in the layout and put them on the devices.
 
         Args:
@@ -268,15 +282,15 @@ class ContextParallel:
 
         >>> import hcp_jax as hcp
         >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
-        >>> cp.place(hcp.bidirectional(), 50, key_length=70).placement.key_length
+        >>> cp.place(hcp.bidirectional(), 50, key_length=70).key_length
         80
         """
-        self._require_one_stream("place")
+        self.placement.require_streams("cp.place")
         return placing.place_mask(self, mask, length, key_length)
 
     def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
         """Return the global index of every token of a stream, in the layout; for RoPE."""
-        self._require_one_stream("positions")
+        self.placement.require_streams("cp.positions")
         return placing.positions(self, length)
 
     def roll(self, x: jax.Array, shift: int, dim: int = 1) -> jax.Array:
@@ -290,7 +304,7 @@ class ContextParallel:
             shift: number of tokens to shift by; -1 replaces each token by the next one.
             dim: the sequence dim.
         """
-        self._require_one_stream("roll")
+        self.placement.require_streams("cp.roll")
         shift = checks.integer("shift", shift)
         return placing.roll(self, x, shift, checks.dimension("dim", dim, x.ndim))
 
@@ -337,24 +351,15 @@ class ContextParallel:
                     )
                 roles[axis] = field
 
-    def _check_groups(self) -> None:
-        if not isinstance(self.groups, tuple):
-            raise ValueError(f"groups must be a tuple of sizes, or None, got {self.groups!r}.")
-        layout = check_layout(self.groups, self.axis_size(self.flat_axes))
-        object.__setattr__(self, "groups", layout)
-        gathers = [c for c in as_tuple(self.comm_type) if STRATEGIES[c].by == "gather"]
-        if gathers:
-            raise NotImplementedError(
-                f"comm_type {gathers[0]!r} cannot serve groups of devices: use 'p2p' or 'a2a+p2p'."
+    def _check_widest_group(self) -> None:
+        devices = self.axis_size(self.flat_axes)
+        widest = checks.integer("widest_group", self.widest_group, least=1, most=devices)
+        if devices % widest:
+            raise ValueError(
+                f"widest_group={widest} does not divide the {devices} devices along "
+                f"{', '.join(self.flat_axes)}; groups lie in blocks of equal size."
             )
-
-    def _require_one_stream(self, what: str) -> None:
-        if self.groups is not None:
-            raise NotImplementedError(
-                f"{what} reorders streams that are cut over the cp axes, but with groups "
-                f"{self.groups} each group has documents of its own: hcp.place_microbatch puts "
-                "them and whatever belongs to their tokens where they belong."
-            )
+        object.__setattr__(self, "widest_group", widest)
 
     def _present(self, fields: tuple[str, ...]) -> tuple[str, ...]:
         axes = (getattr(self, field) for field in fields)

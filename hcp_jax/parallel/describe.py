@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from hcp_jax.kernels import core
 from hcp_jax.parallel.mesh import as_tuple, axis_groups, axis_link
-from hcp_jax.sequence.groupings import describe as describe_grouping
 
 if TYPE_CHECKING:
     from hcp_jax.parallel.context import ContextParallel
@@ -25,8 +24,8 @@ def describe(cp: "ContextParallel") -> str:
     for field in ("dp", "tp", "cp_outer", "cp_inner"):
         for axis in as_tuple(getattr(cp, field)):
             lines.append(f"  {axis:<9} {_describe_axis(cp.mesh, axis)}")
-    if cp.groups is not None:
-        lines.append(f"  groups    {describe_grouping(cp.groups)}, in the order of the mesh")
+    if cp.widest_group is not None:
+        lines.append(f"  groups    of up to {cp.widest_group} devices, in the order of the mesh")
     if isinstance(cp.comm_type, str):
         lines.append(f"  attention {describe_strategy(cp)}")
     else:
@@ -44,10 +43,11 @@ def describe_strategy(cp: "ContextParallel") -> str:
     'a2a+p2p: heads exchanged over cp_inner (2), K/V ring over cp_outer (4)'
     """
     exchange, move, by = cp.strategy
-    if cp.groups is not None:
-        size = math.gcd(*cp.groups, cp.axis_size(cp.cp_inner))
-        does = [f"heads exchanged by up to {size} devices"] if exchange and size > 1 else []
-        does += [f"K/V {by} inside each group"] if move and max(cp.groups) > 1 else []
+    if cp.widest_group is not None:
+        size = math.gcd(cp.widest_group, cp.axis_size(exchange))
+        does = [f"heads exchanged by up to {size} devices"] if size > 1 else []
+        moves = {"ring": "walk", "gather": "gather"}[by]
+        does += [f"K/V {moves} inside each group"] if move and cp.widest_group > size else []
         return f"{cp.comm_type}: " + (", ".join(does) or "one device per group, nothing moves")
     does = []
     for axes, what in ((exchange, "heads exchanged"), (move, f"K/V {by}")):

@@ -1,12 +1,13 @@
-"""Put a packed microbatch on the devices of its groups, as input of a program with `cp.groups`.
+"""Put a packed microbatch on the devices of its groups, as input of a program with groups.
 
+    cp = dataclasses.replace(cp, widest_group=8)
     packed = dynamic.pack(microbatch, lengths, M, devices=own_devices(cp))
-    cp = dataclasses.replace(cp, groups=packed.layout)
     batch = place_microbatch(cp, packed, {"tokens": tokens, "targets": targets, "weights": weights})
 
 Row d of a packed array is the buffer of device d, counted along dp, cp_outer and cp_inner. In the
 device arrays `[dp, C·M]` the rows are side by side, so that the mesh assigns each row to its own
-device. Nothing moves between hosts: each host packs the rows of its own devices.
+device. Nothing moves between hosts: each host packs the rows of its own devices. One program, and
+arrays of one shape, serve every grouping whose groups lie in blocks of `cp.widest_group` devices.
 
 It is separate from `context.py` because nothing is reordered here.
 """
@@ -22,16 +23,17 @@ from jaxtyping import Shaped
 from hcp_jax.base import checks
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.layout import KeyRuns
-from hcp_jax.sequence.mask import Mask
-from hcp_jax.sequence.packing import PackedMicrobatch, max_runs
-from hcp_jax.sequence.terms import Given
+from hcp_jax.sequence.mask import Intervals
+from hcp_jax.sequence.packing import PackedMicrobatch, num_runs
+from hcp_jax.sequence.placed_mask import PlacedMask
+from hcp_jax.sequence.placement import Groups
 
 
 def own_devices(cp: ContextParallel) -> range:
     """Return the devices whose buffers this process packs, counted along dp, cp_outer and cp_inner.
 
     These are the devices that the process drives and any between them, extended to whole rows of
-    cp_inner: devices of a row may exchange heads, and then need each other's intervals.
+    the axes that heads are exchanged over: such devices need each other's intervals.
 
     >>> import hcp_jax as hcp
     >>> own_devices(hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2)))
@@ -42,8 +44,8 @@ def own_devices(cp: ContextParallel) -> range:
     own = [d for d, lanes in enumerate(devices) if any(x.process_index == here for x in lanes)]
     if not own:
         return range(0)
-    inner = cp.axis_size(cp.cp_inner)
-    return range(own[0] // inner * inner, (own[-1] // inner + 1) * inner)
+    row = cp.size // cp.axis_size(tuple(a for a in cp.cp_axes if a not in cp.whole_axes))
+    return range(own[0] // row * row, (own[-1] // row + 1) * row)
 
 
 def flat_devices(
@@ -68,7 +70,7 @@ def place_microbatch(
     """Put a packed microbatch on the devices, as the batch of a program with `cp.groups`.
 
     Args:
-        cp: a context whose groups are `packed.layout`.
+        cp: a context with a `widest_group` at least as wide as every group of `packed`.
         packed: from `dynamic.pack`, at least for the devices of `own_devices(cp)`.
         arrays: values for each slot of packed's buffers (tokens, targets, weights; 0 for padding),
             with the same rows as packed.
@@ -77,17 +79,14 @@ def place_microbatch(
 
     Returns:
         The arrays `[dp, C·M, …]`, cut over dp and the cp axes, "positions", and the "mask" for
-        `dot_product_attention`. Shapes depend only on the grouping and on M.
+        `dot_product_attention`. Shapes depend only on the widest group and on M.
 
     Raises:
-        ValueError: if packed has another grouping, lacks buffers that this process needs or has
-            more key runs than the program is compiled for, or if an array has another shape.
+        ValueError: if a group of packed does not lie in a block of the widest group, if packed
+            lacks buffers that this process needs or has more key runs than the program is compiled
+            for, or if an array has another shape.
     """
-    if packed.layout != cp.groups:
-        raise ValueError(
-            f"the microbatch has layout {packed.layout}, but cp.groups is {cp.groups}; use "
-            "dataclasses.replace(cp, groups=packed.layout)."
-        )
+    _require_blocks(cp, packed.grouping)
     needed = own_devices(cp)
     if packed.devices.start > needed.start or packed.devices.stop < needed.stop:
         raise ValueError(
@@ -114,62 +113,77 @@ def place_microbatch(
         for name, rows in {**arrays, "positions": packed.position}.items()
     }
     interval_sharding = NamedSharding(cp.mesh, cp.interval_spec)
-    runs = KeyRuns(*(_everywhere(cp, x) for x in _fill_up(packed, slots)))
-    mask = _placed_mask(
-        cp, placed(start, interval_sharding), placed(packed.end, interval_sharding), runs
-    )
+    runs = KeyRuns(*(_everywhere(cp, x) for x in _fill_up(cp, packed, slots)))
+    intervals = Intervals(placed(start, interval_sharding), placed(packed.end, interval_sharding))
+    mask = PlacedMask(intervals, runs, cp.placement)
     return token_arrays | {"mask": mask}
 
 
 def abstract_microbatch(
-    cp: ContextParallel, max_tokens_per_device: int, dtypes: Mapping[str, Any]
+    cp: ContextParallel, max_tokens_per_device: int, dtypes: Mapping[str, Any], lanes: int = 1
 ) -> dict[str, Any]:
-    """Return the shapes that `place_microbatch` gives any microbatch of a grouping, for compiling.
+    """Return the shapes that `place_microbatch` gives any microbatch, for compiling a program.
 
     Args:
-        cp: a context whose groups are the grouping.
+        cp: a context with a `widest_group`.
         max_tokens_per_device: M.
         dtypes: dtypes of the arrays by name; each array is `[D, M]`.
+        lanes: lanes of the microbatches, as in `dynamic.pack`.
 
     Raises:
         ValueError: if cp has no groups.
     """
-    if cp.groups is None:
-        raise ValueError("cp has no groups: use dataclasses.replace(cp, groups=layout).")
+    if not isinstance(cp.placement, Groups):
+        raise ValueError("cp has no groups: use dataclasses.replace(cp, widest_group=devices).")
     shape = cp.axis_size(cp.dp), cp.size * max_tokens_per_device
 
     def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(cp.mesh, spec))
 
     start, end = (array(shape, np.int32, cp.interval_spec) for _ in range(2))
-    most = num_runs(cp.groups, max_tokens_per_device)
-    key_runs = (array((sum(cp.groups), n), np.int32, PartitionSpec()) for n in (most, most + 1))
+    placement = cp.placement
+    most = num_runs(placement.widest, lanes, max_tokens_per_device)
+    runs = (array((placement.num_devices, n), np.int32, PartitionSpec()) for n in (most, most + 1))
     named = {**dtypes, "positions": np.int32}
     token_arrays = {name: array(shape, dtype, cp.spec(2)) for name, dtype in named.items()}
-    return token_arrays | {"mask": _placed_mask(cp, start, end, KeyRuns(*key_runs))}
+    mask = PlacedMask(Intervals(start, end), KeyRuns(*runs), placement)
+    return token_arrays | {"mask": mask}
 
 
-def num_runs(layout: tuple[int, ...], max_tokens_per_device: int) -> int:
-    """Return the number of key runs per device that a grouping's program is compiled for."""
-    return max_runs(max_tokens_per_device) if max(layout) > 1 else 1
+def _require_blocks(cp: ContextParallel, grouping: tuple[int, ...]) -> None:
+    """Check that every group lies inside one aligned block of the widest group."""
+    placement = cp.placement
+    if not isinstance(placement, Groups):
+        raise ValueError("cp has no groups: use dataclasses.replace(cp, widest_group=devices).")
+    if sum(grouping) != placement.num_devices:
+        raise ValueError(
+            f"the microbatch's grouping {grouping} is for {sum(grouping)} devices, but cp has "
+            f"{placement.num_devices} along dp and the cp axes."
+        )
+    first = 0
+    for size in grouping:
+        if first // placement.widest != (first + size - 1) // placement.widest:
+            raise ValueError(
+                f"the group of devices {first} … {first + size - 1} does not lie in a block of "
+                f"widest_group={placement.widest} devices; use dataclasses.replace(cp, "
+                f"widest_group={max(grouping)})."
+            )
+        first += size
 
 
-def _placed_mask(cp: ContextParallel, start: Any, end: Any, runs: KeyRuns) -> Mask:
-    return Mask((Given(start, end),), placement=cp.placement, runs=runs)
-
-
-def _fill_up(packed: PackedMicrobatch, slots: int) -> tuple[np.ndarray, np.ndarray]:
+def _fill_up(cp: ContextParallel, packed: PackedMicrobatch, slots: int) -> KeyRuns:
     """Return the runs, with empty runs added up to the number that is compiled for."""
     starts, offsets = packed.runs
-    tail = num_runs(packed.layout, slots) - starts.shape[1]
+    most = num_runs(cp.placement.reach, packed.lanes, slots)
+    tail = most - starts.shape[1]
     if tail < 0:
         raise ValueError(
-            f"a device holds up to {starts.shape[1]} runs of keys, but {starts.shape[1] + tail} "
-            f"are compiled for with {slots} tokens per device: pack with num_runs="
-            f"{starts.shape[1] + tail}, and if that fails put fewer documents into a group."
+            f"a device holds up to {starts.shape[1]} runs of keys, but {most} are compiled for "
+            f"with {slots} tokens per device: pack with num_runs={most}, and if that fails put "
+            "fewer documents into a group."
         )
     widths = ((0, 0), (0, tail))
-    return np.pad(starts, widths), np.pad(offsets, widths, "edge")
+    return KeyRuns(np.pad(starts, widths), np.pad(offsets, widths, "edge"))
 
 
 def _from_rows(cp: ContextParallel, rows: np.ndarray, first: int, sharding: Any) -> jax.Array:

@@ -4,7 +4,6 @@ These functions implement methods of `ContextParallel`: `context.py` decides, th
 data. With groups, streams are not reordered: see `microbatch.py`.
 """
 
-import dataclasses
 import functools
 import logging
 import warnings
@@ -20,8 +19,11 @@ from jaxtyping import Array
 from hcp_jax.base import checks
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.roll import roll_local
-from hcp_jax.sequence.layout import from_layout, global_index, runs_per_device, to_layout
-from hcp_jax.sequence.mask import Mask, intervals
+from hcp_jax.sequence import placed_mask
+from hcp_jax.sequence.layout import runs_per_device
+from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
+from hcp_jax.sequence.terms import Given
 
 if TYPE_CHECKING:
     from hcp_jax.parallel.context import ContextParallel
@@ -59,7 +61,7 @@ def shard(cp: "ContextParallel", x: Array | np.ndarray | Gathered, dim: int) -> 
     if isinstance(x, jax.Array):
         return _reorder(x, cp, dim, cp.padded_length(length))
     widths = [(0, padding if d == dim else 0) for d in range(x.ndim)]
-    host = to_layout(np.pad(x, widths), cp.size, cp.layout, dim)
+    host = cp.placement.to_layout(np.pad(x, widths), dim)
 
     def part(index: Any) -> np.ndarray:
         return host[index] if read is None else read(host[index])
@@ -83,7 +85,7 @@ def shard_batch(cp: "ContextParallel", batch: dict[str, Any]) -> dict[str, Any]:
     lengths = {
         name: x.shape[1]
         for name, x in arrays.items()
-        if not isinstance(x, Mask) and np.ndim(x) >= 2
+        if not isinstance(x, Mask | PlacedMask) and np.ndim(x) >= 2
     }
     if len(set(lengths.values())) != 1:
         raise ValueError(
@@ -127,29 +129,30 @@ def require_ids_of_all_tokens(cp: "ContextParallel | None", mask: Mask, length: 
 
 def place_mask(
     cp: "ContextParallel", mask: Mask, length: int, key_length: int | None = None
-) -> Mask:
+) -> PlacedMask:
     """See `ContextParallel.place`."""
-    if mask.placement is not None:
-        raise ValueError("this mask has been placed already.")
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask must be a hcp_jax.Mask in natural order, got {type(mask).__name__}"
+            + (": this mask has been placed already." if isinstance(mask, PlacedMask) else ".")
+        )
     length = checks.integer("length", length, least=0)
     key_length = length if key_length is None else checks.integer("key_length", key_length, least=0)
     require_ids_of_all_tokens(cp, mask, length)
-    padded = cp.padded_length(length)
-    placed = []
-    for x in mask.intervals(length, key_length):
-        host = np.pad(np.asarray(x), ((0, 0), (0, padded - length)))
-        host = to_layout(host, cp.size, cp.layout, 1)
-        rows = cp.dp if host.shape[0] > 1 else None
-        if rows is not None:
-            _require_batch(cp, host.shape[0], f"a mask of {host.shape[0]} rows")
-        placed.append(_from_host(host, cp, PartitionSpec(rows, None)))
-    placement = cp.placement._replace(key_length=cp.padded_length(key_length))
-    return dataclasses.replace(intervals(*placed), placement=placement)
+    padded = Mask((Given(*mask.intervals(length, key_length)),))
+    placed = placed_mask.place(padded, cp.placement, cp.padded_length(length), key_length)
+    rows = cp.dp if placed.intervals.start.shape[0] > 1 else None
+    if rows is not None:
+        _require_batch(
+            cp, placed.intervals.start.shape[0], f"a mask of {len(placed.intervals.start)} rows"
+        )
+    spec = PartitionSpec(rows, None)
+    return jax.tree.map(lambda x: _from_host(x, cp, spec), placed)
 
 
 def positions(cp: "ContextParallel", length: int) -> jax.Array:
     """See `ContextParallel.positions`."""
-    index = global_index(cp.padded_length(length), cp.size, cp.layout)[None]
+    index = cp.placement.global_index(cp.padded_length(length))[None]
     if cp.on_device:
         device = jax.lax.axis_index(cp.cp_axes)
         return jnp.asarray(index.reshape(cp.size, 1, -1))[device]
@@ -197,7 +200,7 @@ def warn_of_padding(cp: "ContextParallel", mask: Mask, length: int, key_length: 
 
 
 def _shard_entry(cp: "ContextParallel", name: str, x: Any, length: int) -> Any:
-    if isinstance(x, Mask):
+    if isinstance(x, Mask | PlacedMask):
         return place_mask(cp, x, length)
     if isinstance(x, Gathered):
         return shard(cp, x, dim=1)
@@ -258,7 +261,7 @@ def _reorder(x: jax.Array, cp: "ContextParallel", dim: int, padded: int) -> Any:
     spec = cp.spec(x.ndim, dim)
 
     def reorder(x: Any) -> Any:
-        y = to_layout(jnp.pad(x, widths), cp.size, cp.layout, dim)
+        y = cp.placement.to_layout(jnp.pad(x, widths), dim)
         return spmd.constrain(y, cp.mesh, cp.axes, spec)
 
     return spmd.run(cp.mesh, cp.axes, reorder, spec, x)
@@ -267,7 +270,7 @@ def _reorder(x: jax.Array, cp: "ContextParallel", dim: int, padded: int) -> Any:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _restore(x: jax.Array, cp: "ContextParallel", dim: int) -> Any:
     def restore(x: Any) -> Any:
-        return from_layout(x, cp.size, cp.layout, dim)
+        return cp.placement.from_layout(x, dim)
 
     # With Explicit axes the result is replicated along `dim`: after cutting to the original
     # length, `dim` need not be divisible.

@@ -88,7 +88,7 @@ def run(
 
 
 def shard_map(
-    mesh: Mesh, axes: Iterable[str], function: Callable[..., Any], in_specs: Any, out_specs: Any
+    mesh: Mesh | None, axes: Iterable[str], function: Callable[..., Any], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """Map `function` over the devices of `axes`, except those that are already Manual here.
 
@@ -96,7 +96,7 @@ def shard_map(
     specs. If all axes are Manual, `function` is called directly. Call the result inside `run`.
 
     Args:
-        mesh: the mesh.
+        mesh: the mesh; None for one device, where `function` is called directly.
         axes: the mesh axes that the specs may name.
         function: computes one device's part.
         in_specs: as `jax.shard_map` takes them.
@@ -105,6 +105,8 @@ def shard_map(
     axes = tuple(axes)
 
     def mapped(*args: Any) -> Any:
+        if mesh is None:
+            return function(*args)
         here = mesh_here(mesh, axes)
         left = frozenset(axes) - manual_axes(here, axes)
         if not left:

@@ -4,7 +4,6 @@ The compiled program is the one that the cluster would run; `compiled.report` re
 bytes and the order of instructions are facts; seconds are modelled.
 """
 
-import dataclasses
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.attention.api import dot_product_attention
-from hcp_jax.attention.grouped import exchange_size
+from hcp_jax.attention.strategy import compose
 from hcp_jax.compiled.aot import compile_for, devices
 from hcp_jax.compiled.report import Audit, busiest_density, read
 from hcp_jax.cost.shape import ModelShape
@@ -23,7 +22,9 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import xla_flags
 from hcp_jax.parallel.microbatch import abstract_microbatch
-from hcp_jax.sequence.mask import intervals
+from hcp_jax.sequence.mask import Intervals
+from hcp_jax.sequence.placed_mask import PlacedMask
+from hcp_jax.sequence.placement import Groups
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.optimizer import make_optimizer
 from hcp_jax.train.step import abstract_state, make_train_step
@@ -79,7 +80,8 @@ def compile_attention(
         rows: batch size B; with groups, the dp size.
         flags: XLA flags.
     """
-    mask = model.mask() if cp.groups is None else _abstract_batch(cp, rows, seq_len)["mask"]
+    grouped = isinstance(cp.placement, Groups)
+    mask = _abstract_batch(cp, rows, seq_len)["mask"] if grouped else model.mask()
     sharding = NamedSharding(cp.mesh, PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp))
 
     def array(heads: int) -> jax.ShapeDtypeStruct:
@@ -155,7 +157,7 @@ def audit_step(
 def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, Any]:
     """Return the shapes of a batch after `cp.shard_batch` (or `place_microbatch`)."""
     dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-    if cp.groups is not None:
+    if isinstance(cp.placement, Groups):
         return abstract_microbatch(cp, seq_len // cp.size, dtypes)
 
     def array(dtype: Any) -> jax.ShapeDtypeStruct:
@@ -163,8 +165,7 @@ def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, A
 
     whole = NamedSharding(cp.mesh, PartitionSpec(cp.dp, None))
     number: Any = jax.ShapeDtypeStruct((rows, seq_len), np.int32, sharding=whole)
-    placement = cp.placement._replace(key_length=seq_len)
-    mask = dataclasses.replace(intervals(number, number), placement=placement)
+    mask = PlacedMask(Intervals(number, number), None, cp.placement, seq_len)
     dtypes["positions"] = np.int32
     return {name: array(dtype) for name, dtype in dtypes.items()} | {"mask": mask}
 
@@ -179,7 +180,7 @@ def read_model(
 ) -> Audit:
     """Read a compiled program, with the mask and the kernel rates of the model that it runs.
 
-    With groups, the audit assumes that one document fills each group.
+    With groups, the audit assumes that one document fills each block of the widest group.
     """
     size = model.head_dim
     problem = Problem(
@@ -191,12 +192,10 @@ def read_model(
         platform=cp.platform,
         device_kind=cp.device_kind,
     )
-    one, sharing = cp.for_layer(0), cp.size
-    ring = cp.axis_size(one.strategy.move)
-    if one.groups is not None:
-        heads = model.num_heads // cp.axis_size(cp.tp)
-        seq_len, sharing = seq_len // cp.size * max(one.groups), max(one.groups)
-        ring = sharing // exchange_size(one, heads)
+    sharing = cp.placement.reach
+    seq_len = seq_len // cp.size * sharing
+    composed = compose(cp.for_layer(0), model.num_heads // cp.axis_size(cp.tp))
+    ring = sharing // composed.lanes.size
     return read(
         compiled,
         cp.mesh,

@@ -18,17 +18,13 @@ Kernels do not know layouts. They get `KeyRuns`, the runs of consecutive keys on
 This module handles arrays and integers only; `parallel/context.py` adds the mesh.
 """
 
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
-
-ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 # The start of a run of padding: so far below 0 that every key in it has a negative index.
 PADDING = -(2**30)
@@ -44,22 +40,13 @@ class KeyRuns(NamedTuple):
     `[max(0, start_i - starts[r]), min(length_r, end_i - starts[r])) + offsets[r]`.
 
     Attributes:
-        starts: global index of the first key of each run.
-        offsets: first slot of each run, followed by the end of the last run.
+        starts: global index of the first key of each run, int32 `[R]`; `[rows, R]` for stacked
+            rows of several devices.
+        offsets: first slot of each run, followed by the end of the last run, int32 `[R+1]`.
     """
 
-    starts: Int32[jax.Array | np.ndarray, "R"]
-    offsets: Int32[jax.Array | np.ndarray, "R+1"]
-
-
-def key_index(runs: KeyRuns, length: int) -> Int32[jax.Array, "S"]:
-    """Return the global index of each of `length` key slots; -1 for padding."""
-    slot = jnp.arange(length, dtype=jnp.int32)
-    starts, offsets = jnp.asarray(runs.starts), jnp.asarray(runs.offsets)
-    # Dynamic context parallelism has thousands of runs. An unrolled binary search fuses well.
-    run = jnp.searchsorted(offsets, slot, side="right", method="scan_unrolled") - 1
-    to_index = jnp.append(starts - offsets[:-1], 2 * PADDING)  # global index minus slot
-    return jnp.maximum(slot + to_index[run], -1).astype(jnp.int32)
+    starts: Any  # Int32 [..., R]
+    offsets: Any  # Int32 [..., R+1]
 
 
 def runs_per_device(layout: str) -> int:
@@ -85,12 +72,12 @@ def chunk_order(cp_size: int, layout: str) -> np.ndarray:
     return np.stack([c, 2 * cp_size - 1 - c], axis=1).reshape(-1)
 
 
-def to_layout(x: ArrayT, cp_size: int, layout: str, dim: int) -> ArrayT:
+def to_layout(x: Any, cp_size: int, layout: str, dim: int) -> Any:
     """Reorder `dim` from natural order to `layout`; its size must be a `padded_length`."""
     return _permute_chunks(x, chunk_order(cp_size, layout), dim)
 
 
-def from_layout(x: ArrayT, cp_size: int, layout: str, dim: int) -> ArrayT:
+def from_layout(x: Any, cp_size: int, layout: str, dim: int) -> Any:
     """Reorder `dim` from `layout` back to natural order: the inverse of `to_layout`."""
     return _permute_chunks(x, np.argsort(chunk_order(cp_size, layout)), dim)
 
@@ -121,7 +108,7 @@ def ring_runs(length: int, cp_size: int, layout: str, ring_size: int) -> KeyRuns
     return KeyRuns((order[:, begins] * chunk).astype(np.int32), offsets.astype(np.int32))
 
 
-def _permute_chunks(x: ArrayT, order: np.ndarray, dim: int) -> ArrayT:
+def _permute_chunks(x: Any, order: np.ndarray, dim: int) -> Any:
     dim %= x.ndim
     size, chunks = x.shape[dim], order.size
     if size % chunks:

@@ -21,7 +21,6 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from hcp_jax.base import checks
-from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.terms import (
     NO_LIMIT,
     Causal,
@@ -46,22 +45,6 @@ class Intervals(NamedTuple):
     end: Int32[jax.Array | np.ndarray, "B1 T"]
 
 
-class Placement(NamedTuple):
-    """The order of a placed mask's queries over devices, and the keys that it was placed for.
-
-    Attributes:
-        layout: the order of the queries.
-        cp_size: the number of devices that they are cut over.
-        groups: the sizes of the groups of devices, under dynamic context parallelism.
-        key_length: padded number of keys that the mask was placed for; None under groups.
-    """
-
-    layout: str
-    cp_size: int
-    groups: tuple[int, ...] | None = None
-    key_length: int | None = None
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -75,27 +58,18 @@ class Mask:
 
     Attributes:
         terms: the conditions that are combined.
-        placement: the layout that the mask has been placed in; None in natural order.
-        runs: the key runs of every device, one row each, if the mask was placed under a grouping.
     """
 
     terms: tuple[Term, ...] = ()
-    placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
-    runs: KeyRuns | None = None
 
     def __and__(self, other: "Mask") -> "Mask":
         """Return the mask under which a query sees the keys that both masks show it.
 
         Raises:
-            ValueError: if one of them has been placed in a layout: combine first, then place.
+            ValueError: if the other one has been placed on devices: combine first, then place.
         """
         if not isinstance(other, Mask):
             return NotImplemented
-        if self.placement is not None or other.placement is not None:
-            raise ValueError(
-                "a mask that shard_batch has placed cannot be joined with another; "
-                "join them with & in natural order, before shard_batch."
-            )
         return Mask(self.terms + other.terms)
 
     @property

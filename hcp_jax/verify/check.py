@@ -144,10 +144,7 @@ def check(
     >>> hcp.check(step, batch, cp).ok
     True
     """
-    if cp.groups is not None:
-        raise NotImplementedError(
-            "hcp.check runs programs on streams; for groups use hcp verify with a config."
-        )
+    cp.placement.require_streams("hcp.check")
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be a positive number, got {tolerance!r}.")
     subject = make_subject(program, params, cp)

@@ -1,17 +1,19 @@
 """Check documents on groups of devices against one device, for a config with dynamic CP.
 
-The checks cover every program of the menu that training on the config's data would compile:
+The checks cover every program of the menu that training on the config's data would compile; a
+program serves all groupings up to its widest group:
 
-1. outputs and gradients of attention, for every grouping and every comm type of the config's
-   layers; each document is compared with dense float64 attention on that document alone;
-2. loss and gradient norm of one step over microbatches of all groupings, computed by the programs
+1. outputs and gradients of attention, for several groupings of every program and every comm type of
+   the config's layers; each document is compared with dense float64 attention on that document
+   alone;
+2. loss and gradient norm of one step over microbatches of all programs, computed by the programs
    that training runs, against one step on one device over the same documents;
-3. bytes that each grouping's programs put into ring hops and exchanges of heads, per device,
-   against the bytes that the device's group needs.
+3. bytes that each program puts into hops, gathers and exchanges of heads, per device, against those
+   that its movers list.
 
-The attention of one group needs nothing from another group. So an attention collective that leaves
-its group is a *stray* and fails its row. In the programs of check 1, which contain attention only,
-all collectives are examined.
+No attention collective may leave its block of the widest group: one that does is a *stray* and
+fails its row. In the programs of check 1, which contain attention only, all collectives are
+examined.
 """
 
 import contextlib
@@ -26,14 +28,13 @@ import rich.console
 from jaxtyping import Int64, Shaped
 
 from hcp_jax import dynamic
-from hcp_jax.attention.grouped import exchange_size
+from hcp_jax.attention.strategy import compose, lanes_for
 from hcp_jax.compiled import hlo
-from hcp_jax.cost.traffic import EXCHANGE_HEADS, RING_HOP, Strategy
+from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.microbatch import flat_devices, place_microbatch
-from hcp_jax.sequence.groupings import Layout, group_of_device
-from hcp_jax.sequence.groupings import describe as describe_layout
+from hcp_jax.sequence import groupings
 from hcp_jax.sequence.packing import Microbatch, PackedMicrobatch
 from hcp_jax.train import data, evaluation
 from hcp_jax.train.config import TrainConfig
@@ -49,8 +50,7 @@ from hcp_jax.train.step import (
 from hcp_jax.verify import measures
 from hcp_jax.verify.measures import EXACT, Attended, Check
 
-_SCOPES = (RING_HOP, EXCHANGE_HEADS)
-_FILL = 2  # number of microbatches that the documents of each grouping fill
+_FILL = 2  # number of microbatches that the documents of each program fill
 _NO_TOKEN = 50.0  # value of slots without a token; it must not change results
 
 
@@ -97,13 +97,13 @@ def checks(
     if small.data != config.data:
         corpus = data.open_corpus(small.data, small.model.vocab_size)
     model, tokens = small.model, small.parallel.dynamic.tokens
-    contexts = {layout: dataclasses.replace(cp, groups=layout) for layout in training.menu}
-    for grouped in contexts.values():
-        _needed_bytes(model, grouped, tokens)  # raises for unsupported groupings before compiling
+    contexts = {widest: dataclasses.replace(cp, widest_group=widest) for widest in training.menu}
+    for context in contexts.values():
+        _needed_bytes(model, context, tokens)  # raises for unsupported programs before compiling
     yield (
         "attention against each document alone in dense float64, largest error over largest value\n"
         f"(in float32, {tokens} tokens a device; of several groups one is full, one empty; at most "
-        f"{EXACT:.0e};\n{measures.describe(model)}; strays: collectives that leave their group)",
+        f"{EXACT:.0e};\n{measures.describe(model)}; strays: collectives that leave their block)",
         _attention(contexts, model, tokens),
     )
     with contextlib.closing(DynamicProgram(small, cp, corpus, console)) as program:
@@ -112,11 +112,13 @@ def checks(
         program.compile(abstract)
         segments = Segments(corpus, config.seq_len)
         texts = [
-            text for layout in contexts for text in _corpus_microbatches(layout, segments, tokens)
+            text
+            for context in contexts.values()
+            for text in _corpus_microbatches(context, model, segments, tokens)
         ]
         placed = [_placed(text, corpus, contexts, small) for text in texts]
         yield (
-            f"one training step of {len(texts)} microbatches in these groups, in float32, against "
+            f"one training step of {len(texts)} microbatches in these programs, in float32, against "
             "one device",
             _one_step(small, cp, program, placed, _stacked(texts, corpus, small)),
         )
@@ -128,7 +130,7 @@ def checks(
 
 
 def _reduced(
-    config: TrainConfig, cp: ContextParallel, menu: Sequence[Layout]
+    config: TrainConfig, cp: ContextParallel, menu: Sequence[int]
 ) -> tuple[TrainConfig, ContextParallel]:
     """Return the config with small buffers, so that the widest group's dense attention fits."""
     small, cp = measures.narrowed(config, cp)
@@ -139,66 +141,96 @@ def _reduced(
         dynamic_config,
         max_tokens_per_device=tokens,
         max_seqlen_per_dp_cp_rank=None,
-        menu=[list(layout) for layout in menu],
+        menu=list(menu),
     )
     return dataclasses.replace(
         small,
-        seq_len=min(config.seq_len, tokens * max(map(max, menu))),
+        seq_len=min(config.seq_len, tokens * max(menu)),
         parallel=dataclasses.replace(small.parallel, dynamic=dynamic_config),
     ), cp
 
 
 def _attention(
-    contexts: dict[Layout, ContextParallel], model: ModelConfig, tokens: int
+    contexts: dict[int, ContextParallel], model: ModelConfig, tokens: int
 ) -> Iterator[Check]:
     rng = np.random.default_rng(0)
-    for layout, cp in contexts.items():
-        held = _random_documents(layout, tokens, rng)
-        inputs = measures.random_inputs(rng, model, (int(held.lengths.sum()),))
-        packed, index = held.packed(tokens)
-        alone = _alone(model, held.lengths, inputs)._asdict()
-        exact = {
-            part: _in_buffers(x, index, -np.inf if part == "lse" else 0.0)
-            for part, x in alone.items()
-        }
-        float32 = {
-            name: _in_buffers(x.astype(np.float32), index, _NO_TOKEN) for name, x in inputs.items()
-        }
-        window = model.sliding_window
+    for widest, cp in contexts.items():
         for layer_cp, layers in measures.layers_by_comm_type(cp, model).items():
-            batch = place_microbatch(layer_cp, packed, float32, sliding_window=window)
-            compiled = measures.attention.lower(
-                layer_cp, model.logits_soft_cap, model.implementation, batch
-            ).compile()
-            strays = _strays(hlo.collectives(compiled.as_text() or ""), layer_cp)
-            errors = {}
-            for part, value in compiled(batch)._asdict().items():
-                found = np.asarray(value, np.float64).reshape(exact[part].shape)
-                errors[part] = measures.relative(found, exact[part])
+            lanes = lanes_for(layer_cp, model.num_heads // cp.axis_size(cp.tp))
+            compiled, errors, strays = None, dict.fromkeys(Attended._fields, 0.0), 0
+            tried = _groupings(cp, widest, lanes)
+            for grouping in tried:
+                batch, exact = _random_microbatch(layer_cp, model, grouping, lanes, tokens, rng)
+                if compiled is None:
+                    compiled = measures.attention.lower(
+                        layer_cp, model.logits_soft_cap, model.implementation, batch
+                    ).compile()
+                    strays = _strays(hlo.collectives(compiled.as_text() or ""), layer_cp)
+                for part, value in compiled(batch)._asdict().items():
+                    found = np.asarray(value, np.float64).reshape(exact[part].shape)
+                    errors[part] = max(errors[part], measures.relative(found, exact[part]))
             cells = {
                 "layers": layers,
                 "comm type": str(layer_cp.comm_type),
-                "groups": describe_layout(layout),
+                "widest": str(widest),
+                "groupings": ", ".join(map(groupings.describe, tried)),
                 **{part: f"{error:.1e}" for part, error in errors.items()},
                 "strays": str(strays),
             }
             yield Check(cells, max(errors.values()) <= EXACT and strays == 0)
 
 
-def _random_documents(layout: Layout, tokens: int, rng: np.random.Generator) -> PackedDocuments:
+def _groupings(cp: ContextParallel, widest: int, lanes: int) -> list[groupings.Grouping]:
+    """Return groupings that the program serves: of its widest groups, and of mixed ones."""
+    devices = cp.axis_size(cp.flat_axes)
+    sizes = [n for n in groupings.chain(devices, cp.axis_size(cp.cp_inner), lanes) if n <= widest]
+    equal = (widest,) * (devices // widest)
+    narrow = sizes[0]
+    mixed = (*equal[1:], *(narrow,) * (widest // narrow))
+    return [equal] if mixed == equal else [equal, mixed]
+
+
+def _random_microbatch(
+    cp: ContextParallel,
+    model: ModelConfig,
+    grouping: groupings.Grouping,
+    lanes: int,
+    tokens: int,
+    rng: np.random.Generator,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return a batch for one layer's attention, and the exact results in its buffers."""
+    held = _random_documents(grouping, lanes, tokens, rng)
+    inputs = measures.random_inputs(rng, model, (int(held.lengths.sum()),))
+    packed, index = held.packed(tokens)
+    exact = {
+        part: _in_buffers(x, index, -np.inf if part == "lse" else 0.0)
+        for part, x in _alone(model, held.lengths, inputs)._asdict().items()
+    }
+    float32 = {
+        name: _in_buffers(x.astype(np.float32), index, _NO_TOKEN) for name, x in inputs.items()
+    }
+    batch = place_microbatch(cp, packed, float32, sliding_window=model.sliding_window)
+    return batch, exact
+
+
+def _random_documents(
+    grouping: groupings.Grouping, lanes: int, tokens: int, rng: np.random.Generator
+) -> PackedDocuments:
     """Return up to six random documents per group; a widest group is full, a narrowest empty."""
-    full, empty = layout.index(max(layout)), layout.index(min(layout))
-    if full == empty and len(layout) > 1:
+    full, empty = grouping.index(max(grouping)), grouping.index(min(grouping))
+    if full == empty and len(grouping) > 1:
         empty = full + 1
     lengths: list[int] = []
     documents = []
-    for group, size in enumerate(layout):
+    for group, size in enumerate(grouping):
         most = size * tokens
         total = most if group == full else 0 if group == empty else rng.integers(1, most + 1)
         borders = np.unique([0, *rng.integers(0, total + 1, 5), total])
         documents.append(tuple(range(len(lengths), len(lengths) + borders.size - 1)))
         lengths += np.diff(borders).tolist()
-    return PackedDocuments(Microbatch(layout, tuple(documents)), np.array(lengths, np.int64))
+    return PackedDocuments(
+        Microbatch(grouping, tuple(documents), lanes), np.array(lengths, np.int64)
+    )
 
 
 def _alone(
@@ -230,13 +262,16 @@ def _in_buffers(
     return np.where(inside, natural[index], np.asarray(otherwise, natural.dtype))
 
 
-def _corpus_microbatches(layout: Layout, segments: Segments, tokens: int) -> list[CorpusMicrobatch]:
-    """Schedule documents of the corpus onto one grouping, in several microbatches.
+def _corpus_microbatches(
+    cp: ContextParallel, model: ModelConfig, segments: Segments, tokens: int
+) -> list[CorpusMicrobatch]:
+    """Schedule documents of the corpus for one program, in several microbatches.
 
     The first document is the longest one, cut to what the widest group holds. The others are cut to
     random lengths, because most documents of a corpus may be as long as `seq_len` allows.
     """
-    most, num_devices = max(layout) * tokens, sum(layout)
+    widest, num_devices = cp.placement.reach, cp.axis_size(cp.flat_axes)
+    most, lanes = widest * tokens, microbatch_lanes(cp, model)
     rng = np.random.default_rng(0)
     numbers = [int(segments.sizes.argmax())]
     lengths = [min(int(segments.sizes.max()), most)]
@@ -244,7 +279,7 @@ def _corpus_microbatches(layout: Layout, segments: Segments, tokens: int) -> lis
     while sum(lengths) < _FILL * num_devices * tokens:
         numbers.append(next(others))
         lengths.append(int(rng.integers(min(segments.sizes[numbers[-1]], most)) + 1))
-    plan = dynamic.schedule(lengths, num_devices, tokens, menu=[layout])
+    plan = dynamic.schedule(lengths, num_devices, tokens, menu=[widest], lanes=lanes)
     plan.check()
     texts = []
     for microbatch in plan.microbatches:
@@ -252,7 +287,8 @@ def _corpus_microbatches(layout: Layout, segments: Segments, tokens: int) -> lis
         count = itertools.count()
         renumbered = tuple(tuple(next(count) for _ in group) for group in microbatch.documents)
         held = PackedDocuments(
-            Microbatch(layout, renumbered), np.array([lengths[d] for d in order])
+            dataclasses.replace(microbatch, documents=renumbered),
+            np.array([lengths[d] for d in order]),
         )
         indices = [segments.refs(numbers[d], 0, lengths[d]) for d in order]
         texts.append(CorpusMicrobatch(held, np.concatenate(indices)))
@@ -262,7 +298,7 @@ def _corpus_microbatches(layout: Layout, segments: Segments, tokens: int) -> lis
 def _placed(
     text: CorpusMicrobatch,
     corpus: data.Corpus,
-    contexts: dict[Layout, ContextParallel],
+    contexts: dict[int, ContextParallel],
     config: TrainConfig,
 ) -> PlacedMicrobatch:
     """Put a microbatch into the buffers of its groups, as input for a program of the menu."""
@@ -274,9 +310,9 @@ def _placed(
         "weights": (corpus_index > 0).astype(np.float32),
     }
     window = config.model.sliding_window
-    cp = contexts[packed.layout]
-    placed = place_microbatch(cp, packed, arrays, sliding_window=window)
-    return PlacedMicrobatch(packed.layout, placed)
+    widest = text.held.microbatch.widest
+    placed = place_microbatch(contexts[widest], packed, arrays, sliding_window=window)
+    return PlacedMicrobatch(widest, placed)
 
 
 def _stacked(
@@ -317,34 +353,34 @@ def _one_step(
 
 def _traffic(
     config: TrainConfig,
-    contexts: dict[Layout, ContextParallel],
+    contexts: dict[int, ContextParallel],
     program: DynamicProgram,
     params: Any,
-    batches: dict[Layout, dict[str, Any]],
+    batches: dict[int, dict[str, Any]],
 ) -> Iterator[Check]:
-    for layout, cp in contexts.items():
+    for widest, cp in contexts.items():
         eval_loss: Any = make_eval_loss(config.model, cp)
-        forward = eval_loss.lower(params, batches[layout]).compile()
+        forward = eval_loss.lower(params, batches[widest]).compile()
         needed = _needed_bytes(config.model, cp, config.parallel.dynamic.tokens)
         # As for streams, backward moves at least as much again as forward.
         for name, compiled, times in (
             ("forward", forward, 1),
-            ("step", program.programs[layout], 2),
+            ("step", program.programs[widest], 2),
         ):
             found = hlo.collectives(compiled.as_text())
-            for scope in _SCOPES:
+            for scope in SCOPES:
                 scoped = [c for c in found if scope in c.op_name]
-                if not scoped and not needed[scope].any():
+                if not scoped and not needed[scope]:
                     continue
                 moved, least, exact = _moved(scoped, cp), times * needed[scope], times == 1
                 strays = _strays(scoped, cp)
                 cells = measures.traffic_cells(
-                    scope, scoped, int(moved.sum()), int(least.sum()), exact
+                    scope, scoped, int(moved.sum()), least * cp.mesh.size, exact
                 )
-                enough = np.array_equal(moved, least) if exact else (moved >= least).all()
+                enough = (moved == least).all() if exact else (moved >= least).all()
                 yield Check(
                     {
-                        "groups": describe_layout(layout),
+                        "widest": str(widest),
                         "program": name,
                         **cells,
                         "strays": str(strays),
@@ -353,21 +389,21 @@ def _traffic(
                 )
 
 
-def _needed_bytes(
-    model: ModelConfig, cp: ContextParallel, tokens: int
-) -> dict[str, Int64[np.ndarray, "D"]]:
-    """Return the bytes that each device puts into each scope's collectives in a float32 forward."""
-    assert cp.groups is not None
-    tp, numbers, group_size = cp.axis_size(cp.tp), _numbers(cp), group_of_device(cp.groups)[1]
-    needed = {scope: np.zeros(cp.mesh.size, np.int64) for scope in _SCOPES}
-    strategy = Strategy(("exchange",), ("ring",))
+def _needed_bytes(model: ModelConfig, cp: ContextParallel, tokens: int) -> dict[str, int]:
+    """Return the bytes that a device puts into each scope's collectives in a float32 forward."""
+    tp = cp.axis_size(cp.tp)
+    needed = dict.fromkeys(SCOPES, 0)
     for layer in range(model.num_layers):
-        exchange = exchange_size(cp.for_layer(layer), model.num_heads // tp)
-        for size in set(cp.groups):
-            sizes = {"exchange": exchange, "ring": size // exchange}
-            each = measures.needed_bytes(model, tp, tokens, strategy, sizes)
-            for scope in _SCOPES:
-                needed[scope][numbers[group_size == size]] += each[scope]
+        listed = compose(cp.for_layer(layer), model.num_heads // tp).traffic(
+            tokens=tokens,
+            heads=model.num_heads // tp,
+            kv_heads=model.num_kv_heads // tp,
+            head_size=model.head_dim,
+            item_bytes=ITEM_BYTES["float32"],
+        )
+        for moved in listed:
+            if moved.direction == "forward":
+                needed[moved.scope] += moved.count * moved.bytes
     return needed
 
 
@@ -381,11 +417,10 @@ def _moved(found: Sequence[hlo.Collective], cp: ContextParallel) -> Int64[np.nda
 
 
 def _strays(found: Sequence[hlo.Collective], cp: ContextParallel) -> int:
-    """Count the collectives that join devices of several groups, or of several parts of tp."""
-    assert cp.groups is not None
+    """Count the collectives that join devices of several blocks, or of several parts of tp."""
     numbers = _numbers(cp)
     home = np.zeros(cp.mesh.size, np.int64)
-    first = group_of_device(cp.groups)[0][:, None]
+    first = np.arange(len(numbers))[:, None] // cp.placement.reach
     home[numbers] = first * numbers.shape[1] + np.arange(numbers.shape[1])
     return sum(
         c.count for c in found if any(np.unique(home[list(group)]).size > 1 for group in c.groups)

@@ -188,34 +188,33 @@ def test_an_abstract_mesh_is_refused():
 
 def test_lists_are_taken_as_tuples():
     mesh = hcp.make_mesh(dp=2, cp_outer=4)
-    cp = hcp.ContextParallel(mesh, ["p2p"], dp=["dp"], groups=[4, 4])
-    assert (cp.comm_type, cp.dp, cp.groups) == (("p2p",), ("dp",), (4, 4))
-    assert hash(cp) == hash(hcp.ContextParallel(mesh, ("p2p",), dp=("dp",), groups=(4, 4)))
+    cp = hcp.ContextParallel(mesh, ["p2p"], dp=["dp"])
+    assert (cp.comm_type, cp.dp) == (("p2p",), ("dp",))
+    assert hash(cp) == hash(hcp.ContextParallel(mesh, ("p2p",), dp=("dp",)))
 
 
-def grouped(groups, comm_type="a2a+p2p") -> hcp.ContextParallel:
+def grouped(widest, comm_type="a2a+p2p") -> hcp.ContextParallel:
     mesh = hcp.make_mesh(dp=2, cp_outer=2, cp_inner=2)
-    return hcp.ContextParallel(mesh, comm_type, groups=groups)
+    return hcp.ContextParallel(mesh, comm_type, widest_group=widest)
 
 
 def test_groups_are_described_with_the_mesh():
-    text = grouped((4, 2, 2)).describe()
-    assert "groups    4 + 2×2, in the order of the mesh" in text
-    assert "heads exchanged by up to 2 devices, K/V ring inside each group" in text
-    assert "K/V ring inside each group" in grouped((4, 2, 1, 1), "p2p").describe()
-    assert "one device per group, nothing moves" in grouped((1,) * 8).describe()
+    text = grouped(4).describe()
+    assert "groups    of up to 4 devices, in the order of the mesh" in text
+    assert "heads exchanged by up to 2 devices, K/V walk inside each group" in text
+    assert "K/V gather inside each group" in grouped(4, "all_gather").describe()
+    assert "one device per group, nothing moves" in grouped(1).describe()
 
 
-def test_invalid_groups_are_refused():
-    with pytest.raises(ValueError, match=r"layout \(4, 2\) must be .* add up to num_devices=8"):
-        grouped((4, 2))
-    with pytest.raises(NotImplementedError, match="'a2a\\+all_gather' cannot serve groups"):
-        grouped((4, 4), ("p2p", "a2a+all_gather"))
+@pytest.mark.parametrize("widest", [0, 3, 16, 2.5, True, "4"])
+def test_invalid_widest_groups_are_refused(widest):
+    with pytest.raises(ValueError, match="widest_group"):
+        grouped(widest)
 
 
 @pytest.mark.parametrize("what", ["shard", "unshard", "positions", "roll", "place"])
 def test_groups_have_no_stream_to_reorder(what):
     x = {"place": hcp.causal(), "positions": 16}.get(what, np.zeros((2, 16)))
     more = {"place": (16,), "roll": (-1,)}.get(what, ())
-    with pytest.raises(NotImplementedError, match=f"{what} reorders .*hcp.place_microbatch"):
-        getattr(grouped((4, 4)), what)(x, *more)
+    with pytest.raises(NotImplementedError, match=f"cp.{what} works on streams.*hcp.place_microbatch"):
+        getattr(grouped(4), what)(x, *more)
