@@ -11,14 +11,37 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.cost import Cost, GroupCost
 from hcp_jax.dynamic.plan import Schedule
-from hcp_jax.dynamic.scheduler import MAX_MENU, schedule
-from hcp_jax.sequence import groupings
 from hcp_jax.sequence.packing import Microbatch
 
 # The reference's second scheduler limits a group to this multiple of the longest document's work.
 HEADROOM = 1.05
+
+
+@dataclasses.dataclass(frozen=True)
+class RingCost(Cost):
+    """The cost of groups whose K and V move round one ring, as in other systems.
+
+    The slowest link of a ring decides: one that leaves its host runs at the speed of the network.
+    """
+
+    def group(
+        self, size: int, tokens: int, lanes: int = 1, program: int | None = None
+    ) -> GroupCost:
+        """Return the cost of a group of `size` devices; see `Cost.group`."""
+        one = super().group(size, tokens)
+        crosses = size > self.devices_per_host
+        forward, backward, home = self.hop_seconds(tokens)
+        if not crosses:
+            forward, backward = (d._replace(across=d.inside) for d in (forward, backward))
+        fixed = 0.0 if size == 1 else home.across if crosses else home.inside
+        return one._replace(inner=1, outer=size, forward=forward, backward=backward, fixed=fixed)
+
+
+def ring_cost(cost: Cost) -> RingCost:
+    """Return the same parameters for rings."""
+    return RingCost(**dataclasses.asdict(cost))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +53,7 @@ class Outcome:
         seconds_unpadded: the same if shapes followed the data: each device computes and sends only
             as many tokens as the fullest device of the microbatch has.
         num_microbatches: number of microbatches.
-        num_programs: number of different groupings among them.
+        num_programs: number of different programs: widest groups for ours, groupings for others.
         token_fill: share of slots that hold a token.
         balance: attention pairs of the mean device over those of the busiest, each summed over
             microbatches.
@@ -58,19 +81,20 @@ def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
     """
     unpadded, padding, cost = 0.0, 0, plan.cost
     for mb in plan.microbatches:
-        of_groups = mb.lengths(plan.lengths)
+        by_group = mb.lengths(plan.lengths)
         fullest = max(
-            -(-sum(of_group) // size) for size, of_group in zip(mb.layout, of_groups, strict=True)
+            -(-sum(documents) // size)
+            for size, documents in zip(mb.grouping, by_group, strict=True)
         )
-        unpadded += cost.microbatch_seconds(mb.layout, of_groups, fullest)
-        for size, of_group in zip(mb.layout, of_groups, strict=True):
+        unpadded += cost.microbatch_seconds(mb.grouping, by_group, fullest, mb.lanes)
+        for size, documents in zip(mb.grouping, by_group, strict=True):
             pad_to = 2 * size if multiple is None else multiple
-            padding += sum(-length % pad_to for length in of_group)
+            padding += sum(-length % pad_to for length in documents)
     return Outcome(
         seconds=plan.modelled_seconds,
         seconds_unpadded=unpadded,
         num_microbatches=len(plan.microbatches),
-        num_programs=len({mb.layout for mb in plan.microbatches}),
+        num_programs=len({mb.grouping for mb in plan.microbatches}),
         token_fill=plan.token_fill,
         balance=plan.balance,
         idle_share=plan.idle_share,
@@ -113,10 +137,25 @@ def fixed_balanced(
 def one_size_per_microbatch(
     lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
 ) -> Schedule:
-    """Schedule with this library's scheduler, restricted to groups of equal size."""
-    sizes = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
-    menu = [(size,) * (num_devices // size) for size in sizes[::-1]]
-    return schedule(lengths, num_devices, max_tokens_per_device, menu=menu[-MAX_MENU:], cost=cost)
+    """Give every microbatch one group size, as narrow as its longest document allows."""
+    left = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
+    divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    microbatches = []
+    while left:
+        size = next(n for n in divisors if n * max_tokens_per_device >= lengths[left[0]])
+        room = [size * max_tokens_per_device] * (num_devices // size)
+        inside: list[list[int]] = [[] for _ in room]
+        rest = []
+        for d in left:
+            group = max(range(len(room)), key=lambda g: room[g])
+            if room[group] < lengths[d]:
+                rest.append(d)
+                continue
+            room[group] -= lengths[d]
+            inside[group].append(d)
+        left = rest
+        microbatches.append(Microbatch((size,) * len(room), tuple(map(tuple, inside))))
+    return _schedule(lengths, max_tokens_per_device, microbatches, cost)
 
 
 def seeded_greedy(
@@ -127,18 +166,16 @@ def seeded_greedy(
     Work is L² / size. In every microbatch the longest document left opens a group of the least size
     that holds it. Each next one tries that size and every larger one, on a group there is or on a
     new one, and goes where the greatest work of any group stays least, if that is under `HEADROOM`
-    times the work of the batch's longest. (Of the microbatch's longest, as the description can also
-    be read, the groups of short documents would stay next to empty, which its published token fill
-    of 0.87 to 0.98 excludes.) Devices that are left over double the smallest groups. (Sizes are
-    those of `groupings.group_sizes`, so that device counts other than powers of two, which the
-    original does not survive, have an answer; what cannot double is left as empty groups of one.)
+    times L · M, where L is the longest document of this microbatch. Devices that are left over
+    double the smallest groups. (Sizes are powers of two and divisors, so that device counts other
+    than powers of two, which the original
+    does not survive, have an answer; what cannot double is left as empty groups of one.)
     """
-    sizes = groupings.group_sizes(num_devices)
+    sizes = _sizes(num_devices)
     left = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
-    first = next(size for size in sizes if size * max_tokens_per_device >= lengths[left[0]])
-    limit = HEADROOM * lengths[left[0]] ** 2 / first
     microbatches = []
     while left:
+        limit = HEADROOM * lengths[left[0]] * max_tokens_per_device
         opened = _Opened(num_devices, max_tokens_per_device, limit)
         left = [d for d in left if not opened.place(d, lengths[d], sizes)]
         microbatches.append(opened.close())
@@ -150,13 +187,20 @@ def _schedule(
 ) -> Schedule:
     return Schedule(
         lengths=tuple(lengths),
-        num_devices=sum(microbatches[0].layout),
+        num_devices=sum(microbatches[0].grouping),
         max_tokens_per_device=max_tokens_per_device,
-        menu=tuple(dict.fromkeys(mb.layout for mb in microbatches)),
+        menu=_sizes(sum(microbatches[0].grouping)),
         microbatches=tuple(microbatches),
-        cost=cost,
-        sizes=groupings.group_sizes(sum(microbatches[0].layout)),
+        cost=ring_cost(cost),
+        sizes=_sizes(sum(microbatches[0].grouping)),
     )
+
+
+def _sizes(num_devices: int) -> tuple[int, ...]:
+    """Return the powers of two and the divisors of the number of devices, ascending."""
+    sizes = {2**k for k in range(num_devices.bit_length())}
+    sizes |= {d for d in range(1, num_devices + 1) if num_devices % d == 0}
+    return tuple(sorted(size for size in sizes if size <= num_devices))
 
 
 class _Opened:
@@ -217,7 +261,7 @@ class _Opened:
         found += [(1, [])] * self.free
         found.sort(key=lambda group: -group[0])
         return Microbatch(
-            layout=tuple(size for size, _ in found),
+            grouping=tuple(size for size, _ in found),
             documents=tuple(tuple(documents) for _, documents in found),
         )
 

@@ -5,7 +5,7 @@
 
 Each line of the file is one microbatch that ran, as JSON:
 
-    {"layout": [4, 2, 1, 1], "lengths": [[8000], [3000], [900, 700], [1500]], "tokens": 2048,
+    {"grouping": [4, 2, 1, 1], "lengths": [[8000], [3000], [900, 700], [1500]], "tokens": 2048,
      "seconds": 0.0312}
 """
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         told = f"{old:.4g} -> {new:.4g}" if old != new else f"{old}"
         terminal.say(f"{field.name:26} {told}")
     errors = [
-        after.microbatch_seconds(row.layout, row.lengths, row.tokens) / row.seconds - 1
+        after.microbatch_seconds(row.grouping, row.lengths, row.tokens, row.lanes) / row.seconds - 1
         for row in rows
     ]
     terminal.say(f"{len(rows)} microbatches, modelled within {max(map(abs, errors)):.1%} of each")
@@ -68,18 +68,19 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
             row = TimedMicrobatch(**reading.parse_json(line, "it"))
             rows.append(
                 TimedMicrobatch(
-                    tuple(map(int, row.layout)),
+                    tuple(map(int, row.grouping)),
                     tuple(tuple(map(int, group)) for group in row.lengths),
                     int(row.tokens),
                     float(row.seconds),
+                    int(row.lanes),
                 )
             )
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}:{number} is not an object with layout, lengths, tokens and seconds: "
+                f"{path}:{number} is not an object with grouping, lengths, tokens and seconds: "
                 f"{error}"
             ) from None
-        if len(rows[-1].layout) != len(rows[-1].lengths):
+        if len(rows[-1].grouping) != len(rows[-1].lengths):
             raise ValueError(f"{path}:{number} needs one list of lengths for each group.")
     return rows
 

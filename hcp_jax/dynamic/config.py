@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Literal
 
 from hcp_jax.base.settings import MOST, check, fixed, free, numbers
+from hcp_jax.dynamic.scheduler import check_menu
 from hcp_jax.sequence import groupings
 
 
@@ -23,8 +24,8 @@ class DynamicConfig:
             of g devices holds documents of g · M tokens.
         min_cp_size: smallest size of a group.
         max_cp_size: largest size of a group; null means dp · cp.
-        menu: groupings to compile: "auto" chooses at most 16 for the run's own documents, a number
-            chooses at most that many; or a list of groupings, each a list of sizes.
+        menu: programs to compile: "auto" chooses those that the run's own documents use, a number
+            chooses at most that many; or a list with the devices of each one's widest group.
         lookahead: number of steps whose documents are scheduled together, to fill buffers better.
         cost: a file that `hcp dynamic calibrate` wrote; null: the run's model on modelled H200s.
         max_seqlen_per_dp_cp_rank: Megatron's name for max_tokens_per_device.
@@ -37,7 +38,7 @@ class DynamicConfig:
     max_tokens_per_device: int | None = field(default=None, metadata=free(least=1, most=MOST))
     min_cp_size: int = field(default=1, metadata=free(least=1, most=MOST))
     max_cp_size: int | None = field(default=None, metadata=free(least=1, most=MOST))
-    menu: Literal["auto"] | int | list[list[int]] = field(
+    menu: Literal["auto"] | int | list[int] = field(
         default="auto", metadata=free(least=1, most=MOST)
     )
     lookahead: int = field(default=1, metadata=numbers(least=1, most=100_000))
@@ -56,7 +57,7 @@ class DynamicConfig:
                 f"Megatron's max_seqlen_per_dp_cp_rank); {what}."
             )
         if self.menu == []:
-            raise ValueError('dynamic.menu holds no layout; give at least one, or "auto".')
+            raise ValueError('dynamic.menu holds no program; give at least one, or "auto".')
 
     @property
     def tokens(self) -> int:
@@ -65,26 +66,22 @@ class DynamicConfig:
         return next(value for value in given if value is not None)
 
     @property
-    def layouts(self) -> tuple[groupings.Layout, ...] | None:
-        """Return the menu if it is a list of groupings, else None."""
-        if not isinstance(self.menu, list):
-            return None
-        return tuple(dict.fromkeys(tuple(layout) for layout in self.menu))
+    def widths(self) -> tuple[int, ...] | None:
+        """The menu, if it is a list of widest groups; else None."""
+        return tuple(sorted(set(self.menu))) if isinstance(self.menu, list) else None
 
-    def check_sizes(self, num_devices: int) -> int:
+    def check_sizes(self, num_devices: int, devices_per_host: int, lanes: int) -> int:
         """Check the sizes against a number of devices, and return the widest possible group size.
 
+        Args:
+            num_devices: dp · cp.
+            devices_per_host: devices that share a host.
+            lanes: devices that exchange heads with each other.
+
         Raises:
-            ValueError: if no grouping fits, or one of the menu does not.
+            ValueError: if no group size fits, or one of the menu does not.
         """
-        sizes = groupings.group_sizes(num_devices, self.min_cp_size, self.max_cp_size)
-        if self.layouts is None:
-            return sizes[-1]
-        for layout in self.layouts:
-            groupings.check_layout(layout, num_devices)
-            if min(layout) < sizes[0] or max(layout) > sizes[-1]:
-                raise ValueError(
-                    f"dynamic.menu: {groupings.describe(layout)} has groups outside of min_cp_size="
-                    f"{sizes[0]} to max_cp_size={sizes[-1]}."
-                )
-        return max(max(layout) for layout in self.layouts)
+        sizes = groupings.widths(
+            num_devices, devices_per_host, lanes, self.min_cp_size, self.max_cp_size
+        )
+        return check_menu(self.widths, sizes)[-1]

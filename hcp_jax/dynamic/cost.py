@@ -1,29 +1,37 @@
 """Model the seconds of a microbatch; the scheduler minimises them.
 
-A microbatch is one compiled program in which every device holds one buffer of T tokens, and its
-devices are cut into rings, each with its own documents. It takes
+A microbatch is one run of a compiled program in which every device holds one buffer of M tokens and
+its devices form groups, each with its own documents. It takes
 
     seconds_per_microbatch                    fixed
-    + T · seconds_per_token                   all work that is linear in tokens, with padding
-    + max over rings of                       the other rings wait for the slowest
-        pairs · seconds_per_pair              attention, on each device of the ring
-        + Σ over hops of max(0, transfer - attention of one hop)      the part that is not hidden
+    + M · seconds_per_token                   all work that is linear in tokens, with padding
+    + exchange of heads                       over the program's lanes; none of it is hidden
+    + max over groups of                      the other groups wait for the slowest
+        attention, and what its transfers take beyond it
 
-Zigzag cuts a document of L tokens into 2g chunks, so each of g devices attends to L² / 2g pairs. A
-kernel computes whole tiles: a chunk of L / 2g tokens is rounded up by half a tile on average, which
-gives the pairs of a document of L + g · tile tokens. So short documents need few devices even where
-links are free.
+A group of g devices has w = g / lanes members. Zigzag cuts a document of L tokens into 2w chunks,
+and lanes share the heads of a member, so each device computes L² / 2g pairs. A kernel computes
+whole tiles: a chunk of L / 2w tokens is rounded up by half a tile on average, which gives the pairs
+of a document of L + w · tile tokens. So short documents need few members even where links are free.
 
-A ring of g devices makes g - 1 hops forward and g - 1 backward, and one more that brings dk and dv
-home. Each hop moves the whole buffer's K and V (shapes are static); backward, float32 dk and dv
-travel along. The slowest link of a ring decides, so a ring that leaves its host runs at the speed
-of the network. A ring without documents still makes its hops: collectives are unconditional.
+K and V make w - 1 hops forward and w - 1 backward, and dK and dV come home once more. Members on
+one host are visited one after the other while the next host's K and V are on their way
+(`attention.walk.Nested`), so over `outer` hosts of `inner` members each, with h the seconds of
+attention of one hop,
 
-Times are linear in the parameters once it is known which ring is slowest and which hops are
+    forward = (outer - 1) · max(network transfer, host) + host
+    host    = inner · h + (inner - 1) · max(0, NVLink transfer - h)
+
+and likewise backward, where float32 dK and dV travel along. Each transfer moves the whole buffer
+(shapes are static). A program makes the hops of its widest group on all devices, so a narrower
+group spends the time of the other hops, too, with nothing to hide them behind.
+
+Times are linear in the parameters once it is known which group is slowest and which hops are
 hidden, so `Cost.calibrate` fits them to timed microbatches by least squares.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -52,26 +60,41 @@ MICROBATCH_SECONDS = 2e-3
 DEFAULT_MODEL, DEFAULT_GPU = "gpt-12x2048", "h200"
 
 
-class Ring(NamedTuple):
-    """Cost of one ring of devices, with all constants multiplied out.
+class Direction(NamedTuple):
+    """Forward or backward: its share of the attention, and seconds of a transfer on each link."""
+
+    share: float
+    inside: float
+    across: float
+
+
+class GroupCost(NamedTuple):
+    """Cost of one group of devices, with all constants multiplied out.
 
     Attributes:
         size: number of devices.
-        crosses: True if the ring spans several hosts.
+        inner: members on one host that the group spans, 1 or more.
+        outer: hosts (or members, if a member is a host or more) that it spans.
         work: seconds per (query, key) pair on one device.
-        forward_hop: seconds of one transfer forward.
-        backward_hop: seconds of one transfer backward.
-        home: seconds of the last transfer, which nothing hides.
+        forward: see `Direction`.
+        backward: see `Direction`.
+        fixed: seconds of the last move of dK and dV, and of the program's hops beyond the group.
         padding: tokens that rounding to tiles adds to a document.
     """
 
     size: int
-    crosses: bool
+    inner: int
+    outer: int
     work: float
-    forward_hop: float
-    backward_hop: float
-    home: float
+    forward: Direction
+    backward: Direction
+    fixed: float
     padding: int
+
+    @property
+    def members(self) -> int:
+        """The number of members; a group of one makes no hops."""
+        return self.inner * self.outer
 
     def pairs(self, length: int) -> float:
         """Return the pairs that each device computes for a document of `length` tokens."""
@@ -81,28 +104,48 @@ class Ring(NamedTuple):
     def seconds(self, pairs: float) -> float:
         """Return the seconds for `pairs` pairs per device; increasing and convex in `pairs`."""
         work = pairs * self.work
-        if self.size == 1:
-            return work
-        forward = self.forward_hop - work * FORWARD_SHARE / self.size
-        backward = self.backward_hop - work * (1 - FORWARD_SHARE) / self.size
-        exposed = (forward if forward > 0 else 0.0) + (backward if backward > 0 else 0.0)
-        return work + (self.size - 1) * exposed + self.home
+        if self.inner == 1 and self.outer == 1:
+            return work + self.fixed
+        total = self.fixed
+        for share, inside, across in (self.forward, self.backward):
+            hop = work * share / (self.inner * self.outer)
+            host = self.inner * hop
+            if inside > hop:
+                host += (self.inner - 1) * (inside - hop)
+            total += host + (self.outer - 1) * (across if across > host else host)
+        return total
+
+    def lines(self) -> list[tuple[float, float]]:
+        """Return (α, β) of the lines α · work + β whose maximum `seconds` is."""
+        found = [(0.0, self.fixed)]
+        for share, inside, across in (self.forward, self.backward):
+            options = []
+            hop = share / (self.inner * self.outer)
+            for exposed in (0.0, 1.0):
+                alpha = (self.inner - exposed * (self.inner - 1)) * hop
+                beta = exposed * (self.inner - 1) * inside
+                options.append((self.outer * alpha, self.outer * beta))
+                options.append((alpha, beta + (self.outer - 1) * across))
+            found = [(a + c, b + d) for a, b in found for c, d in options]
+        return found
 
 
 class TimedMicrobatch(NamedTuple):
     """Timed microbatch, for `Cost.calibrate`.
 
     Attributes:
-        layout: group sizes in device order.
+        grouping: group sizes in device order.
         lengths: the lengths of each group's documents.
         tokens: tokens of each device's buffer, with padding.
         seconds: measured seconds, forward and backward.
+        lanes: devices that exchange heads with each other.
     """
 
-    layout: tuple[int, ...]
+    grouping: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...]
     tokens: int
     seconds: float
+    lanes: int = 1
 
 
 def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
@@ -115,6 +158,7 @@ def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
         "seconds_per_token": linear_flops / (LINEAR_SHARE * on.product_rate.value),
         "seconds_per_microbatch": MICROBATCH_SECONDS,
         "kv_bytes_per_token": 2 * _ITEM_BYTES * model.num_layers * model.kv_width / tp,
+        "q_bytes_per_token": _ITEM_BYTES * model.num_layers * model.query_width / tp,
         "seconds_per_byte_inside": 1 / on.nvlink.rate.value,
         "seconds_per_byte_across": 1 / on.network.rate.value,
         "seconds_per_hop": model.num_layers * on.nvlink.latency,
@@ -136,6 +180,7 @@ class Cost:
         seconds_per_token: seconds of everything else for one token.
         seconds_per_microbatch: fixed seconds of a microbatch.
         kv_bytes_per_token: bytes of K and V of one token, all layers.
+        q_bytes_per_token: bytes of the queries of one token, all layers; as many as of the output.
         seconds_per_byte_inside: seconds per byte of a transfer inside a host.
         seconds_per_byte_across: seconds per byte of a transfer between hosts.
         seconds_per_hop: latency of one transfer, summed over layers.
@@ -147,6 +192,7 @@ class Cost:
     seconds_per_token: float = _DEFAULTS["seconds_per_token"]
     seconds_per_microbatch: float = _DEFAULTS["seconds_per_microbatch"]
     kv_bytes_per_token: float = _DEFAULTS["kv_bytes_per_token"]
+    q_bytes_per_token: float = _DEFAULTS["q_bytes_per_token"]
     seconds_per_byte_inside: float = _DEFAULTS["seconds_per_byte_inside"]
     seconds_per_byte_across: float = _DEFAULTS["seconds_per_byte_across"]
     seconds_per_hop: float = _DEFAULTS["seconds_per_hop"]
@@ -160,70 +206,106 @@ class Cost:
                 raise ValueError(f"Cost.{field.name} must be 0 or greater, got {value}.")
         checks.integer("Cost.devices_per_host", self.devices_per_host, least=1)
 
-    def crosses(self, first: int, size: int) -> bool:
-        """Return whether devices `first` to `first + size - 1` are on more than one host."""
-        return first // self.devices_per_host != (first + size - 1) // self.devices_per_host
-
-    def ring(self, size: int, crosses: bool, tokens: int) -> Ring:
-        """Return the ring of `size` devices whose transfers move `tokens` tokens each."""
-        per_byte = self.seconds_per_byte_across if crosses else self.seconds_per_byte_inside
-        transfer = tokens * self.kv_bytes_per_token * per_byte
-        hop = self.seconds_per_hop
-        return Ring(
-            size=size,
-            crosses=crosses,
-            work=self.seconds_per_pair,
-            forward_hop=hop + transfer,
-            backward_hop=hop + BACKWARD_TRAFFIC * transfer,
-            home=hop + HOME_TRAFFIC * transfer if size > 1 else 0.0,
-            padding=size * self.tile,
-        )
-
-    def rings(self, layout: Sequence[int], tokens: int) -> list[Ring]:
-        """Return the rings of a grouping over devices 0, 1, …; `tokens` as in `ring`."""
-        known: dict[tuple[int, bool], Ring] = {}
-        rings, first = [], 0
-        for size in layout:
-            key = size, self.crosses(first, size)
-            if key not in known:
-                known[key] = self.ring(*key, tokens)
-            rings.append(known[key])
-            first += size
-        return rings
-
-    def dense_seconds(self, tokens: int) -> float:
-        """Return the seconds of a microbatch without attention, with buffers of `tokens` tokens."""
-        return self.seconds_per_microbatch + tokens * self.seconds_per_token
-
-    def group_seconds(
-        self, layout: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
-    ) -> list[float]:
-        """Return the seconds of attention and exposed transfers of every group.
+    def group(
+        self, size: int, tokens: int, lanes: int = 1, program: int | None = None
+    ) -> GroupCost:
+        """Return the cost of a group.
 
         Args:
-            layout: group sizes in device order.
-            lengths: the lengths of each group's documents.
-            tokens: tokens of each device's buffer.
+            size: devices of the group.
+            tokens: M, tokens of each device's buffer.
+            lanes: devices that exchange heads with each other.
+            program: devices of the widest group that the program serves; `size` if None.
         """
-        rings = self.rings(layout, tokens)
+        return _group(self, size, tokens, min(lanes, size), size if program is None else program)
+
+    def groups(
+        self,
+        grouping: Sequence[int],
+        tokens: int,
+        lanes: int = 1,
+        program: int | None = None,
+    ) -> list[GroupCost]:
+        """Return the costs of a grouping's groups; arguments as in `group`."""
+        program = max(grouping) if program is None else program
+        known = {size: self.group(size, tokens, lanes, program) for size in set(grouping)}
+        return [known[size] for size in grouping]
+
+    def hop_seconds(self, tokens: int) -> tuple[Direction, Direction, Direction]:
+        """Return the seconds of one transfer forward, backward, and of the last one home."""
+        inside, across = (
+            tokens * self.kv_bytes_per_token * rate
+            for rate in (self.seconds_per_byte_inside, self.seconds_per_byte_across)
+        )
+        hop = self.seconds_per_hop
+        return tuple(  # type: ignore[return-value]
+            Direction(share, hop + traffic * inside, hop + traffic * across)
+            for share, traffic in (
+                (FORWARD_SHARE, 1.0),
+                (1 - FORWARD_SHARE, BACKWARD_TRAFFIC),
+                (0.0, HOME_TRAFFIC),
+            )
+        )
+
+    def dense_seconds(self, tokens: int, lanes: int = 1) -> float:
+        """Return the seconds of a microbatch without attention and hops.
+
+        Args:
+            tokens: M, tokens of each device's buffer.
+            lanes: devices that exchange heads with each other.
+        """
+        linear = self.seconds_per_microbatch + tokens * self.seconds_per_token
+        if lanes == 1:
+            return linear
+        across = lanes > self.devices_per_host
+        rate = self.seconds_per_byte_across if across else self.seconds_per_byte_inside
+        # q, K, V and the output forward, their cotangents backward.
+        sent = 2 * (2 * self.q_bytes_per_token + self.kv_bytes_per_token) * (lanes - 1) / lanes
+        return linear + 4 * self.seconds_per_hop + tokens * sent * rate
+
+    def group_seconds(
+        self,
+        grouping: Sequence[int],
+        lengths: Sequence[Sequence[int]],
+        tokens: int,
+        lanes: int = 1,
+        program: int | None = None,
+    ) -> list[float]:
+        """Return the seconds of attention and transfers of every group.
+
+        Args:
+            grouping: group sizes in device order.
+            lengths: the lengths of each group's documents.
+            tokens: M, tokens of each device's buffer.
+            lanes: devices that exchange heads with each other.
+            program: devices of the widest group that the program serves; of the grouping if None.
+        """
         return [
-            ring.seconds(sum(ring.pairs(length) for length in documents))
-            for ring, documents in zip(rings, lengths, strict=True)
+            group.seconds(sum(group.pairs(length) for length in documents))
+            for group, documents in zip(
+                self.groups(grouping, tokens, lanes, program), lengths, strict=True
+            )
         ]
 
     def microbatch_seconds(
-        self, layout: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
+        self,
+        grouping: Sequence[int],
+        lengths: Sequence[Sequence[int]],
+        tokens: int,
+        lanes: int = 1,
+        program: int | None = None,
     ) -> float:
         """Return the seconds of one microbatch; arguments as in `group_seconds`."""
-        return self.dense_seconds(tokens) + max(self.group_seconds(layout, lengths, tokens))
+        slowest = max(self.group_seconds(grouping, lengths, tokens, lanes, program))
+        return self.dense_seconds(tokens, lanes) + slowest
 
     def calibrate(self, rows: Sequence[TimedMicrobatch]) -> "Cost":
         """Return the cost that fits timed microbatches best, by relative least squares.
 
-        Which ring is slowest and which hops are hidden depends on the parameters, so the fit is
+        Which group is slowest and which hops are hidden depends on the parameters, so the fit is
         repeated until that no longer changes, at most 50 times; the best fit is kept. A parameter
         that the rows do not determine keeps its value: seconds_per_token if all rows have buffers
-        of one size, a link if no row has a ring on it.
+        of one size, a link if no row has a transfer on it.
 
         Args:
             rows: timed microbatches, as varied as possible; at least one.
@@ -244,9 +326,11 @@ class Cost:
             cost = fitted
         return best
 
+    def _modelled(self, row: TimedMicrobatch) -> float:
+        return self.microbatch_seconds(row.grouping, row.lengths, row.tokens, row.lanes)
+
     def _misfit(self, rows: Sequence[TimedMicrobatch]) -> float:
-        modelled = (self.microbatch_seconds(row.layout, row.lengths, row.tokens) for row in rows)
-        return sum((m / row.seconds - 1) ** 2 for m, row in zip(modelled, rows, strict=True))
+        return sum((self._modelled(row) / row.seconds - 1) ** 2 for row in rows)
 
     def _fit(self, rows: Sequence[TimedMicrobatch]) -> "Cost":
         from scipy.optimize import nnls
@@ -268,26 +352,19 @@ class Cost:
         return dataclasses.replace(self, **values)
 
     def _features(self, row: TimedMicrobatch) -> np.ndarray:
-        """Return the factor of each of `_FITTED` in the modelled seconds of `row`."""
-        seconds = self.group_seconds(row.layout, row.lengths, row.tokens)
-        slowest = int(np.argmax(seconds))
-        ring = self.rings(row.layout, row.tokens)[slowest]
-        pairs = sum(ring.pairs(length) for length in row.lengths[slowest])
-        hops = transfers = hidden = 0.0
-        if ring.size > 1:
-            work = pairs * ring.work / ring.size
-            hops, transfers = 1.0, float(HOME_TRAFFIC)
-            for share, hop, traffic in (
-                (FORWARD_SHARE, ring.forward_hop, 1),
-                (1 - FORWARD_SHARE, ring.backward_hop, BACKWARD_TRAFFIC),
-            ):
-                if hop > work * share:
-                    hops += ring.size - 1
-                    transfers += (ring.size - 1) * traffic
-                    hidden += (ring.size - 1) * share / ring.size
-        moved = transfers * row.tokens * self.kv_bytes_per_token
-        links = (0.0, moved) if ring.crosses else (moved, 0.0)
-        return np.array([pairs * (1 - hidden), row.tokens, 1.0, hops, *links])
+        """Return the factor of each of `_FITTED` in the modelled seconds of `row`.
+
+        The model is linear in them around their values, so differences are exact.
+        """
+        base = self._modelled(row)
+        found = []
+        for name in _FITTED:
+            value = getattr(self, name)
+            step = 1e-5 * max(value, _DEFAULTS[name])
+            more = dataclasses.replace(self, **{name: value + step})._modelled(row)
+            factor = (more - base) / step
+            found.append(factor if abs(factor) * step > 1e-12 * base else 0.0)
+        return np.array(found)
 
 
 _FITTED = (
@@ -298,6 +375,33 @@ _FITTED = (
     "seconds_per_byte_inside",
     "seconds_per_byte_across",
 )
+
+
+@functools.lru_cache(maxsize=4096)
+def _group(cost: Cost, size: int, tokens: int, lanes: int, program: int) -> GroupCost:
+    forward, backward, home = cost.hop_seconds(tokens)
+    inner, outer = _spans(size, lanes, cost.devices_per_host)
+    alone = GroupCost(
+        size=size,
+        inner=inner,
+        outer=outer,
+        work=cost.seconds_per_pair,
+        forward=forward,
+        backward=backward,
+        fixed=0.0 if size == lanes else home.across if outer > 1 else home.inside,
+        padding=size // lanes * cost.tile,
+    )
+    if program <= size:
+        return alone
+    whole = _group(cost, program, tokens, lanes, program)
+    return alone._replace(fixed=alone.fixed + whole.seconds(0.0) - alone.seconds(0.0))
+
+
+def _spans(size: int, lanes: int, devices_per_host: int) -> tuple[int, int]:
+    """Return the members on one host, and the number of hosts, of a group of `size` devices."""
+    members = size // lanes
+    inner = min(members, max(1, devices_per_host // lanes))
+    return (inner, members // inner) if members % inner == 0 else (1, members)
 
 
 def _relative(

@@ -10,9 +10,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from hcp_jax.dynamic.cost import Cost, Ring
-from hcp_jax.sequence.groupings import Layout
-from hcp_jax.sequence.packing import max_documents_per_ring
+from hcp_jax.dynamic.cost import Cost, GroupCost
+from hcp_jax.sequence.groupings import Grouping
+from hcp_jax.sequence.packing import max_documents_per_group
 
 
 class Problem(NamedTuple):
@@ -27,21 +27,33 @@ class Problem(NamedTuple):
     num_devices: int
     tokens: int  # M
     cost: Cost
-    sizes: tuple[int, ...]  # ascending
-    rings: list[Ring]  # the best of each size, ascending
+    lanes: int  # devices that exchange heads with each other
+    sizes: tuple[int, ...]  # possible group sizes, ascending
+    programs: tuple[int, ...]  # widest groups of the programs, ascending
+    groups: list[GroupCost]  # one of each size, in a program of its own width
+
+    def costs(self, grouping: Grouping) -> list[GroupCost]:
+        """Return the costs of a grouping's groups in the narrowest program that serves it."""
+        widest = max(grouping)
+        program = next(size for size in self.programs if size >= widest)
+        return self.cost.groups(grouping, self.tokens, self.lanes, program)
+
+    def dense_seconds(self, grouping: Grouping) -> float:
+        """Return the seconds of a microbatch besides attention and hops."""
+        return self.cost.dense_seconds(self.tokens, min(self.lanes, max(grouping)))
 
 
 class Filled(NamedTuple):
     """Planned microbatch.
 
     Attributes:
-        layout: group sizes in device order.
+        grouping: group sizes in device order.
         groups: ranks of each group's documents.
         seconds: modelled seconds.
         value: share of its documents in the lower bound, in seconds.
     """
 
-    layout: Layout
+    grouping: Grouping
     groups: list[list[int]]
     seconds: float
     value: float
@@ -88,7 +100,7 @@ class Unscheduled:
 
 
 def fill(
-    problem: Problem, unscheduled: Unscheduled, layout: Layout, rings: Sequence[Ring]
+    problem: Problem, unscheduled: Unscheduled, grouping: Grouping, costs: Sequence[GroupCost]
 ) -> Filled:
     """Fill a grouping: the group with the least work takes the longest document it has room for.
 
@@ -96,14 +108,14 @@ def fill(
     """
     lengths, values = problem.lengths, problem.values
     left = unscheduled.count
-    room = [size * problem.tokens for size in layout]
-    pairs = [0.0] * len(layout)
-    inside: list[list[int]] = [[] for _ in layout]
-    most = max_documents_per_ring(problem.tokens)
+    room = [size * problem.tokens for size in grouping]
+    pairs = [0.0] * len(grouping)
+    inside: list[list[int]] = [[] for _ in grouping]
+    most = max_documents_per_group(problem.tokens)
     value = slowest = 0.0
     taken: dict[int, int] = {}  # node of a document taken here -> a lower node to go on from
     # Among groups of equal work the widest comes first, so that it gets the longest document.
-    heap = [(ring.seconds(0.0), -ring.size, group) for group, ring in enumerate(rings)]
+    heap = [(cost.seconds(0.0), -cost.size, group) for group, cost in enumerate(costs)]
     heapq.heapify(heap)
     while heap and left:
         _, width, group = heap[0]
@@ -112,17 +124,17 @@ def fill(
             below = unscheduled.find(taken[node])
             taken[node] = taken.get(below, below)  # shorten the path for the next search
             node = below
-        if node == 0 or (width < -1 and len(inside[group]) == most):
+        full = costs[group].members > 1 and len(inside[group]) == most
+        if node == 0 or full:
             slowest = max(slowest, heapq.heappop(heap)[0])
             continue
         taken[node], left = node - 1, left - 1
         rank = node - 1
-        length, ring = lengths[rank], rings[group]
+        length, cost = lengths[rank], costs[group]
         room[group] -= length
-        pairs[group] += ring.pairs(length)
+        pairs[group] += cost.pairs(length)
         value += values[rank]
         inside[group].append(rank)
-        heapq.heapreplace(heap, (ring.seconds(pairs[group]), width, group))
+        heapq.heapreplace(heap, (cost.seconds(pairs[group]), width, group))
     slowest = max([slowest, *(item[0] for item in heap)])
-    dense = problem.cost.dense_seconds(problem.tokens)
-    return Filled(layout, inside, dense + slowest, value)
+    return Filled(grouping, inside, problem.dense_seconds(grouping) + slowest, value)

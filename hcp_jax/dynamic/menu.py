@@ -1,12 +1,12 @@
-"""Choose a menu of groupings for many batches, and schedule several batches together.
+"""Choose a menu of programs for many batches, and schedule several batches together.
 
 `scheduler.schedule` looks at one batch. This module looks across batches. Training compiles its
-menu once, before the first step, so the menu must also serve later batches. And the tokens of a
+programs once, before the first step, so they must also serve later batches. And the tokens of a
 batch are rarely a multiple of what the devices hold, so its last microbatch is partly empty unless
 several batches are scheduled together.
 """
 
-import itertools
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,9 +15,8 @@ import numpy as np
 from hcp_jax.base import checks
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.plan import Schedule
-from hcp_jax.dynamic.scheduler import MAX_MENU, check_lengths, schedule
+from hcp_jax.dynamic.scheduler import check_lengths, schedule
 from hcp_jax.sequence import groupings
-from hcp_jax.sequence.groupings import Layout
 from hcp_jax.sequence.packing import Microbatch
 
 
@@ -40,13 +39,15 @@ def choose_menu(
     min_cp_size: int = 1,
     max_cp_size: int | None = None,
     cost: Cost | None = None,
-    max_layouts: int = MAX_MENU,
-) -> tuple[Layout, ...]:
-    """Choose the groupings that training should compile, for batches like these.
+    lanes: int = 1,
+    max_programs: int | None = None,
+) -> tuple[int, ...]:
+    """Choose the programs that training should compile, for batches like these.
 
-    Candidates are the groupings that the batches choose for themselves, groupings of equal sizes,
-    and groupings of two neighbouring sizes on halves, quarters and eighths of the devices, which
-    suit other batches too. The groupings that take most of the modelled time are kept.
+    A program serves all groupings up to its widest group, so there are at most as many as possible
+    group sizes. Programs that the batches use are kept, those that take most of the modelled time
+    first, and always the one with the widest possible group, so that every document that fits at
+    all can be trained on.
 
     Args:
         batches: lengths of the documents of each sample batch; a few dozen batches are enough.
@@ -55,44 +56,37 @@ def choose_menu(
         min_cp_size: as in `schedule`.
         max_cp_size: as in `schedule`.
         cost: as in `schedule`.
-        max_layouts: most groupings in the menu, which is the number of programs to compile.
+        lanes: as in `schedule`.
+        max_programs: most programs to compile; as many as are used if None.
 
     Returns:
-        The menu, widest groups first. It always contains a grouping with the widest possible group,
-        so that every document that fits at all can be trained on.
+        The widest group of each program, ascending.
 
     Raises:
-        ValueError: as `schedule`; and if there are no batches, or max_layouts is less than 1.
+        ValueError: as `schedule`; and if there are no batches, or max_programs is less than 1.
     """
     samples = [check_lengths(batch) for batch in batches]
-    max_layouts = checks.integer("max_layouts", max_layouts, least=1)
+    if max_programs is not None:
+        max_programs = checks.integer("max_programs", max_programs, least=1)
     if not samples:
         raise ValueError("choose_menu needs at least one batch.")
     cost = Cost() if cost is None else cost
-    limits = num_devices, max_tokens_per_device, min_cp_size, max_cp_size
-
-    def plans(menu: Sequence[Layout] | None) -> list[Schedule]:
-        return [schedule(sample, *limits, menu=menu, cost=cost) for sample in samples]
-
-    sizes = groupings.group_sizes(num_devices, min_cp_size, max_cp_size)
-    free = plans(None)
-    # Skip mixes with groups wider than any batch chose; only the fallback may be wider.
-    widest = max((max(mb.layout) for plan in free for mb in plan.microbatches), default=sizes[0])
-    fallback = groupings.canonical(
-        groupings.uniform(sizes[-1], num_devices, sizes), cost.devices_per_host
-    )
-    tried = _mixes(num_devices, [s for s in sizes if s <= widest], sizes, cost.devices_per_host)
-    own = {mb.layout: None for plan in free for mb in plan.microbatches}
-    menu = tuple(dict.fromkeys([fallback, *own, *tried]))
-    while True:
-        used = _seconds_by_layout(plans(menu))
-        ranked = sorted(used, key=lambda layout: (-used[layout], layout))
-        # Remove in halves: how the rest is then used shows which of the others are needed.
-        keep = max(max_layouts, len(menu) // 2)
-        kept = [layout for layout in ranked if layout != fallback][: keep - 1]
-        if len(menu) <= max_layouts:
-            return tuple(sorted([*kept, fallback], reverse=True))
-        menu = (fallback, *kept)
+    seconds: dict[int, float] = {}
+    for sample in samples:
+        plan = schedule(
+            sample,
+            *(num_devices, max_tokens_per_device, min_cp_size, max_cp_size),
+            cost=cost,
+            lanes=lanes,
+        )
+        for mb, took in zip(plan.microbatches, plan.microbatch_seconds, strict=True):
+            seconds[mb.widest] = seconds.get(mb.widest, 0.0) + took
+    sizes = groupings.widths(num_devices, cost.devices_per_host, lanes, min_cp_size, max_cp_size)
+    ranked = sorted(seconds, key=lambda width: (-seconds[width], width))
+    others = [width for width in ranked if width != sizes[-1]]
+    if max_programs is not None:
+        others = others[: max_programs - 1]
+    return tuple(sorted([*others, sizes[-1]]))
 
 
 def schedule_batches(
@@ -101,9 +95,10 @@ def schedule_batches(
     max_tokens_per_device: int = 2048,
     min_cp_size: int = 1,
     max_cp_size: int | None = None,
-    menu: Iterable[Sequence[int]] | None = None,
+    menu: Iterable[int] | None = None,
     cost: Cost | None = None,
     seed: int = 0,
+    lanes: int = 1,
 ) -> tuple[Step, ...]:
     """Schedule several batches together (a look-ahead), as many optimizer steps as batches.
 
@@ -120,6 +115,7 @@ def schedule_batches(
         menu: as in `schedule`.
         cost: as in `schedule`.
         seed: seed of the order; the same seed gives the same steps.
+        lanes: as in `schedule`.
 
     Returns:
         A step for each batch, with its microbatches and the sources of its documents. Together the
@@ -142,6 +138,7 @@ def schedule_batches(
         menu,
         cost,
         seed,
+        lanes,
     )
     rng = np.random.default_rng(seed)
     dealt: list[list[Microbatch]] = [[] for _ in batches]
@@ -163,33 +160,13 @@ def _step(
         max_tokens_per_device=together.max_tokens_per_device,
         menu=together.menu,
         microbatches=tuple(
-            Microbatch(mb.layout, tuple(tuple(renamed[d] for d in g) for g in mb.documents))
+            dataclasses.replace(
+                mb, documents=tuple(tuple(renamed[d] for d in g) for g in mb.documents)
+            )
             for mb in microbatches
         ),
         cost=together.cost,
         sizes=together.sizes,
+        lanes=together.lanes,
     )
     return Step(plan, tuple(sources[d] for d in held))
-
-
-def _mixes(
-    num_devices: int, wanted: Sequence[int], sizes: tuple[int, ...], devices_per_host: int
-) -> list[Layout]:
-    """Return groupings of equal sizes, and of two neighbouring sizes on eighths of the devices."""
-    mixes = [groupings.uniform(size, num_devices, sizes) for size in wanted]
-    can = groupings.composable(num_devices, sizes)
-    for narrow, wide in itertools.pairwise(wanted):
-        for eighths in range(1, 8):
-            wides = [wide] * (num_devices * eighths // (8 * wide))
-            narrows = [narrow] * ((num_devices - sum(wides)) // narrow)
-            if wides and can[num_devices - sum(wides) - sum(narrows)]:
-                mixes.append(groupings.complete([*wides, *narrows], num_devices, sizes))
-    return list(dict.fromkeys(groupings.canonical(mix, devices_per_host) for mix in mixes))
-
-
-def _seconds_by_layout(plans: Iterable[Schedule]) -> dict[Layout, float]:
-    used: dict[Layout, float] = {}
-    for plan in plans:
-        for mb, seconds in zip(plan.microbatches, plan.microbatch_seconds, strict=True):
-            used[mb.layout] = used.get(mb.layout, 0.0) + seconds
-    return used

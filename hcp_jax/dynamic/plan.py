@@ -12,7 +12,6 @@ import numpy as np
 from hcp_jax.dynamic.bound import lower_bound
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.sequence import groupings
-from hcp_jax.sequence.groupings import Layout
 from hcp_jax.sequence.packing import Microbatch
 
 
@@ -24,19 +23,25 @@ class Schedule:
         lengths: tokens of each document.
         num_devices: number of devices of every grouping.
         max_tokens_per_device: tokens of every device's buffer.
-        menu: groupings that may be used.
+        menu: devices of the widest group of each program that may be used, ascending.
         microbatches: microbatches in the order in which they run.
         cost: cost model of the seconds.
-        sizes: possible group sizes, on the menu or not.
+        sizes: possible group sizes.
+        lanes: devices that exchange heads with each other.
     """
 
     lengths: tuple[int, ...]
     num_devices: int
     max_tokens_per_device: int
-    menu: tuple[Layout, ...]
+    menu: tuple[int, ...]
     microbatches: tuple[Microbatch, ...]
     cost: Cost
     sizes: tuple[int, ...]
+    lanes: int = 1
+
+    def program(self, microbatch: Microbatch) -> int:
+        """Return the devices of the widest group of the program that runs a microbatch."""
+        return next(width for width in self.menu if width >= microbatch.widest)
 
     @cached_property
     def group_seconds(self) -> tuple[tuple[float, ...], ...]:
@@ -44,7 +49,11 @@ class Schedule:
         return tuple(
             tuple(
                 self.cost.group_seconds(
-                    mb.layout, mb.lengths(self.lengths), self.max_tokens_per_device
+                    mb.grouping,
+                    mb.lengths(self.lengths),
+                    self.max_tokens_per_device,
+                    mb.lanes,
+                    self.program(mb),
                 )
             )
             for mb in self.microbatches
@@ -53,8 +62,10 @@ class Schedule:
     @property
     def microbatch_seconds(self) -> tuple[float, ...]:
         """Modelled seconds of every microbatch."""
-        dense = self.cost.dense_seconds(self.max_tokens_per_device)
-        return tuple(dense + max(of_group) for of_group in self.group_seconds)
+        return tuple(
+            self.cost.dense_seconds(self.max_tokens_per_device, mb.lanes) + max(by_group)
+            for mb, by_group in zip(self.microbatches, self.group_seconds, strict=True)
+        )
 
     @property
     def modelled_seconds(self) -> float:
@@ -64,8 +75,8 @@ class Schedule:
     @property
     def token_fill(self) -> float:
         """Share of all buffer slots that hold a token; 1 if there are no microbatches."""
-        places = len(self.microbatches) * self.num_devices * self.max_tokens_per_device
-        return sum(self.lengths) / places if places else 1.0
+        slots = len(self.microbatches) * self.num_devices * self.max_tokens_per_device
+        return sum(self.lengths) / slots if slots else 1.0
 
     @property
     def balance(self) -> float:
@@ -73,10 +84,10 @@ class Schedule:
         mean = busiest = 0.0
         for mb in self.microbatches:
             pairs = [
-                sum(length * (length + 1) / 2 for length in of_group) / size
-                for size, of_group in zip(mb.layout, mb.lengths(self.lengths), strict=True)
+                sum(length * (length + 1) / 2 for length in by_group) / size
+                for size, by_group in zip(mb.grouping, mb.lengths(self.lengths), strict=True)
             ]
-            mean += sum(p * size for p, size in zip(pairs, mb.layout, strict=True))
+            mean += sum(p * size for p, size in zip(pairs, mb.grouping, strict=True))
             busiest += max(pairs) * self.num_devices
         return mean / busiest if busiest else 1.0
 
@@ -84,11 +95,11 @@ class Schedule:
     def idle_share(self) -> float:
         """Share of all device-seconds in which a device waits for a slower group."""
         waiting = 0.0
-        for mb, of_group in zip(self.microbatches, self.group_seconds, strict=True):
-            slowest = max(of_group)
+        for mb, by_group in zip(self.microbatches, self.group_seconds, strict=True):
+            slowest = max(by_group)
             waiting += sum(
                 size * (slowest - seconds)
-                for size, seconds in zip(mb.layout, of_group, strict=True)
+                for size, seconds in zip(mb.grouping, by_group, strict=True)
             )
         total = self.modelled_seconds * self.num_devices
         return waiting / total if total else 0.0
@@ -97,7 +108,12 @@ class Schedule:
     def lower_bound(self) -> float:
         """Lower bound on the seconds of any schedule with groups of these sizes; see `bound`."""
         return lower_bound(
-            self.lengths, self.num_devices, self.max_tokens_per_device, self.sizes, self.cost
+            self.lengths,
+            self.num_devices,
+            self.max_tokens_per_device,
+            self.sizes,
+            self.cost,
+            self.lanes,
         )
 
     def check(self) -> None:
@@ -109,17 +125,17 @@ class Schedule:
         """
         held = [d for mb in self.microbatches for group in mb.documents for d in group]
         if sorted(held) != list(range(len(self.lengths))):
-            raise ValueError(f"{len(held)} places for {len(self.lengths)} documents, once each.")
+            raise ValueError(f"{len(held)} slots for {len(self.lengths)} documents, once each.")
         for i, mb in enumerate(self.microbatches):
-            groupings.check_layout(mb.layout, self.num_devices)
-            if mb.layout not in self.menu:
+            groupings.check_grouping(mb.grouping, self.num_devices, self.sizes)
+            if mb.widest > self.menu[-1]:
                 raise ValueError(
-                    f"microbatch {i}: {groupings.describe(mb.layout)} is not on the menu."
+                    f"microbatch {i}: {groupings.describe(mb.grouping)} is wider than the programs."
                 )
-            if len(mb.documents) != len(mb.layout):
+            if len(mb.documents) != len(mb.grouping):
                 raise ValueError(f"microbatch {i}: one tuple of documents per group is needed.")
-            for size, of_group in zip(mb.layout, mb.lengths(self.lengths), strict=True):
-                if sum(of_group) > size * self.max_tokens_per_device:
+            for size, by_group in zip(mb.grouping, mb.lengths(self.lengths), strict=True):
+                if sum(by_group) > size * self.max_tokens_per_device:
                     raise ValueError(f"microbatch {i}: a group of {size} is over its capacity.")
 
     def __str__(self) -> str:
@@ -131,12 +147,12 @@ class Schedule:
             f"{self.max_tokens_per_device} tokens",
             f"modelled {1e3 * seconds:.2f} ms ({above:.1%} above the lower bound), token fill "
             f"{self.token_fill:.1%}, balance {self.balance:.1%}, idle {self.idle_share:.1%}",
-            f"menu of {len(self.menu)} layouts; microbatches:",
+            f"programs for groups of up to {', '.join(map(str, self.menu))} devices; microbatches:",
         ]
         for mb, took in zip(self.microbatches, self.microbatch_seconds, strict=True):
             held = np.array([length for g in mb.lengths(self.lengths) for length in g])
             lines.append(
                 f"  {1e3 * took:9.2f} ms  {held.size:5d} documents of {held.min()} to "
-                f"{held.max()} tokens on {groupings.describe(mb.layout)}"
+                f"{held.max()} tokens on {groupings.describe(mb.grouping)}"
             )
         return "\n".join(lines)

@@ -5,9 +5,9 @@ It starts from a finished schedule and can only improve it.
 
 from collections.abc import Sequence
 
-from hcp_jax.dynamic.cost import Ring
+from hcp_jax.dynamic.cost import GroupCost
 from hcp_jax.dynamic.fill import Filled, Problem
-from hcp_jax.sequence.packing import max_documents_per_ring
+from hcp_jax.sequence.packing import max_documents_per_group
 
 # Enough for most of the possible gain, and few enough to take little of the scheduler's time.
 _STEPS, _PARTNERS = 12, 4
@@ -16,12 +16,12 @@ _STEPS, _PARTNERS = 12, 4
 class _Group:
     """Group whose documents are exchanged."""
 
-    def __init__(self, ring: Ring, ranks: list[int], lengths: list[int], tokens: int):
-        self.ring = ring
+    def __init__(self, cost: GroupCost, ranks: list[int], lengths: list[int], tokens: int):
+        self.cost = cost
         self.ranks = list(ranks)
-        self.room = ring.size * tokens - sum(lengths[rank] for rank in ranks)
-        self.pairs = sum(ring.pairs(lengths[rank]) for rank in ranks)
-        self.seconds = ring.seconds(self.pairs)
+        self.room = cost.size * tokens - sum(lengths[rank] for rank in ranks)
+        self.pairs = sum(cost.pairs(lengths[rank]) for rank in ranks)
+        self.seconds = cost.seconds(self.pairs)
 
 
 def refine(problem: Problem, filled: Sequence[Filled]) -> list[Filled]:
@@ -34,12 +34,12 @@ def refine(problem: Problem, filled: Sequence[Filled]) -> list[Filled]:
         problem: the fixed data of the search.
         filled: microbatches, at least one.
     """
-    lengths, tokens, cost = problem.lengths, problem.tokens, problem.cost
-    most = max_documents_per_ring(tokens)
+    lengths, tokens = problem.lengths, problem.tokens
+    most = max_documents_per_group(tokens)
     work = [
         [
             _Group(*of, lengths, tokens)
-            for of in zip(cost.rings(mb.layout, tokens), mb.groups, strict=True)
+            for of in zip(problem.costs(mb.grouping), mb.groups, strict=True)
         ]
         for mb in filled
     ]
@@ -47,11 +47,10 @@ def refine(problem: Problem, filled: Sequence[Filled]) -> list[Filled]:
         for _ in range(_STEPS):
             if not _relieve(own, work[-1], lengths, most):
                 break
-    dense = cost.dense_seconds(tokens)
     return [
         mb._replace(
             groups=[group.ranks for group in own],
-            seconds=dense + max(group.seconds for group in own),
+            seconds=problem.dense_seconds(mb.grouping) + max(group.seconds for group in own),
         )
         for mb, own in zip(filled, work, strict=True)
     ]
@@ -89,18 +88,18 @@ def _best_exchange(
     """
     best = (float("inf"), 0, -1)
     takes = {lengths[rank]: rank for rank in quick.ranks}
-    if quick.ring.size == 1 or len(quick.ranks) < most:
+    if quick.cost.members == 1 or len(quick.ranks) < most:
         takes[0] = -1
     for length, give in {lengths[rank]: rank for rank in slow.ranks}.items():
-        less, more = slow.ring.pairs(length), quick.ring.pairs(length)
+        less, more = slow.cost.pairs(length), quick.cost.pairs(length)
         for back, take in takes.items():
             if back >= length or length - back > quick.room:
                 continue
-            from_slow = slow.pairs - less + (slow.ring.pairs(back) if back else 0.0)
-            to_quick = quick.pairs + more - (quick.ring.pairs(back) if back else 0.0)
-            seconds = quick.ring.seconds(to_quick)
+            from_slow = slow.pairs - less + (slow.cost.pairs(back) if back else 0.0)
+            to_quick = quick.pairs + more - (quick.cost.pairs(back) if back else 0.0)
+            seconds = quick.cost.seconds(to_quick)
             if seconds <= limit:
-                slower = max(slow.ring.seconds(from_slow), min(seconds, slow.seconds))
+                slower = max(slow.cost.seconds(from_slow), min(seconds, slow.seconds))
                 best = min(best, (slower, give, take))
     return best
 
@@ -111,5 +110,5 @@ def _move(source: _Group, target: _Group, rank: int, lengths: list[int]) -> None
     target.ranks.append(rank)
     for group, sign in ((source, -1), (target, 1)):
         group.room -= sign * length
-        group.pairs += sign * group.ring.pairs(length)
-        group.seconds = group.ring.seconds(max(group.pairs, 0.0))
+        group.pairs += sign * group.cost.pairs(length)
+        group.seconds = group.cost.seconds(max(group.pairs, 0.0))

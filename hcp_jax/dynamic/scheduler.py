@@ -1,11 +1,12 @@
 """Schedule documents, given their lengths, into microbatches on groups of devices.
 
 Microbatches are built one after another from the remaining documents. For each, a few groupings are
-tried. A grouping is filled as jobs are assigned to machines (longest processing time first, Graham
-1969): the group with the least work so far takes the longest document that it has room for. This
-rule has three effects. Documents of similar length meet in one microbatch, so its groups finish
-together. Groups end up full, because nearly every gap has a document that fits it. Wide groups,
-whose hops cost time even when empty, take documents only while that time is hidden.
+tried, of group sizes in `groupings.chain`, sorted by size so that groups are aligned. A grouping is
+filled as jobs are assigned to machines (longest processing time first, Graham 1969): the group with
+the least work so far takes the longest document that it has room for. This rule has three effects.
+Documents of similar length meet in one microbatch, so its groups finish together. Groups end up
+full, because nearly every gap has a document that fits it. Wide groups, whose hops cost time even
+when empty, take documents only while that time is hidden.
 
 The grouping with the highest efficiency is kept: the minimum cost of its documents
 (`bound.document_prices`, their share of the lower bound) over the seconds of the microbatch.
@@ -21,21 +22,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from hcp_jax.base import checks
-from hcp_jax.dynamic.bound import best_rings, document_prices
-from hcp_jax.dynamic.cost import Cost, Ring
+from hcp_jax.dynamic.bound import document_prices, group_costs
+from hcp_jax.dynamic.cost import Cost, GroupCost
 from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
 from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.refine import refine
 from hcp_jax.sequence import groupings
-from hcp_jax.sequence.groupings import Layout
+from hcp_jax.sequence.groupings import Grouping
 from hcp_jax.sequence.packing import Microbatch
 
-MAX_MENU = 16  # most programs worth compiling before the first step
 _TIE = 1.0002  # schedules closer than this ratio count as equal: the cost model is not more exact
 
 
 # A function that proposes groupings for the unscheduled documents; at least one holds the longest.
-_Propose = Callable[[Problem, Unscheduled], Sequence[Layout]]
+_Propose = Callable[[Problem, Unscheduled], Sequence[Grouping]]
 
 
 def schedule(
@@ -44,9 +44,10 @@ def schedule(
     max_tokens_per_device: int = 2048,
     min_cp_size: int = 1,
     max_cp_size: int | None = None,
-    menu: Iterable[Sequence[int]] | None = None,
+    menu: Iterable[int] | None = None,
     cost: Cost | None = None,
     seed: int = 0,
+    lanes: int = 1,
 ) -> Schedule:
     """Schedule every document on as many devices as it needs.
 
@@ -57,10 +58,11 @@ def schedule(
             group of g devices holds g·M tokens.
         min_cp_size: smallest size of a group.
         max_cp_size: largest size of a group; N if None.
-        menu: groupings that may be used, each a sequence of group sizes that add up to N; if None,
-            chosen for these documents (`choose_menu` chooses one for a data set).
+        menu: devices of the widest group of each program that may be used; if None, every possible
+            group size has a program.
         cost: cost model; `Cost()` if None.
         seed: decides the order of documents of equal length.
+        lanes: A, devices that exchange heads with each other; 1 without exchange.
 
     Returns:
         The schedule, immutable, with every document exactly once and no device above M tokens.
@@ -70,31 +72,52 @@ def schedule(
             names it and the smallest max_tokens_per_device that would do.
 
     >>> plan = schedule([3000, 500, 700, 900], num_devices=4, max_tokens_per_device=1024)
-    >>> [(m.layout, m.documents) for m in plan.microbatches]
+    >>> [(m.grouping, m.documents) for m in plan.microbatches]
     [((4,), ((0, 3),)), ((1, 1, 1, 1), ((2,), (1,), (), ()))]
     """
     cost = Cost() if cost is None else cost
-    sizes = groupings.group_sizes(num_devices, min_cp_size, max_cp_size)
-    of_length = check_lengths(lengths)
+    by_index = check_lengths(lengths)
+    num_devices = checks.integer("num_devices", num_devices, least=1)
+    lanes = checks.integer("lanes", lanes, least=1)
     _check_tokens(max_tokens_per_device, num_devices)
-    num_devices, max_tokens_per_device = int(num_devices), int(max_tokens_per_device)
-    given = None if menu is None else _check_menu(menu, num_devices, sizes)
-    if given is not None:
-        sizes = tuple(sorted({size for layout in given for size in layout}))
-    _check_fits(of_length, max_tokens_per_device, sizes[-1])
+    max_tokens_per_device = int(max_tokens_per_device)
+    sizes = groupings.widths(num_devices, cost.devices_per_host, lanes, min_cp_size, max_cp_size)
+    programs = check_menu(menu, sizes)
+    sizes = tuple(size for size in sizes if size <= programs[-1])
+    _check_fits(by_index, max_tokens_per_device, sizes[-1])
 
-    order = _ascending(of_length, checks.integer("seed", seed, least=0))
-    problem = _problem(of_length[order], num_devices, max_tokens_per_device, cost, sizes)
-    chosen, filled = _search(problem, given)
+    order = _ascending(by_index, checks.integer("seed", seed, least=0))
+    problem = _problem(
+        by_index[order], num_devices, max_tokens_per_device, cost, sizes, programs, lanes
+    )
     return Schedule(
-        lengths=tuple(of_length.tolist()),
+        lengths=tuple(by_index.tolist()),
         num_devices=num_devices,
         max_tokens_per_device=max_tokens_per_device,
-        menu=chosen,
-        microbatches=tuple(_microbatch(mb, order) for mb in filled),
+        menu=programs,
+        microbatches=tuple(_microbatch(mb, order, lanes) for mb in _search(problem)),
         cost=cost,
         sizes=sizes,
+        lanes=lanes,
     )
+
+
+def check_menu(menu: Iterable[int] | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the widest groups of the programs, ascending; all sizes if `menu` is None.
+
+    Raises:
+        ValueError: if one of them is not a possible group size.
+    """
+    if menu is None:
+        return sizes
+    widths = sorted({checks.integer("menu", width, least=1) for width in menu})
+    wrong = [width for width in widths if width not in sizes]
+    if wrong or not widths:
+        raise ValueError(
+            f"menu must be widths of groups out of {', '.join(map(str, sizes))}, got "
+            f"{wrong or 'none'}."
+        )
+    return tuple(widths)
 
 
 def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -140,21 +163,6 @@ def _check_fits(lengths: np.ndarray, max_tokens_per_device: int, widest: int) ->
     )
 
 
-def _check_menu(
-    menu: Iterable[Sequence[int]], num_devices: int, sizes: tuple[int, ...]
-) -> tuple[Layout, ...]:
-    layouts = tuple(dict.fromkeys(groupings.check_layout(m, num_devices) for m in menu))
-    if not layouts:
-        raise ValueError("menu holds no layout; give at least one, or None to have it chosen.")
-    for layout in layouts:
-        if min(layout) < sizes[0] or max(layout) > sizes[-1]:
-            raise ValueError(
-                f"layout {groupings.describe(layout)} of the menu has groups outside of "
-                f"min_cp_size={sizes[0]} to max_cp_size={sizes[-1]}."
-            )
-    return layouts
-
-
 def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
     """Sort documents by length; the seed decides the order of documents of equal length."""
     shuffled = np.random.default_rng(seed).permutation(lengths.size)
@@ -162,11 +170,17 @@ def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _problem(
-    ascending: np.ndarray, num_devices: int, tokens: int, cost: Cost, sizes: tuple[int, ...]
+    ascending: np.ndarray,
+    num_devices: int,
+    tokens: int,
+    cost: Cost,
+    sizes: tuple[int, ...],
+    programs: tuple[int, ...],
+    lanes: int,
 ) -> Problem:
-    rings = best_rings(sizes, tokens, cost)
+    groups = group_costs(sizes, tokens, cost, lanes)
     unique, inverse, count = np.unique(ascending, return_inverse=True, return_counts=True)
-    prices = document_prices(unique, count, rings, tokens, cost.dense_seconds(tokens))
+    prices = document_prices(unique, count, groups, tokens, cost.dense_seconds(tokens))
     values = prices / num_devices
     density = np.maximum.accumulate(values / unique) if unique.size else values
     return Problem(
@@ -176,39 +190,31 @@ def _problem(
         num_devices=num_devices,
         tokens=tokens,
         cost=cost,
+        lanes=lanes,
         sizes=sizes,
-        rings=rings,
+        programs=programs,
+        groups=groups,
     )
 
 
-def _search(
-    problem: Problem, given: tuple[Layout, ...] | None
-) -> tuple[tuple[Layout, ...], list[Filled]]:
-    """Try a few ways to choose groupings; return the menu and the microbatches of the best one.
+def _search(problem: Problem) -> list[Filled]:
+    """Try a few ways to choose groupings; return the microbatches of the best one.
 
     The ways are: by efficiency, one microbatch at a time, which is best for most data; each
     document in the narrowest group that holds it; equal groups in every microbatch; and groups of
     one size throughout, which packs tightest if there are few documents. Among ways that take the
     same time within the model's accuracy, the most even one is chosen.
     """
-    if given is not None:
-        filled = _build(problem, given)
-        assert filled is not None, "nothing makes it give up"
-        return given, refine(problem, filled)
     found: list[tuple[float, list[Filled]]] = []
     for propose in (_by_target, _narrowest_only, _equal_groups, *_one_size(problem)):
         give_up = min((seconds for seconds, _ in found), default=float("inf")) * _TIE
         filled = _build(problem, propose, give_up)
-        menu = _frequent(filled or [], problem)
-        if filled is not None and any(mb.layout not in menu for mb in filled):
-            filled = _build(problem, menu, give_up)
         if filled is not None:
             filled = refine(problem, filled)
             found.append((sum(mb.seconds for mb in filled), filled))
     least = min(seconds for seconds, _ in found)
     tied = [filled for seconds, filled in found if seconds <= least * _TIE]
-    best = min(tied, key=lambda filled: _busiest_pairs(filled, problem.lengths))
-    return _frequent(best, problem), best
+    return min(tied, key=lambda filled: _busiest_pairs(filled, problem.lengths))
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
@@ -217,17 +223,15 @@ def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
     for mb in filled:
         total += max(
             sum(lengths[rank] * (lengths[rank] + 1) for rank in group) / size
-            for size, group in zip(mb.layout, mb.groups, strict=True)
+            for size, group in zip(mb.grouping, mb.groups, strict=True)
         )
     return total
 
 
 def _build(
-    problem: Problem,
-    menu: Sequence[Layout] | _Propose,
-    give_up: float = float("inf"),
+    problem: Problem, propose: _Propose, give_up: float = float("inf")
 ) -> list[Filled] | None:
-    """Build microbatches for all documents, from a menu or from groupings proposed on the way.
+    """Build microbatches for all documents, from groupings that are proposed on the way.
 
     Return None as soon as they are certain to take `give_up` seconds or more.
     """
@@ -238,8 +242,7 @@ def _build(
     while unscheduled.count:
         if (seconds + worth) * (1 + 1e-12) >= give_up:
             return None
-        candidates = menu(problem, unscheduled) if callable(menu) else menu
-        best = _best(problem, unscheduled, candidates)
+        best = _best(problem, unscheduled, propose(problem, unscheduled))
         unscheduled.remove(itertools.chain.from_iterable(best.groups))
         filled.append(best)
         seconds += best.seconds
@@ -247,38 +250,38 @@ def _build(
     return None if seconds * (1 + 1e-12) >= give_up else filled
 
 
-def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Layout]) -> Filled:
+def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Grouping]) -> Filled:
     """Return the most efficient candidate; candidates that cannot beat the best are not filled."""
     rank = unscheduled.longest()
     longest = problem.lengths[rank]
     worth = problem.num_devices * problem.tokens * problem.density[rank]
-    dense = problem.cost.dense_seconds(problem.tokens)
     queue = []
-    for order, layout in enumerate(candidates):
-        rings = problem.cost.rings(layout, problem.tokens)
-        able = [ring for ring in set(rings) if ring.size * problem.tokens >= longest]
+    for order, grouping in enumerate(candidates):
+        costs = problem.costs(grouping)
+        able = [cost for cost in set(costs) if cost.size * problem.tokens >= longest]
         if able:
-            least = min(ring.seconds(ring.pairs(longest)) for ring in able)
-            empty = max(ring.seconds(0.0) for ring in set(rings))
-            queue.append((dense + max(least, empty), order, layout, rings))
+            least = min(cost.seconds(cost.pairs(longest)) for cost in able)
+            empty = max(cost.seconds(0.0) for cost in set(costs))
+            dense = problem.dense_seconds(grouping)
+            queue.append((dense + max(least, empty), order, grouping, costs))
     best, efficiency = None, 0.0
-    for least, _, layout, rings in sorted(queue, key=lambda item: item[:2]):
+    for least, _, grouping, costs in sorted(queue, key=lambda item: item[:2]):
         if best is not None and worth <= efficiency * least:
             break
-        filled = fill(problem, unscheduled, layout, rings)
+        filled = fill(problem, unscheduled, grouping, costs)
         if best is None or filled.value > efficiency * filled.seconds * (1 + 1e-12):
             best, efficiency = filled, filled.value / filled.seconds
-    assert best is not None, "a layout that holds the longest document is always among them"
+    assert best is not None, "a grouping that holds the longest document is always among them"
     return best
 
 
-def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Grouping]:
     """Propose groupings, from wide groups that are fast to narrow ones that are cheap.
 
     For each of several target times, every document, longest first, gets the narrowest group that
     holds it within the target. The targets are fractions of the time of the longest document in the
-    narrowest group that holds it. One more grouping for every size has as many groups of it as
-    possible.
+    narrowest group that holds it. One more grouping for every size has equal groups of it; sizes
+    below the lanes occur only so, in programs with a narrower exchange.
     """
     longest = problem.lengths[unscheduled.longest()]
     narrowest = _able(problem, longest)[0]
@@ -286,78 +289,70 @@ def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
     parts = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
     proposed = [_narrowest(problem, unscheduled, slowest * part) for part in parts]
     proposed += _narrowest_only(problem, unscheduled)
-    proposed += [_uniform(problem, ring.size) for ring in _able(problem, longest)]
+    proposed += _equal_groups(problem, unscheduled)
     return list(dict.fromkeys(proposed))
 
 
-def _narrowest_only(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+def _narrowest_only(problem: Problem, unscheduled: Unscheduled) -> list[Grouping]:
     return [_narrowest(problem, unscheduled, float("inf"))]
 
 
-def _equal_groups(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
-    able = _able(problem, problem.lengths[unscheduled.longest()])
-    even = [ring for ring in able if problem.num_devices % ring.size == 0]
-    return [_uniform(problem, ring.size) for ring in even or able]
+def _equal_groups(problem: Problem, unscheduled: Unscheduled) -> list[Grouping]:
+    longest = problem.lengths[unscheduled.longest()]
+    return [_equal(problem, cost.size) for cost in _able(problem, longest)]
 
 
 def _one_size(problem: Problem) -> Iterator[_Propose]:
-    for ring in _able(problem, problem.lengths[-1]) if problem.lengths else ():
-        layout = _uniform(problem, ring.size)
-        yield lambda *_, layout=layout: [layout]
+    for cost in _able(problem, problem.lengths[-1]) if problem.lengths else ():
+        grouping = _equal(problem, cost.size)
+        yield lambda *_, grouping=grouping: [grouping]
 
 
-def _able(problem: Problem, length: int) -> list[Ring]:
-    """Return the rings that hold a document of `length` tokens, narrowest first."""
-    return [ring for ring in problem.rings if ring.size * problem.tokens >= length]
+def _able(problem: Problem, length: int) -> list[GroupCost]:
+    """Return the groups that hold a document of `length` tokens, narrowest first."""
+    return [cost for cost in problem.groups if cost.size * problem.tokens >= length]
 
 
-def _uniform(problem: Problem, size: int) -> Layout:
-    sizes = groupings.uniform(size, problem.num_devices, problem.sizes)
-    return groupings.canonical(sizes, problem.cost.devices_per_host)
+def _equal(problem: Problem, size: int) -> Grouping:
+    return (size,) * (problem.num_devices // size)
 
 
-def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Layout:
-    can = groupings.composable(problem.num_devices, problem.sizes)
-    rest = problem.num_devices
+def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Grouping:
+    """Return a grouping that gives each document the narrowest group within the target.
+
+    Devices that are left over form groups of the smallest size. A size of the chain divides all
+    wider ones, so groups in descending order are aligned.
+    """
+    whole = [cost for cost in problem.groups if cost.size >= problem.lanes] or problem.groups
+    smallest, rest = whole[0].size, problem.num_devices
     chosen: list[int] = []
     for rank in unscheduled.descending():
-        size = _narrowest_size(problem, problem.lengths[rank], target)
-        if size == problem.sizes[0] or size > rest or not can[rest - size]:
+        size = _narrowest_size(whole, problem, problem.lengths[rank], target)
+        if size == smallest or size > rest:
             break
         chosen.append(size)
         rest -= size
-    if not chosen and size > problem.sizes[0]:
-        return _uniform(problem, problem.sizes[-1])
-    sizes = groupings.complete(chosen, problem.num_devices, problem.sizes)
-    return groupings.canonical(sizes, problem.cost.devices_per_host)
+    return tuple(sorted([*chosen, *[smallest] * (rest // smallest)], reverse=True))
 
 
-def _narrowest_size(problem: Problem, length: int, target: float) -> int:
+def _narrowest_size(
+    groups: Sequence[GroupCost], problem: Problem, length: int, target: float
+) -> int:
     """Return the narrowest group size that needs at most `target` seconds, or else the fastest."""
     quickest, least = 0, float("inf")
-    for ring in problem.rings:
-        if ring.size * problem.tokens >= length:
-            seconds = ring.seconds(ring.pairs(length))
+    for cost in groups:
+        if cost.size * problem.tokens >= length:
+            seconds = cost.seconds(cost.pairs(length))
             if seconds <= target:
-                return ring.size
+                return cost.size
             if seconds < least:
-                quickest, least = ring.size, seconds
+                quickest, least = cost.size, seconds
     return quickest
 
 
-def _frequent(filled: Sequence[Filled], problem: Problem) -> tuple[Layout, ...]:
-    """Return at most `MAX_MENU` groupings: those that take most time, and the fallback."""
-    fallback = _uniform(problem, problem.sizes[-1])
-    seconds: dict[Layout, float] = {}
-    for mb in filled:
-        seconds[mb.layout] = seconds.get(mb.layout, 0.0) + mb.seconds
-    ranked = sorted(seconds, key=lambda layout: (-seconds[layout], layout))
-    kept = [layout for layout in ranked if layout != fallback][: MAX_MENU - 1]
-    return tuple(sorted([*kept, fallback], reverse=True))
-
-
-def _microbatch(filled: Filled, order: np.ndarray) -> Microbatch:
+def _microbatch(filled: Filled, order: np.ndarray, lanes: int) -> Microbatch:
     return Microbatch(
-        layout=filled.layout,
+        grouping=filled.grouping,
         documents=tuple(tuple(int(order[rank]) for rank in group) for group in filled.groups),
+        lanes=min(lanes, max(filled.grouping)),
     )

@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dp · cp; several",
     )
     parser.add_argument("--max-tokens-per-device", type=arguments.length, default=2048, metavar="M")
+    parser.add_argument(
+        "--lanes",
+        type=arguments.whole(),
+        default=1,
+        help="devices that exchange heads with each other (cp_inner of a2a+p2p; 1 for p2p)",
+    )
     parser.add_argument("--min-cp-size", type=arguments.whole(), default=1)
     parser.add_argument("--max-cp-size", type=arguments.whole(), default=None)
     parser.add_argument(
@@ -133,6 +139,7 @@ def _ours(lengths: list[int], num_devices: int, cost: Cost, args: argparse.Names
         max_cp_size=args.max_cp_size,
         cost=cost,
         seed=args.seed,
+        lanes=args.lanes,
     )
 
 
@@ -147,6 +154,7 @@ def _together(
         max_cp_size=args.max_cp_size,
         cost=cost,
         seed=args.seed,
+        lanes=args.lanes,
     )
     return [step.plan for step in steps]
 
@@ -171,8 +179,8 @@ def _simulate(
         "strategies": {},
     }
     ours = [_ours(batch.tolist(), num_devices, cost, args) for batch in batches]
-    used = {mb.layout for plan in ours for mb in plan.microbatches}
-    record["layouts"] = [list(layout) for layout in sorted(used, reverse=True)]
+    record["programs"] = sorted({mb.widest for plan in ours for mb in plan.microbatches})
+    record["lanes"] = args.lanes
     record["lower_bound"] = sum(plan.lower_bound for plan in ours) / len(ours)
     plans_of = {OURS: ours}
     together = _together(batches, num_devices, cost, args)
@@ -208,7 +216,6 @@ _HEADINGS = (
 
 def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
     from hcp_jax.base import tables
-    from hcp_jax.sequence.groupings import describe
 
     console = tables.console()
     for record in records:
@@ -235,5 +242,5 @@ def _print(records: Sequence[dict], args: argparse.Namespace) -> None:
         drop = ("padding", "unpadded ms", "programs", "balance", "microbatches", "token fill")
         tables.show(console, _HEADINGS, rows, left=("strategy",), drop=drop, title=title)
         console.print(f"ours is {record['above_lower_bound']:.2%} above the proven lower bound")
-        layouts = ", ".join(describe(layout) for layout in record["layouts"])
-        console.print(f"layouts: {layouts}\n")
+        widths = ", ".join(map(str, record["programs"]))
+        console.print(f"programs for groups of up to {widths} devices\n")

@@ -88,7 +88,11 @@ def run(
 
 
 def shard_map(
-    mesh: Mesh | None, axes: Iterable[str], function: Callable[..., Any], in_specs: Any, out_specs: Any
+    mesh: Mesh | None,
+    axes: Iterable[str],
+    function: Callable[..., Any],
+    in_specs: Any,
+    out_specs: Any,
 ) -> Callable[..., Any]:
     """Map `function` over the devices of `axes`, except those that are already Manual here.
 

@@ -118,8 +118,8 @@ def checks(
         ]
         placed = [_placed(text, corpus, contexts, small) for text in texts]
         yield (
-            f"one training step of {len(texts)} microbatches in these programs, in float32, against "
-            "one device",
+            f"one training step of {len(texts)} microbatches in these programs, in float32, "
+            "against one device",
             _one_step(small, cp, program, placed, _stacked(texts, corpus, small)),
         )
         yield (
