@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -77,7 +77,7 @@ def unshard(cp: "ContextParallel", x: jax.Array, dim: int, length: int | None) -
     return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim)
 
 
-def shard_batch(cp: "ContextParallel", batch: dict[str, Any]) -> dict[str, Any]:
+def shard_batch(cp: "ContextParallel", batch: Mapping[str, Any]) -> dict[str, Any]:
     """See `ContextParallel.shard_batch`."""
     arrays = {n: x.places if isinstance(x, Gathered) else x for n, x in batch.items()}
     lengths = {

@@ -36,9 +36,10 @@ from hcp_jax.sequence.groupings import Layout, group_of_device
 from hcp_jax.sequence.groupings import describe as describe_layout
 from hcp_jax.sequence.packing import Microbatch, PackedMicrobatch
 from hcp_jax.train import data, evaluation
+from hcp_jax.train.batch import PlacedMicrobatch, PlacedStep
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.streams import Segments
-from hcp_jax.train.dynamic import DynamicProgram, PlacedMicrobatch, PlacedStep
+from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.optimizer import make_optimizer
 from hcp_jax.train.step import (
     abstract_state,
@@ -93,11 +94,12 @@ def checks(
     """
     corpus, _ = evaluation.open_corpora(config.data, config.eval, config.model.vocab_size)
     with contextlib.closing(DynamicProgram(config, cp, corpus, console)) as training:
-        small, cp = _reduced(config, cp, training.menu)
+        menu = tuple(training.menu.contexts)
+        small, cp = _reduced(config, cp, menu)
     if small.data != config.data:
         corpus = data.open_corpus(small.data, small.model.vocab_size)
     model, tokens = small.model, small.parallel.dynamic.tokens
-    contexts = {layout: dataclasses.replace(cp, groups=layout) for layout in training.menu}
+    contexts = {layout: dataclasses.replace(cp, groups=layout) for layout in menu}
     for grouped in contexts.values():
         _needed_bytes(model, grouped, tokens)  # raises for unsupported groupings before compiling
     yield (
@@ -275,7 +277,7 @@ def _placed(
     }
     window = config.model.sliding_window
     cp = contexts[packed.layout]
-    placed = place_microbatch(cp, packed, arrays, sliding_window=window)
+    placed: Any = place_microbatch(cp, packed, arrays, sliding_window=window)
     return PlacedMicrobatch(packed.layout, placed)
 
 
@@ -320,7 +322,7 @@ def _traffic(
     contexts: dict[Layout, ContextParallel],
     program: DynamicProgram,
     params: Any,
-    batches: dict[Layout, dict[str, Any]],
+    batches: dict[Any, Any],
 ) -> Iterator[Check]:
     for layout, cp in contexts.items():
         eval_loss: Any = make_eval_loss(config.model, cp)
@@ -329,7 +331,7 @@ def _traffic(
         # As for streams, backward moves at least as much again as forward.
         for name, compiled, times in (
             ("forward", forward, 1),
-            ("step", program.programs[layout], 2),
+            ("step", program.menu.programs[layout], 2),
         ):
             found = hlo.collectives(compiled.as_text())
             for scope in _SCOPES:
