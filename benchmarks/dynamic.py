@@ -109,16 +109,16 @@ class Dynamic:
 
         batch = self.program.next_batch()
         sizes, tokens = self.program._segments.sizes, self.program._tokens
-        sums = self.program._zeros()
+        sums = self.program.menu.zeros()
         for planned, placed in zip(next(self._planned), batch.microbatches, strict=True):
             began = time.perf_counter()
-            sums = jax.block_until_ready(self.program._add(self.state.params, sums, placed))
+            sums = jax.block_until_ready(self.program.menu.add(self.state.params, sums, placed))
             seconds = time.perf_counter() - began
             lengths = [[int(sizes[d]) for d in group] for group in planned.documents]
             self.timed.append(
                 {"layout": planned.layout, "lengths": lengths, "tokens": tokens, "seconds": seconds}
             )
-        self.state, metrics = self.program._update(self.state, sums)
+        self.state, metrics = self.program.menu.update(self.state, sums)
         jax.block_until_ready(self.state)
         self.losses.append(float(metrics["loss"]))
         return len(batch.microbatches)
@@ -133,8 +133,9 @@ class Fixed:
 
     def __init__(self, config: configuration.TrainConfig):
         import jax
+        import rich.console
 
-        from hcp_jax.train import accumulate
+        from hcp_jax.train.menu import Menu
 
         self.model = config.model
         self.cp = config.parallel.context_parallel(config.model.num_layers)
@@ -146,13 +147,8 @@ class Fixed:
             )
         self.state = _state(config, self.cp)
         abstract = jax.tree.map(_abstract, self.state)
-        like = accumulate.abstract_sums(abstract, self.cp)
-        self._zeros = accumulate.make_zeros(like).lower().compile()
-        update = accumulate.make_update(config.optimizer, config.steps, abstract, like)
-        self._update = update.lower(abstract, like).compile()
-        add = accumulate.make_accumulate(config.model, self.cp, like)
-        batch = self.cp.shard_batch(self._packed([[]] * self.rows))
-        self._add = add.lower(abstract.params, like, batch).compile()
+        self._menu = Menu(config, {"rows": self.cp})
+        self._menu.compile(abstract, lambda _: self._placed([]).arrays, rich.console.Console())
         self.losses: list[float] = []
 
     def step(self, documents: Sequence[np.ndarray]) -> int:
@@ -161,12 +157,11 @@ class Fixed:
 
         rows = self._best_fit(documents)
         microbatches = [rows[i : i + self.rows] for i in range(0, len(rows), self.rows)]
-        sums = self._zeros()
+        sums = self._menu.zeros()
         for held in microbatches:
-            held = held + [[]] * (self.rows - len(held))
-            batch = self.cp.shard_batch(self._packed(held))
-            sums = jax.block_until_ready(self._add(self.state.params, sums, batch))
-        self.state, metrics = self._update(self.state, sums)
+            placed = self._placed(held)
+            sums = jax.block_until_ready(self._menu.add(self.state.params, sums, placed))
+        self.state, metrics = self._menu.update(self.state, sums)
         jax.block_until_ready(self.state)
         self.losses.append(float(metrics["loss"]))
         return len(microbatches)
@@ -181,6 +176,12 @@ class Fixed:
             else:
                 rows.append([document])
         return sorted(rows, key=lambda row: -sum(len(d) ** 2 for d in row))
+
+    def _placed(self, held: Sequence[Sequence[np.ndarray]]) -> "PlacedMicrobatch":
+        from hcp_jax.train.batch import PlacedMicrobatch
+
+        rows = [*held, *[[]] * (self.rows - len(held))]
+        return PlacedMicrobatch("rows", self.cp.shard_batch(self._packed(rows)))
 
     def _packed(self, rows: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
         from hcp_jax.sequence.mask import documents

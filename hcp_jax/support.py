@@ -27,6 +27,7 @@ from hcp_jax.parallel.mesh import make_mesh
 from hcp_jax.sequence import mask as masks
 from hcp_jax.sequence.dense_mask import from_dense
 from hcp_jax.sequence.layout import LAYOUTS
+from hcp_jax.sequence.placed_mask import PlacedMask
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
@@ -146,7 +147,7 @@ def _context(comm_type: str, layout: str) -> ContextParallel:
 
 
 @functools.cache
-def _placed_mask(layout: str, mask: str) -> masks.Mask:
+def _placed_mask(layout: str, mask: str) -> PlacedMask:
     # Placed as by shard_batch, a mask is data, so one trace serves all masks.
     return _context("p2p", layout).place(MASKS[mask], LENGTH)
 

@@ -84,7 +84,7 @@ def combined_mask(
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
     local_window_size: Any = None,
-) -> Mask:
+) -> Mask | PlacedMask:
     """Return the conjunction of all mask arguments of a call.
 
     Raises:
@@ -105,7 +105,7 @@ def combined_mask(
         parts.append(_lengths("key_value_seq_lengths", NO_LIMIT, key_value_seq_lengths))
     if local_window_size is not None:
         parts.append(_window(local_window_size))
-    whole = bidirectional() if not parts else parts[0]
+    whole: Mask | PlacedMask = bidirectional() if not parts else parts[0]
     for part in parts[1:]:
         whole = whole & part
     return whole

@@ -10,6 +10,7 @@ import jax
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.placing import require_ids_of_all_tokens
 from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
 
 
 class CutSequenceError(ValueError):
@@ -17,7 +18,7 @@ class CutSequenceError(ValueError):
 
 
 def require_whole_call(
-    cp: ContextParallel | None, mask: Mask | None, q: Any, k: Any, v: Any
+    cp: ContextParallel | None, mask: Mask | PlacedMask | None, q: Any, k: Any, v: Any
 ) -> None:
     """Raise if the shardings or lengths of a call show a mistake.
 

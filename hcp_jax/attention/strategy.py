@@ -3,6 +3,7 @@
 This is the only place that turns a comm type into collectives.
 """
 
+import dataclasses
 import itertools
 import math
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from hcp_jax.attention.ring import Ring
 from hcp_jax.attention.walk import Nested, Walk
 from hcp_jax.cost import traffic
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.mesh import as_tuple
 from hcp_jax.parallel.one_device import OneDevice
 from hcp_jax.parallel.peers import Peers
 from hcp_jax.sequence import groupings
@@ -61,7 +63,7 @@ def compose(cp: ContextParallel | OneDevice, heads: int) -> Composition:
         ValueError: if the exchange does not divide the heads.
         NotImplementedError: if a2a cannot reach all devices of the widest group.
     """
-    if isinstance(cp.placement, Streams):
+    if isinstance(cp, OneDevice) or isinstance(cp.placement, Streams):
         return _over_streams(cp, heads)
     return _over_groups(cp, cp.placement, heads)
 
@@ -78,8 +80,9 @@ def _over_streams(cp: ContextParallel | OneDevice, heads: int) -> Composition:
             f"needs N % {size} == 0. Use comm_type='p2p', or one of {', '.join(sizes)} for "
             f"{' x '.join(exchange)}."
         )
-    mover = {"ring": Ring, "gather": Gather}[by]
-    return Composition(Peers(exchange, size, size), mover(Peers(move, members, members)))
+    peers = Peers(move, members, members)
+    mover: Mover = Gather(peers) if by == "gather" else Ring(peers)
+    return Composition(Peers(exchange, size, size), mover)
 
 
 def _over_groups(cp: ContextParallel, placement: Groups, heads: int) -> Composition:
@@ -110,6 +113,21 @@ def lanes_for(cp: ContextParallel, heads: int) -> int:
     if not exchange:
         return 1
     return math.gcd(cp.placement.reach, cp.axis_size(exchange), heads)
+
+
+def microbatch_lanes(cp: ContextParallel, num_heads: int) -> int:
+    """Return the lanes to schedule and pack microbatches for: those of the widest groups.
+
+    With one comm type per layer, they are lanes that every layer has.
+
+    Args:
+        cp: a context, with groups or without.
+        num_heads: query heads of the model, before tp.
+    """
+    whole = dataclasses.replace(cp, widest_group=cp.axis_size(cp.flat_axes))
+    heads = num_heads // cp.axis_size(cp.tp)
+    layers = as_tuple(cp.comm_type)
+    return math.gcd(*(lanes_for(whole.for_layer(i), heads) for i in range(len(layers))))
 
 
 def _walk(peers: Peers, devices_per_host: int) -> Mover:

@@ -216,7 +216,10 @@ def _with_tiles(implementation: str, tiles: Any, mask: Any, q, k, v):
     import jax.numpy as jnp
 
     from hcp_jax.attention.local import LocalSpec, attention
+    from hcp_jax.attention.ring import Ring
     from hcp_jax.kernels.core import CoreSpec
+    from hcp_jax.parallel.peers import Peers
+    from hcp_jax.sequence.placement import Streams
 
     device = jax.devices()[0]
     core = CoreSpec(
@@ -228,8 +231,9 @@ def _with_tiles(implementation: str, tiles: Any, mask: Any, q, k, v):
     )
     length = k.shape[1]
     intervals = mask.intervals(q.shape[1], length, xp=jnp)
-    spec = LocalSpec(core=core, key_length=length)
-    return attention(spec, q, k, v, intervals, None, return_residual=False)[0]
+    spec = LocalSpec(core, Peers(), Ring())
+    runs = Streams().source_runs(None, length, 1, 0, jnp)
+    return attention(spec, q, k, v, intervals, None, runs, return_residual=False)[0]
 
 
 def _with_gradients(attention: Any) -> Any:

@@ -9,7 +9,6 @@ from dataclasses import field
 from typing import Literal
 
 from hcp_jax.base.settings import MOST, check, fixed, free, numbers
-from hcp_jax.dynamic.scheduler import check_menu
 from hcp_jax.sequence import groupings
 
 
@@ -70,18 +69,20 @@ class DynamicConfig:
         """The menu, if it is a list of widest groups; else None."""
         return tuple(sorted(set(self.menu))) if isinstance(self.menu, list) else None
 
-    def check_sizes(self, num_devices: int, devices_per_host: int, lanes: int) -> int:
-        """Check the sizes against a number of devices, and return the widest possible group size.
+    def check_sizes(self, num_devices: int) -> None:
+        """Check the sizes against a number of devices, as far as they alone tell.
 
         Args:
             num_devices: dp · cp.
-            devices_per_host: devices that share a host.
-            lanes: devices that exchange heads with each other.
 
         Raises:
             ValueError: if no group size fits, or one of the menu does not.
         """
-        sizes = groupings.widths(
-            num_devices, devices_per_host, lanes, self.min_cp_size, self.max_cp_size
-        )
-        return check_menu(self.widths, sizes)[-1]
+        groupings.widths(num_devices, num_devices, 1, self.min_cp_size, self.max_cp_size)
+        least, most = self.min_cp_size, self.max_cp_size or num_devices
+        for width in self.widths or ():
+            if num_devices % width or not least <= width <= most:
+                raise ValueError(
+                    f"dynamic.menu: {width} must divide the {num_devices} devices of dp · cp, and "
+                    f"lie between min_cp_size={least} and max_cp_size={most}."
+                )

@@ -8,6 +8,7 @@ it.
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -251,7 +252,7 @@ class ContextParallel:
         self.placement.require_streams("cp.unshard")
         return placing.unshard(self, x, dim, length)
 
-    def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Put a batch of host arrays in natural order on the devices, in the layout.
 
         Args:

@@ -7,7 +7,7 @@ data. With groups, streams are not reordered: see `microbatch.py`.
 import functools
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -79,7 +79,7 @@ def unshard(cp: "ContextParallel", x: jax.Array, dim: int, length: int | None) -
     return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim)
 
 
-def shard_batch(cp: "ContextParallel", batch: dict[str, Any]) -> dict[str, Any]:
+def shard_batch(cp: "ContextParallel", batch: Mapping[str, Any]) -> dict[str, Any]:
     """See `ContextParallel.shard_batch`."""
     arrays = {n: x.places if isinstance(x, Gathered) else x for n, x in batch.items()}
     lengths = {
@@ -128,7 +128,7 @@ def require_ids_of_all_tokens(cp: "ContextParallel | None", mask: Mask, length: 
 
 
 def place_mask(
-    cp: "ContextParallel", mask: Mask, length: int, key_length: int | None = None
+    cp: "ContextParallel", mask: Mask | PlacedMask, length: int, key_length: int | None = None
 ) -> PlacedMask:
     """See `ContextParallel.place`."""
     if not isinstance(mask, Mask):

@@ -150,14 +150,16 @@ def pack(
             "token; lower max_tokens_per_device."
         )
     _require_members(microbatch)
-    shape = len(devices), tokens
+    document = np.full((len(devices), tokens), -1, np.int32)
     packed = PackedMicrobatch(
-        microbatch.grouping,
-        microbatch.lanes,
-        devices,
-        np.full(shape, -1, np.int32),
-        *(np.zeros(shape, np.int32) for _ in range(3)),
-        KeyRuns((), ()),
+        grouping=microbatch.grouping,
+        lanes=microbatch.lanes,
+        devices=devices,
+        document=document,
+        position=np.zeros_like(document),
+        start=np.zeros_like(document),
+        end=np.zeros_like(document),
+        runs=KeyRuns((), ()),
     )
     runs: list[tuple[np.ndarray, np.ndarray]] = []
     first = 0

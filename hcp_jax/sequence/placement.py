@@ -112,7 +112,15 @@ class Groups:
         """Return `length`: buffers are full by definition, their empty slots are data."""
         return length
 
-    def to_layout(self, x: Any, dim: int) -> Any:
+    def global_index(self, length: int) -> NoReturn:
+        """Raise: indices are data of the batch."""
+        self.require_streams("a global index")
+
+    def to_layout(self, x: Any, dim: int) -> NoReturn:
+        """Raise: there is no natural order of all tokens."""
+        self.require_streams("reordering")
+
+    def from_layout(self, x: Any, dim: int) -> NoReturn:
         """Raise: there is no natural order of all tokens."""
         self.require_streams("reordering")
 

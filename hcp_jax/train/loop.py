@@ -70,25 +70,14 @@ def train(
     """
     console = console or terminal.console()
     console.quiet = console.quiet or jax.process_index() != 0
-    vocab_size = config.model.vocab_size
-    corpus, held_out = evaluation.open_corpora(config.data, config.eval, vocab_size)
-    held_out_path = config.eval.path if config.eval.every is not None else None
-    files = fingerprint.run_fingerprint(config.data, held_out_path)
-    if peers is not None:
-        peers.agree(corpus.fingerprint())
-        peers.agree({"the contents of the text's files": fingerprint.summary(files)})
+    corpus, held_out, files = _open_texts(config, peers)
     cp = config.parallel.context_parallel(config.model.num_layers)
-    fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
-    abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
+    abstract = abstract_state(config.model, optimizer, cp, fsdp=config.parallel.fsdp)
     if resume is None and config.init_from is not None:
         _print(console, weights.check(config.model, config.init_from, config.seq_len))
-
-    program: Program = (
-        DynamicProgram(config, cp, corpus, console)
-        if config.parallel.dynamic.enabled
-        else FixedProgram(config, cp, corpus)
-    )
+    kind = DynamicProgram if config.parallel.dynamic.enabled else FixedProgram
+    program = kind(config, cp, corpus, console)
     with contextlib.closing(program), contextlib.ExitStack() as held:
         _print(console, _introduction(config, cp, corpus, abstract, program))
         state = None
@@ -98,44 +87,76 @@ def train(
             state = _restore(resumption, resume, abstract, program, begin, console)
         evaluator = None if held_out is None else _evaluator(config, cp, held_out)
         if resume is not None and state is not None and int(state.step) >= config.steps:
-            made = f"{resume} has made all its {config.steps} steps"
-            if evaluator is not None and not folder.has_evaluation(resume, config.steps):
-                _print(console, f"{made}; its last evaluation is missing and is done now.")
-                _evaluate_last(config, resume, evaluator, state, files, console)
-            elif not begin:
-                raise ValueError(f"{made}; to go on, give --steps a greater number.")
-            else:
-                _print(console, f"{made}.")
-            return Outcome(resume, config.steps)
+            return _conclude(config, resume, evaluator, state, files, begin, console)
         check_profile(profile, 0 if state is None else int(state.step), config.steps)
-        began = time.perf_counter()
-        size = program.compile(abstract)
-        beside = 0 if evaluator is None else evaluator.compile(abstract.params)
-        took = time.perf_counter() - began
-        _print(console, f"compiled in {took:.0f} s: {size / 2**20:,.0f} MiB per device")
-        if evaluator is not None:
-            every, more = config.eval.every, f"{beside / 2**20:,.0f} MiB beside the state"
-            _print(console, f"evaluation every {every} steps: {evaluator}; {more}")
-            if config.eval.path is not None and held_out is not None:
-                _print(console, "\n".join(f"  {line}" for line in held_out.report))
-
+        _compile(config, program, evaluator, abstract, console)
+        if held_out is not None and config.eval.path is not None:
+            _print(console, "\n".join(f"  {line}" for line in held_out.report))
         path = folder.make_new(config) if resume is None else resume
         if resume is None:
             held.enter_context(lock.held(path))
         if state is None:
             state = weights.initial_state(config, optimizer, cp, path)
-        title = f"{config.name}: {_describe_mesh(cp)}"
-        start = int(state.step)
-        with (
-            RunFolder(config, path, start, title, files) as run,
-            Profiler(profile, start, config.steps, path) as profiler,
-        ):
-            meter = Meter(config.model, cp.mesh)
-            steps = Steps(config, program, evaluator, run, console, profiler, meter)
-            outcome = steps.make(state, signals)
-        kept = ", ".join(sorted(entry.name for entry in path.iterdir()))
-        _print(console, f"{path}: {kept}")
-        return outcome
+        return _make_steps(
+            config, path, program, evaluator, state, cp, files, profile, signals, console
+        )
+
+
+def _make_steps(
+    config: TrainConfig,
+    path: pathlib.Path,
+    program: Program,
+    evaluator: Evaluator | None,
+    state: TrainState,
+    cp: ContextParallel,
+    files: dict[str, Any],
+    profile: ProfileSteps | None,
+    signals: Signals | None,
+    console: rich.console.Console,
+) -> Outcome:
+    """Make the steps after `state` and write them into the run folder."""
+    title, start = f"{config.name}: {_describe_mesh(cp)}", int(state.step)
+    with (
+        RunFolder(config, path, start, title, files) as run,
+        Profiler(profile, start, config.steps, path) as profiler,
+    ):
+        meter = Meter(config.model, cp.mesh)
+        steps = Steps(config, program, evaluator, run, console, profiler, meter)
+        outcome = steps.make(state, signals)
+    kept = ", ".join(sorted(entry.name for entry in path.iterdir()))
+    _print(console, f"{path}: {kept}")
+    return outcome
+
+
+def _open_texts(
+    config: TrainConfig, peers: Peers | None
+) -> tuple[Corpus, Corpus | None, dict[str, Any]]:
+    """Return the text to train on, that to evaluate on, and the fingerprint of their files."""
+    corpus, held_out = evaluation.open_corpora(config.data, config.eval, config.model.vocab_size)
+    held_out_path = config.eval.path if config.eval.every is not None else None
+    files = fingerprint.run_fingerprint(config.data, held_out_path)
+    if peers is not None:
+        peers.agree(corpus.fingerprint())
+        peers.agree({"the contents of the text's files": fingerprint.summary(files)})
+    return corpus, held_out, files
+
+
+def _compile(
+    config: TrainConfig,
+    program: Program,
+    evaluator: Evaluator | None,
+    abstract: TrainState,
+    console: rich.console.Console,
+) -> None:
+    """Compile all that the run needs, and print how long it took and the memory it needs."""
+    began = time.perf_counter()
+    size = program.compile(abstract)
+    beside = 0 if evaluator is None else evaluator.compile(abstract.params)
+    took = time.perf_counter() - began
+    _print(console, f"compiled in {took:.0f} s: {size / 2**20:,.0f} MiB per device")
+    if evaluator is not None:
+        every, more = config.eval.every, f"{beside / 2**20:,.0f} MiB beside the state"
+        _print(console, f"evaluation every {every} steps: {evaluator}; {more}")
 
 
 def _restore(
@@ -160,21 +181,34 @@ def _restore(
     return restored.state
 
 
-def _evaluate_last(
+def _conclude(
     config: TrainConfig,
     path: pathlib.Path,
-    evaluator: Evaluator,
+    evaluator: Evaluator | None,
     state: TrainState,
     files: dict[str, Any],
+    begin: bool,
     console: rich.console.Console,
-) -> None:
-    """Evaluate after the last step, if a signal stopped the run before it did."""
-    evaluator.compile(state.params)
-    with RunFolder(config, path, config.steps, config.name, files) as run:
-        found = evaluator.evaluate(config.steps, state.params)
-        assert found is not None
-        run.record_evaluation(found)
-        _print(console, str(found))
+) -> Outcome:
+    """End a run that has made all its steps; evaluate if a signal stopped it before it did.
+
+    Raises:
+        ValueError: if there is nothing to do, and `begin` does not say that this is fine.
+    """
+    made = f"{path} has made all its {config.steps} steps"
+    if evaluator is not None and not folder.has_evaluation(path, config.steps):
+        _print(console, f"{made}; its last evaluation is missing and is done now.")
+        evaluator.compile(state.params)
+        with RunFolder(config, path, config.steps, config.name, files) as run:
+            found = evaluator.evaluate(config.steps, state.params)
+            assert found is not None
+            run.record_evaluation(found)
+            _print(console, str(found))
+    elif not begin:
+        raise ValueError(f"{made}; to go on, give --steps a greater number.")
+    else:
+        _print(console, f"{made}.")
+    return Outcome(path, config.steps)
 
 
 def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: Corpus) -> Evaluator:

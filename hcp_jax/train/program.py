@@ -1,33 +1,59 @@
-"""Define what the training loop runs: a `Program` compiles, yields batches and makes steps.
+"""Define what the training loop runs: batches and compiled programs that make steps of them.
 
-The loop also saves and restores the state of its data. `FixedProgram` has one compiled step, for
-batches that are all alike; `dynamic.py` has the other program.
+`Program` prefetches, compiles, restores and makes steps, for every kind of run. Its kinds say where
+the microbatches of a step come from, and which program of the menu computes each: `FixedProgram`
+has one program, for batches that are all alike; `dynamic.py` has one for each grouping.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+import abc
+from typing import Any
 
+import grain
 import numpy as np
-from jaxtyping import Int64
+import rich.console
 
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.train.batch import Batch, PlacedMicrobatch, PlacedStep
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.data.batches import describe_packing, make_batches, packing_metrics
+from hcp_jax.train.data.batches import describe_packing, packed_batches, packing_metrics, prefetched
 from hcp_jax.train.data.corpus import Corpus
+from hcp_jax.train.menu import Menu
 from hcp_jax.train.metrics import traffic
-from hcp_jax.train.step import TrainState, make_train_step
+from hcp_jax.train.step import TrainState
 
 
-class Program(Protocol):
-    """Batches and compiled programs: call `compile` once, then `next_batch` and `step` in turn."""
+class Program(abc.ABC):
+    """Batches and compiled programs: call `compile` once, then `next_batch` and `step` in turn.
 
+    Args:
+        config: the run.
+        menu: the programs.
+        steps: the steps, each put on the devices when it is asked for.
+        console: where the progress of compiling is shown.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        menu: Menu,
+        steps: grain.IterDataset[PlacedStep],
+        console: rich.console.Console,
+    ):
+        self._config, self._console = config, console
+        self.menu = menu
+        self._steps = iter(prefetched(steps, config.data.prefetch))
+
+    @abc.abstractmethod
     def describe(self, num_params: int) -> list[str]:
         """Return lines for the log: what a step trains on, and what devices send for it.
 
         Args:
             num_params: number of parameters of the model.
         """
-        ...
+
+    @abc.abstractmethod
+    def example(self, key: Any) -> Batch:
+        """Return a batch on the devices to compile the program of `key` with."""
 
     def compile(self, abstract: TrainState) -> int:
         """Compile all that training will run; return the bytes that it needs per device.
@@ -35,81 +61,77 @@ class Program(Protocol):
         Args:
             abstract: shapes, dtypes and shardings of the state.
         """
-        ...
+        return self.menu.compile(abstract, self.example, self._console)
 
-    def next_batch(self) -> Any:
-        """Return the next batch, on the devices or on its way there."""
-        ...
+    def next_batch(self) -> PlacedStep:
+        """Return the next step; a thread has read it and put it on the devices."""
+        found: PlacedStep = next(self._steps)
+        return found
 
-    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        """Make a step; return the new state (the old one is donated) and metrics on the devices."""
-        ...
+    def step(self, state: TrainState, batch: PlacedStep) -> tuple[TrainState, dict[str, Any]]:
+        """Make a step; return the new state (the old one is donated) and metrics.
 
-    def documents(self, batch: Any) -> Sequence[int]:
-        """Return the numbers, from 0, of the documents in a batch."""
-        ...
+        The metrics are those of `apply_gradients`, on the devices, and `PlacedStep.facts`.
+
+        Raises:
+            RuntimeError: if a microbatch has no compiled program; says why.
+        """
+        state, metrics = self.menu.step(state, batch.microbatches)
+        return state, metrics | batch.facts
 
     def data_state(self) -> dict[str, Any]:
         """Return the state of the data after the last `next_batch`, in plain values for JSON."""
-        ...
+        state: dict[str, Any] = self._steps.get_state()
+        return state
 
     def restore_data(self, state: dict[str, Any]) -> None:
-        """Restore the state of the data; call this before `compile`."""
-        ...
+        """Restore the state of the data; call this before `compile`.
+
+        Raises:
+            ValueError: if the state is from other data, or from the other kind of run.
+        """
+        self._steps.set_state(state)
 
     def summary(self) -> list[str]:
         """Return lines about the steps that were made, for the end of the log."""
-        ...
+        return []
 
     def close(self) -> None:
-        """Stop the threads in the background."""
-        ...
+        """Stop the thread that prepares steps."""
+        self._steps.close()
 
 
-class PlacedBatch(NamedTuple):
-    """A batch on the devices.
-
-    Attributes:
-        arrays: from `ContextParallel.shard_batch`.
-        documents: the numbers of its documents.
-        facts: how it is packed, for the metrics of its step; see `packing_metrics`.
-    """
-
-    arrays: dict[str, Any]
-    documents: Int64[np.ndarray, "d"]
-    facts: dict[str, float]
-
-
-class FixedProgram:
-    """One compiled step on one mesh, for batches of equal streams.
+class FixedProgram(Program):
+    """One program on one mesh, for batches of equal streams.
 
     Args:
         config: the run.
         cp: the context parallelism on the run's mesh.
         corpus: the text.
+        console: as for `Program`.
     """
 
-    def __init__(self, config: TrainConfig, cp: ContextParallel, corpus: Corpus):
-        self._config, self._cp, self._corpus = config, cp, corpus
-        self._batches = make_batches(
+    _KEY = "streams"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        cp: ContextParallel,
+        corpus: Corpus,
+        console: rich.console.Console,
+    ):
+        self._cp, self._corpus = cp, corpus
+        self._first: PlacedStep | None = None
+        batches = packed_batches(
             corpus,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             seed=config.seed,
             mask=config.model.mask,
-            prefetch=config.data.prefetch,
-            put=self._put,
             packing=config.data.packing,
         )
-        self._step: Any = make_train_step(
-            config.model,
-            config.optimizer,
-            config.steps,
-            cp,
-            fsdp=config.parallel.fsdp,
-            accumulation=config.accumulation,
-        )
-        self._first: PlacedBatch | None = None
+        menu = Menu(config, {self._KEY: cp}, one_program=True)
+        super().__init__(config, menu, batches.map(self._put), console)
 
     def describe(self, num_params: int) -> list[str]:
         """Return lines about the streams of a step, and about what each kind of layer sends."""
@@ -135,60 +157,31 @@ class FixedProgram:
             *(f"  {line}" for line in sent),
         ]
 
-    def compile(self, abstract: TrainState) -> int:
-        """Compile the step for the shapes of the first batch; return its bytes per device."""
-        self._first = next(self._batches)
-        self._step = self._step.lower(abstract, self._first.arrays).compile()
-        memory = self._step.memory_analysis()
-        return int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+    def example(self, key: Any) -> Batch:
+        """Return the first batch, which `next_batch` then returns, too."""
+        self._first = super().next_batch()
+        return self._first.microbatches[0].arrays
 
-    def next_batch(self) -> PlacedBatch:
-        """Return the next batch; a thread has read it and put it on the devices."""
-        if self._first is not None:
-            batch, self._first = self._first, None
-            return batch
-        found: PlacedBatch = next(self._batches)
-        return found
-
-    def step(self, state: TrainState, batch: PlacedBatch) -> tuple[TrainState, dict[str, Any]]:
-        """Make a step (`make_train_step`); its metrics include `PlacedBatch.facts`."""
-        state, metrics = self._step(state, batch.arrays)
-        return state, metrics | batch.facts
-
-    def documents(self, batch: PlacedBatch) -> Sequence[int]:
-        """Return the numbers of the documents in a batch."""
-        numbers: list[int] = batch.documents.tolist()
-        return numbers
-
-    def data_state(self) -> dict[str, Any]:
-        """Return the state of the data pipeline."""
-        state: dict[str, Any] = self._batches.get_state()
-        return state
+    def next_batch(self) -> PlacedStep:
+        """Return the next step; a thread has read it and put it on the devices."""
+        if self._first is None:
+            return super().next_batch()
+        batch, self._first = self._first, None
+        return batch
 
     def restore_data(self, state: dict[str, Any]) -> None:
-        """Restore the state of the data pipeline.
-
-        Raises:
-            ValueError: if the state is from a run with dynamic context parallelism.
-        """
+        """Restore the state of the data; see `Program.restore_data`."""
         if "window" in state:
             raise ValueError(
                 "this checkpoint was written with parallel.dynamic enabled. Enable it to resume, "
                 "or start a new run."
             )
-        self._batches.set_state(state)
+        super().restore_data(state)
 
-    def summary(self) -> list[str]:
-        """Return nothing: all steps are alike."""
-        return []
-
-    def close(self) -> None:
-        """Stop the thread that prepares batches."""
-        self._batches.close()
-
-    def _put(self, batch: dict[str, Any]) -> PlacedBatch:
+    def _put(self, batch: Batch) -> PlacedStep:
         refs = batch["tokens"].places
         begins = refs[(batch["positions"] == 0) & (refs > 0)]
-        documents = self._corpus.documents_at(begins)
-        facts = packing_metrics(self._corpus, batch)
-        return PlacedBatch(self._cp.shard_batch(batch), np.unique(documents), facts)
+        documents = np.unique(self._corpus.documents_at(begins)).tolist()
+        arrays: Any = self._cp.shard_batch(batch)
+        placed = PlacedMicrobatch(self._KEY, arrays)
+        return PlacedStep((placed,), tuple(documents), packing_metrics(self._corpus, batch))

@@ -1,17 +1,15 @@
-"""Make one step of training: loss, gradients, AdamW.
+"""Make one step of training: sums over microbatches, then one update.
 
-The arguments of a `jit` are plain trees of arrays (`TrainState`, and a batch that is a dict); the
-model's graph is static. Nothing here loops, logs or reads data.
+    sums = gradients(params, microbatch) + ...      loss, weight and gradients of each microbatch
+    state, metrics = update(state, sums)            divide by the weight; clipping and AdamW
 
-A batch is a dict, on one device or from `ContextParallel.shard_batch`:
+Losses are summed, not averaged, and divided by the weight of the whole step at the end. So the
+gradient is the same however the tokens of a step are distributed over microbatches.
+`make_train_step` is one program of both, for a step whose microbatches are alike; `menu.py`
+compiles them one by one, for microbatches that are not.
 
-    tokens, targets, positions   int32[R, T]
-    weights                      float32[R, T], 0 where the target does not count
-    mask                         hcp_jax.Mask
-
-Accumulation does not change a batch: with `accumulation=A`, its R rows are computed in A portions
-of R / A. The loss is normalised by the weights of *all* rows, so the gradient is that of the whole
-batch for any A.
+The arguments of a `jit` are plain trees of arrays (`TrainState`, `Batch`); the model's graph is
+static. Nothing here loops, logs or reads data.
 """
 
 import functools
@@ -22,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from hcp_jax.models.config import ModelConfig
@@ -30,6 +28,7 @@ from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.parallel import host_memory, spmd
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.train.batch import Batch
 from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, state_shardings
@@ -47,6 +46,20 @@ class TrainState(NamedTuple):
     step: Any
     params: Any
     opt_state: Any
+
+
+class Sums(NamedTuple):
+    """Sums over the microbatches of a step so far, all in float32.
+
+    Attributes:
+        grads: gradients of `loss`, a tree like the parameters.
+        loss: Σ weight · loss over all tokens, in nats.
+        weight: Σ weight.
+    """
+
+    grads: Any
+    loss: Any
+    weight: Any
 
 
 def abstract_state(
@@ -71,7 +84,7 @@ def abstract_state(
         return state
     check_divides(model, cp)
     param_shardings, opt_shardings = state_shardings(params, optimizer, cp, fsdp=fsdp)
-    whole = jax.sharding.NamedSharding(cp.mesh, jax.sharding.PartitionSpec())
+    whole = NamedSharding(cp.mesh, PartitionSpec())
     sharded: TrainState = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
@@ -141,48 +154,100 @@ def make_train_step(
         ValueError: if tp cannot cut the model; when called, if the rows of a batch cannot be cut
             into A portions.
     """
-    schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
-    loss_sum = summed_loss(model, cp)
-    shardings = _shardings(abstract_state(model, transform, cp, fsdp=fsdp))
+    transform = make_optimizer(optimizer, num_steps)
+    like = abstract_state(model, transform, cp, fsdp=fsdp)
+    gradients = summed_gradients(model, like.params, cp)
+    update = make_update(optimizer, num_steps)
 
-    def constrain_grads(grads: Any) -> Any:
-        if cp is None:
-            return grads
-        constrain = functools.partial(spmd.constrain, mesh=cp.mesh, axes=cp.axes)
-        return jax.tree.map(lambda g, s: constrain(g, spec=s.spec), grads, shardings.params)
-
-    def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
-        tokens = jnp.sum(batch["weights"])
-
-        def mean_loss(params: Any, portion: dict[str, Any]) -> Float[Array, ""]:
-            return loss_sum(params, portion) / _nonzero(tokens)
-
-        loss, grads = _accumulate(
-            jax.value_and_grad(mean_loss),
-            state.params,
-            _portions(batch, accumulation, cp),
-            constrain_grads,
-        )
-        state, metrics = apply_gradients(
-            state, grads, loss, tokens, transform, schedule, optimizer.weight_decay
-        )
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        sums = _sum_portions(gradients, state.params, _portions(batch, accumulation, cp))
+        state, metrics = update(state, sums)
         return state, metrics | {"pairs": _visible_pairs(batch)}
 
-    if cp is None:
-        return jax.jit(step, donate_argnums=0)
-    specs = jax.tree.map(lambda sharding: sharding.spec, shardings), PartitionSpec()
+    return jit_on_mesh(step, cp, (like, None), (like, None), donate=0)
 
-    @functools.wraps(step)
-    def step_on_mesh(
-        state: TrainState, batch: dict[str, Any]
-    ) -> tuple[TrainState, dict[str, Array]]:
-        return spmd.run(cp.mesh, cp.axes, step, specs, state, batch)
+
+def summed_gradients(
+    model: ModelConfig, like: Any, cp: ContextParallel | None = None
+) -> Callable[[Any, Batch], Sums]:
+    """Return a function `(params, batch) -> Sums` of one microbatch; to be traced.
+
+    Args:
+        model: the model.
+        like: shapes and shardings of the parameters; gradients are sharded alike.
+        cp: the context parallelism of the microbatch; None for one device.
+
+    Raises:
+        NotImplementedError: as `summed_loss`.
+    """
+    loss_and_grads = jax.value_and_grad(summed_loss(model, cp))
+
+    def gradients(params: Any, batch: Batch) -> Sums:
+        loss, grads = loss_and_grads(params, batch)
+        if cp is not None:
+            constrain = functools.partial(spmd.constrain, mesh=cp.mesh, axes=cp.axes)
+            grads = jax.tree.map(lambda g, x: constrain(g, spec=x.sharding.spec), grads, like)
+        return Sums(grads, loss, jnp.sum(batch["weights"]))
+
+    return gradients
+
+
+def make_update(
+    optimizer: OptimizerConfig, num_steps: int
+) -> Callable[[TrainState, Sums], tuple[TrainState, dict[str, Array]]]:
+    """Return a function `(state, sums) -> (state, metrics)` that ends a step; to be traced.
+
+    Args:
+        optimizer: config of the optimizer.
+        num_steps: as in `make_train_step`.
+
+    Returns:
+        The function; its metrics are those of `apply_gradients`.
+    """
+    schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
+
+    def update(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Array]]:
+        weight = _nonzero(sums.weight)
+        grads = jax.tree.map(lambda g: g / weight, sums.grads)
+        loss = sums.loss / weight
+        return apply_gradients(
+            state, grads, loss, sums.weight, transform, schedule, optimizer.weight_decay
+        )
+
+    return update
+
+
+def jit_on_mesh(
+    function: Callable[..., Any],
+    cp: ContextParallel | None,
+    takes: tuple[Any, ...],
+    gives: Any,
+    donate: int | tuple[int, ...] = (),
+) -> jax.stages.Wrapped:
+    """Return a jitted function whose arguments and results have the given shardings.
+
+    Args:
+        function: the function; it may assume that no mesh axis is Explicit.
+        cp: the context parallelism of its mesh; None for one device, without shardings.
+        takes: for each argument a tree of abstract arrays with shardings; None leaves it open.
+        gives: the same for the result: a tree, in which None leaves a part open.
+        donate: numbers of the arguments that are donated.
+    """
+    if cp is None:
+        return jax.jit(function, donate_argnums=donate)
+    specs = jax.tree.map(
+        lambda x: PartitionSpec() if x is None else x.sharding.spec, gives, is_leaf=_is_open
+    )
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any) -> Any:
+        return spmd.run(cp.mesh, cp.axes, function, specs, *args)
 
     return jax.jit(
-        step_on_mesh,
-        donate_argnums=0,
-        in_shardings=(shardings, None),
-        out_shardings=(shardings, None),
+        on_mesh,
+        donate_argnums=donate,
+        in_shardings=_shardings(takes),
+        out_shardings=_shardings(gives),
     )
 
 
@@ -245,14 +310,14 @@ def updates_made(state: TrainState) -> Any:
 
 def make_eval_loss(
     model: ModelConfig, cp: ContextParallel | None = None
-) -> Callable[[Any, dict[str, Any]], dict[str, Float[Array, ""]]]:
+) -> Callable[[Any, Batch], dict[str, Float[Array, ""]]]:
     """Return a jitted function `(params, batch) -> {"loss", "tokens"}`: the loss without a step.
 
     To average over batches, weight each loss with its "tokens".
     """
     loss_sum = summed_loss(model, cp)
 
-    def eval_loss(params: Any, batch: dict[str, Any]) -> dict[str, Float[Array, ""]]:
+    def eval_loss(params: Any, batch: Batch) -> dict[str, Float[Array, ""]]:
         tokens = jnp.sum(batch["weights"])
         return {"loss": loss_sum(params, batch) / _nonzero(tokens), "tokens": tokens}
 
@@ -261,7 +326,7 @@ def make_eval_loss(
 
 def summed_loss(
     model: ModelConfig, cp: ContextParallel | None = None
-) -> Callable[[Any, dict[str, Any]], Float[Array, ""]]:
+) -> Callable[[Any, Batch], Float[Array, ""]]:
     """Return a function `(params, batch) -> Σ weight · loss`, in nats; to be traced.
 
     Raises:
@@ -271,7 +336,7 @@ def summed_loss(
         host_memory.require(cp.mesh)
     graphdef, _ = abstract_model(model)
 
-    def loss_sum(params: Any, batch: dict[str, Any]) -> Float[Array, ""]:
+    def loss_sum(params: Any, batch: Batch) -> Float[Array, ""]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
         return summed_cross_entropy(
@@ -287,14 +352,14 @@ def summed_loss(
     return loss_sum
 
 
-def _visible_pairs(batch: dict[str, Any]) -> Float[Array, ""]:
+def _visible_pairs(batch: Batch) -> Float[Array, ""]:
     rows, length = batch["tokens"].shape
     start, end = batch["mask"].intervals(length, xp=jnp)
     # In float32: a million tokens have more pairs than int32 can hold.
     return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
 
 
-def _portions(batch: dict[str, Any], number: int, cp: ContextParallel | None) -> Any:
+def _portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any:
     """Return the batch with a leading dim of `number` portions; row r is in portion r mod `number`.
 
     Rows are cut over dp in equal stretches; taking every `number`-th row of each moves no data.
@@ -315,37 +380,27 @@ def _portions(batch: dict[str, Any], number: int, cp: ContextParallel | None) ->
     return jax.tree.map(split, batch)
 
 
-def _accumulate(
-    loss_and_grads: Callable[[Any, Any], tuple[Array, Any]],
-    params: Any,
-    portions: Any,
-    constrain_grads: Callable[[Any], Any],
-) -> tuple[Float[Array, ""], Any]:
-    """Return the sums of loss and gradients over the portions, computed one after the other.
-
-    Args:
-        loss_and_grads: `(params, portion) -> (loss, grads)`.
-        params: the parameters.
-        portions: from `_portions`.
-        constrain_grads: constrains the sharding of gradients.
-    """
-
-    def add(total: tuple[Array, Any], portion: Any) -> tuple[tuple[Array, Any], None]:
-        loss, grads = loss_and_grads(params, portion)
-        return (total[0] + loss, constrain_grads(jax.tree.map(jnp.add, total[1], grads))), None
-
+def _sum_portions(gradients: Callable[[Any, Batch], Sums], params: Any, portions: Any) -> Sums:
+    """Return the sums over the portions (`_portions`), computed one after the other."""
     number = jax.tree.leaves(portions)[0].shape[0]
     if number == 1:
-        loss, grads = loss_and_grads(params, jax.tree.map(lambda x: x[0], portions))
-        return loss, constrain_grads(grads)
-    zeros = (jnp.zeros((), jnp.float32), constrain_grads(jax.tree.map(jnp.zeros_like, params)))
-    total: tuple[Array, Any] = jax.lax.scan(add, zeros, portions)[0]
+        return gradients(params, jax.tree.map(lambda x: x[0], portions))
+
+    def add(total: Sums, portion: Any) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, gradients(params, portion)), None
+
+    nothing = jnp.zeros((), jnp.float32)
+    zeros = Sums(jax.tree.map(jnp.zeros_like, params), nothing, nothing)
+    total: Sums = jax.lax.scan(add, zeros, portions)[0]
     return total
 
 
-def _shardings(state: TrainState) -> TrainState:
-    shardings: TrainState = jax.tree.map(lambda x: x.sharding, state)
-    return shardings
+def _is_open(x: Any) -> bool:
+    return x is None
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _nonzero(tokens: Float[Array, ""]) -> Float[Array, ""]:

@@ -106,7 +106,7 @@ class Steps:
                 # The devices compute this step while the host reports the one before.
                 if before is not None:
                     self._report(before, progress)
-                before, done = _Made(done, metrics, program.documents(batch)), done + 1
+                before, done = _Made(done, metrics, batch.documents), done + 1
                 stopped = signals.agreed()
                 ends = stopped is not None or done == config.steps
                 by_time = clock.is_due(done)  # called every time: all processes check together

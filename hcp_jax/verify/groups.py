@@ -28,7 +28,7 @@ import rich.console
 from jaxtyping import Int64, Shaped
 
 from hcp_jax import dynamic
-from hcp_jax.attention.strategy import compose, lanes_for
+from hcp_jax.attention.strategy import compose, lanes_for, microbatch_lanes
 from hcp_jax.compiled import hlo
 from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES
 from hcp_jax.models.config import ModelConfig
@@ -37,9 +37,10 @@ from hcp_jax.parallel.microbatch import flat_devices, place_microbatch
 from hcp_jax.sequence import groupings
 from hcp_jax.sequence.packing import Microbatch, PackedMicrobatch
 from hcp_jax.train import data, evaluation
+from hcp_jax.train.batch import PlacedMicrobatch, PlacedStep
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.streams import Segments
-from hcp_jax.train.dynamic import DynamicProgram, PlacedMicrobatch, PlacedStep
+from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.optimizer import make_optimizer
 from hcp_jax.train.step import (
     abstract_state,
@@ -93,11 +94,12 @@ def checks(
     """
     corpus, _ = evaluation.open_corpora(config.data, config.eval, config.model.vocab_size)
     with contextlib.closing(DynamicProgram(config, cp, corpus, console)) as training:
-        small, cp = _reduced(config, cp, training.menu)
+        menu = tuple(training.menu.contexts)
+        small, cp = _reduced(config, cp, menu)
     if small.data != config.data:
         corpus = data.open_corpus(small.data, small.model.vocab_size)
     model, tokens = small.model, small.parallel.dynamic.tokens
-    contexts = {widest: dataclasses.replace(cp, widest_group=widest) for widest in training.menu}
+    contexts = {widest: dataclasses.replace(cp, widest_group=widest) for widest in menu}
     for context in contexts.values():
         _needed_bytes(model, context, tokens)  # raises for unsupported programs before compiling
     yield (
@@ -271,7 +273,7 @@ def _corpus_microbatches(
     random lengths, because most documents of a corpus may be as long as `seq_len` allows.
     """
     widest, num_devices = cp.placement.reach, cp.axis_size(cp.flat_axes)
-    most, lanes = widest * tokens, microbatch_lanes(cp, model)
+    most, lanes = widest * tokens, microbatch_lanes(cp, model.num_heads)
     rng = np.random.default_rng(0)
     numbers = [int(segments.sizes.argmax())]
     lengths = [min(int(segments.sizes.max()), most)]
@@ -311,7 +313,7 @@ def _placed(
     }
     window = config.model.sliding_window
     widest = text.held.microbatch.widest
-    placed = place_microbatch(contexts[widest], packed, arrays, sliding_window=window)
+    placed: Any = place_microbatch(contexts[widest], packed, arrays, sliding_window=window)
     return PlacedMicrobatch(widest, placed)
 
 
@@ -356,7 +358,7 @@ def _traffic(
     contexts: dict[int, ContextParallel],
     program: DynamicProgram,
     params: Any,
-    batches: dict[int, dict[str, Any]],
+    batches: dict[Any, Any],
 ) -> Iterator[Check]:
     for widest, cp in contexts.items():
         eval_loss: Any = make_eval_loss(config.model, cp)
@@ -365,7 +367,7 @@ def _traffic(
         # As for streams, backward moves at least as much again as forward.
         for name, compiled, times in (
             ("forward", forward, 1),
-            ("step", program.programs[widest], 2),
+            ("step", program.menu.programs[widest], 2),
         ):
             found = hlo.collectives(compiled.as_text())
             for scope in SCOPES:

@@ -236,7 +236,7 @@ def test_hops_inside_a_host_come_before_those_that_leave_it():
         for c in moved("2x4", 8, "p2p")
     ]
     # Of seven hops of K and V, one takes those of the other host; the others stay inside.
-    assert sum(across) == 2 and len(across) == 14
+    assert (sum(across), len(across)) == (2, 14)
 
 
 @pytest.mark.parametrize("sources", [2, 3, 6])
@@ -257,7 +257,9 @@ def test_a_walk_visits_every_member_once_and_small_blocks_first(radices):
     block = 1
     for radix in (1, *radices):
         block *= radix
-        assert np.array_equal(sources[:block] // block, np.tile(np.arange(size) // block, (block, 1)))
+        assert np.array_equal(
+            sources[:block] // block, np.tile(np.arange(size) // block, (block, 1))
+        )
 
 
 def test_unsupported_calls_with_groups_are_refused():
@@ -281,8 +283,8 @@ def test_unsupported_calls_with_groups_are_refused():
         attend(is_causal=True)
     with pytest.raises(ValueError, match=r"must be \[dp=1, a multiple of 8, "):
         attend(x=jnp.concatenate([x, x]))
+    odd = jnp.zeros((1, 32, 6, 8))
     with pytest.raises(NotImplementedError, match="comm_type='a2a' keeps a document on devices"):
-        odd = jnp.zeros((1, 32, 6, 8))
         hcp.dot_product_attention(
             *(odd, odd, odd), cp=dataclasses.replace(cp, comm_type="a2a"), mask=mask
         )

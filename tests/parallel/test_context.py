@@ -216,5 +216,7 @@ def test_invalid_widest_groups_are_refused(widest):
 def test_groups_have_no_stream_to_reorder(what):
     x = {"place": hcp.causal(), "positions": 16}.get(what, np.zeros((2, 16)))
     more = {"place": (16,), "roll": (-1,)}.get(what, ())
-    with pytest.raises(NotImplementedError, match=f"cp.{what} works on streams.*hcp.place_microbatch"):
+    with pytest.raises(
+        NotImplementedError, match=f"cp.{what} works on streams.*hcp.place_microbatch"
+    ):
         getattr(grouped(4), what)(x, *more)

@@ -17,8 +17,9 @@ from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train import data, dynamic, loop
+from hcp_jax.train.batch import PlacedMicrobatch
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.dynamic import DynamicProgram, PlacedMicrobatch
+from hcp_jax.train.dynamic import DynamicProgram
 from hcp_jax.train.metrics import metrics
 from hcp_jax.train.sections import LogConfig
 from hcp_jax.train.step import (
@@ -92,10 +93,7 @@ class Run:
 
     def sums(self, params, step):
         """Loss, weight and gradients of a step, without its update."""
-        sums = self.program._zeros()
-        for microbatch in step.microbatches:
-            sums = self.program._add(params, sums, microbatch)
-        return sums
+        return self.program.menu.sums(params, step.microbatches)
 
 
 CONFIGS = {
@@ -153,7 +151,7 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
     whole = jax.device_get(params)
     for _ in range(8):
         step, held = of.program.next_batch(), next(documents)
-        layouts = {microbatch.layout for microbatch in step.microbatches}
+        layouts = {microbatch.key for microbatch in step.microbatches}
         if layouts <= used:
             continue
         used |= layouts
@@ -163,7 +161,7 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
         assert sums.loss / sums.weight == pytest.approx(float(loss), rel=1e-6)
         for got, exact in zip(jax.tree.leaves(sums.grads), jax.tree.leaves(grads), strict=True):
             assert np.max(np.abs(got / sums.weight - exact)) < 2e-6 * np.max(np.abs(exact))
-    assert used == set(of.program.menu)
+    assert used == set(of.program.menu.contexts)
 
 
 @functools.cache
@@ -264,7 +262,7 @@ def test_a_step_tells_the_documents_that_it_has_tokens_of():
     step, planned = program.next_batch(), next(iter(program._planned))
     segments = program._segments
     held = {segments.document(d) for mb in planned for group in mb.documents for d in group}
-    assert program.documents(step) == tuple(sorted(held))
+    assert step.documents == tuple(sorted(held))
 
 
 def test_the_pairs_of_a_step_are_those_that_its_masks_show():

@@ -1,7 +1,6 @@
 """Make batches of packed streams from a corpus: for training without end, for evaluation once.
 
-A batch is a dict of `tokens` and `targets` (`Gathered`: not read yet), `positions` (int32) and
-`weights` (float32, 0 on padding), all `[B, T]`, and `mask`.
+The `tokens` and `targets` of a batch are `Gathered`: not read yet.
 
 Only the seed is random, so the state of a pipeline is a few integers: they are saved with a
 checkpoint, and the batches after it are the same. Streams are packed from the sizes of documents
@@ -10,7 +9,7 @@ number of processes. A batch holds references to tokens; `ContextParallel.shard_
 those tokens that belong on a process's own devices.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -20,6 +19,7 @@ from jaxtyping import Int32, Int64
 
 from hcp_jax.parallel.placing import Gathered
 from hcp_jax.sequence.mask import Mask, causal, documents
+from hcp_jax.train.batch import Batch
 from hcp_jax.train.data.corpus import Corpus
 from hcp_jax.train.data.streams import Segments, Stream, Streams
 from hcp_jax.train.sections import Packing
@@ -32,7 +32,7 @@ def held_out_batches(
     seq_len: int,
     tokens: int | None,
     mask: Callable[[Int32[np.ndarray, "B T"]], Mask],
-) -> list[dict[str, Any]]:
+) -> list[Batch]:
     """Return batches to evaluate on; each token comes once, and the order is always the same.
 
     Args:
@@ -76,7 +76,7 @@ def describe_packing(corpus: Corpus, *, seq_len: int, seed: int, packing: Packin
     return Streams(Segments(corpus, seq_len), seed, packing=packing).describe()
 
 
-def packing_metrics(corpus: Corpus, batch: Mapping[str, Any]) -> dict[str, float]:
+def packing_metrics(corpus: Corpus, batch: Batch) -> dict[str, float]:
     """Return metrics of how a batch of `make_batches` is packed.
 
     Args:
@@ -112,10 +112,37 @@ def make_batches(
     seed: int,
     mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
     prefetch: int = 2,
-    put: Callable[[dict[str, Any]], Any] = lambda batch: batch,
+    put: Callable[[Batch], Any] = lambda batch: batch,
     packing: Packing = "whole",
 ) -> grain.DatasetIterator[Any]:
-    """Return an iterator over batches of packed streams, in natural order, without end.
+    """Return an iterator over the batches of `packed_batches`, prepared ahead by a thread.
+
+    Args:
+        corpus: as in `packed_batches`.
+        batch_size: as in `packed_batches`.
+        seq_len: as in `packed_batches`.
+        seed: as in `packed_batches`.
+        mask: as in `packed_batches`.
+        prefetch: batches that the thread prepares ahead.
+        put: called by that thread with each batch, such as `ContextParallel.shard_batch`.
+        packing: as in `packed_batches`.
+    """
+    batches = packed_batches(
+        corpus, batch_size=batch_size, seq_len=seq_len, seed=seed, mask=mask, packing=packing
+    )
+    return iter(prefetched(batches.map(put), prefetch))
+
+
+def packed_batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
+    packing: Packing = "whole",
+) -> grain.IterDataset[Batch]:
+    """Return batches of packed streams, in natural order, without end.
 
     Args:
         corpus: the documents.
@@ -124,23 +151,18 @@ def make_batches(
         seed: seed of the order of the documents.
         mask: returns the model's mask for streams whose documents have these segment ids
             (`ModelConfig.mask`).
-        prefetch: batches that a thread prepares ahead.
-        put: called by that thread with each batch, such as `ContextParallel.shard_batch`.
         packing: whether documents stay whole or every slot is filled; see `DataConfig`.
     """
-
-    def prepare(rows: Stream) -> Any:
-        return put(_batch(corpus, rows, mask))
-
     streams = Streams(Segments(corpus, seq_len), seed, packing=packing)
-    batches = streams.batch(batch_size).map(prepare)
-    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
-    return iter(ahead)
+    return streams.batch(batch_size).map(lambda rows: _batch(corpus, rows, mask))
 
 
-def _batch(
-    corpus: Corpus, rows: Stream, mask: Callable[[Int32[np.ndarray, "B T"]], Mask]
-) -> dict[str, Any]:
+def prefetched(dataset: grain.IterDataset[Any], number: int) -> grain.IterDataset[Any]:
+    """Return a dataset of which a thread prepares the next `number` elements ahead."""
+    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=number)
+
+
+def _batch(corpus: Corpus, rows: Stream, mask: Callable[[Int32[np.ndarray, "B T"]], Mask]) -> Batch:
     return {
         "tokens": Gathered(rows.refs, corpus.tokens_at),
         "targets": Gathered(rows.refs, corpus.targets_at),

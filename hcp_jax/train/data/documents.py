@@ -17,6 +17,7 @@ another number, the documents of each of those steps are scheduled anew. In both
 document is trained on once an epoch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from jaxtyping import Int64
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import choose_menu, schedule_batches
-from hcp_jax.dynamic.scheduler import MAX_MENU
+from hcp_jax.dynamic.scheduler import check_menu
 from hcp_jax.sequence import groupings
 from hcp_jax.sequence.packing import Microbatch
 from hcp_jax.train.data.streams import Segments, require_same_data, shuffled
@@ -48,6 +49,7 @@ class Limits(NamedTuple):
         seed: seed of the order of the documents, and of the scheduler's random choices.
         config: the run's `parallel.dynamic`.
         cost: the model of seconds that the scheduler minimises.
+        lanes: devices that exchange heads with each other.
     """
 
     num_devices: int
@@ -55,6 +57,19 @@ class Limits(NamedTuple):
     seed: int
     config: DynamicConfig
     cost: Cost
+    lanes: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes that groups may have, ascending."""
+        config = self.config
+        return groupings.widths(
+            self.num_devices,
+            self.cost.devices_per_host,
+            self.lanes,
+            config.min_cp_size,
+            config.max_cp_size,
+        )
 
 
 class PlannedSteps(grain.IterDataset[PlannedStep]):
@@ -65,7 +80,8 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
         limits: the limits of schedules.
 
     Attributes:
-        menu: the groupings to schedule with, chosen for these documents unless the config has them.
+        menu: the widest groups of the programs, chosen for these documents unless the config has
+            them.
     """
 
     def __init__(self, sizes: Int64[np.ndarray, "S"], limits: Limits):
@@ -114,27 +130,43 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
         lengths = [self.sizes[np.asarray(batch)] for batch in batches]
         cost = self.limits.cost
         steps = []
-        for step in schedule_batches(lengths, *self._bounds, self.menu, cost, seed):
+        limits = self.limits
+        for step in schedule_batches(lengths, *self._bounds, self.menu, cost, seed, limits.lanes):
             numbers = [batches[b][i] for b, i in step.sources]
             steps.append(tuple(_renamed(mb, numbers) for mb in step.plan.microbatches))
         return steps
+
+    def serves(self, microbatch: Microbatch) -> bool:
+        """Return whether a program can run a microbatch as it is."""
+        limits = self.limits
+        try:
+            groupings.check_grouping(microbatch.grouping, limits.num_devices, limits.sizes)
+        except ValueError:
+            return False
+        lanes = min(limits.lanes, microbatch.widest)
+        return microbatch.widest <= self.menu[-1] and microbatch.lanes == lanes
 
     @property
     def _bounds(self) -> tuple[int, int, int, int | None]:
         config = self.limits.config
         return self.limits.num_devices, config.tokens, config.min_cp_size, config.max_cp_size
 
-    def _choose_menu(self) -> tuple[groupings.Layout, ...]:
+    def _choose_menu(self) -> tuple[int, ...]:
         config = self.limits.config
-        if config.layouts is not None:
-            return config.layouts
+        if config.widths is not None:
+            return check_menu(config.widths, self.limits.sizes)
         samples: list[Int64[np.ndarray, n]] = []
         position = 0
         while len(samples) < _SAMPLES and (position < len(self.sizes) or not samples):
             batches, position = self.window(position)
             samples.append(self.sizes[np.concatenate(batches)])
-        most = config.menu if isinstance(config.menu, int) else MAX_MENU
-        return choose_menu(samples, *self._bounds, cost=self.limits.cost, max_layouts=most)
+        return choose_menu(
+            samples,
+            *self._bounds,
+            cost=self.limits.cost,
+            lanes=self.limits.lanes,
+            max_programs=config.menu if isinstance(config.menu, int) else None,
+        )
 
 
 class _Iterator(grain.DatasetIterator[PlannedStep]):
@@ -156,7 +188,9 @@ class _Iterator(grain.DatasetIterator[PlannedStep]):
             **_identity(self._steps),
             "max_tokens_per_device": self._steps.limits.config.tokens,
             "place": self._position,
-            "window": [[[mb.layout, mb.documents] for mb in step] for step in self._window],
+            "window": [
+                [[mb.grouping, mb.documents, mb.lanes] for mb in step] for step in self._window
+            ],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -164,14 +198,14 @@ class _Iterator(grain.DatasetIterator[PlannedStep]):
         self._position = state["place"]
         window = [
             tuple(
-                Microbatch(tuple(layout), tuple(map(tuple, documents)))
-                for layout, documents in step
+                # Checkpoints of before programs served many groupings name no lanes.
+                Microbatch(tuple(grouping), tuple(map(tuple, documents)), *lanes)
+                for grouping, documents, *lanes in step
             )
             for step in state["window"]
         ]
         same = state["max_tokens_per_device"] == self._steps.limits.config.tokens
-        menu = set(self._steps.menu)
-        if not same or any(mb.layout not in menu for step in window for mb in step):
+        if not same or not all(self._steps.serves(mb) for step in window for mb in step):
             window = [self._steps.replan(_numbers(step)) for step in window]
         self._window = window
 
@@ -197,7 +231,7 @@ def _numbers(step: PlannedStep) -> list[int]:
 
 def _renamed(microbatch: Microbatch, numbers: Sequence[int]) -> Microbatch:
     documents = tuple(tuple(int(numbers[d]) for d in group) for group in microbatch.documents)
-    return Microbatch(microbatch.layout, documents)
+    return dataclasses.replace(microbatch, documents=documents)
 
 
 def check_longest(segments: Segments, limits: Limits) -> None:
@@ -207,7 +241,7 @@ def check_longest(segments: Segments, limits: Limits) -> None:
         ValueError: if one is longer; names it.
     """
     config = limits.config
-    widest = config.check_sizes(limits.num_devices)
+    widest = check_menu(config.widths, limits.sizes)[-1]
     longest = int(segments.sizes.argmax())
     length = int(segments.sizes[longest])
     if length > widest * config.tokens:
