@@ -8,18 +8,14 @@ line with the file and the nearest right name.
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import os
 import pathlib
-import re
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
-import docstring_parser
 import msgspec
 import yaml
 
@@ -28,6 +24,7 @@ from hcp_jax.base.arguments import parse_length
 from hcp_jax.base.settings import MOST, check, fixed, free, numbers
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.config import ParallelConfig
+from hcp_jax.train import config_keys
 from hcp_jax.train.sections import (
     CheckpointConfig,
     DataConfig,
@@ -35,8 +32,6 @@ from hcp_jax.train.sections import (
     LogConfig,
     OptimizerConfig,
 )
-
-_SHOWN = 100  # characters of a key or value in a message
 
 SMALL_MODEL = ModelConfig(
     vocab_size=264,
@@ -150,13 +145,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "configuration",
         "Each key of the file can be given here, too, and replaces the file's value.",
     )
-    for key, kind, text in _keys(TrainConfig):
+    for key, kind, text in config_keys.keys(TrainConfig):
         keys.add_argument(
             f"--{key}",
             dest="overrides",
             action="append",
             type=functools.partial(_pair, key),
-            metavar=_metavar(kind),
+            metavar=config_keys.metavar(kind),
             help=text.replace("%", "%%"),
         )
 
@@ -184,13 +179,15 @@ def load(
     values: dict[str, Any] = {}
     if path is not None:
         values = {"name": pathlib.Path(path).stem, **_read_yaml(path)}
-        _require_known_keys(values, TrainConfig, str(path))
-    kinds = {key: kind for key, kind, _ in _keys(TrainConfig)}
+        config_keys.require_known(values, TrainConfig, str(path))
+    kinds = {key: kind for key, kind, _ in config_keys.keys(TrainConfig)}
     for key, text in overrides:
         if key not in kinds:
-            raise ValueError(f"--{key}: there is no such key{_nearest(key)}")
+            raise ValueError(
+                f"--{key}: there is no such key{config_keys.nearest(key, TrainConfig)}"
+            )
         value = _from_text(text, kinds[key], key)
-        _require_known_keys(_nested(key, value), TrainConfig, "the command line")
+        config_keys.require_known(_nested(key, value), TrainConfig, "the command line")
         _put(values, key.split("."), value)
     _count_tokens(values)
     config = _to_config(values, "the command line" if overrides else str(path))
@@ -261,29 +258,11 @@ def _to_config(values: Mapping[str, Any], origin: str) -> TrainConfig:
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ValueError | TypeError):  # a dataclass refused its values
             raise ValueError(str(error.__cause__)) from None
-        raise ValueError(f"{origin}: {_explain(str(error), values)}") from None
+        raise ValueError(
+            f"{origin}: {config_keys.explain(str(error), values, TrainConfig)}"
+        ) from None
     except RecursionError:
         raise ValueError(f"{origin}: a value is nested too deeply.") from None
-
-
-def _explain(message: str, values: Mapping[str, Any]) -> str:
-    """Return msgspec's error about a value as a message that names the config's key."""
-    found = re.search(r"at `\$\.([\w.]+)", message)
-    key = found[1] if found else ""
-    kinds = {known: kind for known, kind, _ in _keys(TrainConfig)}
-    if key not in kinds:
-        return message
-    value: Any = values
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    part = _part(kinds[key])
-    if part is not None and isinstance(value, Mapping):
-        absent = [f.name for f in dataclasses.fields(part) if _required(f) and f.name not in value]
-        if absent:
-            return f"{key} needs {', '.join(absent)}, too."
-    near = difflib.get_close_matches(str(value)[:_SHOWN], _choices(kinds[key]), 1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{key} must be {_describe_type(kinds[key])}, got {_short(value)}{hint}"
 
 
 def _from_text(text: str, kind: Any, key: str) -> Any:
@@ -291,7 +270,8 @@ def _from_text(text: str, kind: Any, key: str) -> Any:
     options = typing.get_args(kind)
     if text in ("null", "~") and type(None) in options:
         return None
-    nested = _part(kind) is not None or any(typing.get_origin(option) is list for option in options)
+    lists = any(typing.get_origin(option) is list for option in options)
+    nested = lists or config_keys.section(kind) is not None
     if nested and text.lstrip()[:1] in ("[", "{"):
         return reading.parse_yaml(text, f"the command line: {key}")
     return text
@@ -306,96 +286,8 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix: str = "") -> None:
-    kinds = typing.get_type_hints(cls)
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in kinds:
-            raise ValueError(f"{path}: there is no key {_short(key)}{_nearest(key)}")
-        part = _part(kinds[name])
-        if value is None and type(None) not in typing.get_args(kinds[name]):
-            raise ValueError(f"{path}: {key} must be {_describe_type(kinds[name])}, got null.")
-        if part is None:
-            continue
-        if isinstance(value, Mapping):
-            _require_known_keys(value, part, path, f"{key}.")
-        elif part is kinds[name]:
-            raise ValueError(f"{path}: {key} must hold keys and values, got {_short(value)}.")
-
-
-def _nearest(key: str) -> str:
-    """Return the end of a message: a key that is spelt alike, or has the same last part."""
-    key = key[:_SHOWN]
-    known = [k for k, _, _ in _keys(TrainConfig)] + [
-        f.name for f in dataclasses.fields(TrainConfig) if _part(f.type)
-    ]
-    near = difflib.get_close_matches(key, known, 1, cutoff=0.75)
-    last = key.rsplit(".", 1)[-1]
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
-    near = near or difflib.get_close_matches(key, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else "."
-
-
-def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted key, type, description) of every value that a config can have."""
-    kinds = typing.get_type_hints(cls)
-    texts = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
-    for name in (one.name for one in dataclasses.fields(cls)):
-        part = _part(kinds[name])
-        if part is not kinds[name]:
-            text = " ".join((texts.get(name) or "").split())
-            yield f"{prefix}{name}", kinds[name], text
-        if part is not None:
-            yield from _keys(part, f"{prefix}{name}.")
-
-
-def _part(kind: Any) -> type | None:
-    """Return the dataclass that a field holds or may hold; None if it holds none."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    parts = [k for k in options if isinstance(k, type) and dataclasses.is_dataclass(k)]
-    return parts[0] if parts else None
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _choices(kind: Any) -> list[str]:
-    if typing.get_origin(kind) is typing.Literal:
-        return [str(value) for value in typing.get_args(kind)]
-    return [c for k in typing.get_args(kind) for c in _choices(k)]
-
-
-def _describe_type(kind: Any) -> str:
-    """Return a type as a phrase for messages."""
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    if isinstance(kind, types.UnionType):
-        return " or ".join(map(_describe_type, typing.get_args(kind)))
-    plain = {int: "int", float: "float", str: "str", bool: "true or false", types.NoneType: "null"}
-    if kind in plain:
-        return plain[kind]
-    if typing.get_origin(kind) in (list, tuple):
-        return f"a list of {_describe_type(typing.get_args(kind)[0])}"
-    return "keys and values" if dataclasses.is_dataclass(kind) else str(kind)
-
-
-def _metavar(kind: Any) -> str:
-    """Return a type as the help of an option shows it."""
-    if typing.get_origin(kind) is typing.Literal:
-        return "|".join(map(str, typing.get_args(kind)))
-    if isinstance(kind, types.UnionType):
-        return _metavar(typing.get_args(kind)[0])
-    return {int: "INT", float: "FLOAT", str: "STR", bool: "BOOL"}.get(kind, "VALUE")
-
-
 def _pair(key: str, text: str) -> tuple[str, str]:
     return key, text
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 import pathlib
 import time
 from collections.abc import Collection
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -77,8 +78,7 @@ def train(
     if resume is None and config.init_from is not None:
         _print(console, weights.check(config.model, config.init_from, config.seq_len))
     kind = DynamicProgram if config.parallel.dynamic.enabled else FixedProgram
-    program = kind(config, cp, corpus, console)
-    with contextlib.closing(program), contextlib.ExitStack() as held:
+    with contextlib.closing(kind(config, cp, corpus, console)) as program, ExitStack() as held:
         _print(console, _introduction(config, cp, corpus, abstract, program))
         state = None
         if resume is not None:
@@ -89,17 +89,20 @@ def train(
         if resume is not None and state is not None and int(state.step) >= config.steps:
             return _conclude(config, resume, evaluator, state, files, begin, console)
         check_profile(profile, 0 if state is None else int(state.step), config.steps)
-        _compile(config, program, evaluator, abstract, console)
-        if held_out is not None and config.eval.path is not None:
-            _print(console, "\n".join(f"  {line}" for line in held_out.report))
-        path = folder.make_new(config) if resume is None else resume
-        if resume is None:
-            held.enter_context(lock.held(path))
+        _compile(config, program, evaluator, held_out, abstract, console)
+        path = _new_folder(config, held) if resume is None else resume
         if state is None:
             state = weights.initial_state(config, optimizer, cp, path)
         return _make_steps(
             config, path, program, evaluator, state, cp, files, profile, signals, console
         )
+
+
+def _new_folder(config: TrainConfig, held: ExitStack) -> pathlib.Path:
+    """Make a run folder, and hold its lock."""
+    path = folder.make_new(config)
+    held.enter_context(lock.held(path))
+    return path
 
 
 def _make_steps(
@@ -145,6 +148,7 @@ def _compile(
     config: TrainConfig,
     program: Program,
     evaluator: Evaluator | None,
+    held_out: Corpus | None,
     abstract: TrainState,
     console: rich.console.Console,
 ) -> None:
@@ -157,6 +161,8 @@ def _compile(
     if evaluator is not None:
         every, more = config.eval.every, f"{beside / 2**20:,.0f} MiB beside the state"
         _print(console, f"evaluation every {every} steps: {evaluator}; {more}")
+    if held_out is not None and config.eval.path is not None:
+        _print(console, "\n".join(f"  {line}" for line in held_out.report))
 
 
 def _restore(

@@ -25,10 +25,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.batch import Batch, PlacedMicrobatch
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.sharding import jit_on_mesh
 from hcp_jax.train.step import (
     Sums,
     TrainState,
-    jit_on_mesh,
     make_train_step,
     make_update,
     summed_gradients,

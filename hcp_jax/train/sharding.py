@@ -8,6 +8,8 @@ because gathering a later one makes XLA transpose the array, and keep a transpos
 layers. Optimizer state is cut like its parameter.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import live_axes
+from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.host_memory import on_host
 
@@ -121,3 +124,45 @@ def state_shardings(
         for sharding, aval in zip(shardings, closed.out_avals, strict=True)
     ]
     return param_shardings, jax.tree.unflatten(tree, placed)
+
+
+def jit_on_mesh(
+    function: Callable[..., Any],
+    cp: ContextParallel | None,
+    takes: tuple[Any, ...],
+    gives: Any,
+    donate: int | tuple[int, ...] = (),
+) -> jax.stages.Wrapped:
+    """Return a jitted function whose arguments and results have the given shardings.
+
+    Args:
+        function: the function; it may assume that no mesh axis is Explicit.
+        cp: the context parallelism of its mesh; None for one device, without shardings.
+        takes: for each argument a tree of abstract arrays with shardings; None leaves it open.
+        gives: the same for the result: a tree, in which None leaves a part open.
+        donate: numbers of the arguments that are donated.
+    """
+    if cp is None:
+        return jax.jit(function, donate_argnums=donate)
+    specs = jax.tree.map(
+        lambda x: PartitionSpec() if x is None else x.sharding.spec, gives, is_leaf=_is_open
+    )
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any) -> Any:
+        return spmd.run(cp.mesh, cp.axes, function, specs, *args)
+
+    return jax.jit(
+        on_mesh,
+        donate_argnums=donate,
+        in_shardings=_shardings(takes),
+        out_shardings=_shardings(gives),
+    )
+
+
+def _is_open(x: Any) -> bool:
+    return x is None
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

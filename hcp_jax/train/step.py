@@ -31,7 +31,7 @@ from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.batch import Batch
 from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
 from hcp_jax.train.sections import OptimizerConfig
-from hcp_jax.train.sharding import check_divides, state_shardings
+from hcp_jax.train.sharding import check_divides, jit_on_mesh, state_shardings
 
 
 class TrainState(NamedTuple):
@@ -217,40 +217,6 @@ def make_update(
     return update
 
 
-def jit_on_mesh(
-    function: Callable[..., Any],
-    cp: ContextParallel | None,
-    takes: tuple[Any, ...],
-    gives: Any,
-    donate: int | tuple[int, ...] = (),
-) -> jax.stages.Wrapped:
-    """Return a jitted function whose arguments and results have the given shardings.
-
-    Args:
-        function: the function; it may assume that no mesh axis is Explicit.
-        cp: the context parallelism of its mesh; None for one device, without shardings.
-        takes: for each argument a tree of abstract arrays with shardings; None leaves it open.
-        gives: the same for the result: a tree, in which None leaves a part open.
-        donate: numbers of the arguments that are donated.
-    """
-    if cp is None:
-        return jax.jit(function, donate_argnums=donate)
-    specs = jax.tree.map(
-        lambda x: PartitionSpec() if x is None else x.sharding.spec, gives, is_leaf=_is_open
-    )
-
-    @functools.wraps(function)
-    def on_mesh(*args: Any) -> Any:
-        return spmd.run(cp.mesh, cp.axes, function, specs, *args)
-
-    return jax.jit(
-        on_mesh,
-        donate_argnums=donate,
-        in_shardings=_shardings(takes),
-        out_shardings=_shardings(gives),
-    )
-
-
 def apply_gradients(
     state: TrainState,
     grads: Any,
@@ -393,10 +359,6 @@ def _sum_portions(gradients: Callable[[Any, Batch], Sums], params: Any, portions
     zeros = Sums(jax.tree.map(jnp.zeros_like, params), nothing, nothing)
     total: Sums = jax.lax.scan(add, zeros, portions)[0]
     return total
-
-
-def _is_open(x: Any) -> bool:
-    return x is None
 
 
 def _shardings(tree: Any) -> Any:

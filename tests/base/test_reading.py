@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from hcp_jax.base import reading
-from hcp_jax.train import config
+from hcp_jax.train import config, config_keys
 
 CONFIG = (pathlib.Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text()
 
@@ -144,7 +144,7 @@ _HOSTILE = [
 def test_no_value_of_a_config_imports_anything(tmp_path, monkeypatch):
     """Every key, with every hostile value, in a file and on the command line: 0 imports."""
     rng = random.Random(12)
-    keys = [key for key, _, _ in config._keys(config.TrainConfig)]
+    keys = [key for key, _, _ in config_keys.keys(config.TrainConfig)]
     file = tmp_path / "x.yaml"
     file.write_text("steps: 3")
     config.load(file, [("parallel.comm_type", "[p2p, p2p, p2p, p2p]"), ("steps", "4")])

@@ -12,21 +12,18 @@ who does not know it (`hcp launch` makes one for each run). It is sent as plain 
 protect against those who can read the network's traffic.
 """
 
-import contextlib
 import dataclasses
 import hmac
 import ipaddress
-import json
 import logging
 import os
 import selectors
 import socket
-import threading
 import time
 from typing import Any, NoReturn
 
-from hcp_jax.base import reading
 from hcp_jax.base.terminal import printable
+from hcp_jax.train.hosts.line import Line, NoMessageError
 
 SECRET = "HCP_SECRET"
 """The environment variable with the secret of a run, if it has one."""
@@ -41,7 +38,6 @@ GREETING_SECONDS = 10.0
 """Seconds in which a new connection must send who it is."""
 
 _LONGEST_GREETING = 2**12
-_LONGEST_MESSAGE = 2**24
 
 _log = logging.getLogger("hcp_jax")
 
@@ -101,73 +97,6 @@ class Address:
         except (ValueError, OSError):
             return ""
         return host
-
-
-class NoMessageError(ValueError):
-    """Something other than a message of a run came over a connection."""
-
-
-class Line:
-    """A connection that carries messages: JSON, one per line.
-
-    Args:
-        sock: the socket.
-
-    Attributes:
-        peer: a description of the other end.
-        heard: the time of the last data from there.
-    """
-
-    def __init__(self, sock: socket.socket):
-        self.sock = sock
-        self.peer = "?"
-        self.heard = time.monotonic()
-        self._read = b""
-        self._sending = threading.Lock()
-
-    def send(self, **message: Any) -> None:
-        """Send a message; ignore a closed connection, which `receive` notices."""
-        with self._sending, contextlib.suppress(OSError):
-            self.sock.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, longest: int = _LONGEST_MESSAGE) -> list[dict[str, Any]] | None:
-        """Return the messages that have come; None at the end of the connection.
-
-        Raises:
-            NoMessageError: if other data came, or a message of more than `longest` bytes.
-        """
-        try:
-            got = self.sock.recv(2**16)
-        except BlockingIOError:
-            return []
-        except OSError:
-            got = b""
-        if not got:
-            return None
-        self.heard = time.monotonic()
-        *lines, self._read = (self._read + got).split(b"\n")
-        if max(map(len, [*lines, self._read])) > longest:
-            raise NoMessageError("a message that is too long")
-        return [_message(line) for line in lines]
-
-    def is_over(self) -> bool:
-        """Return whether the other end has closed the connection; the socket must not block."""
-        try:
-            return not self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-
-def _message(line: bytes) -> dict[str, Any]:
-    try:
-        message = reading.parse_json(reading.decode(line, "the message"), "the message")
-    except ValueError as error:
-        raise NoMessageError(str(error)) from None
-    if not isinstance(message, dict):
-        raise NoMessageError("the message has no keys")
-    return message
 
 
 class Admission:

@@ -29,7 +29,8 @@ from typing import Any
 from hcp_jax.base import terminal
 from hcp_jax.base.terminal import printable
 from hcp_jax.train.hosts import meeting
-from hcp_jax.train.hosts.meeting import Address, Line
+from hcp_jax.train.hosts.line import Line
+from hcp_jax.train.hosts.meeting import Address
 
 GONE = 75
 """Exit code of a process that ends because of another one (EX_TEMPFAIL: try again)."""

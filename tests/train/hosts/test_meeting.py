@@ -13,6 +13,7 @@ import pytest
 
 from hcp_jax.commands.launch import _free_port, _from_launcher
 from hcp_jax.train.hosts import cluster, meeting
+from hcp_jax.train.hosts.line import Line
 from hcp_jax.train.hosts.meeting import Address, Admission
 
 
@@ -144,7 +145,7 @@ def test_strangers_cost_neither_the_run_nor_its_time(monkeypatch):
                 stranger.close()
         for _ in range(100):
             here.connect()
-        assert {type(found) for found in here.join(1, 2).values()} == {meeting.Line}
+        assert {type(found) for found in here.join(1, 2).values()} == {Line}
         here.all_met()
 
 
@@ -184,7 +185,7 @@ def test_who_has_no_place_is_told_why_and_process_0_waits_on(caplog):
                 "on here was started as number" in answer["refused"]
                 or "HCP_SECRET" in answer["refused"]
             )
-        assert type(here.join(1)[1]) is meeting.Line
+        assert type(here.join(1)[1]) is Line
         here.all_met()
     assert "process 7 on here was started as number 7 of 2" in caplog.text
 
@@ -197,7 +198,7 @@ def test_a_number_is_free_again_once_its_process_is_gone():
         second.sendall(greeting(hcp="other"))  # while the first one is there, it is not let in
         assert "process 1 on other was started as number 1 of 3" in second.makefile().readline()
         first.close()
-        assert {type(found) for found in here.join(1, 2).values()} == {meeting.Line}
+        assert {type(found) for found in here.join(1, 2).values()} == {Line}
         here.all_met()
 
 
