@@ -25,7 +25,7 @@ FLOORS = [
     ["planner"],
     ["train"],
     ["models"],
-    ["attention"],
+    ["attention", "recurrence"],
     ["compiled"],
     ["parallel"],
     ["kernels"],

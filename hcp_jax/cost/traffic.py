@@ -28,8 +28,11 @@ Direction = Literal["forward", "backward"]
 # Names of the collectives in a compiled program (`jax.named_scope`).
 EXCHANGE_HEADS, RING_HOP, GATHER_KV = "exchange_heads", "ring_hop", "gather_kv"
 SCOPES = (RING_HOP, GATHER_KV, EXCHANGE_HEADS)
+STATE_SCAN, HALO = "state_scan", "halo"  # of recurrent layers
+RECURRENT_SCOPES = (STATE_SCAN, HALO)
 
 GRADIENT_BYTES = 4  # dK and dV are sent and summed in float32
+STATE_BYTES = 4  # states of recurrences are float32
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -263,3 +266,96 @@ def gather(
         *(GATHER_KV, "reduce-scatter", "backward", axes, size, 2, 1, size * grad_bytes)
     )
     return [once("forward"), *again, once("backward"), scatter]
+
+
+def state_scan_traffic(
+    axes: tuple[str, ...],
+    sizes: Mapping[str, int],
+    *,
+    runs: int,
+    rows: int,
+    heads: int,
+    key_size: int,
+    value_size: int,
+    matrix: bool,
+    remat: Remat = "none",
+) -> tuple[Traffic, ...]:
+    """List the collectives that pass one recurrent layer's state over devices in one step.
+
+    The bytes do not depend on the number of tokens: each device puts in the maps (A, B) of its
+    runs, and receives the state that enters each of them, all in float32.
+
+    Args:
+        axes: mesh axes that the stream is cut over, by names in `sizes`.
+        sizes: devices along each axis.
+        runs: runs of the stream on a device: 1 (contiguous) or 2 (zigzag).
+        rows: rows of the batch on one device.
+        heads: heads of one device (those of its tp part).
+        key_size: K, the rows of a head's state.
+        value_size: V, the columns of a head's state.
+        matrix: True for delta rules, whose A is [K, K]; False if A is one number.
+        remat: what backward recomputes; all policies but "none" repeat the forward pass.
+
+    Returns:
+        All collectives; none for one device.
+
+    >>> scan = state_scan_traffic(("cp",), {"cp": 4}, runs=1, rows=1, heads=4, key_size=8,
+    ...                           value_size=8, matrix=True)
+    >>> [(t.direction, t.arrays, t.bytes) for t in scan[:2]]
+    [('forward', 2, 2048), ('forward', 1, 1024)]
+    """
+    group = math.prod(sizes[axis] for axis in axes)
+    if group == 1:
+        return ()
+    blocks = group // math.gcd(group, heads)  # a head's columns are shared out if heads are few
+    states = runs * rows * heads * key_size * -(-value_size // blocks) * blocks * STATE_BYTES
+    maps = runs * rows * heads * blocks * (key_size**2 if matrix else 1) * STATE_BYTES
+
+    def both(direction: Direction, repeated: bool = False) -> list[Traffic]:
+        names = STATE_SCAN, "all-to-all", direction, axes, group
+        return [
+            Traffic(*names, 2, 1, maps + states, repeated),
+            Traffic(*names, 1, 1, states, repeated),
+        ]
+
+    again = both("backward", repeated=True) if remat != "none" else []
+    return (*both("forward"), *again, *both("backward"))
+
+
+def halo_traffic(
+    axes: tuple[str, ...],
+    sizes: Mapping[str, int],
+    *,
+    runs: int,
+    rows: int,
+    halo: int,
+    channels: tuple[int, ...],
+    item_bytes: int,
+    remat: Remat = "none",
+) -> tuple[Traffic, ...]:
+    """List the moves of the tokens before each run, for one layer's short convolutions.
+
+    Args:
+        axes: as in `state_scan_traffic`.
+        sizes: as in `state_scan_traffic`.
+        runs: as in `state_scan_traffic`.
+        rows: as in `state_scan_traffic`.
+        halo: tokens before each run; runs have at least as many.
+        channels: channels of one device, for each array that is convolved.
+        item_bytes: bytes of an element.
+        remat: as in `state_scan_traffic`.
+
+    Returns:
+        All collectives; none for one device.
+    """
+    group = math.prod(sizes[axis] for axis in axes)
+    if group == 1 or halo == 0:
+        return ()
+    put = rows * halo * sum(channels) * item_bytes
+
+    def moves(direction: Direction, repeated: bool = False) -> Traffic:
+        names = HALO, "collective-permute", direction, axes, group
+        return Traffic(*names, len(channels), runs, put, repeated)
+
+    again = [moves("backward", repeated=True)] if remat != "none" else []
+    return (moves("forward"), *again, moves("backward"))
