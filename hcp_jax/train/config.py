@@ -291,7 +291,9 @@ def _from_text(text: str, kind: Any, key: str) -> Any:
     options = typing.get_args(kind)
     if text in ("null", "~") and type(None) in options:
         return None
-    nested = _part(kind) is not None or any(typing.get_origin(option) is list for option in options)
+    nested = _part(kind) is not None or any(
+        typing.get_origin(option) in (list, tuple) for option in options
+    )
     if nested and text.lstrip()[:1] in ("[", "{"):
         return reading.parse_yaml(text, f"the command line: {key}")
     return text
@@ -312,7 +314,10 @@ def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix:
         key = f"{prefix}{name}"
         if name not in kinds:
             raise ValueError(f"{path}: there is no key {_short(key)}{_nearest(key)}")
-        part = _part(kinds[name])
+        part, listed = _part(kinds[name]), _listed_part(kinds[name])
+        if listed is not None and isinstance(value, list | tuple):
+            for i, one in enumerate(value):
+                _require_known_entry(one, listed, path, f"{key}[{i}]")
         if value is None and type(None) not in typing.get_args(kinds[name]):
             raise ValueError(f"{path}: {key} must be {_describe_type(kinds[name])}, got null.")
         if part is None:
@@ -321,6 +326,18 @@ def _require_known_keys(values: Mapping[str, Any], cls: type, path: str, prefix:
             _require_known_keys(value, part, path, f"{key}.")
         elif part is kinds[name]:
             raise ValueError(f"{path}: {key} must hold keys and values, got {_short(value)}.")
+
+
+def _require_known_entry(value: Any, part: type, path: str, key: str) -> None:
+    """Check the keys of one entry of a list, as those of the file are checked."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}: {key} must hold keys and values, got {_short(value)}.")
+    names = [f.name for f in dataclasses.fields(part)]
+    unknown = [name for name in value if name not in names]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}."
+        raise ValueError(f"{path}: there is no key {key}.{_short(unknown[0])}{hint}")
 
 
 def _nearest(key: str) -> str:
@@ -353,6 +370,14 @@ def _part(kind: Any) -> type | None:
     """Return the dataclass that a field holds or may hold; None if it holds none."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     parts = [k for k in options if isinstance(k, type) and dataclasses.is_dataclass(k)]
+    return parts[0] if parts else None
+
+
+def _listed_part(kind: Any) -> type | None:
+    """Return the dataclass that the entries of a list are; None if the field holds no such list."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    entries = [typing.get_args(k)[0] for k in options if typing.get_origin(k) in (list, tuple)]
+    parts = [_part(entry) for entry in entries]
     return parts[0] if parts else None
 
 

@@ -26,10 +26,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.layers.attention import layer_masks
 from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.parallel import host_memory, spmd
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.mask import Mask
 from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, state_shardings
@@ -166,7 +168,7 @@ def make_train_step(
         state, metrics = apply_gradients(
             state, grads, loss, tokens, transform, schedule, optimizer.weight_decay
         )
-        return state, metrics | {"pairs": _visible_pairs(batch)}
+        return state, metrics | {"pairs": _visible_pairs(batch, model)}
 
     if cp is None:
         return jax.jit(step, donate_argnums=0)
@@ -281,17 +283,26 @@ def summed_loss(
             batch["weights"],
             cp=cp,
             chunk=model.loss_chunk,
+            soft_cap=model.final_soft_cap,
             z_loss=model.z_loss,
         )
 
     return loss_sum
 
 
-def _visible_pairs(batch: dict[str, Any]) -> Float[Array, ""]:
+def _visible_pairs(batch: dict[str, Any], model: ModelConfig) -> Float[Array, ""]:
+    """Return the visible pairs of one head of one layer: the mean over the layers by width."""
     rows, length = batch["tokens"].shape
-    start, end = batch["mask"].intervals(length, xp=jnp)
-    # In float32: a million tokens have more pairs than int32 can hold.
-    return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
+
+    def pairs(mask: Mask) -> Float[Array, ""]:
+        start, end = mask.intervals(length, xp=jnp)
+        # In float32: a million tokens have more pairs than int32 can hold.
+        return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
+
+    masks = layer_masks(model, batch["mask"], length)
+    if len(masks) == 1:
+        return pairs(batch["mask"])
+    return jnp.sum(jnp.stack([share * pairs(mask) for share, mask in masks]))
 
 
 def _portions(batch: dict[str, Any], number: int, cp: ContextParallel | None) -> Any:

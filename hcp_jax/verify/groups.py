@@ -164,7 +164,7 @@ def _attention(
         float32 = {
             name: _in_buffers(x.astype(np.float32), index, _NO_TOKEN) for name, x in inputs.items()
         }
-        window = model.sliding_window
+        window = model.widest_window
         for layer_cp, layers in measures.layers_by_comm_type(cp, model).items():
             batch = place_microbatch(layer_cp, packed, float32, sliding_window=window)
             compiled = measures.attention.lower(
@@ -273,7 +273,7 @@ def _placed(
         "targets": corpus.targets_at(corpus_index),
         "weights": (corpus_index > 0).astype(np.float32),
     }
-    window = config.model.sliding_window
+    window = config.model.widest_window
     cp = contexts[packed.layout]
     placed = place_microbatch(cp, packed, arrays, sliding_window=window)
     return PlacedMicrobatch(packed.layout, placed)
