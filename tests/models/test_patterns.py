@@ -3,13 +3,14 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.layers.attention import Attention, narrowed
+from hcp_jax.models.layers.decoder import DecoderLayer
 from hcp_jax.models.pattern import LayerConfig
 from hcp_jax.models.specs import plan
 from hcp_jax.models.transformer import Transformer, abstract_model, init_params
@@ -51,28 +52,16 @@ def of_layers(config, params):
 
 
 def layer_by_layer(config, params):
-    """Logits of models of one layer each, chained by hand: each with a mask of its own."""
+    """Logits from layers that are called one by one, each with a mask written for it alone."""
     x = params["embed_tokens"]["embedding"][TOKENS]
-    for i, p in enumerate(of_layers(config, params)):
-        mixer = config.specs[i].mixer
-        own = config.layers[i % len(config.layers)].given
-        alone = dataclasses.replace(config, num_layers=1, layers=None, **own)
+    for spec, p in zip(config.specs, of_layers(config, params), strict=True):
+        window = spec.mixer.window
         mask = hcp.causal() & hcp.documents(IDS)
-        if mixer.window is not None:
-            mask = mask & hcp.sliding_window(mixer.window)
-        graph, _ = abstract_model(alone)
-        one = {
-            "embed_tokens": {"embedding": x.reshape(-1, 16)},
-            "layers": jax.tree.map(lambda leaf: leaf[None], p),
-            "norm": params["norm"],
-            "lm_head": params["lm_head"],
-        }
-        model = nnx.merge(graph, one)
-        model.norm = lambda y: y
-        numbers = jnp.arange(2 * T, dtype=jnp.int32).reshape(2, T)
-        x = model(numbers, POSITIONS, mask=mask)
-    graph, _ = abstract_model(config)
-    model = nnx.merge(graph, params)
+        mask = mask if window is None else mask & hcp.sliding_window(window)
+        graph, _ = nnx.split(nnx.eval_shape(lambda s=spec: DecoderLayer(s, rngs=nnx.Rngs(0))))
+        shared = Attention.share(spec.mixer, POSITIONS, mask, window)
+        x = nnx.merge(graph, p)(x, shared, None)
+    model = nnx.merge(abstract_model(config)[0], params)
     return model.logits(model.norm(x))
 
 
@@ -112,13 +101,27 @@ def test_a_pattern_over_a_mesh_computes_what_one_device_does(params, comm_type):
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_a_placed_mask_narrowed_to_a_window_is_the_placed_mask_of_the_window(layout):
-    from hcp_jax.models.layers.attention import narrowed
-
     cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), layout=layout)
     for wide in (hcp.causal() & hcp.documents(IDS), hcp.prefix_lm(9), hcp.bidirectional()):
         got = narrowed(cp.place(wide, T), 7, T).intervals(T)
         for g, w in zip(got, (wide & hcp.sliding_window(7)).intervals(T), strict=True):
             assert np.array_equal(g, to_layout(np.asarray(w), 8, layout, 1))
+
+
+def test_a_microbatch_narrowed_to_a_window_is_the_microbatch_of_the_window():
+    cp = hcp.ContextParallel(
+        hcp.make_mesh(dp=2, cp_outer=2, cp_inner=2), comm_type="p2p", groups=(4, 2, 1, 1)
+    )
+    documents = ((0, 1), (2,), (3,), (4,))
+    packed = pack(Microbatch((4, 2, 1, 1), documents), np.array([19, 8, 11, 5, 7]), 8)
+    wide = place_microbatch(cp, packed, {})["mask"]
+    own = place_microbatch(cp, packed, {}, sliding_window=6)["mask"]
+    length = wide.terms[0].start.shape[1]
+    got, wanted = narrowed(wide, 6, length), own
+    assert np.array_equal(got.terms[0].start, wanted.terms[0].start)
+    assert np.array_equal(got.terms[0].end, wanted.terms[0].end)
+    assert int(np.max(got.terms[0].end)) > 16
+    assert (got.placement, got.runs) == (wide.placement, wide.runs)
 
 
 @pytest.mark.parametrize(

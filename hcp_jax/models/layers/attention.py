@@ -16,7 +16,7 @@ from hcp_jax.models.specs import AttentionSpec
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.layout import to_layout
 from hcp_jax.sequence.mask import Mask, sliding_window
-from hcp_jax.sequence.terms import Given
+from hcp_jax.sequence.terms import NO_LIMIT, Given
 
 _fan_in = nnx.initializers.variance_scaling
 
@@ -160,7 +160,9 @@ def narrowed(mask: Mask, window: int, length: int) -> Mask:
     if mask.placement is None:
         return mask & sliding_window(window)
     placement = mask.placement
-    start, end = mask.intervals(length, placement.key_length, xp=jnp)
+    # Indices in a group may exceed the length of a row: its stream continues over rows of dp.
+    keys = NO_LIMIT if placement.groups is not None else placement.key_length
+    start, end = mask.intervals(length, keys, xp=jnp)
     if placement.groups is None:
         index = jnp.arange(start.shape[1], dtype=start.dtype)[None]
         index = to_layout(index, placement.cp_size, placement.layout, 1)
