@@ -136,7 +136,7 @@ def changes(before: Mapping[str, Any], now: Any, prefix: str = "") -> list[Chang
         if dataclasses.is_dataclass(ours) and isinstance(theirs, Mapping):
             found += changes(theirs, ours, f"{key}.")
             continue
-        ours = _plain(dataclasses.asdict(ours) if dataclasses.is_dataclass(ours) else ours)  # type: ignore[arg-type]
+        ours = _plain(ours)
         if _plain(theirs) != ours:
             # A field without a declaration may change results, so it counts as "numbers".
             setting: Setting = field.metadata.get("setting") or Setting("numbers", Bounds())
@@ -200,4 +200,6 @@ def _wrong_kind(value: Any, allowed: set[type]) -> str | None:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return list(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -50,20 +50,20 @@ def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1
     """
     t = rows * seq_len / split.cp
     shards = split.dp * split.cp if split.fsdp else 1
-    heads = model.num_heads * model.head_size / split.tp
-    layers = model.num_layers * model.layer_params / split.tp
+    kinds = model.by_kind
     return MemoryEstimate(
         state=12.0 * model.params / split.tp / shards,
-        kept=model.num_layers * _kept(model, split, t, heads),
+        kept=sum(kind.num_layers * _kept(kind, split, t) for kind in kinds),
         hidden=4 * 2.0 * t * model.hidden_size,
         vocabulary=_vocabulary(model, split, t),
-        gradients=4.0 * layers / shards,
-        layer=_layer(model, split, t, heads),
+        gradients=4.0 * (model.layers_params / split.tp) / shards,
+        layer=max(_layer(kind, split, t) for kind in kinds),
     )
 
 
-def _kept(model: ModelShape, split: Split, t: float, heads: float) -> float:
+def _kept(model: ModelShape, split: Split, t: float) -> float:
     """Return the bytes that a layer keeps for its backward pass over t tokens."""
+    heads = model.query_width / split.tp
     inputs = 2.0 * t * model.hidden_size
     outputs = t * (2.0 * heads + 4.0 * heads / model.head_size)
     if split.remat == "full":
@@ -88,7 +88,8 @@ def _vocabulary(model: ModelShape, split: Split, t: float) -> float:
     return logits + gathered + 4.0 * matrix
 
 
-def _layer(model: ModelShape, split: Split, t: float, heads: float) -> float:
+def _layer(model: ModelShape, split: Split, t: float) -> float:
+    heads = model.query_width / split.tp
     kv = _kv_width(model, split)
     ring = 4 if split.strategy.by == "ring" and split.move > 1 else split.move
     attention = t * (heads * (4 * 2 + 2 * 4) + kv * ring * (2 * 2 + 4 * 2))

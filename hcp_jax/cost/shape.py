@@ -12,13 +12,28 @@ Backward counts as twice forward (PaLM: Chowdhery et al., 2022, appendix B):
 The planner, the memory model, the scheduler of dynamic CP and the trainer's MFU all use this shape.
 """
 
+import collections
 import dataclasses
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from hcp_jax.sequence.mask import Mask
+from typing import Any
 
 BACKWARD = 2.5  # FLOPs of an attention kernel's backward over its forward: five products to two
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """Equal layers of a decoder.
+
+    Attributes:
+        count: number of these layers.
+        intermediate_size: of their MLP.
+        head_size: H.
+        sliding_window: number of tokens that a query sees; None for all earlier tokens.
+    """
+
+    count: int
+    intermediate_size: int
+    head_size: int
+    sliding_window: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +42,7 @@ class ModelShape:
 
     Attributes:
         mlp_products: number of matrices of an MLP: 3 with a gate, 2 without.
+        kinds: the kinds of layers, if there are several; they replace the sizes above.
     """
 
     vocab_size: int
@@ -40,16 +56,40 @@ class ModelShape:
     sliding_window: int | None = None
     loss_chunk: int = 1024
     mlp_products: int = 3
+    kinds: tuple[LayerKind, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
         """Return the shape of a `ModelConfig`."""
+        counted = collections.Counter(
+            (layer.ffn.intermediate_size, layer.mixer.head_size, layer.mixer.window)
+            for layer in config.specs
+        )
+        kinds = tuple(LayerKind(count, *sizes) for sizes, count in counted.items())
+        ours = {"mlp_products", "kinds", "intermediate_size", "head_size", "sliding_window"}
         named = {
-            f.name: getattr(config, f.name)
-            for f in dataclasses.fields(cls)
-            if f.name != "mlp_products"
+            f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name not in ours
         }
-        return cls(**named | {"head_size": config.head_dim})
+        one = dataclasses.asdict(kinds[0])
+        del one["count"]
+        return cls(**named, **one, kinds=kinds if len(kinds) > 1 else ())
+
+    @property
+    def by_kind(self) -> "tuple[ModelShape, ...]":
+        """The shape of a decoder of each kind of layers alone; its `num_layers` is their number."""
+        if not self.kinds:
+            return (self,)
+        return tuple(
+            dataclasses.replace(
+                self,
+                num_layers=kind.count,
+                intermediate_size=kind.intermediate_size,
+                head_size=kind.head_size,
+                sliding_window=kind.sliding_window,
+                kinds=(),
+            )
+            for kind in self.kinds
+        )
 
     @property
     def query_width(self) -> int:
@@ -63,9 +103,14 @@ class ModelShape:
 
     @property
     def layer_params(self) -> int:
-        """Number of weights of one layer's matrix products."""
+        """Number of weights of the matrix products of one layer, of the first kind."""
         mlp = self.mlp_products * self.intermediate_size
         return self.hidden_size * (2 * self.query_width + 2 * self.kv_width + mlp)
+
+    @property
+    def layers_params(self) -> int:
+        """Number of weights of the matrix products of all layers."""
+        return sum(kind.num_layers * kind.layer_params for kind in self.by_kind)
 
     @property
     def head_params(self) -> int:
@@ -75,24 +120,14 @@ class ModelShape:
     @property
     def product_params(self) -> int:
         """Number of weights that every token is multiplied by: all layers and the output head."""
-        return self.num_layers * self.layer_params + self.head_params
+        return self.layers_params + self.head_params
 
     @property
     def params(self) -> int:
         """Number of all parameters, with norms."""
         embeddings = self.head_params * (1 if self.tie_embeddings else 2)
         norms = (2 * self.num_layers + 1) * self.hidden_size
-        return self.num_layers * self.layer_params + embeddings + norms
-
-    @property
-    def mask(self) -> "Mask":
-        """Attention mask: causal, limited to the sliding window if there is one."""
-        # Imported here because masks import jax, and the scheduler must not.
-        from hcp_jax.sequence.mask import causal, sliding_window
-
-        if self.sliding_window is None:
-            return causal()
-        return causal() & sliding_window(self.sliding_window)
+        return self.layers_params + embeddings + norms
 
 
 def step_flops(model: ModelShape, tokens: float, pairs: float) -> float:
@@ -101,11 +136,12 @@ def step_flops(model: ModelShape, tokens: float, pairs: float) -> float:
     Args:
         model: shape of the decoder.
         tokens: number of tokens in the step.
-        pairs: visible (query, key) pairs of one head of one layer, summed over all streams.
+        pairs: visible (query, key) pairs of one head of one layer, summed over all streams; the
+            mean over the layers, each weighted by its heads' width, if they have several windows.
 
     >>> tiny = ModelShape(10, 1, 4, 8, 2, 1, 2)
     >>> step_flops(tiny, 5, 15) == 6 * (4 * (12 + 24) + 40) * 5 + 12 * 2 * 2 * 15
     True
     """
-    per_pair = model.num_layers * model.query_width
+    per_pair = sum(kind.num_layers * kind.query_width for kind in model.by_kind)
     return 6.0 * model.product_params * tokens + 12.0 * per_pair * pairs

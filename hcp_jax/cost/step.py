@@ -182,9 +182,12 @@ def estimate(
         implementation: implementation of the attention core, whose rates are used.
     """
     t = rows * seq_len // split.cp
-    attention = _Attention(model, split, cluster, seq_len, rows, implementation)
+    attention = [
+        (kind.num_layers, _Attention(kind, split, cluster, seq_len, rows, implementation))
+        for kind in model.by_kind
+    ]
     again = 0 if split.remat == "none" else 1
-    layers = model.num_layers * model.layer_params / split.tp
+    layers = model.layers_params / split.tp
     head = model.head_params / split.tp
     # The output head is always recomputed in backward: its logits are never kept.
     products = 2.0 * t * (layers * (3 + again) + head * 4)
@@ -192,17 +195,20 @@ def estimate(
     shards = split.dp * split.cp if split.fsdp else 1
     compute = {
         "matmul": products / cluster.gpu.product_rate.value,
-        "attention": model.num_layers * attention.compute_s,
-        "memory-bound": model.num_layers * _elementwise_bytes(model, split, t) / bandwidth,
+        "attention": sum(n * one.compute_s for n, one in attention),
+        "memory-bound": sum(
+            kind.num_layers * _elementwise_bytes(kind, split, t) / bandwidth
+            for kind in model.by_kind
+        ),
         "optimizer": 28 * model.params / split.tp / shards / bandwidth,
     }
     transfers = [
-        *(x.times(model.num_layers) for x in attention.transfers),
+        *(x.times(n) for n, one in attention for x in one.transfers),
         *_tensor_parallel(model, split, cluster, t),
         *_weights_and_gradients(model, split, cluster, sum(compute.values())),
     ]
     tokens = split.dp * rows * seq_len
-    pairs = split.dp * rows * float(stream_pairs(model, seq_len, 1).sum())
+    pairs = split.dp * rows * mean_pairs(model, seq_len)
     return Estimate(
         compute=compute,
         transfers=tuple(x for x in transfers if x.link != NO_LINK),
@@ -234,6 +240,16 @@ def path(cluster: Cluster, split: Split, axes: tuple[str, ...], kind: str) -> Pa
 def stream_pairs(model: ModelShape, seq_len: int, chunks: int) -> np.ndarray:
     """Return `chunk_pairs` of a model's mask, `[chunks, chunks]`, without arrays of length T."""
     return causal_chunk_pairs(seq_len, chunks, model.sliding_window)
+
+
+def mean_pairs(model: ModelShape, seq_len: int) -> float:
+    """Return the visible pairs of a stream, as the mean over the layers that `step_flops` takes."""
+    kinds = model.by_kind
+    widths = [kind.num_layers * kind.query_width for kind in kinds]
+    pairs = [float(stream_pairs(kind, seq_len, 1).sum()) for kind in kinds]
+    if len(kinds) == 1:
+        return pairs[0]
+    return sum(w * p for w, p in zip(widths, pairs, strict=True)) / sum(widths)
 
 
 @functools.lru_cache(maxsize=256)

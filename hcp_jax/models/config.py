@@ -1,11 +1,25 @@
 """Define the config of a decoder; separate from the model, so that reading it builds nothing."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hcp_jax.base.settings import MOST, check, fixed, free, numbers
+from hcp_jax.models import pattern, specs
 from hcp_jax.models.layers.rope_scaling import RopeScaling
+from hcp_jax.models.pattern import LayerConfig
+from hcp_jax.models.specs import (
+    Activation,
+    AttentionSpec,
+    LayerSpec,
+    MLPSpec,
+    Norms,
+    NormSpec,
+    QKNorm,
+    Rotary,
+)
 
 if TYPE_CHECKING:
     from hcp_jax.sequence.mask import Mask
@@ -16,7 +30,10 @@ ComputeDtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama kind; parameters are float32.
+    """A decoder: an embedding, layers of attention and MLP, and a head; parameters are float32.
+
+    By default it is of the Llama kind. Settings of attention, MLP and norms hold for all layers,
+    except where `layers` gives a layer its own.
 
     Attributes:
         vocab_size: V.
@@ -36,6 +53,21 @@ class ModelConfig:
             tokens.
         logits_soft_cap: soft cap of the attention logits; None for no cap.
         attention_sinks: a learnt logit per head that takes part in the softmax but adds no value.
+        layers: a pattern of layers, repeated up to num_layers: letters, such as "WWWWWA" (W:
+            attention with sliding_window, A: without), or a list with the settings of each layer
+            that differ from the model's (see `LayerConfig`); None if all layers are alike.
+        rotary: rotate q and k; without, attention has no positions (NoPE).
+        rotary_share: share of each head's dims that are rotated, the first ones.
+        attention_scale: factor of the attention logits; 1 / sqrt(head size) if None.
+        qk_norm_over: what qk_norm normalises: each "head", or all "heads" together (OLMo 2).
+        o_bias: a bias on the output of attention.
+        activation: activation of the MLP's gate: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        mlp_bias: a bias on each product of the MLP.
+        norms: where a layer has RMSNorm: "before" attention and MLP (Llama), "after" them (OLMo
+            2), or "both" (Gemma 3).
+        norm_shifted: the parameter of every RMSNorm is its scale minus 1 (Gemma).
+        embedding_scale: factor of the embeddings; 1 if None (Gemma: sqrt(hidden_size)).
+        final_soft_cap: soft cap of the output logits; None for no cap.
         remat: what a layer's backward pass recomputes: "none", "attention" (everything except
             attention, whose outputs are kept) or "full" (the whole layer).
         offload_activations: keep what a layer needs for its backward pass (its input, and what
@@ -75,6 +107,18 @@ class ModelConfig:
     loss_chunk: int = field(default=1024, metadata=free(above=0, most=MOST))
     z_loss: float = field(default=0.0, metadata=numbers(least=0, most=1e6))
     implementation: str | None = field(default=None, metadata=free())
+    layers: str | tuple[LayerConfig, ...] | None = field(default=None, metadata=fixed())
+    rotary: bool = field(default=True, metadata=numbers())
+    rotary_share: float = field(default=1.0, metadata=numbers(above=0, most=1.0))
+    attention_scale: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
+    qk_norm_over: QKNorm = field(default="head", metadata=fixed())
+    o_bias: bool = field(default=False, metadata=fixed())
+    activation: Activation = field(default="silu", metadata=numbers())
+    mlp_bias: bool = field(default=False, metadata=fixed())
+    norms: Norms = field(default="before", metadata=fixed())
+    norm_shifted: bool = field(default=False, metadata=numbers())
+    embedding_scale: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
+    final_soft_cap: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
 
     def __post_init__(self):
         check(self, "model.")
@@ -88,15 +132,13 @@ class ModelConfig:
                 f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
                 "change one of them or give head_size."
             )
-        if self.head_dim % 2:
-            raise ValueError(f"the head size is {self.head_dim}; rotary embeddings need it even.")
-        for name, choices in (("remat", Remat), ("compute_dtype", ComputeDtype)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(
                     f"{name} must be one of {', '.join(get_args(choices))}, "
                     f"got {getattr(self, name)!r}."
                 )
-
+        _plan(self)  # reads the layers, and checks each of them
         if self.offload_activations and self.remat == "none":
             raise ValueError(
                 "offload_activations needs remat 'attention' or 'full', which name what is kept; "
@@ -108,8 +150,42 @@ class ModelConfig:
         """Head size H: `head_size`, or hidden_size / num_heads."""
         return self.head_size or self.hidden_size // self.num_heads
 
+    @property
+    def norm_spec(self) -> NormSpec:
+        """Spec of every RMSNorm."""
+        return NormSpec(self.norm_eps, self.norm_shifted, self.compute_dtype)
+
+    @property
+    def plan(self) -> specs.Plan:
+        """How the layers are stacked."""
+        return _plan(self)
+
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """The spec of each layer, in order."""
+        return _specs(self)
+
+    @property
+    def widest_window(self) -> int | None:
+        """The widest window of a layer; None if one sees all earlier tokens."""
+        windows = [layer.mixer.window for layer in self.specs]
+        return None if None in windows else max(w for w in windows if w is not None)
+
+    @property
+    def window_shares(self) -> dict[int | None, float]:
+        """The share of all layers' attention width (heads times head size) by window."""
+        widths: dict[int | None, int] = {}
+        for layer in self.specs:
+            mixer = layer.mixer
+            width = mixer.num_heads * mixer.head_size
+            widths[mixer.window] = widths.get(mixer.window, 0) + width
+        total = sum(widths.values())
+        return {window: width / total for window, width in widths.items()}
+
     def mask(self, segment_ids=None) -> "Mask":
-        """Return the attention mask of this model, in natural order.
+        """Return the attention mask of the model's widest layer, in natural order.
+
+        Layers with a narrower window than that join it with this mask themselves.
 
         Args:
             segment_ids: int32 `[B, T]`, equal for the tokens of one document; None if each stream
@@ -120,6 +196,76 @@ class ModelConfig:
         mask = causal()
         if segment_ids is not None:
             mask = mask & documents(segment_ids)
-        if self.sliding_window is not None:
-            mask = mask & sliding_window(self.sliding_window)
+        if self.widest_window is not None:
+            mask = mask & sliding_window(self.widest_window)
         return mask
+
+
+_CHOICES: dict[str, Any] = {
+    "remat": Remat,
+    "compute_dtype": ComputeDtype,
+    "qk_norm_over": QKNorm,
+    "activation": Activation,
+    "norms": Norms,
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(config: ModelConfig) -> specs.Plan:
+    return specs.plan(_specs(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _specs(config: ModelConfig) -> tuple[LayerSpec, ...]:
+    found = pattern.overrides(config.layers, config.num_layers, config.sliding_window)
+    return tuple(_layer(config, own) for own in found)
+
+
+def _layer(config: ModelConfig, own: Mapping[str, Any]) -> LayerSpec:
+    """Return the spec of a layer with settings of its own."""
+
+    def get(name: str) -> Any:
+        return own.get(name, getattr(config, name))
+
+    head_size = own.get("head_size", config.head_dim)
+    return LayerSpec(
+        mixer=AttentionSpec(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=head_size,
+            window=get("sliding_window"),
+            rotary=_rotary(get, head_size),
+            scale=get("attention_scale"),
+            soft_cap=get("logits_soft_cap"),
+            sinks=get("attention_sinks"),
+            qk_norm=config.qk_norm_over if get("qk_norm") else None,
+            qkv_bias=get("qkv_bias"),
+            o_bias=get("o_bias"),
+            norm=config.norm_spec,
+            depth=config.num_layers,
+            dtype=config.compute_dtype,
+            implementation=config.implementation,
+        ),
+        ffn=MLPSpec(
+            hidden_size=config.hidden_size,
+            intermediate_size=get("intermediate_size"),
+            activation=get("activation"),
+            bias=get("mlp_bias"),
+            depth=config.num_layers,
+            dtype=config.compute_dtype,
+            chunk=config.mlp_chunk,
+        ),
+        norms=get("norms"),
+        norm=config.norm_spec,
+    )
+
+
+def _rotary(get: Callable[[str], Any], head_size: int) -> Rotary | None:
+    if not get("rotary"):
+        return None
+    dims = int(head_size * get("rotary_share"))
+    if dims % 2 or not dims:
+        share = "" if dims == head_size else f" times rotary_share={get('rotary_share')}"
+        raise ValueError(f"the head size is {head_size}{share}; rotary embeddings need it even.")
+    return Rotary(get("rope_theta"), dims, get("rope_scaling"))

@@ -1,12 +1,13 @@
-"""Define a decoder of the Llama kind in Flax NNX: RMSNorm, rotary GQA, SwiGLU, scanned layers.
+"""Define a decoder in Flax NNX: an embedding, layers by spec, a norm and an output head.
 
 Parallelism is mostly outside the model: attention is one op that takes a `ContextParallel`,
 activations get a sharding constraint between layers, and `train/sharding.py` decides how parameters
 are cut. With `cp=None` this is a plain model on one device.
 
-Submodules have the names of Hugging Face's Llama and Qwen, so that their weights map one to one:
+Submodules have the names of Hugging Face's models, so that their weights map one to one:
 `self_attn.q_proj.kernel[layer]` is `layers.{layer}.self_attn.q_proj.weight`, transposed to
-`[D, N, H]` (`[N, H, D]` for `o_proj`). The parameters of all layers are stacked along a first dim.
+`[D, N, H]` (`[N, H, D]` for `o_proj`). The parameters of equal layers are stacked along a first
+dim: they lie in `layers` if all layers are equal, else in `layers.0`, `layers.1`, ... (`specs.py`).
 """
 
 import functools
@@ -21,88 +22,30 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.attention.local import RESIDUALS
+from hcp_jax.models import rules
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.layers import decoder
+from hcp_jax.models.layers.decoder import MIXERS, DecoderLayer
 from hcp_jax.models.layers.embedding import live_tp, lookup
-from hcp_jax.models.layers.mlp import MLP
-from hcp_jax.models.layers.rope import Rotation, rotate, rotation
+from hcp_jax.models.layers.loss import soft_capped
+from hcp_jax.models.layers.norm import make_norm
+from hcp_jax.models.specs import LayerSpec, Plan
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
 
 _INIT_STD = 0.02
 _INPUT = "hcp_layer_input"
-_fan_in = nnx.initializers.variance_scaling
 
 
-class Attention(nnx.Module):
-    """Rotary grouped-query attention."""
+class Stacks(nnx.Module):
+    """Stacked layers of several specs, by their index in the plan: "0", "1", ..."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        size, heads = config.head_dim, config.num_heads
-        self.config = config
-        self.q_proj = self._project_in(heads, rngs)
-        self.k_proj = self._project_in(config.num_kv_heads, rngs)
-        self.v_proj = self._project_in(config.num_kv_heads, rngs)
-        self.o_proj = nnx.LinearGeneral(
-            (heads, size),
-            config.hidden_size,
-            axis=(-2, -1),
-            use_bias=False,
-            kernel_init=_fan_in(0.5 / config.num_layers, "fan_in", "normal"),
-            dtype=config.compute_dtype,
-            rngs=rngs,
-        )
-        self.q_norm = _norm(config, size, rngs) if config.qk_norm else None
-        self.k_norm = _norm(config, size, rngs) if config.qk_norm else None
-        self.sinks = nnx.Param(jnp.zeros(heads, jnp.float32)) if config.attention_sinks else None
-
-    def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: ContextParallel | None
-    ) -> Float[Array, "B T D"]:
-        """Apply self-attention to `x`; `turn` rotates q and k, the op takes `mask` and `cp`."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out: Any = dot_product_attention(
-            rotate(q, turn),
-            rotate(k, turn),
-            v,
-            cp=cp,
-            mask=mask,
-            logits_soft_cap=self.config.logits_soft_cap,
-            sinks=None if self.sinks is None else self.sinks[...],
-            implementation=self.config.implementation,
-        )
-        return self.o_proj(out)
-
-    def _project_in(self, heads: int, rngs: nnx.Rngs) -> nnx.LinearGeneral:
-        return nnx.LinearGeneral(
-            self.config.hidden_size,
-            (heads, self.config.head_dim),
-            use_bias=self.config.qkv_bias,
-            kernel_init=_fan_in(1.0, "fan_in", "normal"),
-            dtype=self.config.compute_dtype,
-            rngs=rngs,
-        )
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and MLP, each behind a norm and added to its input."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.input_layernorm = _norm(config, config.hidden_size, rngs)
-        self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = _norm(config, config.hidden_size, rngs)
-        self.mlp = MLP(config, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, *, mask: Mask, cp: ContextParallel | None
-    ) -> Float[Array, "B T D"]:
-        """Apply one layer; arguments as in `Attention`."""
-        x = x + self.self_attn(self.input_layernorm(x), turn, mask=mask, cp=cp)
-        return x + self.mlp(self.post_attention_layernorm(x), cp)
+    def __init__(self, stacks: list[DecoderLayer]):
+        for i, stack in enumerate(stacks):
+            setattr(self, str(i), stack)
 
 
 class Transformer(nnx.Module):
@@ -120,11 +63,14 @@ class Transformer(nnx.Module):
         self.config = config
         self.embed_tokens = _embedding(config, rngs)
 
-        def layer(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, rngs=rngs)
+        def stacked(spec: LayerSpec, number: int) -> DecoderLayer:
+            layers = nnx.vmap(lambda rngs: DecoderLayer(spec, rngs=rngs))
+            made: DecoderLayer = layers(rngs.split(number))
+            return made
 
-        self.layers = nnx.vmap(layer)(rngs.split(config.num_layers))
-        self.norm = _norm(config, config.hidden_size, rngs)
+        stacks = [stacked(spec, len(layers)) for spec, layers in config.plan.stacks]
+        self.layers = stacks[0] if len(stacks) == 1 else Stacks(stacks)
+        self.norm = make_norm(config.norm_spec, config.hidden_size, rngs)
         self.lm_head = None if config.tie_embeddings else _embedding(config, rngs)
 
     def __call__(
@@ -132,7 +78,7 @@ class Transformer(nnx.Module):
         tokens: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
         *,
-        mask: Mask | None = None,
+        mask: Mask | PlacedMask | None = None,
         cp: ContextParallel | None = None,
     ) -> Float[Array, "B T D"]:
         """Return the hidden states after the last norm, in the compute dtype.
@@ -140,8 +86,9 @@ class Transformer(nnx.Module):
         Args:
             tokens: token ids in cp's layout order, as returned by `cp.shard_batch`.
             positions: position of each token in its document.
-            mask: attention mask; `config.mask()` (causal, with the sliding window) if None. A given
-                mask replaces it, so it must include the model's sliding window.
+            mask: attention mask; `config.mask()` (causal, with the window of the widest layer) if
+                None. A given mask replaces it, so it must include this window. Layers with a
+                narrower one add it.
             cp: context with one comm type, or one per layer; None for one device.
 
         Raises:
@@ -154,23 +101,39 @@ class Transformer(nnx.Module):
         spec = PartitionSpec(*spmd.explicit_spec(tokens), None) if cp is None else cp.spec(3)
         graphdef, params = nnx.split(self)
 
-        def hidden(params: Any, tokens: Any, positions: Any, mask: Mask) -> Any:
+        def hidden(params: Any, tokens: Any, positions: Any, mask: Mask | PlacedMask) -> Any:
             return nnx.merge(graphdef, params)._hidden(tokens, positions, mask, cp)
 
         return spmd.run(mesh, axes, hidden, spec, params, tokens, positions, mask)
 
-    def _hidden(self, tokens: Any, positions: Any, mask: Mask, cp: ContextParallel | None) -> Any:
-        config = self.config
-        turn = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    def _hidden(
+        self, tokens: Any, positions: Any, mask: Mask | PlacedMask, cp: ContextParallel | None
+    ) -> Any:
+        config, plan = self.config, self.config.plan
+        shared = [
+            MIXERS[type(stack.spec.mixer)].share(
+                stack.spec.mixer, positions, mask, config.widest_window
+            )
+            for stack in plan.stacks
+        ]
         x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
-        graphdef, state = nnx.split(self.layers)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        whole = len(plan.stacks) == 1
+        modules = (
+            [self.layers]
+            if whole
+            else [getattr(self.layers, str(i)) for i in range(len(plan.stacks))]
+        )
+        split = [nnx.split(module) for module in modules]
 
-        def layer(cp: ContextParallel | None, x: Any, params: dict[str, Any]) -> Any:
+        def layer(stack: int, cp: ContextParallel | None, x: Any, params: dict[str, Any]) -> Any:
             x = checkpoint_name(x, _INPUT)
-            return _cut(nnx.merge(graphdef, params)(x, turn, mask=mask, cp=cp), cp)
+            return _cut(nnx.merge(split[stack][0], params)(x, shared[stack], cp), cp)
 
-        for stretch in _stretches(cp, config.num_layers):
-            x = _scan(layer, stretch, x, nnx.to_pure_dict(state), config)
+        params = [nnx.to_pure_dict(state) for _, state in split]
+        for stretch in _stretches(plan, cp, config.num_layers):
+            x = _scan(layer, stretch, x, params, config)
         return self.norm(x)
 
     @property
@@ -182,12 +145,13 @@ class Transformer(nnx.Module):
         """Return all logits at once, in float32; training uses `summed_cross_entropy` instead."""
 
         def logits(hidden: Any, unembedding: Any) -> Any:
-            return jnp.einsum(
+            raw = jnp.einsum(
                 "btd,vd->btv",
                 hidden,
                 unembedding.astype(hidden.dtype),
                 preferred_element_type=jnp.float32,
             )
+            return soft_capped(raw, self.config.final_soft_cap)
 
         spec = PartitionSpec(*spmd.explicit_spec(hidden)[:2], None)
         return spmd.run(None, (), logits, spec, hidden, self.unembedding)
@@ -209,57 +173,114 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
 
 
-class _Stretch(NamedTuple):
-    """Layers `first` to `last - 1`, whose comm types repeat `period`; one scan computes them."""
+def rule(path: tuple[str, ...]) -> rules.Rule:
+    """Return the rule of a parameter of the model, as its module declares it.
 
+    >>> rule(("layers", "self_attn", "q_proj", "kernel")).tp
+    1
+    """
+    stack, inside = inside_layer(path)
+    return rules.find(_RULES, path) if stack is None else decoder.rule(inside)
+
+
+def inside_layer(path: tuple[str, ...]) -> tuple[int | None, tuple[str, ...]]:
+    """Return the stack that a parameter belongs to, None if to no layer, and the rest of its path.
+
+    >>> inside_layer(("layers", "2", "mlp", "up_proj", "kernel"))
+    (2, ('mlp', 'up_proj', 'kernel'))
+    """
+    if path[0] != "layers":
+        return None, path
+    return (int(path[1]), path[2:]) if path[1].isdigit() else (0, path[1:])
+
+
+_TABLE = rules.Rule(tp=0, fsdp=True)  # [V, D]
+_RULES: rules.Rules = {("embed_tokens", "embedding"): _TABLE, ("lm_head", "embedding"): _TABLE}
+
+
+class _Stretch(NamedTuple):
+    """Turns of a section whose comm types repeat; one scan computes them.
+
+    Attributes:
+        stacks: the stacks of one turn, in order.
+        first: index of the first layer in each of these stacks.
+        last: index behind the last one.
+        period: context of each layer of a turn, for each turn until the comm types repeat.
+    """
+
+    stacks: tuple[int, ...]
     first: int
     last: int
-    period: tuple[ContextParallel | None, ...]
+    period: tuple[tuple[ContextParallel | None, ...], ...]
 
 
-def _stretches(cp: ContextParallel | None, num_layers: int) -> list[_Stretch]:
-    """Split the layers into stretches, as few as possible, because each is compiled.
+def _stretches(plan: Plan, cp: ContextParallel | None, num_layers: int) -> list[_Stretch]:
+    """Split the sections into stretches, as few as possible, because each is compiled.
 
-    If the comm types of the whole model repeat (for example, every fourth layer gathers), there is
+    If the comm types of a whole section repeat (for example, every fourth layer gathers), there is
     one stretch; otherwise there is one for every run of equal comm types.
     """
-    if cp is None or isinstance(cp.comm_type, str):
-        return [_Stretch(0, num_layers, (cp,))]
-    if len(cp.comm_type) != num_layers:
+    if cp is not None and not isinstance(cp.comm_type, str) and len(cp.comm_type) != num_layers:
         raise ValueError(
             f"comm_type names {len(cp.comm_type)} layers, but the model has {num_layers}; give one "
             "per layer, or one string for all."
         )
-    of_layer = [cp.for_layer(i) for i in range(num_layers)]
-    edges = [i for i in range(1, num_layers) if of_layer[i] != of_layer[i - 1]]
-    for period in range(2, num_layers // 2 + 1):
-        repeats = num_layers % period == 0 and of_layer[period:] == of_layer[:-period]
+    found = []
+    for stacks, first, turns, skipped in plan.sections:
+        width = len(stacks)
+        contexts = [
+            tuple(None if cp is None else cp.for_layer(first + t * width + i) for i in range(width))
+            for t in range(turns)
+        ]
+        for begin, end, period in _repeats(contexts):
+            found.append(_Stretch(stacks, skipped + begin, skipped + end, period))
+    return found
+
+
+def _repeats(turns: list[Any]) -> list[tuple[int, int, tuple[Any, ...]]]:
+    """Return (first, last, period) of the stretches of equal or repeating turns."""
+    number = len(turns)
+    edges = [i for i in range(1, number) if turns[i] != turns[i - 1]]
+    for period in range(2, number // 2 + 1):
+        repeats = number % period == 0 and turns[period:] == turns[:-period]
         if repeats and period <= len(edges):
-            return [_Stretch(0, num_layers, tuple(of_layer[:period]))]
-    borders = zip([0, *edges], [*edges, num_layers], strict=True)
-    return [_Stretch(first, last, (of_layer[first],)) for first, last in borders]
+            return [(0, number, tuple(turns[:period]))]
+    borders = zip([0, *edges], [*edges, number], strict=True)
+    return [(first, last, (turns[first],)) for first, last in borders]
 
 
-def _scan(layer: Callable, stretch: _Stretch, x: Any, params: dict, config: ModelConfig) -> Any:
-    """Apply the layers of a stretch in order; one turn of the scan computes one period."""
-    first, last, period = stretch
-    turns = (last - first) // len(period)
-    layers = [_remat(functools.partial(layer, cp), config, turns) for cp in period]
+def _scan(
+    layer: Callable, stretch: _Stretch, x: Any, params: list[dict], config: ModelConfig
+) -> Any:
+    """Apply the layers of a stretch in order; one step of the scan computes one period."""
+    stacks, first, last, period = stretch
+    steps = (last - first) // len(period)
+    layers = [
+        [
+            _remat(functools.partial(layer, *one), config, steps)
+            for one in zip(stacks, cps, strict=True)
+        ]
+        for cps in period
+    ]
 
-    if len(period) == 1:
-        # This avoids the reshape below, for which XLA copies the gradients of all layers once more.
-        whole = jax.tree.map(lambda p: p[first:last], params)
-        return jax.lax.scan(lambda x, p: (layers[0](x, p), None), x, whole)[0]
-
-    def turn(x: Any, params: dict[str, Any]) -> tuple[Any, None]:
-        for i, one in enumerate(layers):
-            x = one(x, jax.tree.map(operator.itemgetter(i), params))
-        return x, None
+    def turn(x: Any, layers: list[Callable], params: list[dict]) -> Any:
+        for one, p in zip(layers, params, strict=True):
+            x = one(x, p)
+        return x
 
     def cut(p: Array) -> Array:
-        return p[first:last].reshape(turns, len(period), *p.shape[1:])
+        p = p[first:last]
+        # Without the reshape where it is not needed: for it, XLA copies all gradients once more.
+        return p if len(period) == 1 else p.reshape(steps, len(period), *p.shape[1:])
 
-    return jax.lax.scan(turn, x, jax.tree.map(cut, params))[0]
+    def step(x: Any, params: list[dict]) -> tuple[Any, None]:
+        if len(period) == 1:
+            return turn(x, layers[0], params), None
+        for i, one in enumerate(layers):
+            x = turn(x, one, jax.tree.map(operator.itemgetter(i), params))
+        return x, None
+
+    return jax.lax.scan(step, x, jax.tree.map(cut, [params[i] for i in stacks]))[0]
 
 
 def _remat(layer: Callable, config: ModelConfig, turns: int) -> Callable:
@@ -287,10 +308,6 @@ def _cut(x: Float[Array, "B T D"], cp: ContextParallel | None) -> Float[Array, "
     if cp is None:
         return x
     return spmd.constrain(x, cp.mesh, cp.axes, cp.spec(x.ndim))
-
-
-def _norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=config.compute_dtype, rngs=rngs)
 
 
 def _embedding(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Embed:

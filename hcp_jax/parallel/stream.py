@@ -86,11 +86,7 @@ def stream_order(cp: "ContextParallel | None") -> StreamOrder:
     """
     if cp is None:
         return StreamOrder()
-    if cp.groups is not None:
-        raise NotImplementedError(
-            f"recurrent layers, short convolutions and halos follow streams that are cut over the "
-            f"cp axes, but this cp has groups {cp.groups}. Use a cp without groups."
-        )
+    cp.placement.require_streams("a recurrent layer, a short convolution or a halo")
     return StreamOrder(cp.cp_axes, cp.size, cp.layout)
 
 

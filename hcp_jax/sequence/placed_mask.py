@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hcp_jax.sequence.layout import KeyRuns
@@ -37,6 +38,20 @@ class PlacedMask:
     def length(self) -> int:
         """The number of queries of a row."""
         return int(self.intervals.start.shape[1])
+
+    def windowed(self, window: int) -> "PlacedMask":
+        """Return the mask under which a query sees at most the last `window` of these keys.
+
+        Queries then see no key after themselves. Under groups, masks are causal already.
+
+        Args:
+            window: number of keys, the query's own included.
+        """
+        start, end = self.intervals
+        after = self.placement.index_after(self.intervals)
+        end = jnp.minimum(end, after)
+        start = jnp.minimum(jnp.maximum(start, after - window), end)
+        return dataclasses.replace(self, intervals=Intervals(start, end))
 
     def __and__(self, other: Any) -> NoReturn:
         """Raise ValueError: masks are joined before they are placed."""

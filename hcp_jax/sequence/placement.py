@@ -52,9 +52,9 @@ class Streams:
         """Reorder `dim` back to natural order."""
         return layouts.from_layout(x, self.cp_size, self.layout, dim)
 
-    def index_bound(self, slots: int) -> int:
-        """Return the number of global indices, with `slots` keys on each device."""
-        return self.cp_size * slots
+    def index_after(self, intervals: Any) -> Int32[np.ndarray, "1 T"]:
+        """Return the global index after each query's own."""
+        return self.global_index(intervals[0].shape[1])[None] + 1
 
     def source_runs(
         self, runs: KeyRuns | None, slots: int, sources: int, block: Any, xp: ModuleType
@@ -124,9 +124,9 @@ class Groups:
         """Raise: there is no natural order of all tokens."""
         self.require_streams("reordering")
 
-    def index_bound(self, slots: int) -> int:
-        """Return the number of global indices, with `slots` keys on each device."""
-        return self.num_devices * slots
+    def index_after(self, intervals: Any) -> Any:
+        """Return the global index after each query's own: documents are causal, so its end."""
+        return intervals[1]
 
     def source_runs(
         self, runs: KeyRuns | None, slots: int, sources: int, block: Any, xp: ModuleType

@@ -270,7 +270,7 @@ def _from_text(text: str, kind: Any, key: str) -> Any:
     options = typing.get_args(kind)
     if text in ("null", "~") and type(None) in options:
         return None
-    lists = any(typing.get_origin(option) is list for option in options)
+    lists = any(typing.get_origin(option) in (list, tuple) for option in options)
     nested = lists or config_keys.section(kind) is not None
     if nested and text.lstrip()[:1] in ("[", "{"):
         return reading.parse_yaml(text, f"the command line: {key}")

@@ -37,6 +37,14 @@ def section(kind: Any) -> type | None:
     return parts[0] if parts else None
 
 
+def listed_section(kind: Any) -> type | None:
+    """Return the dataclass that the entries of a list are; None if the field holds no such list."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    entries = [typing.get_args(k)[0] for k in options if typing.get_origin(k) in (list, tuple)]
+    parts = [section(entry) for entry in entries]
+    return parts[0] if parts else None
+
+
 def metavar(kind: Any) -> str:
     """Return a type as the help of an option shows it."""
     if typing.get_origin(kind) is typing.Literal:
@@ -88,7 +96,10 @@ def _require_known(
         key = f"{prefix}{name}"
         if name not in kinds:
             raise ValueError(f"{origin}: there is no key {_short(key)}{nearest(key, whole)}")
-        part = section(kinds[name])
+        part, listed = section(kinds[name]), listed_section(kinds[name])
+        if listed is not None and isinstance(value, list | tuple):
+            for i, one in enumerate(value):
+                _require_known_entry(one, listed, origin, f"{key}[{i}]")
         if value is None and type(None) not in typing.get_args(kinds[name]):
             raise ValueError(f"{origin}: {key} must be {_describe_type(kinds[name])}, got null.")
         if part is None:
@@ -97,6 +108,18 @@ def _require_known(
             _require_known(value, part, whole, origin, f"{key}.")
         elif part is kinds[name]:
             raise ValueError(f"{origin}: {key} must hold keys and values, got {_short(value)}.")
+
+
+def _require_known_entry(value: Any, part: type, origin: str, key: str) -> None:
+    """Check the keys of one entry of a list, as those of the file are checked."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{origin}: {key} must hold keys and values, got {_short(value)}.")
+    names = [f.name for f in dataclasses.fields(part)]
+    unknown = [name for name in value if name not in names]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}."
+        raise ValueError(f"{origin}: there is no key {key}.{_short(unknown[0])}{hint}")
 
 
 def nearest(key: str, cls: type) -> str:

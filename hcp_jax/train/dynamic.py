@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import rich.console
 from jax.experimental import multihost_utils
+from jaxtyping import Int64
 
 from hcp_jax.attention.strategy import microbatch_lanes
 from hcp_jax.cost.shape import ModelShape
@@ -109,13 +110,15 @@ class DynamicProgram(Program):
         """
         numbers = [d for mb in planned for held in mb.documents for d in held]
         sizes = self._segments.sizes[numbers]
-        # A query sees the tokens of its document up to itself, or the last ones of the window.
-        seen = np.minimum(sizes, self._config.model.sliding_window or self._config.seq_len)
+        pairs = sum(
+            share * _visible_pairs(sizes, window)
+            for window, share in self._config.model.window_shares.items()
+        )
         facts = {
             "microbatches": len(planned),
             "groupings": len({mb.grouping for mb in planned}),
             "fill": float(sizes.sum() / (len(planned) * sum(planned[0].grouping) * self._tokens)),
-            "pairs": float((seen * (seen + 1) // 2 + (sizes - seen) * seen).sum()),
+            "pairs": float(pairs),
         }
         documents = sorted({self._segments.document(number) for number in numbers})
         return PlacedStep(tuple(map(self._put, planned)), tuple(documents), facts)
@@ -140,12 +143,23 @@ class DynamicProgram(Program):
             "targets": self._corpus.targets_at(refs),
             "weights": (refs > 0).astype(np.float32),
         }
-        window = self._config.model.sliding_window
+        window = self._config.model.widest_window
         key = next(width for width in self._planned.menu if width >= microbatch.widest)
         placed: Any = place_microbatch(
             self.menu.contexts[key], packed, arrays, sliding_window=window
         )
         return PlacedMicrobatch(key, placed)
+
+
+def _visible_pairs(sizes: Int64[np.ndarray, "n"], window: int | None) -> int:
+    """Return the visible pairs of documents: a query sees its document up to itself, or a window.
+
+    Args:
+        sizes: tokens of each document.
+        window: number of tokens that a query sees; None for all earlier ones.
+    """
+    seen = sizes if window is None else np.minimum(sizes, window)
+    return int((seen * (seen + 1) // 2 + (sizes - seen) * seen).sum())
 
 
 def make_limits(config: TrainConfig, cp: ContextParallel) -> Limits:

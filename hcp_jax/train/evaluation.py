@@ -259,6 +259,7 @@ def make_sums_by_position(
             len(begins),
             cp=cp,
             chunk=model.loss_chunk,
+            soft_cap=model.final_soft_cap,
         )
 
     if cp is None:

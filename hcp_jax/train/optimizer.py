@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float
 
+from hcp_jax.models.transformer import rule
 from hcp_jax.train.sections import OptimizerConfig
 
 _RATIO = 1e12
@@ -54,7 +55,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     """Return an optimizer that clips gradients and applies AdamW with `make_schedule`."""
 
     def is_decayed(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: rule(tuple(key.key for key in path)).decay, params
+        )
 
     adamw = optax.chain(
         _compact_moments(optax.scale_by_adam(config.beta1, config.beta2, config.eps), config),

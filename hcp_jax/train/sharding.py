@@ -1,4 +1,4 @@
-"""Choose the axes that each parameter is cut over: one table for tp, one rule for FSDP.
+"""Choose the axes that each parameter is cut over: tp as the layers declare, FSDP by one rule.
 
 tp cuts as Megatron does: matrices that produce heads, MLP columns or vocabulary rows are cut along
 them, and so are the matrices that read them, so that a layer needs only two sums over tp. Over the
@@ -18,30 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import live_axes
+from hcp_jax.models.transformer import inside_layer, rule
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.host_memory import on_host
-
-# The end of a parameter's path -> the dim that tp cuts, without the dim of layers. Parameters that
-# are not listed (the norms' scales) are whole on every tp device.
-TP_DIMS: dict[tuple[str, ...], int] = {
-    ("embed_tokens", "embedding"): 0,  # [V, D]
-    ("lm_head", "embedding"): 0,  # [V, D]
-    ("q_proj", "kernel"): 1,  # [D, N, H]
-    ("k_proj", "kernel"): 1,  # [D, K, H]
-    ("v_proj", "kernel"): 1,  # [D, K, H]
-    ("q_proj", "bias"): 0,  # [N, H]
-    ("k_proj", "bias"): 0,  # [K, H]
-    ("v_proj", "bias"): 0,  # [K, H]
-    ("o_proj", "kernel"): 0,  # [N, H, D]
-    ("self_attn", "sinks"): 0,  # [N]
-    ("gate_proj", "kernel"): 1,  # [D, F]
-    ("up_proj", "kernel"): 1,  # [D, F]
-    ("down_proj", "kernel"): 0,  # [F, D]
-}
-
-# The parameters that FSDP cuts; norms, biases and sinks are too small to be worth a collective.
-_MATRICES = ("kernel", "embedding")
 
 
 def check_divides(config: ModelConfig, cp: ContextParallel) -> None:
@@ -51,14 +31,14 @@ def check_divides(config: ModelConfig, cp: ContextParallel) -> None:
         ValueError: if tp does not divide the heads, the kv heads, the MLP and the vocabulary.
     """
     tp = cp.axis_size(cp.tp)
-    if config.num_kv_heads % tp:
-        raise ValueError(
-            f"tp={tp} cannot cut num_kv_heads={config.num_kv_heads}: every tp device needs whole "
-            f"kv heads. Use a tp that divides {config.num_kv_heads}, and context parallelism for "
-            "the other devices (it replicates kv heads where it must)."
-        )
-    for name in ("num_heads", "intermediate_size", "vocab_size"):
-        size = getattr(config, name)
+    sizes = [size for stack in config.plan.stacks for size in stack.spec.tp_sizes.items()]
+    for name, size in [*sizes, ("vocab_size", config.vocab_size)]:
+        if size % tp and name == "num_kv_heads":
+            raise ValueError(
+                f"tp={tp} cannot cut num_kv_heads={size}: every tp device needs whole kv heads. "
+                f"Use a tp that divides {size}, and context parallelism for the other devices (it "
+                "replicates kv heads where it must)."
+            )
         if size % tp:
             raise ValueError(
                 f"tp={tp} cannot cut {name}={size}; use a tp that divides it, or round {name} up "
@@ -79,12 +59,11 @@ def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
 
     def spec(path: tuple[Any, ...], shape: Any) -> PartitionSpec:
         keys = tuple(key.key for key in path)
-        stacked = int(keys[0] == "layers")
+        stacked, needs = int(inside_layer(keys)[0] is not None), rule(keys)
         cut: list[Any] = [None] * len(shape.shape)
-        tp_dim = TP_DIMS.get(keys[-2:])
-        if tp_dim is not None and tp:
-            cut[stacked + tp_dim] = tp
-        if axes and keys[-1] in _MATRICES:
+        if needs.tp is not None and tp:
+            cut[stacked + needs.tp] = tp
+        if axes and needs.fsdp:
             # Not the dim of layers: a scan over it would fetch each layer from another device.
             whole = [d for d in range(stacked, len(cut)) if cut[d] is None]
             fits = [d for d in whole if shape.shape[d] % cp.axis_size(axes) == 0]

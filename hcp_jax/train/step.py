@@ -24,10 +24,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.layers.attention import layer_masks
 from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.parallel import host_memory, spmd
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.train.batch import Batch
 from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
 from hcp_jax.train.sections import OptimizerConfig
@@ -162,7 +165,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         sums = _sum_portions(gradients, state.params, _portions(batch, accumulation, cp))
         state, metrics = update(state, sums)
-        return state, metrics | {"pairs": _visible_pairs(batch)}
+        return state, metrics | {"pairs": _visible_pairs(batch, model)}
 
     return jit_on_mesh(step, cp, (like, None), (like, None), donate=0)
 
@@ -312,17 +315,29 @@ def summed_loss(
             batch["weights"],
             cp=cp,
             chunk=model.loss_chunk,
+            soft_cap=model.final_soft_cap,
             z_loss=model.z_loss,
         )
 
     return loss_sum
 
 
-def _visible_pairs(batch: Batch) -> Float[Array, ""]:
+def _visible_pairs(batch: Batch, model: ModelConfig) -> Float[Array, ""]:
+    """Return the visible pairs of one head of one layer: the mean over the layers by width."""
     rows, length = batch["tokens"].shape
-    start, end = batch["mask"].intervals(length, xp=jnp)
-    # In float32: a million tokens have more pairs than int32 can hold.
-    return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
+
+    def pairs(mask: Mask | PlacedMask) -> Float[Array, ""]:
+        if isinstance(mask, PlacedMask):
+            start, end = mask.intervals
+        else:
+            start, end = mask.intervals(length, xp=jnp)
+        # In float32: a million tokens have more pairs than int32 can hold.
+        return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
+
+    masks = layer_masks(model, batch["mask"])
+    if len(masks) == 1:
+        return pairs(batch["mask"])
+    return jnp.sum(jnp.stack([share * pairs(mask) for share, mask in masks]))
 
 
 def _portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any:

@@ -211,7 +211,7 @@ def _random_microbatch(
     float32 = {
         name: _in_buffers(x.astype(np.float32), index, _NO_TOKEN) for name, x in inputs.items()
     }
-    batch = place_microbatch(cp, packed, float32, sliding_window=model.sliding_window)
+    batch = place_microbatch(cp, packed, float32, sliding_window=model.widest_window)
     return batch, exact
 
 
@@ -311,7 +311,7 @@ def _placed(
         "targets": corpus.targets_at(corpus_index),
         "weights": (corpus_index > 0).astype(np.float32),
     }
-    window = config.model.sliding_window
+    window = config.model.widest_window
     widest = text.held.microbatch.widest
     placed: Any = place_microbatch(contexts[widest], packed, arrays, sliding_window=window)
     return PlacedMicrobatch(widest, placed)

@@ -7,8 +7,9 @@ from jax.sharding import PartitionSpec as P
 
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.layers import decoder
 from hcp_jax.models.transformer import abstract_model
-from hcp_jax.train.sharding import TP_DIMS, check_divides, param_specs
+from hcp_jax.train.sharding import check_divides, param_specs
 from hcp_jax.train.step import OptimizerConfig, abstract_state, make_optimizer
 
 CONFIG = ModelConfig(
@@ -55,8 +56,11 @@ def test_tp_cuts_heads_columns_and_vocabulary_and_nothing_else():
 
 
 def test_every_rule_for_tp_has_a_parameter():
-    named = {tuple(name.split(".")[-2:]) for name in specs(context(cp_outer=8))}
-    assert set(TP_DIMS) <= named
+    config = dataclasses.replace(CONFIG, mlp_bias=True)
+    paths = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])[0]
+    named = {tuple(key.key for key in path)[1:] for path, _ in paths}
+    modules = [*decoder.MIXERS.values(), *decoder.FEED_FORWARDS.values()]
+    assert {(m.NAME, *path) for m in modules for path in m.RULES} <= named
 
 
 def test_fsdp_cuts_the_first_dim_that_divides_of_every_matrix_and_never_the_layers():

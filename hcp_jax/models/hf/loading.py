@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from hcp_jax.base.terminal import printable
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.hf.model_folder import Stored, some, stored_tensors
-from hcp_jax.models.transformer import abstract_model
+from hcp_jax.models.transformer import abstract_model, inside_layer, rule
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Dtypes that a stored tensor may have; each is exact in float32."""
@@ -37,7 +37,8 @@ class Slot(NamedTuple):
     Attributes:
         name: name of the tensor.
         path: path of the parameter, keys from the outside in.
-        layer: index among the stacked layers; None if the tensor belongs to no layer.
+        layer: index among the layers that are stacked in the parameter; None if the tensor belongs
+            to no layer.
         shape: shape of its part of the parameter, without the layer dim.
         inputs: number of these dims that are inputs of a matrix; None if the tensor is stored
             untransposed.
@@ -69,17 +70,18 @@ def _slots(config: ModelConfig) -> tuple[Slot, ...]:
     found = []
     for keys, leaf in leaves:
         path = tuple(key.key for key in keys)
-        *modules, kind = path
-        stacked = modules[0] == "layers"
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        # The inputs of o_proj are heads (two dims); all other matrices have one input dim.
-        inputs = {"kernel": 2 if "o_proj" in modules else 1, "bias": 0}.get(kind)
-        suffix = "bias" if kind == "bias" else "weight"
-        for layer in range(config.num_layers) if stacked else [None]:
-            inside = modules if layer is None else ["layers", str(layer), *modules[1:]]
+        stack, inside = inside_layer(path)
+        *modules, kind = inside
+        suffix = "weight" if kind in ("kernel", "scale", "embedding") else kind
+        inputs = rule(path).inputs
+        if stack is None:
             root = [] if modules[0] == "lm_head" else ["model"]
-            name = ".".join([*root, *inside, suffix])
-            found.append(Slot(name, path, layer, tuple(shape), inputs))
+            name = ".".join([*root, *modules, suffix])
+            found.append(Slot(name, path, None, tuple(leaf.shape), inputs))
+            continue
+        for index, layer in enumerate(config.plan.stacks[stack].layers):
+            name = ".".join(["model", "layers", str(layer), *modules, suffix])
+            found.append(Slot(name, path, index, tuple(leaf.shape[1:]), inputs))
     return tuple(found)
 
 

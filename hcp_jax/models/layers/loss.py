@@ -30,6 +30,7 @@ def summed_cross_entropy(
     cp: ContextParallel | None = None,
     chunk: int = 1024,
     z_loss: float = 0.0,
+    soft_cap: float | None = None,
 ) -> Float[Array, ""]:
     """Return Σ weight · (cross entropy in nats + z_loss · logZ²) over all tokens, in float32.
 
@@ -45,8 +46,9 @@ def summed_cross_entropy(
         cp: context whose axes cut the batch and the sequence; None for one device.
         chunk: number of tokens per device whose logits exist at one time.
         z_loss: weight of the squared log-partition.
+        soft_cap: soft cap of the logits; None for no cap.
     """
-    local = functools.partial(_on_device, chunk=chunk, z_loss=z_loss)
+    local = functools.partial(_on_device, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap)
     if cp is None:
         return local(hidden, unembedding, targets, weights, sum_over=(), tp=())
     tokens, tp = cp.spec(2), live_tp(cp)
@@ -68,6 +70,7 @@ def cross_entropy_by_bin(
     *,
     cp: ContextParallel | None = None,
     chunk: int = 1024,
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B n"], Float[Array, "B n"]]:
     """Return Σ weight · cross entropy in nats, and Σ weight, for each bin of each row.
 
@@ -83,12 +86,13 @@ def cross_entropy_by_bin(
         num_bins: n.
         cp: context; None for one device.
         chunk: number of tokens per device whose logits exist at one time.
+        soft_cap: soft cap of the logits; None for no cap.
     """
 
     def on_device(hidden, unembedding, targets, weights, bins, *, sum_over, tp):
         def chunk_loss(block):
             hidden, targets, weights, bins = block
-            log_z, target_logit = _log_z_and_target(hidden, unembedding, targets, tp)
+            log_z, target_logit = _log_z_and_target(hidden, unembedding, targets, tp, soft_cap)
             # Compare instead of scattering, so that the order of the sums is always the same.
             own = bins[..., None] == jnp.arange(num_bins, dtype=bins.dtype)[None, None]
             in_bin = jnp.where(own, weights[..., None], 0)
@@ -110,12 +114,12 @@ def cross_entropy_by_bin(
     return spmd.run(cp.mesh, cp.axes, binned, (rows, rows), *arrays)
 
 
-def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, sum_over, tp):
+def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, soft_cap, sum_over, tp):
     """Return the weighted sum over the tokens of one device, summed over the axes `sum_over`."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk_loss(hidden, targets, weights):
-        log_z, target_logit = _log_z_and_target(hidden, unembedding, targets, tp)
+        log_z, target_logit = _log_z_and_target(hidden, unembedding, targets, tp, soft_cap)
         return jnp.sum(weights * (log_z - target_logit + z_loss * jnp.square(log_z)))
 
     # In the padding of the last chunk the weights are 0.
@@ -126,7 +130,11 @@ def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, sum_over
 
 
 def _log_z_and_target(
-    hidden: Float[Array, "B t D"], unembedding, targets, tp: tuple[str, ...]
+    hidden: Float[Array, "B t D"],
+    unembedding,
+    targets,
+    tp: tuple[str, ...],
+    soft_cap: float | None,
 ) -> tuple[Float[Array, "B t"], Float[Array, "B t"]]:
     """Return each token's log-partition and its target's logit; their difference is the loss."""
     # The cast is inside, so that the cotangents of the chunks are summed in the matrix's own dtype.
@@ -136,7 +144,13 @@ def _log_z_and_target(
         unembedding.astype(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
+    logits = soft_capped(logits, soft_cap)
     return _log_partition(logits, tp), _target_logit(targets, logits, tp)
+
+
+def soft_capped(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Return cap · tanh(logits / cap), or the logits as they are if there is no cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _log_partition(logits: Float[Array, "B t V"], tp: tuple[str, ...]) -> Float[Array, "B t"]:

@@ -24,10 +24,10 @@ _SPLIT = 1024
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each token's rotation angles; shared by all layers."""
+    """Cosine and sine of each token's rotation angles; shared by layers."""
 
-    cos: Float[Array, "B T 1 H/2"]
-    sin: Float[Array, "B T 1 H/2"]
+    cos: Float[Array, "B T 1 R/2"]
+    sin: Float[Array, "B T 1 R/2"]
 
 
 def rope_frequencies(
@@ -78,7 +78,13 @@ def rotation(
 
 
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Rotate every pair (x_i, x_{i+H/2}) in float32; return the dtype of `x`."""
+    """Rotate every pair (x_i, x_{i+R/2}) of the first R dims in float32; return the dtype of `x`.
+
+    R is H, or less if only a share of each head is rotated; the other dims stay as they are.
+    """
+    dims = 2 * by.cos.shape[-1]
+    if dims < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :dims], by), x[..., dims:]], axis=-1)
     first, second = jnp.split(x.astype(by.cos.dtype), 2, axis=-1)
     turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -16,6 +16,7 @@ import yaml
 from hcp_jax.base import terminal
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.hf import config_json, loading, model_folder
+from hcp_jax.models.pattern import LayerConfig
 from hcp_jax.train import config as configuration
 from hcp_jax.train.config import SMALL_MODEL
 from hcp_jax.train.hf import weights
@@ -53,8 +54,16 @@ def _as_yaml(model: ModelConfig, folder: pathlib.Path) -> str:
     """Return the config as YAML, without default values."""
     usual = dataclasses.asdict(SMALL_MODEL)
     told = {n: v for n, v in dataclasses.asdict(model).items() if v != usual[n]}
+    if isinstance(model.layers, tuple):
+        told["layers"] = [_given(layer) for layer in model.layers]
     values: dict[str, Any] = {"name": folder.name, "init_from": str(folder), "model": told}
     if (folder / "tokenizer.json").is_file():
         values["data"] = {"tokenizer": str(folder / "tokenizer.json")}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
+
+
+def _given(layer: LayerConfig) -> dict[str, Any]:
+    """Return the settings of a layer of a pattern, in plain values."""
+    values = dataclasses.asdict(layer)
+    return {name: value for name, value in values.items() if value is not None}

@@ -24,13 +24,13 @@ B, T = 2, 48
 
 
 def run(config, params, x, cp=None):
-    graph, _ = nnx.split(MLP(config, rngs=nnx.Rngs(0)))
+    graph, _ = nnx.split(MLP(config.specs[0].ffn, rngs=nnx.Rngs(0)))
     return nnx.merge(graph, params)(x, cp)
 
 
 @functools.cache
 def problem():
-    params = nnx.to_pure_dict(nnx.state(MLP(CONFIG, rngs=nnx.Rngs(0))))
+    params = nnx.to_pure_dict(nnx.state(MLP(CONFIG.specs[0].ffn, rngs=nnx.Rngs(0))))
     return params, jax.random.normal(jax.random.key(1), (B, T, CONFIG.hidden_size))
 
 
@@ -69,7 +69,9 @@ def test_the_wide_activations_of_a_sequence_never_exist():
     cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=8), comm_type="p2p")
 
     def temporaries(config):
-        graph, params = nnx.split(nnx.eval_shape(lambda: MLP(config, rngs=nnx.Rngs(0))))
+        graph, params = nnx.split(
+            nnx.eval_shape(lambda: MLP(config.specs[0].ffn, rngs=nnx.Rngs(0)))
+        )
         x = jax.ShapeDtypeStruct((1, length, 8), jnp.float32, sharding=cp.sharding(3))
 
         def loss(params, x):
