@@ -1,166 +1,144 @@
-"""Compute how devices are cut into groups, and which devices send to which at each ring hop.
+"""Define how devices are cut into groups, which sizes groups may have, and how keys walk in them.
 
-A grouping is the tuple of its group sizes in device order. The sizes add up to the number of
-devices, so (4, 2, 1, 1) over 8 devices is devices 0-3, 4-5, 6 and 7. Each grouping has its own
-compiled program. Default group sizes are powers of two and divisors of the number of devices, so
-that 6, 12 or 24 devices have suitable groupings too. The algorithms here only require that the
-sizes add up.
+A grouping is the tuple of its group sizes, in devices and in device order. The sizes add up to the
+number of devices, so (4, 2, 1, 1) over 8 devices is devices 0-3, 4-5, 6 and 7. A grouping is data:
+one compiled program runs every grouping whose widest group is not wider than the program.
 
-    grouping (4, 2, 1, 1): each hop is one ppermute over all rings that are not finished
+Group sizes come from a *chain*: each size divides the next one, and groups are in descending order.
+So a group always starts at a multiple of its own size, and a block of any size of the chain either
+contains a group or lies inside it.
 
-    hop 1   0→1→2→3→0   4→5→4
-    hop 2   0→1→2→3→0                 devices 4 and 5 have seen all their keys
-    hop 3   0→1→2→3→0
+`lanes` neighbouring devices that exchange heads are one *member*. Members have digits in the
+radices of the chain; at hop h, member r takes the keys of member r - h, digit by digit:
+
+    chain (8, 16, 32), lanes 8: members have two binary digits, so r - h is r XOR h
+
+    hop 1   0←1  1←0  2←3  3←2          groups of 16 devices are done
+    hop 2   0←2  1←3  2←0  3←1
+    hop 3   0←3  1←2  2←1  3←0          a group of 32 devices is done
 
 The program, the packing and the scheduler all use groupings, so this module depends on none of
-them. (In code and configs a grouping is often still called `layout`.)
+them.
 """
 
-import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int32
 
 from hcp_jax.base import checks
 
-Layout = tuple[int, ...]
+Grouping = tuple[int, ...]
 
 
-def group_sizes(
-    num_devices: int, min_size: int = 1, max_size: int | None = None
-) -> tuple[int, ...]:
-    """Return the sizes that groups of a default grouping may have, ascending.
+def chain(num_devices: int, devices_per_host: int, lanes: int = 1) -> tuple[int, ...]:
+    """Return the sizes that groups may have, ascending; each divides the next one.
 
-    These are the powers of two and the divisors of `num_devices` from `min_size` to `max_size`. If
-    they cannot add up to `num_devices`, all sizes in that range are returned (7 devices in groups
-    of 2 to 4: 4 + 3).
+    The first size is `lanes`, the last one `num_devices`. The largest part of a host that divides
+    the devices is in the chain if `lanes` divides it, so that no group of such a part or less
+    crosses hosts.
+
+    Args:
+        num_devices: N, the devices along dp and cp.
+        devices_per_host: devices that share a host.
+        lanes: devices that exchange heads with each other; they must divide `num_devices`.
 
     Raises:
-        ValueError: if the bounds are wrong, or no grouping fits in them.
+        ValueError: if a number is not positive, or `lanes` does not divide `num_devices`.
+
+    >>> chain(64, 8, 8), chain(64, 8), chain(24, 8)
+    ((8, 16, 32, 64), (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 24))
     """
-    max_size = num_devices if max_size is None else max_size
-    for name, value in (
-        ("num_devices", num_devices),
-        ("min_cp_size", min_size),
-        ("max_cp_size", max_size),
-    ):
-        checks.integer(name, value, least=1)
-    if min_size > max_size:
+    num_devices = checks.integer("num_devices", num_devices, least=1)
+    devices_per_host = checks.integer("devices_per_host", devices_per_host, least=1)
+    lanes = checks.integer("lanes", lanes, least=1)
+    if num_devices % lanes:
         raise ValueError(
-            f"min_cp_size={min_size} is more than max_cp_size={max_size} (which is num_devices "
-            "unless given); lower one or raise the other."
+            f"lanes={lanes} must divide num_devices={num_devices}; "
+            f"{math.gcd(lanes, num_devices)} lanes would."
         )
-    num_devices, min_size = int(num_devices), int(min_size)
-    max_size = min(int(max_size), num_devices)
-    sizes = {2**k for k in range(num_devices.bit_length())}
-    sizes |= {d for d in range(1, num_devices + 1) if num_devices % d == 0}
-    chosen = tuple(sorted(size for size in sizes if min_size <= size <= max_size))
-    if not composable(num_devices, chosen)[num_devices]:
-        chosen = tuple(range(min_size, max_size + 1))
-    if not composable(num_devices, chosen)[num_devices]:
-        raise ValueError(
-            f"no groups of {min_size} to {max_size} devices add up to num_devices={num_devices}; "
-            f"lower min_cp_size to {num_devices // (num_devices // max_size + 1)}."
-        )
-    return chosen
+    host = (
+        num_devices if num_devices <= devices_per_host else math.gcd(num_devices, devices_per_host)
+    )
+    borders = [lanes, host, num_devices] if host % lanes == 0 else [lanes, num_devices]
+    sizes = [lanes]
+    for border in borders[1:]:
+        for factor in _prime_factors(border // sizes[-1]):
+            sizes.append(sizes[-1] * factor)
+    return tuple(sizes)
 
 
-@functools.lru_cache(maxsize=64)
-def composable(num_devices: int, sizes: tuple[int, ...]) -> list[bool]:
-    """Return whether groups of these sizes can add up to 0, 1, … `num_devices`."""
-    if 1 in sizes:
-        return [True] * (num_devices + 1)
-    can = [True] + [False] * num_devices
-    for total in range(1, num_devices + 1):
-        can[total] = any(size <= total and can[total - size] for size in sizes)
-    return can
+def widths(num_devices: int, devices_per_host: int, lanes: int = 1) -> tuple[int, ...]:
+    """Return the widths that programs may have, ascending: `chain`, and the divisors below `lanes`.
 
+    A program of fewer devices than `lanes` exchanges heads over its own width and has no hops.
 
-def complete(groups: Sequence[int], num_devices: int, sizes: tuple[int, ...]) -> list[int]:
-    """Return `groups` followed by the smallest groups that fill the other devices.
-
-    The sum of `groups` must leave a number of devices that `sizes` can add up to.
+    >>> widths(64, 8, 8)
+    (1, 2, 4, 8, 16, 32, 64)
     """
-    can, rest = composable(num_devices, sizes), num_devices - sum(groups)
-    filled = list(groups)
-    for size in sorted(sizes):
-        while rest >= size and can[rest - size]:
-            filled.append(size)
-            rest -= size
-    assert rest == 0
-    return filled
+    return chain(lanes, lanes)[:-1] + chain(num_devices, devices_per_host, lanes)
 
 
-def uniform(size: int, num_devices: int, sizes: tuple[int, ...]) -> list[int]:
-    """Return as many groups of `size` as fit, and the fewest others that fill the rest."""
-    can, rest = composable(num_devices, sizes), num_devices
-    filled: list[int] = []
-    for candidate in [size, *sorted((s for s in sizes if s != size), reverse=True)]:
-        while rest >= candidate and can[rest - candidate]:
-            filled.append(candidate)
-            rest -= candidate
-    return filled
+def program_lanes(widest: int, lanes: int) -> int:
+    """Return how many devices exchange heads in the program of width `widest`.
 
-
-def canonical(groups: Sequence[int], devices_per_host: int) -> Layout:
-    """Return group sizes in their canonical order.
-
-    The order is descending if no group that fits on a host then crosses hosts (true for powers of
-    two). Otherwise hosts are filled one by one if that succeeds: (6, 2, 6, 2) on hosts of 8.
+    >>> program_lanes(4, 8), program_lanes(32, 8)
+    (4, 8)
     """
-    descending = sorted(groups, reverse=True)
-    if not _leaves_host(descending, devices_per_host):
-        return tuple(descending)
-    by_host = _host_by_host(descending, devices_per_host)
-    return tuple(descending if by_host is None else by_host)
+    return math.gcd(widest, lanes)
 
 
-def _leaves_host(groups: Sequence[int], devices_per_host: int) -> bool:
-    first = 0
-    for size in groups:
-        inside = first // devices_per_host == (first + size - 1) // devices_per_host
-        if size <= devices_per_host and not inside:
-            return True
-        first += size
-    return False
+def _prime_factors(number: int) -> list[int]:
+    """Return the prime factors in ascending order.
+
+    Small factors come first, so that most steps between small sizes are small: most documents are
+    short.
+    """
+    factors, factor = [], 2
+    while number > 1:
+        while number % factor == 0:
+            factors.append(factor)
+            number //= factor
+        factor += 1
+    return factors
 
 
-def _host_by_host(descending: Sequence[int], devices_per_host: int) -> list[int] | None:
-    """Order groups host by host: those wider than a host first, the rest by best fit."""
-    # Wide groups come first, one after the other. Together they count as one host, whose room is
-    # the free part of their last host.
-    wide = [size for size in descending if size > devices_per_host]
-    hosts = [wide] if wide else []
-    room = [-sum(wide) % devices_per_host] if wide else []
-    for size in (s for s in descending if s <= devices_per_host):
-        fits = [i for i, left in enumerate(room) if left >= size]
-        if not fits:
-            hosts.append([])
-            room.append(devices_per_host)
-            fits = [len(hosts) - 1]
-        host = min(fits, key=lambda i: (room[i], i))
-        hosts[host].append(size)
-        room[host] -= size
-    # Only the last host may have free devices: elsewhere they would shift all later groups.
-    if sum(left > 0 for left in room) > 1:
-        return None
-    order = sorted(range(len(hosts)), key=lambda i: room[i] > 0)
-    return [size for i in order for size in hosts[i]]
-
-
-def check_layout(grouping: Sequence[int], num_devices: int) -> Layout:
+def check_grouping(
+    grouping: Sequence[int], num_devices: int, sizes: Sequence[int] | None = None
+) -> Grouping:
     """Return `grouping` as a tuple of Python integers.
 
+    Args:
+        grouping: group sizes in device order.
+        num_devices: number of devices that the groups must have together.
+        sizes: allowed group sizes, such as a `chain`; any if None.
+
     Raises:
-        ValueError: unless its sizes are positive integers that add up to `num_devices`.
+        ValueError: unless its sizes are positive integers that add up to `num_devices`, are
+            allowed, and start each at a multiple of themselves (only checked with `sizes`).
     """
-    sizes = tuple(grouping)
-    wrong = [s for s in sizes if isinstance(s, bool) or not isinstance(s, int | np.integer)]
-    if wrong or not sizes or min(sizes) < 1 or sum(sizes) != num_devices:
+    found = tuple(grouping)
+    wrong = [s for s in found if isinstance(s, bool) or not isinstance(s, int | np.integer)]
+    if wrong or not found or min(found) < 1 or sum(found) != num_devices:
         raise ValueError(
-            f"layout {sizes} must be group sizes >= 1 that add up to num_devices={num_devices}."
+            f"grouping {found} must be group sizes >= 1 that add up to num_devices={num_devices}."
         )
-    return tuple(int(size) for size in sizes)
+    first = 0
+    for size in found if sizes is not None else ():
+        if size not in (sizes or ()):
+            raise ValueError(
+                f"grouping {describe(found)} has a group of {size} devices; groups may have "
+                f"{', '.join(map(str, sizes or ()))}."
+            )
+        if first % size:
+            raise ValueError(
+                f"grouping {describe(found)} has a group of {size} devices that starts at device "
+                f"{first}; groups start at multiples of their size: sort sizes in descending order."
+            )
+        first += size
+    return tuple(int(size) for size in found)
 
 
 def group_of_device(grouping: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -170,36 +148,38 @@ def group_of_device(grouping: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(first, sizes).astype(np.int32), np.repeat(sizes, sizes)
 
 
-def num_hops(grouping: Sequence[int]) -> int:
-    """Return the number of hops of the largest group; at hop 0 a device has its own keys."""
-    return max(grouping)
+def radices(sizes: Sequence[int], widest: int) -> tuple[int, ...]:
+    """Return the radices of the members of a program, the fastest digit first.
 
+    Args:
+        sizes: the chain; its first size is the number of lanes.
+        widest: width of the program in devices; no radices if it is not wider than the lanes.
 
-def hop_permutation(grouping: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
-    """Return the (source, destination) pairs of the `ppermute` from hop - 1 to `hop`.
-
-    In every group of more than `hop` devices, each device sends to the next one of its group. The
-    result is empty for hop 0 and after the last hop.
+    >>> radices((8, 16, 32, 96), 96)
+    (2, 2, 3)
     """
-    return _cycles(grouping, narrowest=hop + 1) if hop >= 1 else ()
+    if widest > sizes[0] and widest not in sizes:
+        raise ValueError(f"widest={widest} must be one of {', '.join(map(str, sizes))}.")
+    inside = [size for size in sizes if size <= widest]
+    return tuple(wide // narrow for narrow, wide in itertools.pairwise(inside))
 
 
-def homeward_permutation(grouping: Sequence[int], hop: int) -> tuple[tuple[int, int], ...]:
-    """Return the (source, destination) pairs that move dk and dv from hop - 1 to `hop`.
+def source_members(radices: Sequence[int], hop: int) -> Int32[np.ndarray, "W"]:
+    """Return the member whose keys each member of a block has at `hop`: r - hop, digit by digit.
 
-    Gradients travel with their keys, and then one hop more: groups of exactly `hop` devices send
-    too, which returns the gradients to the device that owns the keys.
+    Args:
+        radices: as `radices` returns them; W is their product.
+        hop: 0 (a member's own keys) … W - 1.
+
+    >>> source_members((2, 2), 3).tolist(), source_members((3,), 1).tolist()
+    ([3, 2, 1, 0], [2, 0, 1])
     """
-    return _cycles(grouping, narrowest=max(hop, 2)) if hop >= 1 else ()
-
-
-def _cycles(grouping: Sequence[int], narrowest: int) -> tuple[tuple[int, int], ...]:
-    """Pair each device with the next one of its group, in groups of `narrowest` or more."""
-    first, size = group_of_device(grouping)
-    device = np.arange(size.size, dtype=np.int32)
-    to = first + (device - first + 1) % size
-    turning = size >= narrowest
-    return tuple(zip(device[turning].tolist(), to[turning].tolist(), strict=True))
+    member = np.arange(math.prod(radices), dtype=np.int32)
+    source, place = np.zeros_like(member), 1
+    for radix in radices:
+        source += (member // place - hop // place) % radix * place
+        place *= radix
+    return source
 
 
 def describe(grouping: Sequence[int]) -> str:

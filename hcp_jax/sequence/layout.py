@@ -18,17 +18,19 @@ Kernels do not know layouts. They get `KeyRuns`, the runs of consecutive keys on
 This module handles arrays and integers only; `parallel/context.py` adds the mesh.
 """
 
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
-ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
+if TYPE_CHECKING:
+    import jax
+
+# A jax or NumPy array. Packing runs without jax, so this module imports it only where it is used.
+ArrayT = TypeVar("ArrayT", "jax.Array", np.ndarray)
 
 # The start of a run of padding: so far below 0 that every key in it has a negative index.
 PADDING = -(2**30)
@@ -45,15 +47,18 @@ class KeyRuns(NamedTuple):
 
     Attributes:
         starts: global index of the first key of each run.
-        offsets: first slot of each run, followed by the end of the last run.
+        offsets: first slot of each run, followed by the end of the last run. Both may have a row
+            for each device.
     """
 
-    starts: Int32[jax.Array | np.ndarray, "R"]
-    offsets: Int32[jax.Array | np.ndarray, "R+1"]
+    starts: Int32[Any, "*rows R"]
+    offsets: Int32[Any, "*rows R+1"]
 
 
-def key_index(runs: KeyRuns, length: int) -> Int32[jax.Array, "S"]:
+def key_index(runs: KeyRuns, length: int) -> Int32[Any, "S"]:
     """Return the global index of each of `length` key slots; -1 for padding."""
+    import jax.numpy as jnp
+
     slot = jnp.arange(length, dtype=jnp.int32)
     starts, offsets = jnp.asarray(runs.starts), jnp.asarray(runs.offsets)
     # Dynamic context parallelism has thousands of runs. An unrolled binary search fuses well.

@@ -3,12 +3,9 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost
-from hcp_jax.sequence.groupings import group_of_device
-from hcp_jax.sequence.packing import PackedMicrobatch, Runs
 
 # Deterministic, and as many cheap cases as there is time for.
 QUICK = {"deadline": None, "derandomize": True, "max_examples": 500}
@@ -62,8 +59,8 @@ def cases(draw, max_documents: int = 40, num_devices=NUM_DEVICES) -> Case:
     return Case(devices, tokens, lengths, min_size, max_size, draw(costs()))
 
 
-def all_layouts(sizes: Sequence[int], num_devices: int) -> Iterator[tuple[int, ...]]:
-    """Yield every layout over a few devices, groups in descending order."""
+def all_groupings(sizes: Sequence[int], num_devices: int) -> Iterator[tuple[int, ...]]:
+    """Yield every grouping over a few devices, groups in descending order."""
 
     def partitions(rest: int, allowed: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         if rest == 0:
@@ -75,20 +72,3 @@ def all_layouts(sizes: Sequence[int], num_devices: int) -> Iterator[tuple[int, .
                     yield (size, *tail)
 
     return partitions(num_devices, tuple(sorted(sizes, reverse=True)))
-
-
-def key_source(layout: Sequence[int], hop: int) -> np.ndarray:
-    """Return the device whose keys each device holds at `hop`; -1 once its ring has seen them all."""
-    first, size = group_of_device(layout)
-    rank = np.arange(size.size, dtype=np.int32) - first
-    return np.where(hop < size, first + (rank - hop) % size, -1).astype(np.int32)
-
-
-def runs_at(packed: PackedMicrobatch, hop: int) -> Runs:
-    """Return the keys at hand at a hop, for the devices of the rows; no runs once a ring is done."""
-    source = key_source(packed.layout, hop)[packed.devices.start : packed.devices.stop]
-    done = source[:, None] < 0
-    return Runs(
-        np.where(done, 0, packed.runs.starts[source]),
-        np.where(done, 0, packed.runs.offsets[source]),
-    )
