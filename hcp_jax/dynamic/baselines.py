@@ -1,8 +1,8 @@
 """Schedule documents as other systems do, for comparison with this library's scheduler.
 
-These baselines share no code with the scheduler, except where they say so. Each returns a
-`Schedule`, so that one cost model and one set of measures judge all. Where a detail is open, they
-get the better choice: packing is best fit, and padding costs them neither time nor room.
+These baselines share no code with the scheduler. Each returns a `Schedule`, so that one cost model
+and one set of measures judge all. Where a detail is open, they get the better choice: packing is
+best fit, fixed CP pays for no padding inside documents, and groups exchange heads inside hosts.
 """
 
 import dataclasses
@@ -11,14 +11,30 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.cost import Cost, Group
 from hcp_jax.dynamic.plan import Schedule
-from hcp_jax.dynamic.scheduler import MAX_MENU, schedule
-from hcp_jax.sequence import groupings
 from hcp_jax.sequence.packing import Microbatch
 
 # The reference's second scheduler limits a group to this multiple of the longest document's work.
 HEADROOM = 1.05
+
+
+class SeparateGroups(Cost):
+    """Cost of groups that each make only their own transfers, as process groups do.
+
+    In this library all groups of a microbatch share one program, and make the hops of its width.
+    """
+
+    def groups(self, grouping: Sequence[int], tokens: int) -> list[Group]:
+        """Return the cost of each group in a program of its own width."""
+        num_devices = sum(grouping)
+        known = {size: self.group(size, size, num_devices, tokens) for size in set(grouping)}
+        return [known[size] for size in grouping]
+
+
+def separate(cost: Cost) -> SeparateGroups:
+    """Return the same cost for groups that run separately."""
+    return SeparateGroups(**{f.name: getattr(cost, f.name) for f in dataclasses.fields(cost)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +46,7 @@ class Outcome:
         seconds_unpadded: the same if shapes followed the data: each device computes and sends only
             as many tokens as the fullest device of the microbatch has.
         num_microbatches: number of microbatches.
-        num_programs: number of different groupings among them.
+        num_programs: number of different widest groups among them.
         token_fill: share of slots that hold a token.
         balance: attention pairs of the mean device over those of the busiest, each summed over
             microbatches.
@@ -60,17 +76,17 @@ def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
     for mb in plan.microbatches:
         of_groups = mb.lengths(plan.lengths)
         fullest = max(
-            -(-sum(of_group) // size) for size, of_group in zip(mb.layout, of_groups, strict=True)
+            -(-sum(of_group) // size) for size, of_group in zip(mb.grouping, of_groups, strict=True)
         )
-        unpadded += cost.microbatch_seconds(mb.layout, of_groups, fullest)
-        for size, of_group in zip(mb.layout, of_groups, strict=True):
+        unpadded += cost.microbatch_seconds(mb.grouping, of_groups, fullest)
+        for size, of_group in zip(mb.grouping, of_groups, strict=True):
             pad_to = 2 * size if multiple is None else multiple
             padding += sum(-length % pad_to for length in of_group)
     return Outcome(
         seconds=plan.modelled_seconds,
         seconds_unpadded=unpadded,
         num_microbatches=len(plan.microbatches),
-        num_programs=len({mb.layout for mb in plan.microbatches}),
+        num_programs=len({mb.widest for mb in plan.microbatches}),
         token_fill=plan.token_fill,
         balance=plan.balance,
         idle_share=plan.idle_share,
@@ -110,35 +126,43 @@ def fixed_balanced(
     return _schedule(lengths, max_tokens_per_device, dealt, cost)
 
 
-def one_size_per_microbatch(
-    lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
-) -> Schedule:
-    """Schedule with this library's scheduler, restricted to groups of equal size."""
-    sizes = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
-    menu = [(size,) * (num_devices // size) for size in sizes[::-1]]
-    return schedule(lengths, num_devices, max_tokens_per_device, menu=menu[-MAX_MENU:], cost=cost)
-
-
 def seeded_greedy(
-    lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
+    lengths: Sequence[int],
+    num_devices: int,
+    max_tokens_per_device: int,
+    cost: Cost,
+    multiple: int = 1,
 ) -> Schedule:
     """Schedule as the reference's second scheduler does, written from its description in words.
 
     Work is L² / size. In every microbatch the longest document left opens a group of the least size
     that holds it. Each next one tries that size and every larger one, on a group there is or on a
     new one, and goes where the greatest work of any group stays least, if that is under `HEADROOM`
-    times the work of the batch's longest. (Of the microbatch's longest, as the description can also
-    be read, the groups of short documents would stay next to empty, which its published token fill
-    of 0.87 to 0.98 excludes.) Devices that are left over double the smallest groups. (Sizes are
-    those of `groupings.group_sizes`, so that device counts other than powers of two, which the
-    original does not survive, have an answer; what cannot double is left as empty groups of one.)
+    times L·M, with L the longest document of the microbatch. Devices that are left over double the
+    smallest groups. Sizes are powers of two. (And the number of devices itself, so that other
+    device counts, which the original does not survive, have an answer; what cannot double is left
+    as empty groups of one.)
+
+    Args:
+        lengths: tokens of each document.
+        num_devices: N.
+        max_tokens_per_device: M.
+        cost: cost model.
+        multiple: documents are padded to multiples of this; the reference pads to 2·N. The
+            schedule's lengths are the padded ones.
     """
-    sizes = groupings.group_sizes(num_devices)
+    lengths = [-(-length // multiple) * multiple for length in lengths]
+    sizes = [2**k for k in range(num_devices.bit_length())]
+    sizes = sorted({*sizes, num_devices})
     left = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
-    first = next(size for size in sizes if size * max_tokens_per_device >= lengths[left[0]])
-    limit = HEADROOM * lengths[left[0]] ** 2 / first
+    if left and lengths[left[0]] > num_devices * max_tokens_per_device:
+        raise ValueError(
+            f"a document of {lengths[left[0]]} tokens, padded to a multiple of {multiple}, does "
+            f"not fit {num_devices} * {max_tokens_per_device} tokens."
+        )
     microbatches = []
     while left:
+        limit = HEADROOM * lengths[left[0]] * max_tokens_per_device
         opened = _Opened(num_devices, max_tokens_per_device, limit)
         left = [d for d in left if not opened.place(d, lengths[d], sizes)]
         microbatches.append(opened.close())
@@ -148,14 +172,15 @@ def seeded_greedy(
 def _schedule(
     lengths: Sequence[int], max_tokens_per_device: int, microbatches: list[Microbatch], cost: Cost
 ) -> Schedule:
+    num_devices = sum(microbatches[0].grouping)
     return Schedule(
         lengths=tuple(lengths),
-        num_devices=sum(microbatches[0].layout),
+        num_devices=num_devices,
         max_tokens_per_device=max_tokens_per_device,
-        menu=tuple(dict.fromkeys(mb.layout for mb in microbatches)),
+        menu=tuple(sorted({mb.widest for mb in microbatches})),
         microbatches=tuple(microbatches),
-        cost=cost,
-        sizes=groupings.group_sizes(sum(microbatches[0].layout)),
+        cost=separate(cost),
+        sizes=cost.widths(num_devices),
     )
 
 
@@ -217,7 +242,7 @@ class _Opened:
         found += [(1, [])] * self.free
         found.sort(key=lambda group: -group[0])
         return Microbatch(
-            layout=tuple(size for size, _ in found),
+            grouping=tuple(size for size, _ in found),
             documents=tuple(tuple(documents) for _, documents in found),
         )
 

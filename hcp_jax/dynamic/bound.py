@@ -4,11 +4,12 @@ This module judges the scheduler, so it shares no code with it: it uses the cost
 possible group sizes, and does not depend on how documents are combined.
 
 Let a schedule have microbatches k = 1 … K over N devices, buffers of M tokens, dense seconds
-C = `Cost.dense_seconds(M)`, and T_k the seconds of the slowest ring of microbatch k. It takes
-K·C + Σ T_k. Write f_g(a) for a ring of g devices with a pairs on each, a = Σ a_g(L) over its
+C = `Cost.dense_seconds(M)`, and T_k the seconds of the slowest group of microbatch k. It takes
+K·C + Σ T_k. Write f_g(a) for a group of g devices with a pairs on each, a = Σ a_g(L) over its
 documents.
 
-**Prices.** f_g is a maximum of straight lines α·a + β with β >= 0 (a hop is hidden, or it is not).
+**Prices.** A group costs least in the program of its own width, which has the fewest hops; f_g is
+its cost there. It is a maximum of lines α·a + β with β >= 0 (a hop is hidden, or it is not).
 So a group of g devices that holds documents S has, for any one of the lines and any function φ with
 Σ_S φ(L / gM) <= 1 whenever Σ_S L <= gM,
 
@@ -51,7 +52,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hcp_jax.dynamic.cost import FORWARD_SHARE, Cost, Ring
+from hcp_jax.dynamic.cost import Cost, Group
 
 _PHI_MIX = (0.0, 0.5, 1.0)  # weight of the step function in φ
 
@@ -76,23 +77,25 @@ def lower_bound(
     if lengths.size == 0:
         return 0.0
     capacity = num_devices * max_tokens_per_device
-    rings = best_rings(sizes, max_tokens_per_device, cost)
+    groups = best_groups(sizes, num_devices, max_tokens_per_device, cost)
     unique, count = np.unique(lengths, return_counts=True)
     dense = cost.dense_seconds(max_tokens_per_device)
 
     total = int(lengths.sum())
     num_microbatches = max(-(-total // capacity), int(np.sum(2 * lengths > capacity)))
-    prices = document_prices(unique, count, rings, max_tokens_per_device, 0.0)
+    prices = document_prices(unique, count, groups, max_tokens_per_device, 0.0)
     big = 2 * unique > capacity
-    least = np.min([_seconds(ring, unique[big], max_tokens_per_device) for ring in rings], axis=0)
+    least = np.min(
+        [_seconds(group, unique[big], max_tokens_per_device) for group in groups], axis=0
+    )
     beside = np.max(prices[~big] / unique[~big], initial=0.0) * (capacity - unique[big])
     with_big = prices.copy()
     with_big[big] = np.maximum(num_devices * least - beside, prices[big])
     average = float(np.sum(with_big * count)) / num_devices
 
-    volume = _volume(unique, count, prices, rings, num_devices, max_tokens_per_device)
+    volume = _volume(unique, count, prices, groups, num_devices, max_tokens_per_device)
 
-    slots = document_prices(unique, count, rings, max_tokens_per_device, dense)
+    slots = document_prices(unique, count, groups, max_tokens_per_device, dense)
     return max(
         num_microbatches * dense + max(average, volume),
         float(np.sum(slots * count)) / num_devices,
@@ -103,7 +106,7 @@ def _volume(
     unique: np.ndarray,
     count: np.ndarray,
     prices: np.ndarray,
-    rings: Sequence[Ring],
+    groups: Sequence[Group],
     num_devices: int,
     max_tokens_per_device: int,
 ) -> float:
@@ -116,7 +119,7 @@ def _volume(
     last = np.searchsorted(after, steps * capacity, side="right")
     num_big = int(np.sum(2 * descending > capacity))
     last = np.concatenate([np.arange(num_big), last[num_big:]])
-    seconds = [_seconds(ring, descending[last], max_tokens_per_device) for ring in rings]
+    seconds = [_seconds(group, descending[last], max_tokens_per_device) for group in groups]
     slowest = np.concatenate([[0.0], np.cumsum(np.min(seconds, axis=0))])
 
     dearest = np.argsort(-prices / unique, kind="stable")
@@ -126,15 +129,15 @@ def _volume(
     return float(price[-1] + np.max(num_devices * slowest - held)) / num_devices
 
 
-def best_rings(sizes: Sequence[int], tokens: int, cost: Cost) -> list[Ring]:
-    """Return the cheapest ring of each size: inside a host if it fits there."""
-    return [cost.ring(size, size > cost.devices_per_host, tokens) for size in sorted(sizes)]
+def best_groups(sizes: Sequence[int], num_devices: int, tokens: int, cost: Cost) -> list[Group]:
+    """Return the cheapest group of each size: in the program of its own width, with fewest hops."""
+    return [cost.group(size, size, num_devices, tokens) for size in sorted(sizes)]
 
 
 def document_prices(
     lengths: np.ndarray,
     count: np.ndarray,
-    rings: Sequence[Ring],
+    groups: Sequence[Group],
     max_tokens_per_device: int,
     slot_seconds: float,
 ) -> np.ndarray:
@@ -143,56 +146,72 @@ def document_prices(
     Args:
         lengths: distinct lengths.
         count: number of documents of each length.
-        rings: one per group size.
+        groups: one per group size.
         max_tokens_per_device: M.
         slot_seconds: seconds of a device added to every group: 0, or the dense seconds.
     """
-    options = [_ring_prices(ring, lengths, max_tokens_per_device, slot_seconds) for ring in rings]
+    options = [
+        _group_prices(group, lengths, max_tokens_per_device, slot_seconds) for group in groups
+    ]
+    # Groups with fewer kinds of transfers have fewer lines: repeat their last row.
+    rows = max(len(option) for option in options)
+    options = [np.pad(o, ((0, rows - len(o)), (0, 0)), mode="edge") for o in options]
     # Any choice of line and φ per size is valid. Start with the best one common to all sizes, then
     # improve one size after another for a few rounds.
     alike = np.sum(np.min(options, axis=0) * count, axis=1)
     start = int(np.argmax(alike))
-    chosen = np.array([of_ring[start] for of_ring in options])
+    chosen = np.array([of_size[start] for of_size in options])
     best = float(alike[start])
     for _ in range(2):
         before = best
-        for i, of_ring in enumerate(options):
+        for i, of_size in enumerate(options):
             others = np.min(np.delete(chosen, i, axis=0), axis=0, initial=np.inf)
-            totals = np.sum(np.minimum(of_ring, others) * count, axis=1)
+            totals = np.sum(np.minimum(of_size, others) * count, axis=1)
             pick = int(np.argmax(totals))
             if totals[pick] > best:
-                best, chosen[i] = float(totals[pick]), of_ring[pick]
+                best, chosen[i] = float(totals[pick]), of_size[pick]
         if best == before:
             break
     return np.min(chosen, axis=0)
 
 
-def _ring_prices(
-    ring: Ring, lengths: np.ndarray, max_tokens_per_device: int, slot_seconds: float
+def _group_prices(
+    group: Group, lengths: np.ndarray, max_tokens_per_device: int, slot_seconds: float
 ) -> np.ndarray:
     """Return prices in groups of one size, a row per line and φ; infinite where it does not fit."""
-    fraction = lengths / (ring.size * max_tokens_per_device)
+    fraction = lengths / (group.size * max_tokens_per_device)
     step = np.where(fraction > 0.5, 1.0, np.where(fraction == 0.5, 0.5, 0.0))
-    work = _pairs(ring, lengths) * ring.work
+    work = _pairs(group, lengths) * group.work
     rows = []
-    for forward in (1.0, 0.0):
-        for backward in (1.0, 0.0):
-            hops = ring.size - 1
-            hidden = forward * FORWARD_SHARE + backward * (1 - FORWARD_SHARE)
-            alpha = 1 - hops / ring.size * hidden
-            beta = hops * (forward * ring.forward_hop + backward * ring.backward_hop) + ring.home
-            for mix in _PHI_MIX:
-                phi = mix * step + (1 - mix) * fraction
-                rows.append(ring.size * (alpha * work + (beta + slot_seconds) * phi))
+    for alpha, beta in lines(group):
+        for mix in _PHI_MIX:
+            phi = mix * step + (1 - mix) * fraction
+            rows.append(group.size * (alpha * work + (beta + slot_seconds) * phi))
     return np.where(fraction <= 1, np.array(rows), np.inf)
 
 
-def _seconds(ring: Ring, lengths: np.ndarray, max_tokens_per_device: int) -> np.ndarray:
-    pairs = _pairs(ring, lengths)
-    seconds = np.array([ring.seconds(p) for p in pairs.tolist()])
-    return np.where(lengths <= ring.size * max_tokens_per_device, seconds, np.inf)
+def lines(group: Group) -> list[tuple[float, float]]:
+    """Return (slope in work, seconds at none) of the lines whose maximum is `Group.seconds`.
+
+    Transfers are hidden one kind after the other as the work grows: first those that take the
+    least time per share of the work.
+    """
+    exposed = sorted(group.hidden, key=lambda move: move[1] / move[0])
+    return [
+        (
+            1 - sum(share * count for share, _, count in exposed[i:]),
+            group.fixed + sum(seconds * count for _, seconds, count in exposed[i:]),
+        )
+        for i in range(len(exposed) + 1)
+    ]
 
 
-def _pairs(ring: Ring, lengths: np.ndarray) -> np.ndarray:
-    padded = (lengths + ring.padding).astype(np.float64)
-    return padded * padded / (2 * ring.size)
+def _seconds(group: Group, lengths: np.ndarray, max_tokens_per_device: int) -> np.ndarray:
+    pairs = _pairs(group, lengths)
+    seconds = np.array([group.seconds(p) for p in pairs.tolist()])
+    return np.where(lengths <= group.size * max_tokens_per_device, seconds, np.inf)
+
+
+def _pairs(group: Group, lengths: np.ndarray) -> np.ndarray:
+    padded = (lengths + group.padding).astype(np.float64)
+    return padded * padded / (2 * group.size)

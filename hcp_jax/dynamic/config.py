@@ -21,10 +21,10 @@ class DynamicConfig:
             fields have no effect.
         max_tokens_per_device: M, tokens of the buffer that a device holds in a microbatch; a group
             of g devices holds documents of g · M tokens.
-        min_cp_size: smallest size of a group.
-        max_cp_size: largest size of a group; null means dp · cp.
-        menu: groupings to compile: "auto" chooses at most 16 for the run's own documents, a number
-            chooses at most that many; or a list of groupings, each a list of sizes.
+        min_cp_size: smallest width of a program.
+        max_cp_size: largest width of a program; null means dp · cp.
+        menu: programs to compile: "auto" chooses those that are worth it for the run's own
+            documents, a number chooses at most that many; or a list of their widths in devices.
         lookahead: number of steps whose documents are scheduled together, to fill buffers better.
         cost: a file that `hcp dynamic calibrate` wrote; null: the run's model on modelled H200s.
         max_seqlen_per_dp_cp_rank: Megatron's name for max_tokens_per_device.
@@ -37,7 +37,7 @@ class DynamicConfig:
     max_tokens_per_device: int | None = field(default=None, metadata=free(least=1, most=MOST))
     min_cp_size: int = field(default=1, metadata=free(least=1, most=MOST))
     max_cp_size: int | None = field(default=None, metadata=free(least=1, most=MOST))
-    menu: Literal["auto"] | int | list[list[int]] = field(
+    menu: Literal["auto"] | int | list[int] = field(
         default="auto", metadata=free(least=1, most=MOST)
     )
     lookahead: int = field(default=1, metadata=numbers(least=1, most=100_000))
@@ -56,7 +56,7 @@ class DynamicConfig:
                 f"Megatron's max_seqlen_per_dp_cp_rank); {what}."
             )
         if self.menu == []:
-            raise ValueError('dynamic.menu holds no layout; give at least one, or "auto".')
+            raise ValueError('dynamic.menu holds no width; give at least one, or "auto".')
 
     @property
     def tokens(self) -> int:
@@ -65,26 +65,26 @@ class DynamicConfig:
         return next(value for value in given if value is not None)
 
     @property
-    def layouts(self) -> tuple[groupings.Layout, ...] | None:
-        """Return the menu if it is a list of groupings, else None."""
-        if not isinstance(self.menu, list):
-            return None
-        return tuple(dict.fromkeys(tuple(layout) for layout in self.menu))
+    def widths(self) -> tuple[int, ...] | None:
+        """Return the menu if it is a list of widths, else None."""
+        return tuple(sorted(set(self.menu))) if isinstance(self.menu, list) else None
 
-    def check_sizes(self, num_devices: int) -> int:
-        """Check the sizes against a number of devices, and return the widest possible group size.
+    def check_sizes(self, num_devices: int, devices_per_host: int, lanes: int) -> int:
+        """Check the sizes against the devices, and return the width of the widest program.
+
+        Args:
+            num_devices: devices along dp and cp.
+            devices_per_host: how many of them share a host.
+            lanes: devices that exchange heads with each other; 1 if none do.
 
         Raises:
-            ValueError: if no grouping fits, or one of the menu does not.
+            ValueError: if no program has a width in the bounds, or one of the menu is none of them.
         """
-        sizes = groupings.group_sizes(num_devices, self.min_cp_size, self.max_cp_size)
-        if self.layouts is None:
-            return sizes[-1]
-        for layout in self.layouts:
-            groupings.check_layout(layout, num_devices)
-            if min(layout) < sizes[0] or max(layout) > sizes[-1]:
-                raise ValueError(
-                    f"dynamic.menu: {groupings.describe(layout)} has groups outside of min_cp_size="
-                    f"{sizes[0]} to max_cp_size={sizes[-1]}."
-                )
-        return max(max(layout) for layout in self.layouts)
+        widths = groupings.bounded(
+            groupings.widths(num_devices, devices_per_host, lanes),
+            self.min_cp_size,
+            num_devices if self.max_cp_size is None else self.max_cp_size,
+        )
+        if self.widths is None:
+            return widths[-1]
+        return groupings.check_menu(self.widths, widths, "dynamic.menu")[-1]

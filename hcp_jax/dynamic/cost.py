@@ -1,25 +1,31 @@
 """Model the seconds of a microbatch; the scheduler minimises them.
 
-A microbatch is one compiled program in which every device holds one buffer of T tokens, and its
-devices are cut into rings, each with its own documents. It takes
+A microbatch runs the program of its widest group. Every device holds one buffer of T tokens. It
+takes
 
     seconds_per_microbatch                    fixed
     + T · seconds_per_token                   all work that is linear in tokens, with padding
-    + max over rings of                       the other rings wait for the slowest
-        pairs · seconds_per_pair              attention, on each device of the ring
+    + exchange of heads                       over the program's lanes, q, k, v and the output
+    + max over groups of                      the other groups wait for the slowest
+        pairs · seconds_per_pair              attention, on each device of the group
         + Σ over hops of max(0, transfer - attention of one hop)      the part that is not hidden
 
-Zigzag cuts a document of L tokens into 2g chunks, so each of g devices attends to L² / 2g pairs. A
-kernel computes whole tiles: a chunk of L / 2g tokens is rounded up by half a tile on average, which
-gives the pairs of a document of L + g · tile tokens. So short documents need few devices even where
-links are free.
+A program of `widest` devices exchanges heads over A = gcd(widest, lanes) of them and has
+W = widest / A members. A group of w members cuts a document of L tokens zigzag into 2w chunks, and
+each lane of a member computes a share of the heads: each of its devices attends to L² / 2g pairs,
+with g = w·A. A kernel computes whole tiles: a chunk of L / 2w tokens is rounded up by half a tile
+on average, which gives the pairs of a document of L + w · tile tokens.
 
-A ring of g devices makes g - 1 hops forward and g - 1 backward, and one more that brings dk and dv
-home. Each hop moves the whole buffer's K and V (shapes are static); backward, float32 dk and dv
-travel along. The slowest link of a ring decides, so a ring that leaves its host runs at the speed
-of the network. A ring without documents still makes its hops: collectives are unconditional.
+K and V make W - 1 hops forward and W - 1 backward, dk and dv (float32) W - 1 moves home.
+Collectives are static, so all members make all of them with whole buffers, whatever their own group
+has left to do. The first w hops of a group run beside its attention, the others beside nothing.
+Hops between members of one host use NVLink, all others the network. Backward, dk and dv of a hop
+travel with the K and V of the next one; the last dk and dv go home alone, which nothing hides.
 
-Times are linear in the parameters once it is known which ring is slowest and which hops are
+The exchange of heads is hidden by nothing if heads are exchanged at once; in n chunks of heads,
+1 / n of it stays exposed (the first chunk going in, the last coming out).
+
+Times are linear in the parameters once it is known which group is slowest and which hops are
 hidden, so `Cost.calibrate` fits them to timed microbatches by least squares.
 """
 
@@ -35,6 +41,7 @@ from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import BACKWARD, ModelShape
 from hcp_jax.cost.traffic import GRADIENT_BYTES, ITEM_BYTES
 from hcp_jax.hardware import GPU, gpu
+from hcp_jax.sequence import groupings
 
 # Share of forward in an attention kernel's time, by FLOPs.
 FORWARD_SHARE = 1 / (1 + BACKWARD)
@@ -52,25 +59,43 @@ MICROBATCH_SECONDS = 2e-3
 DEFAULT_MODEL, DEFAULT_GPU = "gpt-12x2048", "h200"
 
 
-class Ring(NamedTuple):
-    """Cost of one ring of devices, with all constants multiplied out.
+class Move(NamedTuple):
+    """Equal transfers of a program, as a group sees them.
+
+    Attributes:
+        share: share of the group's attention that runs beside each of them; 0 if nothing does.
+        seconds: seconds of one transfer.
+        count: number of transfers.
+        latencies: latencies in one transfer.
+        bytes: bytes that a device sends in one transfer.
+        across: True if it uses the network, False if it stays inside a host.
+    """
+
+    share: float
+    seconds: float
+    count: int
+    latencies: int
+    bytes: float
+    across: bool
+
+
+class Group(NamedTuple):
+    """Cost of one group in a program, with all constants multiplied out.
 
     Attributes:
         size: number of devices.
-        crosses: True if the ring spans several hosts.
+        members: number of members.
         work: seconds per (query, key) pair on one device.
-        forward_hop: seconds of one transfer forward.
-        backward_hop: seconds of one transfer backward.
-        home: seconds of the last transfer, which nothing hides.
+        fixed: seconds of the transfers that no attention hides.
+        hidden: (share of the attention, seconds, count) of the other transfers.
         padding: tokens that rounding to tiles adds to a document.
     """
 
     size: int
-    crosses: bool
+    members: int
     work: float
-    forward_hop: float
-    backward_hop: float
-    home: float
+    fixed: float
+    hidden: tuple[tuple[float, float, int], ...]
     padding: int
 
     def pairs(self, length: int) -> float:
@@ -81,25 +106,25 @@ class Ring(NamedTuple):
     def seconds(self, pairs: float) -> float:
         """Return the seconds for `pairs` pairs per device; increasing and convex in `pairs`."""
         work = pairs * self.work
-        if self.size == 1:
-            return work
-        forward = self.forward_hop - work * FORWARD_SHARE / self.size
-        backward = self.backward_hop - work * (1 - FORWARD_SHARE) / self.size
-        exposed = (forward if forward > 0 else 0.0) + (backward if backward > 0 else 0.0)
-        return work + (self.size - 1) * exposed + self.home
+        total = work + self.fixed
+        for share, seconds, count in self.hidden:
+            exposed = seconds - share * work
+            if exposed > 0.0:
+                total += count * exposed
+        return total
 
 
 class TimedMicrobatch(NamedTuple):
     """Timed microbatch, for `Cost.calibrate`.
 
     Attributes:
-        layout: group sizes in device order.
+        grouping: group sizes in device order.
         lengths: the lengths of each group's documents.
         tokens: tokens of each device's buffer, with padding.
         seconds: measured seconds, forward and backward.
     """
 
-    layout: tuple[int, ...]
+    grouping: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...]
     tokens: int
     seconds: float
@@ -115,6 +140,7 @@ def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
         "seconds_per_token": linear_flops / (LINEAR_SHARE * on.product_rate.value),
         "seconds_per_microbatch": MICROBATCH_SECONDS,
         "kv_bytes_per_token": 2 * _ITEM_BYTES * model.num_layers * model.kv_width / tp,
+        "q_bytes_per_token": _ITEM_BYTES * model.num_layers * model.query_width / tp,
         "seconds_per_byte_inside": 1 / on.nvlink.rate.value,
         "seconds_per_byte_across": 1 / on.network.rate.value,
         "seconds_per_hop": model.num_layers * on.nvlink.latency,
@@ -122,6 +148,7 @@ def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
 
 
 _DEFAULTS = _parameters(model_shape(DEFAULT_MODEL), gpu(DEFAULT_GPU), tp=1)
+_DEFAULT_KV_HEADS = model_shape(DEFAULT_MODEL).num_kv_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,94 +163,153 @@ class Cost:
         seconds_per_token: seconds of everything else for one token.
         seconds_per_microbatch: fixed seconds of a microbatch.
         kv_bytes_per_token: bytes of K and V of one token, all layers.
+        q_bytes_per_token: bytes of the queries of one token, all layers.
         seconds_per_byte_inside: seconds per byte of a transfer inside a host.
         seconds_per_byte_across: seconds per byte of a transfer between hosts.
         seconds_per_hop: latency of one transfer, summed over layers.
         tile: kernels round a chunk up to a multiple of this number of tokens.
         devices_per_host: devices that share a host; device d is on host d // devices_per_host.
+        lanes: devices that exchange heads with each other: the greatest common divisor of cp_inner
+            and the query heads of a device; 1 for comm types that exchange none. It is lowered to
+            a divisor of the number of devices.
+        kv_heads: key and value heads of a device before the exchange; they are replicated until
+            the lanes divide them.
+        head_chunks: chunks of heads that are exchanged one after the other.
     """
 
     seconds_per_pair: float = _DEFAULTS["seconds_per_pair"]
     seconds_per_token: float = _DEFAULTS["seconds_per_token"]
     seconds_per_microbatch: float = _DEFAULTS["seconds_per_microbatch"]
     kv_bytes_per_token: float = _DEFAULTS["kv_bytes_per_token"]
+    q_bytes_per_token: float = _DEFAULTS["q_bytes_per_token"]
     seconds_per_byte_inside: float = _DEFAULTS["seconds_per_byte_inside"]
     seconds_per_byte_across: float = _DEFAULTS["seconds_per_byte_across"]
     seconds_per_hop: float = _DEFAULTS["seconds_per_hop"]
     tile: int = 64
     devices_per_host: int = 8
+    lanes: int = 8
+    kv_heads: int = _DEFAULT_KV_HEADS
+    head_chunks: int = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = checks.number(f"Cost.{field.name}", getattr(self, field.name))
             if value < 0:
                 raise ValueError(f"Cost.{field.name} must be 0 or greater, got {value}.")
-        checks.integer("Cost.devices_per_host", self.devices_per_host, least=1)
+        for name in ("devices_per_host", "lanes", "kv_heads", "head_chunks"):
+            checks.integer(f"Cost.{name}", getattr(self, name), least=1)
 
-    def crosses(self, first: int, size: int) -> bool:
-        """Return whether devices `first` to `first + size - 1` are on more than one host."""
-        return first // self.devices_per_host != (first + size - 1) // self.devices_per_host
+    def chain(self, num_devices: int) -> tuple[int, ...]:
+        """Return the sizes of groups with whole members; see `groupings.chain`."""
+        lanes = self.lanes_of(num_devices, num_devices)
+        return groupings.chain(num_devices, self.devices_per_host, lanes)
 
-    def ring(self, size: int, crosses: bool, tokens: int) -> Ring:
-        """Return the ring of `size` devices whose transfers move `tokens` tokens each."""
-        per_byte = self.seconds_per_byte_across if crosses else self.seconds_per_byte_inside
-        transfer = tokens * self.kv_bytes_per_token * per_byte
-        hop = self.seconds_per_hop
-        return Ring(
+    def widths(self, num_devices: int) -> tuple[int, ...]:
+        """Return the widths that programs may have; see `groupings.widths`."""
+        lanes = self.lanes_of(num_devices, num_devices)
+        return groupings.widths(num_devices, self.devices_per_host, lanes)
+
+    def lanes_of(self, widest: int, num_devices: int) -> int:
+        """Return the lanes of the program of width `widest`."""
+        return groupings.program_lanes(widest, math.gcd(self.lanes, num_devices))
+
+    def moves(self, size: int, widest: int, num_devices: int, tokens: int) -> list[Move]:
+        """List the transfers of a program as a group of `size` devices sees them.
+
+        Args:
+            size: devices of the group.
+            widest: width of the program.
+            num_devices: all devices.
+            tokens: tokens of each device's buffer.
+        """
+        lanes = self.lanes_of(widest, num_devices)
+        members, own = widest // lanes, size // lanes
+        per_host = num_devices
+        if num_devices > self.devices_per_host:
+            per_host = math.gcd(num_devices, self.devices_per_host)
+        kv = tokens * self.kv_bytes_per_token * math.lcm(self.kv_heads, lanes) / self.kv_heads
+        moves = []
+
+        def add(share: float, count: int, size: float, across: bool, latencies: int = 1) -> None:
+            per_byte = self.seconds_per_byte_across if across else self.seconds_per_byte_inside
+            seconds = latencies * self.seconds_per_hop + size * per_byte
+            if count > 0:
+                moves.append(Move(share, seconds, count, latencies, size, across))
+
+        if lanes > 1:
+            # q, k and v go in and the output comes back; backward likewise with their gradients.
+            both = 2 * (2 * tokens * self.q_bytes_per_token + kv) * (lanes - 1) / lanes
+            add(0.0, 1, both / self.head_chunks, per_host % lanes > 0, latencies=4)
+        inside = max(1, math.gcd(widest, per_host) // lanes)
+        grads = HOME_TRAFFIC * kv
+        for first, last, across in ((1, inside, False), (inside, members, True)):
+            for beside in (True, False):
+                low, high = (first, min(last, own + 1)) if beside else (max(first, own + 1), last)
+                forward, backward = (FORWARD_SHARE / own, (1 - FORWARD_SHARE) / own)
+                forward, backward = (forward, backward) if beside else (0.0, 0.0)
+                ends = low < high == members  # the last hop, whose dk and dv go home alone
+                add(forward, high - low, kv, across)
+                add(backward, high - low - ends, kv + grads, across)
+                add(backward, int(ends), kv, across)
+                add(0.0, int(ends), grads, across)
+        return moves
+
+    def group(self, size: int, widest: int, num_devices: int, tokens: int) -> Group:
+        """Return the cost of a group of `size` devices in a program; arguments as in `moves`."""
+        moves = self.moves(size, widest, num_devices, tokens)
+        members = size // self.lanes_of(widest, num_devices)
+        return Group(
             size=size,
-            crosses=crosses,
+            members=members,
             work=self.seconds_per_pair,
-            forward_hop=hop + transfer,
-            backward_hop=hop + BACKWARD_TRAFFIC * transfer,
-            home=hop + HOME_TRAFFIC * transfer if size > 1 else 0.0,
-            padding=size * self.tile,
+            fixed=sum(move.count * move.seconds for move in moves if not move.share),
+            hidden=tuple((m.share, m.seconds, m.count) for m in moves if m.share),
+            padding=members * self.tile,
         )
 
-    def rings(self, layout: Sequence[int], tokens: int) -> list[Ring]:
-        """Return the rings of a grouping over devices 0, 1, …; `tokens` as in `ring`."""
-        known: dict[tuple[int, bool], Ring] = {}
-        rings, first = [], 0
-        for size in layout:
-            key = size, self.crosses(first, size)
-            if key not in known:
-                known[key] = self.ring(*key, tokens)
-            rings.append(known[key])
-            first += size
-        return rings
+    def groups(self, grouping: Sequence[int], tokens: int) -> list[Group]:
+        """Return the costs of a grouping's groups; `tokens` as in `moves`."""
+        widest, num_devices = max(grouping), sum(grouping)
+        known = {size: self.group(size, widest, num_devices, tokens) for size in set(grouping)}
+        return [known[size] for size in grouping]
+
+    def network_bytes(self, grouping: Sequence[int], tokens: int) -> float:
+        """Return the bytes that each device sends over the network in one microbatch."""
+        moves = self.moves(max(grouping), max(grouping), sum(grouping), tokens)
+        return sum(move.count * move.bytes for move in moves if move.across)
 
     def dense_seconds(self, tokens: int) -> float:
         """Return the seconds of a microbatch without attention, with buffers of `tokens` tokens."""
         return self.seconds_per_microbatch + tokens * self.seconds_per_token
 
     def group_seconds(
-        self, layout: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
+        self, grouping: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
     ) -> list[float]:
         """Return the seconds of attention and exposed transfers of every group.
 
         Args:
-            layout: group sizes in device order.
+            grouping: group sizes in device order.
             lengths: the lengths of each group's documents.
             tokens: tokens of each device's buffer.
         """
-        rings = self.rings(layout, tokens)
         return [
-            ring.seconds(sum(ring.pairs(length) for length in documents))
-            for ring, documents in zip(rings, lengths, strict=True)
+            group.seconds(sum(group.pairs(length) for length in documents))
+            for group, documents in zip(self.groups(grouping, tokens), lengths, strict=True)
         ]
 
     def microbatch_seconds(
-        self, layout: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
+        self, grouping: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
     ) -> float:
         """Return the seconds of one microbatch; arguments as in `group_seconds`."""
-        return self.dense_seconds(tokens) + max(self.group_seconds(layout, lengths, tokens))
+        return self.dense_seconds(tokens) + max(self.group_seconds(grouping, lengths, tokens))
 
     def calibrate(self, rows: Sequence[TimedMicrobatch]) -> "Cost":
         """Return the cost that fits timed microbatches best, by relative least squares.
 
-        Which ring is slowest and which hops are hidden depends on the parameters, so the fit is
+        Which group is slowest and which hops are hidden depends on the parameters, so the fit is
         repeated until that no longer changes, at most 50 times; the best fit is kept. A parameter
         that the rows do not determine keeps its value: seconds_per_token if all rows have buffers
-        of one size, a link if no row has a ring on it.
+        of one size, a link if no row uses it.
 
         Args:
             rows: timed microbatches, as varied as possible; at least one.
@@ -245,7 +331,7 @@ class Cost:
         return best
 
     def _misfit(self, rows: Sequence[TimedMicrobatch]) -> float:
-        modelled = (self.microbatch_seconds(row.layout, row.lengths, row.tokens) for row in rows)
+        modelled = (self.microbatch_seconds(row.grouping, row.lengths, row.tokens) for row in rows)
         return sum((m / row.seconds - 1) ** 2 for m, row in zip(modelled, rows, strict=True))
 
     def _fit(self, rows: Sequence[TimedMicrobatch]) -> "Cost":
@@ -269,25 +355,18 @@ class Cost:
 
     def _features(self, row: TimedMicrobatch) -> np.ndarray:
         """Return the factor of each of `_FITTED` in the modelled seconds of `row`."""
-        seconds = self.group_seconds(row.layout, row.lengths, row.tokens)
+        seconds = self.group_seconds(row.grouping, row.lengths, row.tokens)
         slowest = int(np.argmax(seconds))
-        ring = self.rings(row.layout, row.tokens)[slowest]
-        pairs = sum(ring.pairs(length) for length in row.lengths[slowest])
-        hops = transfers = hidden = 0.0
-        if ring.size > 1:
-            work = pairs * ring.work / ring.size
-            hops, transfers = 1.0, float(HOME_TRAFFIC)
-            for share, hop, traffic in (
-                (FORWARD_SHARE, ring.forward_hop, 1),
-                (1 - FORWARD_SHARE, ring.backward_hop, BACKWARD_TRAFFIC),
-            ):
-                if hop > work * share:
-                    hops += ring.size - 1
-                    transfers += (ring.size - 1) * traffic
-                    hidden += (ring.size - 1) * share / ring.size
-        moved = transfers * row.tokens * self.kv_bytes_per_token
-        links = (0.0, moved) if ring.crosses else (moved, 0.0)
-        return np.array([pairs * (1 - hidden), row.tokens, 1.0, hops, *links])
+        group = self.groups(row.grouping, row.tokens)[slowest]
+        pairs = sum(group.pairs(length) for length in row.lengths[slowest])
+        latencies = hidden = 0.0
+        sent = [0.0, 0.0]  # bytes inside hosts and across
+        for move in self.moves(group.size, max(row.grouping), sum(row.grouping), row.tokens):
+            if not move.share or move.seconds > move.share * pairs * group.work:
+                latencies += move.count * move.latencies
+                sent[move.across] += move.count * move.bytes
+                hidden += move.count * move.share
+        return np.array([pairs * (1 - hidden), row.tokens, 1.0, latencies, *sent])
 
 
 _FITTED = (
@@ -313,6 +392,7 @@ def model_cost(
     *,
     tp: int = 1,
     devices_per_host: int = 8,
+    lanes: int | None = None,
 ) -> Cost:
     """Return the cost of training a model in bfloat16, without recomputation.
 
@@ -322,6 +402,8 @@ def model_cost(
         tp: devices that share each layer's weights and heads; the devices of the cost are such
             groups of tp.
         devices_per_host: how many of them share a host.
+        lanes: devices that exchange heads with each other; if None, as many devices of a host as
+            divide the query heads of a device.
 
     Raises:
         ValueError: if there is no model or GPU of that name.
@@ -329,7 +411,13 @@ def model_cost(
     >>> model_cost("llama3-8b").seconds_per_token > model_cost("gpt-12x2048").seconds_per_token
     True
     """
-    parameters: dict[str, Any] = _parameters(
-        model_shape(model), gpu(on) if isinstance(on, str) else on, tp
+    shape = model_shape(model)
+    parameters: dict[str, Any] = _parameters(shape, gpu(on) if isinstance(on, str) else on, tp)
+    if lanes is None:
+        lanes = math.gcd(devices_per_host, max(1, shape.num_heads // tp))
+    return Cost(
+        **parameters,
+        devices_per_host=devices_per_host,
+        lanes=lanes,
+        kv_heads=max(1, shape.num_kv_heads // tp),
     )
-    return Cost(**parameters, devices_per_host=devices_per_host)

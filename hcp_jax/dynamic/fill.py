@@ -5,17 +5,19 @@ the longest document that it has room for. `Unscheduled` finds that document in 
 time, so the time of scheduling grows linearly with the number of documents.
 """
 
+import dataclasses
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from hcp_jax.dynamic.cost import Cost, Ring
-from hcp_jax.sequence.groupings import Layout
-from hcp_jax.sequence.packing import max_documents_per_ring
+from hcp_jax.dynamic.cost import Cost, Group
+from hcp_jax.sequence.groupings import Grouping
+from hcp_jax.sequence.packing import max_documents
 
 
-class Problem(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Problem:
     """Fixed data of the search for a schedule.
 
     The rank of a document is its index in ascending order of length.
@@ -27,21 +29,34 @@ class Problem(NamedTuple):
     num_devices: int
     tokens: int  # M
     cost: Cost
-    sizes: tuple[int, ...]  # ascending
-    rings: list[Ring]  # the best of each size, ascending
+    menu: tuple[int, ...]  # widths of the programs that may be used
+    smallest: int  # the smallest group beside wider ones
+    best: list[Group]  # the cheapest group of each possible size, ascending
+    known: dict[tuple[int, int], Group] = dataclasses.field(default_factory=dict)
+
+    def group(self, size: int, widest: int) -> Group:
+        """Return the cost of a group in a program."""
+        key = size, widest
+        if key not in self.known:
+            self.known[key] = self.cost.group(*key, self.num_devices, self.tokens)
+        return self.known[key]
+
+    def most(self, group: Group) -> int:
+        """Return the most documents that a group may hold; one member holds any number."""
+        return max_documents(self.tokens) if group.members > 1 else len(self.lengths)
 
 
 class Filled(NamedTuple):
     """Planned microbatch.
 
     Attributes:
-        layout: group sizes in device order.
+        grouping: group sizes in device order.
         groups: ranks of each group's documents.
         seconds: modelled seconds.
         value: share of its documents in the lower bound, in seconds.
     """
 
-    layout: Layout
+    grouping: Grouping
     groups: list[list[int]]
     seconds: float
     value: float
@@ -87,42 +102,41 @@ class Unscheduled:
             self.count -= 1
 
 
-def fill(
-    problem: Problem, unscheduled: Unscheduled, layout: Layout, rings: Sequence[Ring]
-) -> Filled:
+def fill(problem: Problem, unscheduled: Unscheduled, grouping: Grouping) -> Filled:
     """Fill a grouping: the group with the least work takes the longest document it has room for.
 
     `unscheduled` is not modified, because several groupings are filled before one is chosen.
     """
     lengths, values = problem.lengths, problem.values
     left = unscheduled.count
-    room = [size * problem.tokens for size in layout]
-    pairs = [0.0] * len(layout)
-    inside: list[list[int]] = [[] for _ in layout]
-    most = max_documents_per_ring(problem.tokens)
+    groups = [problem.group(size, grouping[0]) for size in grouping]
+    most = [problem.most(group) for group in groups]
+    room = [size * problem.tokens for size in grouping]
+    pairs = [0.0] * len(grouping)
+    inside: list[list[int]] = [[] for _ in grouping]
     value = slowest = 0.0
     taken: dict[int, int] = {}  # node of a document taken here -> a lower node to go on from
     # Among groups of equal work the widest comes first, so that it gets the longest document.
-    heap = [(ring.seconds(0.0), -ring.size, group) for group, ring in enumerate(rings)]
+    heap = [(group.seconds(0.0), -group.size, number) for number, group in enumerate(groups)]
     heapq.heapify(heap)
     while heap and left:
-        _, width, group = heap[0]
-        node = unscheduled.find(bisect_right(lengths, room[group]))
+        _, width, number = heap[0]
+        node = unscheduled.find(bisect_right(lengths, room[number]))
         while node in taken:
             below = unscheduled.find(taken[node])
             taken[node] = taken.get(below, below)  # shorten the path for the next search
             node = below
-        if node == 0 or (width < -1 and len(inside[group]) == most):
+        if node == 0 or len(inside[number]) == most[number]:
             slowest = max(slowest, heapq.heappop(heap)[0])
             continue
         taken[node], left = node - 1, left - 1
         rank = node - 1
-        length, ring = lengths[rank], rings[group]
-        room[group] -= length
-        pairs[group] += ring.pairs(length)
+        length, group = lengths[rank], groups[number]
+        room[number] -= length
+        pairs[number] += group.pairs(length)
         value += values[rank]
-        inside[group].append(rank)
-        heapq.heapreplace(heap, (ring.seconds(pairs[group]), width, group))
+        inside[number].append(rank)
+        heapq.heapreplace(heap, (group.seconds(pairs[number]), width, number))
     slowest = max([slowest, *(item[0] for item in heap)])
     dense = problem.cost.dense_seconds(problem.tokens)
-    return Filled(layout, inside, dense + slowest, value)
+    return Filled(grouping, inside, dense + slowest, value)

@@ -46,25 +46,25 @@ def draw(plan: "Schedule", axes: "Axes | None" = None) -> "Axes":
     now = 0.0
     seconds = plan.microbatch_seconds
     for mb, took in zip(plan.microbatches, seconds, strict=True):
-        rings = plan.cost.rings(mb.layout, plan.max_tokens_per_device)
+        groups = plan.cost.groups(mb.grouping, plan.max_tokens_per_device)
         first = 0
-        for ring, held in zip(rings, mb.documents, strict=True):
+        for group, held in zip(groups, mb.documents, strict=True):
             left = now
             pairs = used = 0.0
             for document in held:
                 length = plan.lengths[document]
-                pairs += ring.pairs(length)
-                used += length / ring.size
-                width = ring.pairs(length) * ring.work
-                width += length / ring.size * plan.cost.seconds_per_token
-                box("document", left, width, first, ring.size, _colour(document, length, plan))
+                pairs += group.pairs(length)
+                used += length / group.size
+                width = group.pairs(length) * group.work
+                width += length / group.size * plan.cost.seconds_per_token
+                box("document", left, width, first, group.size, _colour(document, length, plan))
                 left += width
             padding = plan.max_tokens_per_device - used
             width = plan.cost.seconds_per_microbatch + padding * plan.cost.seconds_per_token
-            box("pad", left, width, first, ring.size, "#dddddd")
-            width_hops = ring.seconds(pairs) - pairs * ring.work
-            box("hop", left + width, width_hops, first, ring.size, "#ffffff")
-            first += ring.size
+            box("pad", left, width, first, group.size, "#dddddd")
+            width_hops = group.seconds(pairs) - pairs * group.work
+            box("hop", left + width, width_hops, first, group.size, "#ffffff")
+            first += group.size
         now += took
 
     edge: dict[str, Any] = {
@@ -109,7 +109,7 @@ def _finish(plan: "Schedule", axes: "Axes", now: float, seconds: tuple[float, ..
     for mb, took in zip(plan.microbatches, seconds, strict=True):
         axes.axvline(left + took, color="black", linewidth=0.8)
         if took >= 0.05 * now:  # about the width of the text
-            label = groupings.describe(mb.layout)
+            label = groupings.describe(mb.grouping)
             axes.text(
                 left + took / 2, -0.015 * plan.num_devices, label, ha="center", va="bottom", size=8
             )

@@ -1,13 +1,13 @@
-"""Choose a menu of groupings for many batches, and schedule several batches together.
+"""Choose the programs to compile for many batches, and schedule several batches together.
 
 `scheduler.schedule` looks at one batch. This module looks across batches. Training compiles its
-menu once, before the first step, so the menu must also serve later batches. And the tokens of a
-batch are rarely a multiple of what the devices hold, so its last microbatch is partly empty unless
-several batches are scheduled together.
+programs before the first step, so they must also serve later batches. And the tokens of a batch are
+rarely a multiple of what the devices hold, so its last microbatch is partly empty unless several
+batches are scheduled together.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +15,11 @@ import numpy as np
 from hcp_jax.base import checks
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.plan import Schedule
-from hcp_jax.dynamic.scheduler import MAX_MENU, check_lengths, schedule
-from hcp_jax.sequence import groupings
-from hcp_jax.sequence.groupings import Layout
+from hcp_jax.dynamic.scheduler import check_lengths, program_widths, schedule
 from hcp_jax.sequence.packing import Microbatch
+
+_WORTH = 2e-3
+"""Share of the modelled time that a program must save to be worth compiling."""
 
 
 class Step(NamedTuple):
@@ -40,13 +41,12 @@ def choose_menu(
     min_cp_size: int = 1,
     max_cp_size: int | None = None,
     cost: Cost | None = None,
-    max_layouts: int = MAX_MENU,
-) -> tuple[Layout, ...]:
-    """Choose the groupings that training should compile, for batches like these.
+    max_programs: int | None = None,
+) -> tuple[int, ...]:
+    """Choose the programs that training should compile, for batches like these.
 
-    Candidates are the groupings that the batches choose for themselves, groupings of equal sizes,
-    and groupings of two neighbouring sizes on halves, quarters and eighths of the devices, which
-    suit other batches too. The groupings that take most of the modelled time are kept.
+    Programs are removed one after another, the one that saves least first, until each of those that
+    are left saves 0.2 % of the modelled time and there are at most `max_programs`.
 
     Args:
         batches: lengths of the documents of each sample batch; a few dozen batches are enough.
@@ -55,44 +55,41 @@ def choose_menu(
         min_cp_size: as in `schedule`.
         max_cp_size: as in `schedule`.
         cost: as in `schedule`.
-        max_layouts: most groupings in the menu, which is the number of programs to compile.
+        max_programs: most programs to compile; any number if None (there are never many: one for
+            each width of `Cost.widths`).
 
     Returns:
-        The menu, widest groups first. It always contains a grouping with the widest possible group,
-        so that every document that fits at all can be trained on.
+        Widths in devices, ascending. The widest possible one is always among them, so that every
+        document that fits at all can be trained on.
 
     Raises:
-        ValueError: as `schedule`; and if there are no batches, or max_layouts is less than 1.
+        ValueError: as `schedule`; and if there are no batches, or max_programs is less than 1.
+
+    >>> choose_menu([[2000, 150, 900, 700]], num_devices=8, max_tokens_per_device=512)
+    (8,)
     """
     samples = [check_lengths(batch) for batch in batches]
-    max_layouts = checks.integer("max_layouts", max_layouts, least=1)
     if not samples:
         raise ValueError("choose_menu needs at least one batch.")
     cost = Cost() if cost is None else cost
-    limits = num_devices, max_tokens_per_device, min_cp_size, max_cp_size
+    menu = program_widths(cost, num_devices, min_cp_size, max_cp_size)
+    most = len(menu)
+    if max_programs is not None:
+        most = checks.integer("max_programs", max_programs, least=1)
 
-    def plans(menu: Sequence[Layout] | None) -> list[Schedule]:
-        return [schedule(sample, *limits, menu=menu, cost=cost) for sample in samples]
+    def seconds(menu: Sequence[int]) -> float:
+        limits = num_devices, max_tokens_per_device, min_cp_size, max_cp_size
+        plans = (schedule(sample, *limits, menu=menu, cost=cost) for sample in samples)
+        return sum(plan.modelled_seconds for plan in plans)
 
-    sizes = groupings.group_sizes(num_devices, min_cp_size, max_cp_size)
-    free = plans(None)
-    # Skip mixes with groups wider than any batch chose; only the fallback may be wider.
-    widest = max((max(mb.layout) for plan in free for mb in plan.microbatches), default=sizes[0])
-    fallback = groupings.canonical(
-        groupings.uniform(sizes[-1], num_devices, sizes), cost.devices_per_host
-    )
-    tried = _mixes(num_devices, [s for s in sizes if s <= widest], sizes, cost.devices_per_host)
-    own = {mb.layout: None for plan in free for mb in plan.microbatches}
-    menu = tuple(dict.fromkeys([fallback, *own, *tried]))
-    while True:
-        used = _seconds_by_layout(plans(menu))
-        ranked = sorted(used, key=lambda layout: (-used[layout], layout))
-        # Remove in halves: how the rest is then used shows which of the others are needed.
-        keep = max(max_layouts, len(menu) // 2)
-        kept = [layout for layout in ranked if layout != fallback][: keep - 1]
-        if len(menu) <= max_layouts:
-            return tuple(sorted([*kept, fallback], reverse=True))
-        menu = (fallback, *kept)
+    now = seconds(menu)
+    while len(menu) > 1:
+        shorter = [tuple(w for w in menu if w != width) for width in menu[:-1]]
+        took, best = min((seconds(menu), menu) for menu in shorter)
+        if len(menu) <= most and took > now * (1 + _WORTH):
+            break
+        menu, now = best, took
+    return menu
 
 
 def schedule_batches(
@@ -101,7 +98,7 @@ def schedule_batches(
     max_tokens_per_device: int = 2048,
     min_cp_size: int = 1,
     max_cp_size: int | None = None,
-    menu: Iterable[Sequence[int]] | None = None,
+    menu: Iterable[int] | None = None,
     cost: Cost | None = None,
     seed: int = 0,
 ) -> tuple[Step, ...]:
@@ -163,7 +160,7 @@ def _step(
         max_tokens_per_device=together.max_tokens_per_device,
         menu=together.menu,
         microbatches=tuple(
-            Microbatch(mb.layout, tuple(tuple(renamed[d] for d in g) for g in mb.documents))
+            dataclasses.replace(mb, documents=_renamed(mb.documents, renamed))
             for mb in microbatches
         ),
         cost=together.cost,
@@ -172,24 +169,7 @@ def _step(
     return Step(plan, tuple(sources[d] for d in held))
 
 
-def _mixes(
-    num_devices: int, wanted: Sequence[int], sizes: tuple[int, ...], devices_per_host: int
-) -> list[Layout]:
-    """Return groupings of equal sizes, and of two neighbouring sizes on eighths of the devices."""
-    mixes = [groupings.uniform(size, num_devices, sizes) for size in wanted]
-    can = groupings.composable(num_devices, sizes)
-    for narrow, wide in itertools.pairwise(wanted):
-        for eighths in range(1, 8):
-            wides = [wide] * (num_devices * eighths // (8 * wide))
-            narrows = [narrow] * ((num_devices - sum(wides)) // narrow)
-            if wides and can[num_devices - sum(wides) - sum(narrows)]:
-                mixes.append(groupings.complete([*wides, *narrows], num_devices, sizes))
-    return list(dict.fromkeys(groupings.canonical(mix, devices_per_host) for mix in mixes))
-
-
-def _seconds_by_layout(plans: Iterable[Schedule]) -> dict[Layout, float]:
-    used: dict[Layout, float] = {}
-    for plan in plans:
-        for mb, seconds in zip(plan.microbatches, plan.microbatch_seconds, strict=True):
-            used[mb.layout] = used.get(mb.layout, 0.0) + seconds
-    return used
+def _renamed(
+    documents: Iterable[Sequence[int]], names: Mapping[int, int]
+) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(names[d] for d in group) for group in documents)

@@ -8,34 +8,37 @@ together. Groups end up full, because nearly every gap has a document that fits 
 whose hops cost time even when empty, take documents only while that time is hidden.
 
 The grouping with the highest efficiency is kept: the minimum cost of its documents
-(`bound.document_prices`, their share of the lower bound) over the seconds of the microbatch.
+(`bound.document_prices`, their share of the lower bound) over the seconds of the microbatch. It
+decides the program too, which is that of the widest group.
 
 Only the order of documents of equal length is random (from the seed), and all arithmetic is plain
 floats in a fixed order, so every host gets the same schedule. Every microbatch takes the longest
 remaining document, so scheduling always ends.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from hcp_jax.base import checks
-from hcp_jax.dynamic.bound import best_rings, document_prices
-from hcp_jax.dynamic.cost import Cost, Ring
+from hcp_jax.dynamic.bound import best_groups, document_prices
+from hcp_jax.dynamic.cost import Cost, Group
 from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
 from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.refine import refine
 from hcp_jax.sequence import groupings
-from hcp_jax.sequence.groupings import Layout
+from hcp_jax.sequence.groupings import Grouping
 from hcp_jax.sequence.packing import Microbatch
 
-MAX_MENU = 16  # most programs worth compiling before the first step
 _TIE = 1.0002  # schedules closer than this ratio count as equal: the cost model is not more exact
+# Ways to choose groupings are compared on at most so many documents; more tell no more.
+_SAMPLE = 20_000
 
 
 # A function that proposes groupings for the unscheduled documents; at least one holds the longest.
-_Propose = Callable[[Problem, Unscheduled], Sequence[Layout]]
+_Propose = Callable[[Problem, Unscheduled], Sequence[Grouping]]
 
 
 def schedule(
@@ -44,9 +47,10 @@ def schedule(
     max_tokens_per_device: int = 2048,
     min_cp_size: int = 1,
     max_cp_size: int | None = None,
-    menu: Iterable[Sequence[int]] | None = None,
+    menu: Iterable[int] | None = None,
     cost: Cost | None = None,
     seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> Schedule:
     """Schedule every document on as many devices as it needs.
 
@@ -55,12 +59,13 @@ def schedule(
         num_devices: N, the number of data-parallel times context-parallel devices.
         max_tokens_per_device: M, tokens of the buffer that each device holds in each microbatch; a
             group of g devices holds g·M tokens.
-        min_cp_size: smallest size of a group.
-        max_cp_size: largest size of a group; N if None.
-        menu: groupings that may be used, each a sequence of group sizes that add up to N; if None,
-            chosen for these documents (`choose_menu` chooses one for a data set).
-        cost: cost model; `Cost()` if None.
+        min_cp_size: smallest width of a program, in devices.
+        max_cp_size: largest width of a program; N if None.
+        menu: widths of the programs that may be used; all of `cost.widths(num_devices)` if None
+            (`choose_menu` chooses fewer for a data set).
+        cost: cost model, with the cluster's lanes and devices per host; `Cost()` if None.
         seed: decides the order of documents of equal length.
+        progress: called now and then with the number of documents that are in microbatches.
 
     Returns:
         The schedule, immutable, with every document exactly once and no device above M tokens.
@@ -70,31 +75,43 @@ def schedule(
             names it and the smallest max_tokens_per_device that would do.
 
     >>> plan = schedule([3000, 500, 700, 900], num_devices=4, max_tokens_per_device=1024)
-    >>> [(m.layout, m.documents) for m in plan.microbatches]
+    >>> [(m.grouping, m.documents) for m in plan.microbatches]
     [((4,), ((0, 3),)), ((1, 1, 1, 1), ((2,), (1,), (), ()))]
     """
     cost = Cost() if cost is None else cost
-    sizes = groupings.group_sizes(num_devices, min_cp_size, max_cp_size)
+    sizes = program_widths(cost, num_devices, min_cp_size, max_cp_size)
     of_length = check_lengths(lengths)
     _check_tokens(max_tokens_per_device, num_devices)
     num_devices, max_tokens_per_device = int(num_devices), int(max_tokens_per_device)
-    given = None if menu is None else _check_menu(menu, num_devices, sizes)
-    if given is not None:
-        sizes = tuple(sorted({size for layout in given for size in layout}))
-    _check_fits(of_length, max_tokens_per_device, sizes[-1])
+    widths = sizes if menu is None else groupings.check_menu(menu, sizes)
+    _check_fits(of_length, max_tokens_per_device, widths[-1])
 
     order = _ascending(of_length, checks.integer("seed", seed, least=0))
-    problem = _problem(of_length[order], num_devices, max_tokens_per_device, cost, sizes)
-    chosen, filled = _search(problem, given)
+    ascending = of_length[order]
+    problem = _problem(ascending, num_devices, max_tokens_per_device, cost, sizes, widths)
+    filled = _search(problem, progress)
     return Schedule(
         lengths=tuple(of_length.tolist()),
         num_devices=num_devices,
         max_tokens_per_device=max_tokens_per_device,
-        menu=chosen,
-        microbatches=tuple(_microbatch(mb, order) for mb in filled),
+        menu=widths,
+        microbatches=tuple(_microbatch(mb, order, cost) for mb in filled),
         cost=cost,
         sizes=sizes,
     )
+
+
+def program_widths(
+    cost: Cost, num_devices: int, min_cp_size: int = 1, max_cp_size: int | None = None
+) -> tuple[int, ...]:
+    """Return the widths from `min_cp_size` to `max_cp_size` that programs may have, ascending.
+
+    Raises:
+        ValueError: if the bounds are wrong, or no program has such a width.
+    """
+    num_devices = checks.integer("num_devices", num_devices, least=1)
+    max_cp_size = num_devices if max_cp_size is None else max_cp_size
+    return groupings.bounded(cost.widths(num_devices), min_cp_size, max_cp_size)
 
 
 def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -140,21 +157,6 @@ def _check_fits(lengths: np.ndarray, max_tokens_per_device: int, widest: int) ->
     )
 
 
-def _check_menu(
-    menu: Iterable[Sequence[int]], num_devices: int, sizes: tuple[int, ...]
-) -> tuple[Layout, ...]:
-    layouts = tuple(dict.fromkeys(groupings.check_layout(m, num_devices) for m in menu))
-    if not layouts:
-        raise ValueError("menu holds no layout; give at least one, or None to have it chosen.")
-    for layout in layouts:
-        if min(layout) < sizes[0] or max(layout) > sizes[-1]:
-            raise ValueError(
-                f"layout {groupings.describe(layout)} of the menu has groups outside of "
-                f"min_cp_size={sizes[0]} to max_cp_size={sizes[-1]}."
-            )
-    return layouts
-
-
 def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
     """Sort documents by length; the seed decides the order of documents of equal length."""
     shuffled = np.random.default_rng(seed).permutation(lengths.size)
@@ -162,11 +164,16 @@ def _ascending(lengths: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _problem(
-    ascending: np.ndarray, num_devices: int, tokens: int, cost: Cost, sizes: tuple[int, ...]
+    ascending: np.ndarray,
+    num_devices: int,
+    tokens: int,
+    cost: Cost,
+    sizes: tuple[int, ...],
+    menu: tuple[int, ...],
 ) -> Problem:
-    rings = best_rings(sizes, tokens, cost)
+    best = best_groups(sizes, num_devices, tokens, cost)
     unique, inverse, count = np.unique(ascending, return_inverse=True, return_counts=True)
-    prices = document_prices(unique, count, rings, tokens, cost.dense_seconds(tokens))
+    prices = document_prices(unique, count, best, tokens, cost.dense_seconds(tokens))
     values = prices / num_devices
     density = np.maximum.accumulate(values / unique) if unique.size else values
     return Problem(
@@ -176,39 +183,50 @@ def _problem(
         num_devices=num_devices,
         tokens=tokens,
         cost=cost,
-        sizes=sizes,
-        rings=rings,
+        menu=menu,
+        smallest=max(sizes[0], cost.chain(num_devices)[0]),
+        best=best,
     )
 
 
-def _search(
-    problem: Problem, given: tuple[Layout, ...] | None
-) -> tuple[tuple[Layout, ...], list[Filled]]:
-    """Try a few ways to choose groupings; return the menu and the microbatches of the best one.
+def _search(problem: Problem, progress: Callable[[int], None] | None = None) -> list[Filled]:
+    """Try a few ways to choose groupings; return the microbatches of the best one.
 
     The ways are: by efficiency, one microbatch at a time, which is best for most data; each
-    document in the narrowest group that holds it; equal groups in every microbatch; and groups of
-    one size throughout, which packs tightest if there are few documents. Among ways that take the
-    same time within the model's accuracy, the most even one is chosen.
+    document in the narrowest group that holds it; and groups of one size throughout, which packs
+    tightest if there are few documents. Among ways that take the same time within the model's
+    accuracy, the most even one is chosen. Of very many documents, a sample decides the way.
     """
-    if given is not None:
-        filled = _build(problem, given)
-        assert filled is not None, "nothing makes it give up"
-        return given, refine(problem, filled)
-    found: list[tuple[float, list[Filled]]] = []
-    for propose in (_by_target, _narrowest_only, _equal_groups, *_one_size(problem)):
-        give_up = min((seconds for seconds, _ in found), default=float("inf")) * _TIE
-        filled = _build(problem, propose, give_up)
-        menu = _frequent(filled or [], problem)
-        if filled is not None and any(mb.layout not in menu for mb in filled):
-            filled = _build(problem, menu, give_up)
+    ways = [_by_target, _narrowest_only, _equal_groups, *_one_size(problem)]
+    count = len(problem.lengths)
+    if count > _SAMPLE:
+        every = range(0, count, -(-count // _SAMPLE))
+        sample = dataclasses.replace(
+            problem, **{name: [getattr(problem, name)[i] for i in every] for name in _PER_DOCUMENT}
+        )
+        ways = [_try_ways(sample, ways)[0]]
+    return _try_ways(problem, ways, progress)[1]
+
+
+_PER_DOCUMENT = ("lengths", "values", "density")
+
+
+def _try_ways(
+    problem: Problem,
+    ways: Sequence[_Propose],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[_Propose, list[Filled]]:
+    """Return the best way, and its microbatches."""
+    found: list[tuple[float, _Propose, list[Filled]]] = []
+    for way in ways:
+        give_up = min((seconds for seconds, *_ in found), default=float("inf")) * _TIE
+        filled = _build(problem, way, give_up, progress)
         if filled is not None:
-            filled = refine(problem, filled)
-            found.append((sum(mb.seconds for mb in filled), filled))
-    least = min(seconds for seconds, _ in found)
-    tied = [filled for seconds, filled in found if seconds <= least * _TIE]
-    best = min(tied, key=lambda filled: _busiest_pairs(filled, problem.lengths))
-    return _frequent(best, problem), best
+            filled = refine(problem, filled) if filled else filled
+            found.append((sum(mb.seconds for mb in filled), way, filled))
+    least = min(seconds for seconds, *_ in found)
+    tied = [(way, filled) for seconds, way, filled in found if seconds <= least * _TIE]
+    return min(tied, key=lambda pair: _busiest_pairs(pair[1], problem.lengths))
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
@@ -217,17 +235,18 @@ def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
     for mb in filled:
         total += max(
             sum(lengths[rank] * (lengths[rank] + 1) for rank in group) / size
-            for size, group in zip(mb.layout, mb.groups, strict=True)
+            for size, group in zip(mb.grouping, mb.groups, strict=True)
         )
     return total
 
 
 def _build(
     problem: Problem,
-    menu: Sequence[Layout] | _Propose,
+    propose: _Propose,
     give_up: float = float("inf"),
+    progress: Callable[[int], None] | None = None,
 ) -> list[Filled] | None:
-    """Build microbatches for all documents, from a menu or from groupings proposed on the way.
+    """Build microbatches for all documents, from groupings proposed on the way.
 
     Return None as soon as they are certain to take `give_up` seconds or more.
     """
@@ -238,126 +257,118 @@ def _build(
     while unscheduled.count:
         if (seconds + worth) * (1 + 1e-12) >= give_up:
             return None
-        candidates = menu(problem, unscheduled) if callable(menu) else menu
-        best = _best(problem, unscheduled, candidates)
+        best = _best(problem, unscheduled, propose(problem, unscheduled))
         unscheduled.remove(itertools.chain.from_iterable(best.groups))
         filled.append(best)
         seconds += best.seconds
         worth -= best.value
+        if progress is not None:
+            progress(len(problem.lengths) - unscheduled.count)
     return None if seconds * (1 + 1e-12) >= give_up else filled
 
 
-def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Layout]) -> Filled:
+def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Grouping]) -> Filled:
     """Return the most efficient candidate; candidates that cannot beat the best are not filled."""
     rank = unscheduled.longest()
     longest = problem.lengths[rank]
     worth = problem.num_devices * problem.tokens * problem.density[rank]
     dense = problem.cost.dense_seconds(problem.tokens)
     queue = []
-    for order, layout in enumerate(candidates):
-        rings = problem.cost.rings(layout, problem.tokens)
-        able = [ring for ring in set(rings) if ring.size * problem.tokens >= longest]
+    for order, grouping in enumerate(candidates):
+        groups = [problem.group(size, grouping[0]) for size in set(grouping)]
+        able = [group for group in groups if group.size * problem.tokens >= longest]
         if able:
-            least = min(ring.seconds(ring.pairs(longest)) for ring in able)
-            empty = max(ring.seconds(0.0) for ring in set(rings))
-            queue.append((dense + max(least, empty), order, layout, rings))
+            least = min(group.seconds(group.pairs(longest)) for group in able)
+            empty = max(group.seconds(0.0) for group in groups)
+            queue.append((dense + max(least, empty), order, grouping))
     best, efficiency = None, 0.0
-    for least, _, layout, rings in sorted(queue, key=lambda item: item[:2]):
+    for least, _, grouping in sorted(queue):
         if best is not None and worth <= efficiency * least:
             break
-        filled = fill(problem, unscheduled, layout, rings)
+        filled = fill(problem, unscheduled, grouping)
         if best is None or filled.value > efficiency * filled.seconds * (1 + 1e-12):
             best, efficiency = filled, filled.value / filled.seconds
-    assert best is not None, "a layout that holds the longest document is always among them"
+    assert best is not None, "a grouping that holds the longest document is always among them"
     return best
 
 
-def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Grouping]:
     """Propose groupings, from wide groups that are fast to narrow ones that are cheap.
 
     For each of several target times, every document, longest first, gets the narrowest group that
     holds it within the target. The targets are fractions of the time of the longest document in the
-    narrowest group that holds it. One more grouping for every size has as many groups of it as
-    possible.
+    narrowest group that holds it. One more grouping for every width has equal groups.
     """
     longest = problem.lengths[unscheduled.longest()]
-    narrowest = _able(problem, longest)[0]
-    slowest = narrowest.seconds(narrowest.pairs(longest))
-    parts = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
+    able = _able(problem, longest)
+    slowest = able[0].seconds(able[0].pairs(longest))
+    parts = (float("inf"), 1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
+    # Targets that lead to one width for the longest document mostly lead to one grouping.
     proposed = [_narrowest(problem, unscheduled, slowest * part) for part in parts]
-    proposed += _narrowest_only(problem, unscheduled)
-    proposed += [_uniform(problem, ring.size) for ring in _able(problem, longest)]
+    proposed += [_uniform(problem, group.size) for group in able]
     return list(dict.fromkeys(proposed))
 
 
-def _narrowest_only(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+def _narrowest_only(problem: Problem, unscheduled: Unscheduled) -> list[Grouping]:
     return [_narrowest(problem, unscheduled, float("inf"))]
 
 
-def _equal_groups(problem: Problem, unscheduled: Unscheduled) -> list[Layout]:
+def _equal_groups(problem: Problem, unscheduled: Unscheduled) -> list[Grouping]:
     able = _able(problem, problem.lengths[unscheduled.longest()])
-    even = [ring for ring in able if problem.num_devices % ring.size == 0]
-    return [_uniform(problem, ring.size) for ring in even or able]
+    return [_uniform(problem, group.size) for group in able]
 
 
 def _one_size(problem: Problem) -> Iterator[_Propose]:
-    for ring in _able(problem, problem.lengths[-1]) if problem.lengths else ():
-        layout = _uniform(problem, ring.size)
-        yield lambda *_, layout=layout: [layout]
+    for group in _able(problem, problem.lengths[-1]) if problem.lengths else ():
+        grouping = _uniform(problem, group.size)
+        yield lambda *_, grouping=grouping: [grouping]
 
 
-def _able(problem: Problem, length: int) -> list[Ring]:
-    """Return the rings that hold a document of `length` tokens, narrowest first."""
-    return [ring for ring in problem.rings if ring.size * problem.tokens >= length]
+def _able(problem: Problem, length: int) -> list[Group]:
+    """Return the groups of the menu that hold a document of `length` tokens, narrowest first."""
+    menu, tokens = problem.menu, problem.tokens
+    return [g for g in problem.best if g.size in menu and g.size * tokens >= length]
 
 
-def _uniform(problem: Problem, size: int) -> Layout:
-    sizes = groupings.uniform(size, problem.num_devices, problem.sizes)
-    return groupings.canonical(sizes, problem.cost.devices_per_host)
+def _uniform(problem: Problem, size: int) -> Grouping:
+    return (size,) * (problem.num_devices // size)
 
 
-def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Layout:
-    can = groupings.composable(problem.num_devices, problem.sizes)
-    rest = problem.num_devices
-    chosen: list[int] = []
-    for rank in unscheduled.descending():
-        size = _narrowest_size(problem, problem.lengths[rank], target)
-        if size == problem.sizes[0] or size > rest or not can[rest - size]:
+def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Grouping:
+    """Give each document, longest first, the narrowest group that holds it within the target."""
+    length, smallest = problem.lengths[unscheduled.longest()], problem.smallest
+    widest = _narrowest_size(_able(problem, length), length, target)
+    if widest <= smallest:
+        return _uniform(problem, widest)
+    inside = [group for group in problem.best if smallest <= group.size <= widest]
+    rest, chosen, size = problem.num_devices - widest, [widest], widest
+    for rank in itertools.islice(unscheduled.descending(), 1, None):
+        if problem.lengths[rank] != length:
+            length = problem.lengths[rank]
+            able = [group for group in inside if group.size * problem.tokens >= length]
+            size = _narrowest_size(able, length, target)
+        if size == smallest or size > rest:
             break
         chosen.append(size)
         rest -= size
-    if not chosen and size > problem.sizes[0]:
-        return _uniform(problem, problem.sizes[-1])
-    sizes = groupings.complete(chosen, problem.num_devices, problem.sizes)
-    return groupings.canonical(sizes, problem.cost.devices_per_host)
+    return tuple(sorted([*chosen, *[smallest] * (rest // smallest)], reverse=True))
 
 
-def _narrowest_size(problem: Problem, length: int, target: float) -> int:
+def _narrowest_size(able: Sequence[Group], length: int, target: float) -> int:
     """Return the narrowest group size that needs at most `target` seconds, or else the fastest."""
-    quickest, least = 0, float("inf")
-    for ring in problem.rings:
-        if ring.size * problem.tokens >= length:
-            seconds = ring.seconds(ring.pairs(length))
-            if seconds <= target:
-                return ring.size
-            if seconds < least:
-                quickest, least = ring.size, seconds
+    quickest, least = able[-1].size, float("inf")
+    for group in able:
+        seconds = group.seconds(group.pairs(length))
+        if seconds <= target:
+            return group.size
+        if seconds < least:
+            quickest, least = group.size, seconds
     return quickest
 
 
-def _frequent(filled: Sequence[Filled], problem: Problem) -> tuple[Layout, ...]:
-    """Return at most `MAX_MENU` groupings: those that take most time, and the fallback."""
-    fallback = _uniform(problem, problem.sizes[-1])
-    seconds: dict[Layout, float] = {}
-    for mb in filled:
-        seconds[mb.layout] = seconds.get(mb.layout, 0.0) + mb.seconds
-    ranked = sorted(seconds, key=lambda layout: (-seconds[layout], layout))
-    kept = [layout for layout in ranked if layout != fallback][: MAX_MENU - 1]
-    return tuple(sorted([*kept, fallback], reverse=True))
-
-
-def _microbatch(filled: Filled, order: np.ndarray) -> Microbatch:
+def _microbatch(filled: Filled, order: np.ndarray, cost: Cost) -> Microbatch:
     return Microbatch(
-        layout=filled.layout,
+        grouping=filled.grouping,
         documents=tuple(tuple(int(order[rank]) for rank in group) for group in filled.groups),
+        lanes=cost.lanes_of(filled.grouping[0], sum(filled.grouping)),
     )

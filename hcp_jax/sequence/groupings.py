@@ -23,7 +23,7 @@ them.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -79,6 +79,48 @@ def widths(num_devices: int, devices_per_host: int, lanes: int = 1) -> tuple[int
     (1, 2, 4, 8, 16, 32, 64)
     """
     return chain(lanes, lanes)[:-1] + chain(num_devices, devices_per_host, lanes)
+
+
+def bounded(sizes: Sequence[int], min_cp_size: int, max_cp_size: int) -> tuple[int, ...]:
+    """Return the sizes from `min_cp_size` to `max_cp_size`.
+
+    Raises:
+        ValueError: if the bounds are wrong, or there is no size between them.
+    """
+    for name, value in (("min_cp_size", min_cp_size), ("max_cp_size", max_cp_size)):
+        checks.integer(name, value, least=1)
+    if min_cp_size > max_cp_size:
+        raise ValueError(
+            f"min_cp_size={min_cp_size} is more than max_cp_size={max_cp_size} (which is the "
+            "number of devices unless given); lower one or raise the other."
+        )
+    found = tuple(size for size in sizes if min_cp_size <= size <= max_cp_size)
+    if not found:
+        raise ValueError(
+            f"no program has a width from min_cp_size={min_cp_size} to max_cp_size={max_cp_size}; "
+            f"programs may have {', '.join(map(str, sizes))} devices."
+        )
+    return found
+
+
+def check_menu(menu: Iterable[int], sizes: Sequence[int], name: str = "menu") -> tuple[int, ...]:
+    """Return the widths of a menu, ascending, each once.
+
+    Raises:
+        ValueError: if the menu is empty, or has a width that is not among `sizes`.
+    """
+    try:
+        given = sorted({checks.integer(f"each width of {name}", width) for width in menu})
+    except TypeError:
+        raise ValueError(f"{name} must be a list such as {list(sizes)}, got {menu!r}.") from None
+    wrong = [width for width in given if width not in sizes]
+    if wrong or not given:
+        what = f"has the width {wrong[0]}" if wrong else "holds no width"
+        raise ValueError(
+            f"{name} {what}; programs may have {', '.join(map(str, sizes))} devices, the widths of "
+            "their widest groups."
+        )
+    return tuple(given)
 
 
 def program_lanes(widest: int, lanes: int) -> int:
