@@ -1,16 +1,12 @@
-r"""Run `hcp dynamic simulate` and `hcp dynamic calibrate`.
-
-    hcp dynamic simulate --lengths lognormal:mean=1024,sigma=1.5,min=128,max=8192 --devices 64 \
-        --max-tokens-per-device 2048
-    hcp dynamic calibrate timed.jsonl --output cost.json
-    hcp dynamic simulate --cost cost.json …
-"""
+"""Run `hcp dynamic simulate` and `hcp dynamic calibrate`; docs/dynamic.md has examples."""
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hcp_jax.base import arguments, terminal
 from hcp_jax.cost.models import MODELS
@@ -19,6 +15,9 @@ from hcp_jax.dynamic.calibrate import read_cost, read_rows, write_cost
 from hcp_jax.dynamic.cost import DEFAULT_MODEL, Cost, model_cost
 from hcp_jax.dynamic.lengths import draw_lengths, mean_length
 from hcp_jax.dynamic.simulate import MOST_DOCUMENTS, OURS, Limits, simulate
+
+if TYPE_CHECKING:
+    import rich.progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,9 +162,7 @@ def _simulate(args: argparse.Namespace) -> int:
         )
         with rich.progress.Progress(console=tables.console(), transient=True) as bar:
             task = bar.add_task(f"{num_devices} devices", total=count)
-            record = simulate(
-                batches, limits, lambda done, task=task, bar=bar: bar.update(task, completed=done)
-            )
+            record = simulate(batches, limits, functools.partial(_show, bar, task))
         model = args.model if args.cost is None else str(args.cost)
         records.append({**record, "lengths": args.lengths, "model": model})
     _print(records)
@@ -175,6 +172,10 @@ def _simulate(args: argparse.Namespace) -> int:
         title = f"{args.lengths} on {num_devices} devices × {args.max_tokens_per_device} tokens"
         gantt.save(limits.schedule(batches[0]), str(args.plot), title)
     return 0
+
+
+def _show(bar: "rich.progress.Progress", task: "rich.progress.TaskID", done: int) -> None:
+    bar.update(task, completed=done)
 
 
 def _count(args: argparse.Namespace, num_devices: int, mean: float) -> int:

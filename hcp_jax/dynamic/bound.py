@@ -199,8 +199,8 @@ def lines(group: Group) -> list[tuple[float, float]]:
     exposed = sorted(group.hidden, key=lambda move: move[1] / move[0])
     return [
         (
-            1 - sum(share * count for share, _, count in exposed[i:]),
-            group.fixed + sum(seconds * count for _, seconds, count in exposed[i:]),
+            1 - sum(share * times for share, _, times in exposed[i:]),
+            group.fixed + sum(seconds * times for _, seconds, times in exposed[i:]),
         )
         for i in range(len(exposed) + 1)
     ]

@@ -65,7 +65,7 @@ class Move(NamedTuple):
     Attributes:
         share: share of the group's attention that runs beside each of them; 0 if nothing does.
         seconds: seconds of one transfer.
-        count: number of transfers.
+        times: number of transfers.
         latencies: latencies in one transfer.
         bytes: bytes that a device sends in one transfer.
         across: True if it uses the network, False if it stays inside a host.
@@ -73,7 +73,7 @@ class Move(NamedTuple):
 
     share: float
     seconds: float
-    count: int
+    times: int
     latencies: int
     bytes: float
     across: bool
@@ -87,7 +87,7 @@ class Group(NamedTuple):
         members: number of members.
         work: seconds per (query, key) pair on one device.
         fixed: seconds of the transfers that no attention hides.
-        hidden: (share of the attention, seconds, count) of the other transfers.
+        hidden: (share of the attention, seconds, times) of the other transfers.
         padding: tokens that rounding to tiles adds to a document.
     """
 
@@ -107,10 +107,10 @@ class Group(NamedTuple):
         """Return the seconds for `pairs` pairs per device; increasing and convex in `pairs`."""
         work = pairs * self.work
         total = work + self.fixed
-        for share, seconds, count in self.hidden:
+        for share, seconds, times in self.hidden:
             exposed = seconds - share * work
             if exposed > 0.0:
-                total += count * exposed
+                total += times * exposed
         return total
 
 
@@ -230,11 +230,11 @@ class Cost:
         kv = tokens * self.kv_bytes_per_token * math.lcm(self.kv_heads, lanes) / self.kv_heads
         moves = []
 
-        def add(share: float, count: int, size: float, across: bool, latencies: int = 1) -> None:
+        def add(share: float, times: int, sent: float, across: bool, latencies: int = 1) -> None:
             per_byte = self.seconds_per_byte_across if across else self.seconds_per_byte_inside
-            seconds = latencies * self.seconds_per_hop + size * per_byte
-            if count > 0:
-                moves.append(Move(share, seconds, count, latencies, size, across))
+            seconds = latencies * self.seconds_per_hop + sent * per_byte
+            if times > 0:
+                moves.append(Move(share, seconds, times, latencies, sent, across))
 
         if lanes > 1:
             # q, k and v go in and the output comes back; backward likewise with their gradients.
@@ -262,8 +262,8 @@ class Cost:
             size=size,
             members=members,
             work=self.seconds_per_pair,
-            fixed=sum(move.count * move.seconds for move in moves if not move.share),
-            hidden=tuple((m.share, m.seconds, m.count) for m in moves if m.share),
+            fixed=sum(move.times * move.seconds for move in moves if not move.share),
+            hidden=tuple((m.share, m.seconds, m.times) for m in moves if m.share),
             padding=members * self.tile,
         )
 
@@ -276,7 +276,7 @@ class Cost:
     def network_bytes(self, grouping: Sequence[int], tokens: int) -> float:
         """Return the bytes that each device sends over the network in one microbatch."""
         moves = self.moves(max(grouping), max(grouping), sum(grouping), tokens)
-        return sum(move.count * move.bytes for move in moves if move.across)
+        return sum(move.times * move.bytes for move in moves if move.across)
 
     def dense_seconds(self, tokens: int) -> float:
         """Return the seconds of a microbatch without attention, with buffers of `tokens` tokens."""
@@ -363,9 +363,9 @@ class Cost:
         sent = [0.0, 0.0]  # bytes inside hosts and across
         for move in self.moves(group.size, max(row.grouping), sum(row.grouping), row.tokens):
             if not move.share or move.seconds > move.share * pairs * group.work:
-                latencies += move.count * move.latencies
-                sent[move.across] += move.count * move.bytes
-                hidden += move.count * move.share
+                latencies += move.times * move.latencies
+                sent[move.across] += move.times * move.bytes
+                hidden += move.times * move.share
         return np.array([pairs * (1 - hidden), row.tokens, 1.0, latencies, *sent])
 
 

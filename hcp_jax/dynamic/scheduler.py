@@ -202,13 +202,13 @@ def _search(problem: Problem, progress: Callable[[int], None] | None = None) -> 
     if count > _SAMPLE:
         every = range(0, count, -(-count // _SAMPLE))
         sample = dataclasses.replace(
-            problem, **{name: [getattr(problem, name)[i] for i in every] for name in _PER_DOCUMENT}
+            problem,
+            lengths=[problem.lengths[i] for i in every],
+            values=[problem.values[i] for i in every],
+            density=[problem.density[i] for i in every],
         )
         ways = [_try_ways(sample, ways)[0]]
     return _try_ways(problem, ways, progress)[1]
-
-
-_PER_DOCUMENT = ("lengths", "values", "density")
 
 
 def _try_ways(

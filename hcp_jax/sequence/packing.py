@@ -191,11 +191,20 @@ def pack(
         first += size
     skipped = devices.start - rows.start * lanes
     own_rows = slice(skipped, skipped + len(devices))
-    by_device = (
-        array.reshape(-1, max_tokens_per_device)[own_rows]
-        for array in (document, position, start, end)
+
+    def by_device(array: np.ndarray) -> np.ndarray:
+        return array.reshape(-1, max_tokens_per_device)[own_rows]
+
+    return PackedMicrobatch(
+        grouping=grouping,
+        devices=devices,
+        document=by_device(document),
+        position=by_device(position),
+        start=by_device(start),
+        end=by_device(end),
+        runs=_stack(runs, num_runs),
+        lanes=lanes,
     )
-    return PackedMicrobatch(grouping, devices, *by_device, _stack(runs, num_runs), lanes)
 
 
 def _check(microbatch: Microbatch, max_tokens_per_device: int) -> None:
