@@ -23,12 +23,14 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hcp_jax.attention.movers import KV, Attend, AttendGrads, Mover, add, source_row
 from hcp_jax.cost import traffic
 from hcp_jax.kernels.merge import Partial, merge
 from hcp_jax.parallel.peers import Peers
+from hcp_jax.sequence.groupings import source_members
 from hcp_jax.sequence.layout import KeyRuns
 
 
@@ -93,18 +95,18 @@ class Walk(NamedTuple):
         return traffic.hops(self.peers.axes, self.sources, kv_bytes, grad_bytes, remat)
 
     def _visiting(self, runs: KeyRuns, hop: int) -> KeyRuns:
-        source = np.asarray(walk_source(self.radices, hop), np.int32)
-        return source_row(runs, jax.numpy.asarray(source)[self.peers.rank()])
+        source = jnp.asarray(source_members(self.radices, hop))
+        return source_row(runs, source[self.peers.rank()])
 
     def _fetch(self, kv: KV, hop: int) -> Any:
         """Return the K and V of this hop's source; None after the last hop."""
         if hop >= self.sources:
             return None
-        return self.peers.permute(kv, walk_source(self.radices, hop), traffic.RING_HOP)
+        return self.peers.permute(kv, source_members(self.radices, hop), traffic.RING_HOP)
 
     def _return(self, dkv: Any, hop: int) -> Any:
         """Send the gradients of visiting keys to their owner; return those of this device's own."""
-        inverse = np.argsort(walk_source(self.radices, hop)).tolist()
+        inverse = np.argsort(source_members(self.radices, hop))
         return self.peers.permute(dkv, inverse, traffic.RING_HOP)
 
 
@@ -152,19 +154,3 @@ class Nested(NamedTuple):
     def _by_block(self, runs: KeyRuns) -> KeyRuns:
         shape = self.outer.sources, self.inner.sources
         return KeyRuns(*(x.reshape(*shape, -1) for x in runs))
-
-
-@functools.lru_cache(maxsize=1024)
-def walk_source(radices: tuple[int, ...], hop: int) -> tuple[int, ...]:
-    """Return the member that each member takes K and V from at a hop.
-
-    >>> walk_source((2, 2), 1), walk_source((3, 2), 1)
-    ((1, 0, 3, 2), (2, 0, 1, 5, 3, 4))
-    """
-    size = int(np.prod(radices, dtype=int))
-    rest, shift, stride = np.arange(size), hop, 1
-    source = np.zeros(size, int)
-    for radix in radices:
-        source += (rest % radix - shift % radix) % radix * stride
-        rest, shift, stride = rest // radix, shift // radix, stride * radix
-    return tuple(source.tolist())

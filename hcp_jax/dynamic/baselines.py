@@ -1,8 +1,8 @@
 """Schedule documents as other systems do, for comparison with this library's scheduler.
 
-These baselines share no code with the scheduler, except where they say so. Each returns a
-`Schedule`, so that one cost model and one set of measures judge all. Where a detail is open, they
-get the better choice: packing is best fit, and padding costs them neither time nor room.
+These baselines share no code with the scheduler. Each returns a `Schedule`, so that one cost model
+and one set of measures judge all. Where a detail is open, they get the better choice: packing is
+best fit, fixed CP pays for no padding inside documents, and groups exchange heads inside hosts.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hcp_jax.dynamic.cost import Cost, GroupCost
+from hcp_jax.dynamic.cost import Cost, Group
 from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.sequence.packing import Microbatch
 
@@ -19,29 +19,22 @@ from hcp_jax.sequence.packing import Microbatch
 HEADROOM = 1.05
 
 
-@dataclasses.dataclass(frozen=True)
-class RingCost(Cost):
-    """The cost of groups whose K and V move round one ring, as in other systems.
+class SeparateGroups(Cost):
+    """Cost of groups that each make only their own transfers, as process groups do.
 
-    The slowest link of a ring decides: one that leaves its host runs at the speed of the network.
+    In this library all groups of a microbatch share one program, and make the hops of its width.
     """
 
-    def group(
-        self, size: int, tokens: int, lanes: int = 1, program: int | None = None
-    ) -> GroupCost:
-        """Return the cost of a group of `size` devices; see `Cost.group`."""
-        one = super().group(size, tokens)
-        crosses = size > self.devices_per_host
-        forward, backward, home = self.hop_seconds(tokens)
-        if not crosses:
-            forward, backward = (d._replace(across=d.inside) for d in (forward, backward))
-        fixed = 0.0 if size == 1 else home.across if crosses else home.inside
-        return one._replace(inner=1, outer=size, forward=forward, backward=backward, fixed=fixed)
+    def groups(self, grouping: Sequence[int], tokens: int) -> list[Group]:
+        """Return the cost of each group in a program of its own width."""
+        num_devices = sum(grouping)
+        known = {size: self.group(size, size, num_devices, tokens) for size in set(grouping)}
+        return [known[size] for size in grouping]
 
 
-def ring_cost(cost: Cost) -> RingCost:
-    """Return the same parameters for rings."""
-    return RingCost(**dataclasses.asdict(cost))
+def separate(cost: Cost) -> SeparateGroups:
+    """Return the same cost for groups that run separately."""
+    return SeparateGroups(**{f.name: getattr(cost, f.name) for f in dataclasses.fields(cost)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Outcome:
         seconds_unpadded: the same if shapes followed the data: each device computes and sends only
             as many tokens as the fullest device of the microbatch has.
         num_microbatches: number of microbatches.
-        num_programs: number of different programs: widest groups for ours, groupings for others.
+        num_programs: number of different widest groups among them.
         token_fill: share of slots that hold a token.
         balance: attention pairs of the mean device over those of the busiest, each summed over
             microbatches.
@@ -81,20 +74,19 @@ def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
     """
     unpadded, padding, cost = 0.0, 0, plan.cost
     for mb in plan.microbatches:
-        by_group = mb.lengths(plan.lengths)
+        of_groups = mb.lengths(plan.lengths)
         fullest = max(
-            -(-sum(documents) // size)
-            for size, documents in zip(mb.grouping, by_group, strict=True)
+            -(-sum(of_group) // size) for size, of_group in zip(mb.grouping, of_groups, strict=True)
         )
-        unpadded += cost.microbatch_seconds(mb.grouping, by_group, fullest, mb.lanes)
-        for size, documents in zip(mb.grouping, by_group, strict=True):
+        unpadded += cost.microbatch_seconds(mb.grouping, of_groups, fullest)
+        for size, of_group in zip(mb.grouping, of_groups, strict=True):
             pad_to = 2 * size if multiple is None else multiple
-            padding += sum(-length % pad_to for length in documents)
+            padding += sum(-length % pad_to for length in of_group)
     return Outcome(
         seconds=plan.modelled_seconds,
         seconds_unpadded=unpadded,
         num_microbatches=len(plan.microbatches),
-        num_programs=len({mb.grouping for mb in plan.microbatches}),
+        num_programs=len({mb.widest for mb in plan.microbatches}),
         token_fill=plan.token_fill,
         balance=plan.balance,
         idle_share=plan.idle_share,
@@ -134,45 +126,40 @@ def fixed_balanced(
     return _schedule(lengths, max_tokens_per_device, dealt, cost)
 
 
-def one_size_per_microbatch(
-    lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
-) -> Schedule:
-    """Give every microbatch one group size, as narrow as its longest document allows."""
-    left = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
-    divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
-    microbatches = []
-    while left:
-        size = next(n for n in divisors if n * max_tokens_per_device >= lengths[left[0]])
-        room = [size * max_tokens_per_device] * (num_devices // size)
-        inside: list[list[int]] = [[] for _ in room]
-        rest = []
-        for d in left:
-            group = max(range(len(room)), key=lambda g: room[g])
-            if room[group] < lengths[d]:
-                rest.append(d)
-                continue
-            room[group] -= lengths[d]
-            inside[group].append(d)
-        left = rest
-        microbatches.append(Microbatch((size,) * len(room), tuple(map(tuple, inside))))
-    return _schedule(lengths, max_tokens_per_device, microbatches, cost)
-
-
 def seeded_greedy(
-    lengths: Sequence[int], num_devices: int, max_tokens_per_device: int, cost: Cost
+    lengths: Sequence[int],
+    num_devices: int,
+    max_tokens_per_device: int,
+    cost: Cost,
+    multiple: int = 1,
 ) -> Schedule:
     """Schedule as the reference's second scheduler does, written from its description in words.
 
     Work is L² / size. In every microbatch the longest document left opens a group of the least size
     that holds it. Each next one tries that size and every larger one, on a group there is or on a
     new one, and goes where the greatest work of any group stays least, if that is under `HEADROOM`
-    times L · M, where L is the longest document of this microbatch. Devices that are left over
-    double the smallest groups. (Sizes are powers of two and divisors, so that device counts other
-    than powers of two, which the original
-    does not survive, have an answer; what cannot double is left as empty groups of one.)
+    times L·M, with L the longest document of the microbatch. Devices that are left over double the
+    smallest groups. Sizes are powers of two. (And the number of devices itself, so that other
+    device counts, which the original does not survive, have an answer; what cannot double is left
+    as empty groups of one.)
+
+    Args:
+        lengths: tokens of each document.
+        num_devices: N.
+        max_tokens_per_device: M.
+        cost: cost model.
+        multiple: documents are padded to multiples of this; the reference pads to 2·N. The
+            schedule's lengths are the padded ones.
     """
-    sizes = _sizes(num_devices)
+    lengths = [-(-length // multiple) * multiple for length in lengths]
+    sizes = [2**k for k in range(num_devices.bit_length())]
+    sizes = sorted({*sizes, num_devices})
     left = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
+    if left and lengths[left[0]] > num_devices * max_tokens_per_device:
+        raise ValueError(
+            f"a document of {lengths[left[0]]} tokens, padded to a multiple of {multiple}, does "
+            f"not fit {num_devices} * {max_tokens_per_device} tokens."
+        )
     microbatches = []
     while left:
         limit = HEADROOM * lengths[left[0]] * max_tokens_per_device
@@ -185,22 +172,16 @@ def seeded_greedy(
 def _schedule(
     lengths: Sequence[int], max_tokens_per_device: int, microbatches: list[Microbatch], cost: Cost
 ) -> Schedule:
+    num_devices = sum(microbatches[0].grouping)
     return Schedule(
         lengths=tuple(lengths),
-        num_devices=sum(microbatches[0].grouping),
+        num_devices=num_devices,
         max_tokens_per_device=max_tokens_per_device,
-        menu=_sizes(sum(microbatches[0].grouping)),
+        menu=tuple(sorted({mb.widest for mb in microbatches})),
         microbatches=tuple(microbatches),
-        cost=ring_cost(cost),
-        sizes=_sizes(sum(microbatches[0].grouping)),
+        cost=separate(cost),
+        sizes=cost.widths(num_devices),
     )
-
-
-def _sizes(num_devices: int) -> tuple[int, ...]:
-    """Return the powers of two and the divisors of the number of devices, ascending."""
-    sizes = {2**k for k in range(num_devices.bit_length())}
-    sizes |= {d for d in range(1, num_devices + 1) if num_devices % d == 0}
-    return tuple(sorted(size for size in sizes if size <= num_devices))
 
 
 class _Opened:

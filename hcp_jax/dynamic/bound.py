@@ -4,11 +4,12 @@ This module judges the scheduler, so it shares no code with it: it uses the cost
 possible group sizes, and does not depend on how documents are combined.
 
 Let a schedule have microbatches k = 1 … K over N devices, buffers of M tokens, dense seconds
-C the least `Cost.dense_seconds` of any program, and T_k the seconds of the slowest group of
-microbatch k. It takes K·C + Σ T_k at least. Write f_g(a) for a group of g devices with a pairs on
-each, a = Σ a_g(L) over its documents, in a program of its own width.
+C = `Cost.dense_seconds(M)`, and T_k the seconds of the slowest group of microbatch k. It takes
+K·C + Σ T_k. Write f_g(a) for a group of g devices with a pairs on each, a = Σ a_g(L) over its
+documents.
 
-**Prices.** f_g is a maximum of straight lines α·a + β with β >= 0 (a hop is hidden, or it is not).
+**Prices.** A group costs least in the program of its own width, which has the fewest hops; f_g is
+its cost there. It is a maximum of lines α·a + β with β >= 0 (a hop is hidden, or it is not).
 So a group of g devices that holds documents S has, for any one of the lines and any function φ with
 Σ_S φ(L / gM) <= 1 whenever Σ_S L <= gM,
 
@@ -51,7 +52,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hcp_jax.dynamic.cost import Cost, GroupCost
+from hcp_jax.dynamic.cost import Cost, Group
 
 _PHI_MIX = (0.0, 0.5, 1.0)  # weight of the step function in φ
 
@@ -62,7 +63,6 @@ def lower_bound(
     max_tokens_per_device: int,
     sizes: Sequence[int],
     cost: Cost,
-    lanes: int = 1,
 ) -> float:
     """Return a lower bound on the seconds of any schedule with groups of these sizes.
 
@@ -72,15 +72,14 @@ def lower_bound(
         max_tokens_per_device: M.
         sizes: sizes that groups may have.
         cost: the cost model.
-        lanes: devices that exchange heads with each other.
     """
     lengths = np.asarray(lengths, np.int64)
     if lengths.size == 0:
         return 0.0
     capacity = num_devices * max_tokens_per_device
-    groups = group_costs(sizes, max_tokens_per_device, cost, lanes)
+    groups = best_groups(sizes, num_devices, max_tokens_per_device, cost)
     unique, count = np.unique(lengths, return_counts=True)
-    dense = min(cost.dense_seconds(max_tokens_per_device, min(lanes, g.size)) for g in groups)
+    dense = cost.dense_seconds(max_tokens_per_device)
 
     total = int(lengths.sum())
     num_microbatches = max(-(-total // capacity), int(np.sum(2 * lengths > capacity)))
@@ -107,7 +106,7 @@ def _volume(
     unique: np.ndarray,
     count: np.ndarray,
     prices: np.ndarray,
-    groups: Sequence[GroupCost],
+    groups: Sequence[Group],
     num_devices: int,
     max_tokens_per_device: int,
 ) -> float:
@@ -130,15 +129,15 @@ def _volume(
     return float(price[-1] + np.max(num_devices * slowest - held)) / num_devices
 
 
-def group_costs(sizes: Sequence[int], tokens: int, cost: Cost, lanes: int) -> list[GroupCost]:
-    """Return the cost of a group of each size, in a program of its own width."""
-    return [cost.group(size, tokens, lanes) for size in sorted(sizes)]
+def best_groups(sizes: Sequence[int], num_devices: int, tokens: int, cost: Cost) -> list[Group]:
+    """Return the cheapest group of each size: in the program of its own width, with fewest hops."""
+    return [cost.group(size, size, num_devices, tokens) for size in sorted(sizes)]
 
 
 def document_prices(
     lengths: np.ndarray,
     count: np.ndarray,
-    groups: Sequence[GroupCost],
+    groups: Sequence[Group],
     max_tokens_per_device: int,
     slot_seconds: float,
 ) -> np.ndarray:
@@ -154,6 +153,9 @@ def document_prices(
     options = [
         _group_prices(group, lengths, max_tokens_per_device, slot_seconds) for group in groups
     ]
+    # Groups with fewer kinds of transfers have fewer lines: repeat their last row.
+    rows = max(len(option) for option in options)
+    options = [np.pad(o, ((0, rows - len(o)), (0, 0)), mode="edge") for o in options]
     # Any choice of line and φ per size is valid. Start with the best one common to all sizes, then
     # improve one size after another for a few rounds.
     alike = np.sum(np.min(options, axis=0) * count, axis=1)
@@ -162,38 +164,54 @@ def document_prices(
     best = float(alike[start])
     for _ in range(2):
         before = best
-        for i, row in enumerate(options):
+        for i, of_size in enumerate(options):
             others = np.min(np.delete(chosen, i, axis=0), axis=0, initial=np.inf)
-            totals = np.sum(np.minimum(row, others) * count, axis=1)
+            totals = np.sum(np.minimum(of_size, others) * count, axis=1)
             pick = int(np.argmax(totals))
             if totals[pick] > best:
-                best, chosen[i] = float(totals[pick]), row[pick]
+                best, chosen[i] = float(totals[pick]), of_size[pick]
         if best == before:
             break
     return np.min(chosen, axis=0)
 
 
 def _group_prices(
-    group: GroupCost, lengths: np.ndarray, max_tokens_per_device: int, slot_seconds: float
+    group: Group, lengths: np.ndarray, max_tokens_per_device: int, slot_seconds: float
 ) -> np.ndarray:
     """Return prices in groups of one size, a row per line and φ; infinite where it does not fit."""
     fraction = lengths / (group.size * max_tokens_per_device)
     step = np.where(fraction > 0.5, 1.0, np.where(fraction == 0.5, 0.5, 0.0))
     work = _pairs(group, lengths) * group.work
-    rows = [
-        group.size * (alpha * work + (beta + slot_seconds) * (mix * step + (1 - mix) * fraction))
-        for alpha, beta in group.lines()
-        for mix in _PHI_MIX
-    ]
+    rows = []
+    for alpha, beta in lines(group):
+        for mix in _PHI_MIX:
+            phi = mix * step + (1 - mix) * fraction
+            rows.append(group.size * (alpha * work + (beta + slot_seconds) * phi))
     return np.where(fraction <= 1, np.array(rows), np.inf)
 
 
-def _seconds(group: GroupCost, lengths: np.ndarray, max_tokens_per_device: int) -> np.ndarray:
+def lines(group: Group) -> list[tuple[float, float]]:
+    """Return (slope in work, seconds at none) of the lines whose maximum is `Group.seconds`.
+
+    Transfers are hidden one kind after the other as the work grows: first those that take the
+    least time per share of the work.
+    """
+    exposed = sorted(group.hidden, key=lambda move: move[1] / move[0])
+    return [
+        (
+            1 - sum(share * times for share, _, times in exposed[i:]),
+            group.fixed + sum(seconds * times for _, seconds, times in exposed[i:]),
+        )
+        for i in range(len(exposed) + 1)
+    ]
+
+
+def _seconds(group: Group, lengths: np.ndarray, max_tokens_per_device: int) -> np.ndarray:
     pairs = _pairs(group, lengths)
     seconds = np.array([group.seconds(p) for p in pairs.tolist()])
     return np.where(lengths <= group.size * max_tokens_per_device, seconds, np.inf)
 
 
-def _pairs(group: GroupCost, lengths: np.ndarray) -> np.ndarray:
+def _pairs(group: Group, lengths: np.ndarray) -> np.ndarray:
     padded = (lengths + group.padding).astype(np.float64)
     return padded * padded / (2 * group.size)

@@ -1,57 +1,16 @@
-"""Run `hcp dynamic calibrate`: fit the cost model to timed microbatches.
+"""Read timed microbatches and fitted costs from files, and write costs.
 
-    hcp dynamic calibrate timed.jsonl --output cost.json
-    hcp dynamic simulate --cost cost.json …
+Each line of a file of timed microbatches is one microbatch that ran, as JSON:
 
-Each line of the file is one microbatch that ran, as JSON:
-
-    {"grouping": [4, 2, 1, 1], "lengths": [[8000], [3000], [900, 700], [1500]], "tokens": 2048,
-     "seconds": 0.0312}
+    {"grouping": [16, 8], "lengths": [[8000, 900], [3000]], "tokens": 2048, "seconds": 0.0312}
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
-from hcp_jax.base import arguments, reading, terminal
-from hcp_jax.cost.models import MODELS
-from hcp_jax.dynamic.cost import Cost, TimedMicrobatch, model_cost
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `run` reads."""
-    parser.add_argument(
-        "rows", type=arguments.existing_file, help="a JSON object per line and microbatch"
-    )
-    parser.add_argument("--model", choices=sorted(MODELS), default="gpt-12x2048")
-    parser.add_argument("--devices-per-host", type=arguments.whole(), default=8)
-    parser.add_argument(
-        "--output", type=arguments.output(), default=None, metavar="FILE", help="write JSON here"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Fit the cost, print its changes and errors, write it, and return the exit code.
-
-    Raises:
-        ValueError: if the file has no rows, or one of them is not as described.
-    """
-    rows = read_rows(args.rows)
-    before = model_cost(args.model, devices_per_host=args.devices_per_host)
-    after = before.calibrate(rows)
-    for field in dataclasses.fields(Cost):
-        old, new = getattr(before, field.name), getattr(after, field.name)
-        told = f"{old:.4g} -> {new:.4g}" if old != new else f"{old}"
-        terminal.say(f"{field.name:26} {told}")
-    errors = [
-        after.microbatch_seconds(row.grouping, row.lengths, row.tokens, row.lanes) / row.seconds - 1
-        for row in rows
-    ]
-    terminal.say(f"{len(rows)} microbatches, modelled within {max(map(abs, errors)):.1%} of each")
-    if args.output is not None:
-        Path(args.output).write_text(json.dumps(dataclasses.asdict(after), indent=2) + "\n")
-    return 0
+from hcp_jax.base import reading
+from hcp_jax.dynamic.cost import Cost, TimedMicrobatch
 
 
 def read_rows(path: Path) -> list[TimedMicrobatch]:
@@ -72,7 +31,6 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
                     tuple(tuple(map(int, group)) for group in row.lengths),
                     int(row.tokens),
                     float(row.seconds),
-                    int(row.lanes),
                 )
             )
         except (TypeError, ValueError) as error:
@@ -86,7 +44,7 @@ def read_rows(path: Path) -> list[TimedMicrobatch]:
 
 
 def read_cost(path: Path) -> Cost:
-    """Read a cost that `run` wrote.
+    """Read a cost that `write_cost` wrote.
 
     Raises:
         ValueError: if the file contains something else.
@@ -95,3 +53,8 @@ def read_cost(path: Path) -> Cost:
         return Cost(**reading.read_json(path))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no cost of `hcp dynamic calibrate`: {error}") from None
+
+
+def write_cost(cost: Cost, path: Path) -> None:
+    """Write a cost as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(cost), indent=2) + "\n")

@@ -21,10 +21,10 @@ class DynamicConfig:
             fields have no effect.
         max_tokens_per_device: M, tokens of the buffer that a device holds in a microbatch; a group
             of g devices holds documents of g · M tokens.
-        min_cp_size: smallest size of a group.
-        max_cp_size: largest size of a group; null means dp · cp.
-        menu: programs to compile: "auto" chooses those that the run's own documents use, a number
-            chooses at most that many; or a list with the devices of each one's widest group.
+        min_cp_size: smallest width of a program.
+        max_cp_size: largest width of a program; null means dp · cp.
+        menu: programs to compile: "auto" chooses those that are worth it for the run's own
+            documents, a number chooses at most that many; or a list of their widths in devices.
         lookahead: number of steps whose documents are scheduled together, to fill buffers better.
         cost: a file that `hcp dynamic calibrate` wrote; null: the run's model on modelled H200s.
         max_seqlen_per_dp_cp_rank: Megatron's name for max_tokens_per_device.
@@ -56,7 +56,7 @@ class DynamicConfig:
                 f"Megatron's max_seqlen_per_dp_cp_rank); {what}."
             )
         if self.menu == []:
-            raise ValueError('dynamic.menu holds no program; give at least one, or "auto".')
+            raise ValueError('dynamic.menu holds no width; give at least one, or "auto".')
 
     @property
     def tokens(self) -> int:
@@ -66,23 +66,23 @@ class DynamicConfig:
 
     @property
     def widths(self) -> tuple[int, ...] | None:
-        """The menu, if it is a list of widest groups; else None."""
+        """Return the menu if it is a list of widths, else None."""
         return tuple(sorted(set(self.menu))) if isinstance(self.menu, list) else None
 
     def check_sizes(self, num_devices: int) -> None:
         """Check the sizes against a number of devices, as far as they alone tell.
 
+        Which widths programs may have depends on the hosts and on the lanes, too; a run checks that
+        when it starts.
+
         Args:
-            num_devices: dp · cp.
+            num_devices: devices along dp and cp.
 
         Raises:
-            ValueError: if no group size fits, or one of the menu does not.
+            ValueError: if no program has a width in the bounds, or one of the menu cannot be one.
         """
-        groupings.widths(num_devices, num_devices, 1, self.min_cp_size, self.max_cp_size)
-        least, most = self.min_cp_size, self.max_cp_size or num_devices
-        for width in self.widths or ():
-            if num_devices % width or not least <= width <= most:
-                raise ValueError(
-                    f"dynamic.menu: {width} must divide the {num_devices} devices of dp · cp, and "
-                    f"lie between min_cp_size={least} and max_cp_size={most}."
-                )
+        divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        most = num_devices if self.max_cp_size is None else self.max_cp_size
+        possible = groupings.bounded(divisors, self.min_cp_size, most)
+        if self.widths is not None:
+            groupings.check_menu(self.widths, possible, "dynamic.menu")

@@ -1,37 +1,35 @@
 """Model the seconds of a microbatch; the scheduler minimises them.
 
-A microbatch is one run of a compiled program in which every device holds one buffer of M tokens and
-its devices form groups, each with its own documents. It takes
+A microbatch runs the program of its widest group. Every device holds one buffer of T tokens. It
+takes
 
     seconds_per_microbatch                    fixed
-    + M · seconds_per_token                   all work that is linear in tokens, with padding
-    + exchange of heads                       over the program's lanes; none of it is hidden
+    + T · seconds_per_token                   all work that is linear in tokens, with padding
+    + exchange of heads                       over the program's lanes, q, k, v and the output
     + max over groups of                      the other groups wait for the slowest
-        attention, and what its transfers take beyond it
+        pairs · seconds_per_pair              attention, on each device of the group
+        + Σ over hops of max(0, transfer - attention of one hop)      the part that is not hidden
 
-A group of g devices has w = g / lanes members. Zigzag cuts a document of L tokens into 2w chunks,
-and lanes share the heads of a member, so each device computes L² / 2g pairs. A kernel computes
-whole tiles: a chunk of L / 2w tokens is rounded up by half a tile on average, which gives the pairs
-of a document of L + w · tile tokens. So short documents need few members even where links are free.
+A program of `widest` devices exchanges heads over A = gcd(widest, lanes) of them and has
+W = widest / A members. A group of w members cuts a document of L tokens zigzag into 2w chunks, and
+each lane of a member computes a share of the heads: each of its devices attends to L² / 2g pairs,
+with g = w·A. A kernel computes whole tiles: a chunk of L / 2w tokens is rounded up by half a tile
+on average, which gives the pairs of a document of L + w · tile tokens.
 
-K and V make w - 1 hops forward and w - 1 backward, and dK and dV come home once more. Members on
-one host are visited one after the other while the next host's K and V are on their way
-(`attention.walk.Nested`), so over `outer` hosts of `inner` members each, with h the seconds of
-attention of one hop,
+K and V make W - 1 hops forward and W - 1 backward, dk and dv (float32) W - 1 moves home.
+Collectives are static, so all members make all of them with whole buffers, whatever their own group
+has left to do. The first w hops of a group run beside its attention, the others beside nothing.
+Hops between members of one host use NVLink, all others the network. Backward, dk and dv of a hop
+travel with the K and V of the next one; the last dk and dv go home alone, which nothing hides.
 
-    forward = (outer - 1) · max(network transfer, host) + host
-    host    = inner · h + (inner - 1) · max(0, NVLink transfer - h)
-
-and likewise backward, where float32 dK and dV travel along. Each transfer moves the whole buffer
-(shapes are static). A program makes the hops of its widest group on all devices, so a narrower
-group spends the time of the other hops, too, with nothing to hide them behind.
+The exchange of heads is hidden by nothing if heads are exchanged at once; in n chunks of heads,
+1 / n of it stays exposed (the first chunk going in, the last coming out).
 
 Times are linear in the parameters once it is known which group is slowest and which hops are
 hidden, so `Cost.calibrate` fits them to timed microbatches by least squares.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -43,6 +41,7 @@ from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import BACKWARD, ModelShape
 from hcp_jax.cost.traffic import GRADIENT_BYTES, ITEM_BYTES
 from hcp_jax.hardware import GPU, gpu
+from hcp_jax.sequence import groupings
 
 # Share of forward in an attention kernel's time, by FLOPs.
 FORWARD_SHARE = 1 / (1 + BACKWARD)
@@ -60,41 +59,44 @@ MICROBATCH_SECONDS = 2e-3
 DEFAULT_MODEL, DEFAULT_GPU = "gpt-12x2048", "h200"
 
 
-class Direction(NamedTuple):
-    """Forward or backward: its share of the attention, and seconds of a transfer on each link."""
+class Move(NamedTuple):
+    """Equal transfers of a program, as a group sees them.
+
+    Attributes:
+        share: share of the group's attention that runs beside each of them; 0 if nothing does.
+        seconds: seconds of one transfer.
+        times: number of transfers.
+        latencies: latencies in one transfer.
+        bytes: bytes that a device sends in one transfer.
+        across: True if it uses the network, False if it stays inside a host.
+    """
 
     share: float
-    inside: float
-    across: float
+    seconds: float
+    times: int
+    latencies: int
+    bytes: float
+    across: bool
 
 
-class GroupCost(NamedTuple):
-    """Cost of one group of devices, with all constants multiplied out.
+class Group(NamedTuple):
+    """Cost of one group in a program, with all constants multiplied out.
 
     Attributes:
         size: number of devices.
-        inner: members on one host that the group spans, 1 or more.
-        outer: hosts (or members, if a member is a host or more) that it spans.
+        members: number of members.
         work: seconds per (query, key) pair on one device.
-        forward: see `Direction`.
-        backward: see `Direction`.
-        fixed: seconds of the last move of dK and dV, and of the program's hops beyond the group.
+        fixed: seconds of the transfers that no attention hides.
+        hidden: (share of the attention, seconds, times) of the other transfers.
         padding: tokens that rounding to tiles adds to a document.
     """
 
     size: int
-    inner: int
-    outer: int
+    members: int
     work: float
-    forward: Direction
-    backward: Direction
     fixed: float
+    hidden: tuple[tuple[float, float, int], ...]
     padding: int
-
-    @property
-    def members(self) -> int:
-        """The number of members; a group of one makes no hops."""
-        return self.inner * self.outer
 
     def pairs(self, length: int) -> float:
         """Return the pairs that each device computes for a document of `length` tokens."""
@@ -104,30 +106,12 @@ class GroupCost(NamedTuple):
     def seconds(self, pairs: float) -> float:
         """Return the seconds for `pairs` pairs per device; increasing and convex in `pairs`."""
         work = pairs * self.work
-        if self.inner == 1 and self.outer == 1:
-            return work + self.fixed
-        total = self.fixed
-        for share, inside, across in (self.forward, self.backward):
-            hop = work * share / (self.inner * self.outer)
-            host = self.inner * hop
-            if inside > hop:
-                host += (self.inner - 1) * (inside - hop)
-            total += host + (self.outer - 1) * (across if across > host else host)
+        total = work + self.fixed
+        for share, seconds, times in self.hidden:
+            exposed = seconds - share * work
+            if exposed > 0.0:
+                total += times * exposed
         return total
-
-    def lines(self) -> list[tuple[float, float]]:
-        """Return (α, β) of the lines α · work + β whose maximum `seconds` is."""
-        found = [(0.0, self.fixed)]
-        for share, inside, across in (self.forward, self.backward):
-            options = []
-            hop = share / (self.inner * self.outer)
-            for exposed in (0.0, 1.0):
-                alpha = (self.inner - exposed * (self.inner - 1)) * hop
-                beta = exposed * (self.inner - 1) * inside
-                options.append((self.outer * alpha, self.outer * beta))
-                options.append((alpha, beta + (self.outer - 1) * across))
-            found = [(a + c, b + d) for a, b in found for c, d in options]
-        return found
 
 
 class TimedMicrobatch(NamedTuple):
@@ -138,29 +122,25 @@ class TimedMicrobatch(NamedTuple):
         lengths: the lengths of each group's documents.
         tokens: tokens of each device's buffer, with padding.
         seconds: measured seconds, forward and backward.
-        lanes: devices that exchange heads with each other.
     """
 
     grouping: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...]
     tokens: int
     seconds: float
-    lanes: int = 1
 
 
 def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
     """Return the parameters of `Cost` for a model, in bfloat16 and without recomputation."""
     forward, backward = (on.attention_rate("triton", d).value for d in ("forward", "backward"))
-    query_width = sum(kind.num_layers * kind.query_width for kind in model.by_kind)
-    pair_flops = 4 * query_width / tp
-    kv_width = sum(kind.num_layers * kind.kv_width for kind in model.by_kind)
+    pair_flops = 4 * model.num_layers * model.query_width / tp
     linear_flops = 6 * model.product_params / tp
     return {
         "seconds_per_pair": pair_flops * (1 / forward + BACKWARD / backward),
         "seconds_per_token": linear_flops / (LINEAR_SHARE * on.product_rate.value),
         "seconds_per_microbatch": MICROBATCH_SECONDS,
-        "kv_bytes_per_token": 2 * _ITEM_BYTES * kv_width / tp,
-        "q_bytes_per_token": _ITEM_BYTES * query_width / tp,
+        "kv_bytes_per_token": 2 * _ITEM_BYTES * model.num_layers * model.kv_width / tp,
+        "q_bytes_per_token": _ITEM_BYTES * model.num_layers * model.query_width / tp,
         "seconds_per_byte_inside": 1 / on.nvlink.rate.value,
         "seconds_per_byte_across": 1 / on.network.rate.value,
         "seconds_per_hop": model.num_layers * on.nvlink.latency,
@@ -168,6 +148,7 @@ def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
 
 
 _DEFAULTS = _parameters(model_shape(DEFAULT_MODEL), gpu(DEFAULT_GPU), tp=1)
+_DEFAULT_KV_HEADS = model_shape(DEFAULT_MODEL).num_kv_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +163,18 @@ class Cost:
         seconds_per_token: seconds of everything else for one token.
         seconds_per_microbatch: fixed seconds of a microbatch.
         kv_bytes_per_token: bytes of K and V of one token, all layers.
-        q_bytes_per_token: bytes of the queries of one token, all layers; as many as of the output.
+        q_bytes_per_token: bytes of the queries of one token, all layers.
         seconds_per_byte_inside: seconds per byte of a transfer inside a host.
         seconds_per_byte_across: seconds per byte of a transfer between hosts.
         seconds_per_hop: latency of one transfer, summed over layers.
         tile: kernels round a chunk up to a multiple of this number of tokens.
         devices_per_host: devices that share a host; device d is on host d // devices_per_host.
+        lanes: devices that exchange heads with each other: the greatest common divisor of cp_inner
+            and the query heads of a device; 1 for comm types that exchange none. It is lowered to
+            a divisor of the number of devices.
+        kv_heads: key and value heads of a device before the exchange; they are replicated until
+            the lanes divide them.
+        head_chunks: chunks of heads that are exchanged one after the other.
     """
 
     seconds_per_pair: float = _DEFAULTS["seconds_per_pair"]
@@ -200,106 +187,121 @@ class Cost:
     seconds_per_hop: float = _DEFAULTS["seconds_per_hop"]
     tile: int = 64
     devices_per_host: int = 8
+    lanes: int = 8
+    kv_heads: int = _DEFAULT_KV_HEADS
+    head_chunks: int = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = checks.number(f"Cost.{field.name}", getattr(self, field.name))
             if value < 0:
                 raise ValueError(f"Cost.{field.name} must be 0 or greater, got {value}.")
-        checks.integer("Cost.devices_per_host", self.devices_per_host, least=1)
+        for name in ("devices_per_host", "lanes", "kv_heads", "head_chunks"):
+            checks.integer(f"Cost.{name}", getattr(self, name), least=1)
 
-    def group(
-        self, size: int, tokens: int, lanes: int = 1, program: int | None = None
-    ) -> GroupCost:
-        """Return the cost of a group.
+    def chain(self, num_devices: int) -> tuple[int, ...]:
+        """Return the sizes of groups with whole members; see `groupings.chain`."""
+        lanes = self.lanes_of(num_devices, num_devices)
+        return groupings.chain(num_devices, self.devices_per_host, lanes)
+
+    def widths(self, num_devices: int) -> tuple[int, ...]:
+        """Return the widths that programs may have; see `groupings.widths`."""
+        lanes = self.lanes_of(num_devices, num_devices)
+        return groupings.widths(num_devices, self.devices_per_host, lanes)
+
+    def lanes_of(self, widest: int, num_devices: int) -> int:
+        """Return the lanes of the program of width `widest`."""
+        return groupings.program_lanes(widest, math.gcd(self.lanes, num_devices))
+
+    def moves(self, size: int, widest: int, num_devices: int, tokens: int) -> list[Move]:
+        """List the transfers of a program as a group of `size` devices sees them.
 
         Args:
             size: devices of the group.
-            tokens: M, tokens of each device's buffer.
-            lanes: devices that exchange heads with each other.
-            program: devices of the widest group that the program serves; `size` if None.
+            widest: width of the program.
+            num_devices: all devices.
+            tokens: tokens of each device's buffer.
         """
-        return _group(self, size, tokens, min(lanes, size), size if program is None else program)
+        lanes = self.lanes_of(widest, num_devices)
+        members, own = widest // lanes, size // lanes
+        per_host = num_devices
+        if num_devices > self.devices_per_host:
+            per_host = math.gcd(num_devices, self.devices_per_host)
+        kv = tokens * self.kv_bytes_per_token * math.lcm(self.kv_heads, lanes) / self.kv_heads
+        moves = []
 
-    def groups(
-        self,
-        grouping: Sequence[int],
-        tokens: int,
-        lanes: int = 1,
-        program: int | None = None,
-    ) -> list[GroupCost]:
-        """Return the costs of a grouping's groups; arguments as in `group`."""
-        program = max(grouping) if program is None else program
-        known = {size: self.group(size, tokens, lanes, program) for size in set(grouping)}
+        def add(share: float, times: int, sent: float, across: bool, latencies: int = 1) -> None:
+            per_byte = self.seconds_per_byte_across if across else self.seconds_per_byte_inside
+            seconds = latencies * self.seconds_per_hop + sent * per_byte
+            if times > 0:
+                moves.append(Move(share, seconds, times, latencies, sent, across))
+
+        if lanes > 1:
+            # q, k and v go in and the output comes back; backward likewise with their gradients.
+            both = 2 * (2 * tokens * self.q_bytes_per_token + kv) * (lanes - 1) / lanes
+            add(0.0, 1, both / self.head_chunks, per_host % lanes > 0, latencies=4)
+        inside = max(1, math.gcd(widest, per_host) // lanes)
+        grads = HOME_TRAFFIC * kv
+        for first, last, across in ((1, inside, False), (inside, members, True)):
+            for beside in (True, False):
+                low, high = (first, min(last, own + 1)) if beside else (max(first, own + 1), last)
+                forward, backward = (FORWARD_SHARE / own, (1 - FORWARD_SHARE) / own)
+                forward, backward = (forward, backward) if beside else (0.0, 0.0)
+                ends = low < high == members  # the last hop, whose dk and dv go home alone
+                add(forward, high - low, kv, across)
+                add(backward, high - low - ends, kv + grads, across)
+                add(backward, int(ends), kv, across)
+                add(0.0, int(ends), grads, across)
+        return moves
+
+    def group(self, size: int, widest: int, num_devices: int, tokens: int) -> Group:
+        """Return the cost of a group of `size` devices in a program; arguments as in `moves`."""
+        moves = self.moves(size, widest, num_devices, tokens)
+        members = size // self.lanes_of(widest, num_devices)
+        return Group(
+            size=size,
+            members=members,
+            work=self.seconds_per_pair,
+            fixed=sum(move.times * move.seconds for move in moves if not move.share),
+            hidden=tuple((m.share, m.seconds, m.times) for m in moves if m.share),
+            padding=members * self.tile,
+        )
+
+    def groups(self, grouping: Sequence[int], tokens: int) -> list[Group]:
+        """Return the costs of a grouping's groups; `tokens` as in `moves`."""
+        widest, num_devices = max(grouping), sum(grouping)
+        known = {size: self.group(size, widest, num_devices, tokens) for size in set(grouping)}
         return [known[size] for size in grouping]
 
-    def hop_seconds(self, tokens: int) -> tuple[Direction, Direction, Direction]:
-        """Return the seconds of one transfer forward, backward, and of the last one home."""
-        inside, across = (
-            tokens * self.kv_bytes_per_token * rate
-            for rate in (self.seconds_per_byte_inside, self.seconds_per_byte_across)
-        )
-        hop = self.seconds_per_hop
-        return tuple(  # type: ignore[return-value]
-            Direction(share, hop + traffic * inside, hop + traffic * across)
-            for share, traffic in (
-                (FORWARD_SHARE, 1.0),
-                (1 - FORWARD_SHARE, BACKWARD_TRAFFIC),
-                (0.0, HOME_TRAFFIC),
-            )
-        )
+    def network_bytes(self, grouping: Sequence[int], tokens: int) -> float:
+        """Return the bytes that each device sends over the network in one microbatch."""
+        moves = self.moves(max(grouping), max(grouping), sum(grouping), tokens)
+        return sum(move.times * move.bytes for move in moves if move.across)
 
-    def dense_seconds(self, tokens: int, lanes: int = 1) -> float:
-        """Return the seconds of a microbatch without attention and hops.
-
-        Args:
-            tokens: M, tokens of each device's buffer.
-            lanes: devices that exchange heads with each other.
-        """
-        linear = self.seconds_per_microbatch + tokens * self.seconds_per_token
-        if lanes == 1:
-            return linear
-        across = lanes > self.devices_per_host
-        rate = self.seconds_per_byte_across if across else self.seconds_per_byte_inside
-        # q, K, V and the output forward, their cotangents backward.
-        sent = 2 * (2 * self.q_bytes_per_token + self.kv_bytes_per_token) * (lanes - 1) / lanes
-        return linear + 4 * self.seconds_per_hop + tokens * sent * rate
+    def dense_seconds(self, tokens: int) -> float:
+        """Return the seconds of a microbatch without attention, with buffers of `tokens` tokens."""
+        return self.seconds_per_microbatch + tokens * self.seconds_per_token
 
     def group_seconds(
-        self,
-        grouping: Sequence[int],
-        lengths: Sequence[Sequence[int]],
-        tokens: int,
-        lanes: int = 1,
-        program: int | None = None,
+        self, grouping: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
     ) -> list[float]:
-        """Return the seconds of attention and transfers of every group.
+        """Return the seconds of attention and exposed transfers of every group.
 
         Args:
             grouping: group sizes in device order.
             lengths: the lengths of each group's documents.
-            tokens: M, tokens of each device's buffer.
-            lanes: devices that exchange heads with each other.
-            program: devices of the widest group that the program serves; of the grouping if None.
+            tokens: tokens of each device's buffer.
         """
         return [
             group.seconds(sum(group.pairs(length) for length in documents))
-            for group, documents in zip(
-                self.groups(grouping, tokens, lanes, program), lengths, strict=True
-            )
+            for group, documents in zip(self.groups(grouping, tokens), lengths, strict=True)
         ]
 
     def microbatch_seconds(
-        self,
-        grouping: Sequence[int],
-        lengths: Sequence[Sequence[int]],
-        tokens: int,
-        lanes: int = 1,
-        program: int | None = None,
+        self, grouping: Sequence[int], lengths: Sequence[Sequence[int]], tokens: int
     ) -> float:
         """Return the seconds of one microbatch; arguments as in `group_seconds`."""
-        slowest = max(self.group_seconds(grouping, lengths, tokens, lanes, program))
-        return self.dense_seconds(tokens, lanes) + slowest
+        return self.dense_seconds(tokens) + max(self.group_seconds(grouping, lengths, tokens))
 
     def calibrate(self, rows: Sequence[TimedMicrobatch]) -> "Cost":
         """Return the cost that fits timed microbatches best, by relative least squares.
@@ -307,7 +309,7 @@ class Cost:
         Which group is slowest and which hops are hidden depends on the parameters, so the fit is
         repeated until that no longer changes, at most 50 times; the best fit is kept. A parameter
         that the rows do not determine keeps its value: seconds_per_token if all rows have buffers
-        of one size, a link if no row has a transfer on it.
+        of one size, a link if no row uses it.
 
         Args:
             rows: timed microbatches, as varied as possible; at least one.
@@ -328,11 +330,9 @@ class Cost:
             cost = fitted
         return best
 
-    def _modelled(self, row: TimedMicrobatch) -> float:
-        return self.microbatch_seconds(row.grouping, row.lengths, row.tokens, row.lanes)
-
     def _misfit(self, rows: Sequence[TimedMicrobatch]) -> float:
-        return sum((self._modelled(row) / row.seconds - 1) ** 2 for row in rows)
+        modelled = (self.microbatch_seconds(row.grouping, row.lengths, row.tokens) for row in rows)
+        return sum((m / row.seconds - 1) ** 2 for m, row in zip(modelled, rows, strict=True))
 
     def _fit(self, rows: Sequence[TimedMicrobatch]) -> "Cost":
         from scipy.optimize import nnls
@@ -354,19 +354,19 @@ class Cost:
         return dataclasses.replace(self, **values)
 
     def _features(self, row: TimedMicrobatch) -> np.ndarray:
-        """Return the factor of each of `_FITTED` in the modelled seconds of `row`.
-
-        The model is linear in them around their values, so differences are exact.
-        """
-        base = self._modelled(row)
-        found = []
-        for name in _FITTED:
-            value = getattr(self, name)
-            step = 1e-5 * max(value, _DEFAULTS[name])
-            more = dataclasses.replace(self, **{name: value + step})._modelled(row)
-            factor = (more - base) / step
-            found.append(factor if abs(factor) * step > 1e-12 * base else 0.0)
-        return np.array(found)
+        """Return the factor of each of `_FITTED` in the modelled seconds of `row`."""
+        seconds = self.group_seconds(row.grouping, row.lengths, row.tokens)
+        slowest = int(np.argmax(seconds))
+        group = self.groups(row.grouping, row.tokens)[slowest]
+        pairs = sum(group.pairs(length) for length in row.lengths[slowest])
+        latencies = hidden = 0.0
+        sent = [0.0, 0.0]  # bytes inside hosts and across
+        for move in self.moves(group.size, max(row.grouping), sum(row.grouping), row.tokens):
+            if not move.share or move.seconds > move.share * pairs * group.work:
+                latencies += move.times * move.latencies
+                sent[move.across] += move.times * move.bytes
+                hidden += move.times * move.share
+        return np.array([pairs * (1 - hidden), row.tokens, 1.0, latencies, *sent])
 
 
 _FITTED = (
@@ -377,33 +377,6 @@ _FITTED = (
     "seconds_per_byte_inside",
     "seconds_per_byte_across",
 )
-
-
-@functools.lru_cache(maxsize=4096)
-def _group(cost: Cost, size: int, tokens: int, lanes: int, program: int) -> GroupCost:
-    forward, backward, home = cost.hop_seconds(tokens)
-    inner, outer = _spans(size, lanes, cost.devices_per_host)
-    alone = GroupCost(
-        size=size,
-        inner=inner,
-        outer=outer,
-        work=cost.seconds_per_pair,
-        forward=forward,
-        backward=backward,
-        fixed=0.0 if size == lanes else home.across if outer > 1 else home.inside,
-        padding=size // lanes * cost.tile,
-    )
-    if program <= size:
-        return alone
-    whole = _group(cost, program, tokens, lanes, program)
-    return alone._replace(fixed=alone.fixed + whole.seconds(0.0) - alone.seconds(0.0))
-
-
-def _spans(size: int, lanes: int, devices_per_host: int) -> tuple[int, int]:
-    """Return the members on one host, and the number of hosts, of a group of `size` devices."""
-    members = size // lanes
-    inner = min(members, max(1, devices_per_host // lanes))
-    return (inner, members // inner) if members % inner == 0 else (1, members)
 
 
 def _relative(
@@ -419,6 +392,7 @@ def model_cost(
     *,
     tp: int = 1,
     devices_per_host: int = 8,
+    lanes: int | None = None,
 ) -> Cost:
     """Return the cost of training a model in bfloat16, without recomputation.
 
@@ -428,6 +402,8 @@ def model_cost(
         tp: devices that share each layer's weights and heads; the devices of the cost are such
             groups of tp.
         devices_per_host: how many of them share a host.
+        lanes: devices that exchange heads with each other; if None, as many devices of a host as
+            divide the query heads of a device.
 
     Raises:
         ValueError: if there is no model or GPU of that name.
@@ -435,7 +411,13 @@ def model_cost(
     >>> model_cost("llama3-8b").seconds_per_token > model_cost("gpt-12x2048").seconds_per_token
     True
     """
-    parameters: dict[str, Any] = _parameters(
-        model_shape(model), gpu(on) if isinstance(on, str) else on, tp
+    shape = model_shape(model)
+    parameters: dict[str, Any] = _parameters(shape, gpu(on) if isinstance(on, str) else on, tp)
+    if lanes is None:
+        lanes = math.gcd(devices_per_host, max(1, shape.num_heads // tp))
+    return Cost(
+        **parameters,
+        devices_per_host=devices_per_host,
+        lanes=lanes,
+        kv_heads=max(1, shape.num_kv_heads // tp),
     )
-    return Cost(**parameters, devices_per_host=devices_per_host)

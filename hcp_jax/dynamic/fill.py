@@ -5,17 +5,19 @@ the longest document that it has room for. `Unscheduled` finds that document in 
 time, so the time of scheduling grows linearly with the number of documents.
 """
 
+import dataclasses
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from hcp_jax.dynamic.cost import Cost, GroupCost
+from hcp_jax.dynamic.cost import Cost, Group
 from hcp_jax.sequence.groupings import Grouping
-from hcp_jax.sequence.packing import max_documents_per_group
+from hcp_jax.sequence.packing import max_documents
 
 
-class Problem(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Problem:
     """Fixed data of the search for a schedule.
 
     The rank of a document is its index in ascending order of length.
@@ -27,20 +29,21 @@ class Problem(NamedTuple):
     num_devices: int
     tokens: int  # M
     cost: Cost
-    lanes: int  # devices that exchange heads with each other
-    sizes: tuple[int, ...]  # possible group sizes, ascending
-    programs: tuple[int, ...]  # widest groups of the programs, ascending
-    groups: list[GroupCost]  # one of each size, in a program of its own width
+    menu: tuple[int, ...]  # widths of the programs that may be used
+    smallest: int  # the smallest group beside wider ones
+    best: list[Group]  # the cheapest group of each possible size, ascending
+    known: dict[tuple[int, int], Group] = dataclasses.field(default_factory=dict)
 
-    def costs(self, grouping: Grouping) -> list[GroupCost]:
-        """Return the costs of a grouping's groups in the narrowest program that serves it."""
-        widest = max(grouping)
-        program = next(size for size in self.programs if size >= widest)
-        return self.cost.groups(grouping, self.tokens, self.lanes, program)
+    def group(self, size: int, widest: int) -> Group:
+        """Return the cost of a group in a program."""
+        key = size, widest
+        if key not in self.known:
+            self.known[key] = self.cost.group(*key, self.num_devices, self.tokens)
+        return self.known[key]
 
-    def dense_seconds(self, grouping: Grouping) -> float:
-        """Return the seconds of a microbatch besides attention and hops."""
-        return self.cost.dense_seconds(self.tokens, min(self.lanes, max(grouping)))
+    def most(self, group: Group) -> int:
+        """Return the most documents that a group may hold; one member holds any number."""
+        return max_documents(self.tokens) if group.members > 1 else len(self.lengths)
 
 
 class Filled(NamedTuple):
@@ -99,42 +102,41 @@ class Unscheduled:
             self.count -= 1
 
 
-def fill(
-    problem: Problem, unscheduled: Unscheduled, grouping: Grouping, costs: Sequence[GroupCost]
-) -> Filled:
+def fill(problem: Problem, unscheduled: Unscheduled, grouping: Grouping) -> Filled:
     """Fill a grouping: the group with the least work takes the longest document it has room for.
 
     `unscheduled` is not modified, because several groupings are filled before one is chosen.
     """
     lengths, values = problem.lengths, problem.values
     left = unscheduled.count
+    groups = [problem.group(size, grouping[0]) for size in grouping]
+    most = [problem.most(group) for group in groups]
     room = [size * problem.tokens for size in grouping]
     pairs = [0.0] * len(grouping)
     inside: list[list[int]] = [[] for _ in grouping]
-    most = max_documents_per_group(problem.tokens)
     value = slowest = 0.0
     taken: dict[int, int] = {}  # node of a document taken here -> a lower node to go on from
     # Among groups of equal work the widest comes first, so that it gets the longest document.
-    heap = [(cost.seconds(0.0), -cost.size, group) for group, cost in enumerate(costs)]
+    heap = [(group.seconds(0.0), -group.size, number) for number, group in enumerate(groups)]
     heapq.heapify(heap)
     while heap and left:
-        _, width, group = heap[0]
-        node = unscheduled.find(bisect_right(lengths, room[group]))
+        _, width, number = heap[0]
+        node = unscheduled.find(bisect_right(lengths, room[number]))
         while node in taken:
             below = unscheduled.find(taken[node])
             taken[node] = taken.get(below, below)  # shorten the path for the next search
             node = below
-        full = costs[group].members > 1 and len(inside[group]) == most
-        if node == 0 or full:
+        if node == 0 or len(inside[number]) == most[number]:
             slowest = max(slowest, heapq.heappop(heap)[0])
             continue
         taken[node], left = node - 1, left - 1
         rank = node - 1
-        length, cost = lengths[rank], costs[group]
-        room[group] -= length
-        pairs[group] += cost.pairs(length)
+        length, group = lengths[rank], groups[number]
+        room[number] -= length
+        pairs[number] += group.pairs(length)
         value += values[rank]
-        inside[group].append(rank)
-        heapq.heapreplace(heap, (cost.seconds(pairs[group]), width, group))
+        inside[number].append(rank)
+        heapq.heapreplace(heap, (group.seconds(pairs[number]), width, number))
     slowest = max([slowest, *(item[0] for item in heap)])
-    return Filled(grouping, inside, problem.dense_seconds(grouping) + slowest, value)
+    dense = problem.cost.dense_seconds(problem.tokens)
+    return Filled(grouping, inside, dense + slowest, value)

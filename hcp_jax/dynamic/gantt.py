@@ -46,27 +46,25 @@ def draw(plan: "Schedule", axes: "Axes | None" = None) -> "Axes":
     now = 0.0
     seconds = plan.microbatch_seconds
     for mb, took in zip(plan.microbatches, seconds, strict=True):
-        costs = plan.cost.groups(
-            mb.grouping, plan.max_tokens_per_device, mb.lanes, plan.program(mb)
-        )
+        groups = plan.cost.groups(mb.grouping, plan.max_tokens_per_device)
         first = 0
-        for cost, held in zip(costs, mb.documents, strict=True):
+        for group, held in zip(groups, mb.documents, strict=True):
             left = now
             pairs = used = 0.0
             for document in held:
                 length = plan.lengths[document]
-                pairs += cost.pairs(length)
-                used += length / cost.size
-                width = cost.pairs(length) * cost.work
-                width += length / cost.size * plan.cost.seconds_per_token
-                box("document", left, width, first, cost.size, _colour(document, length, plan))
+                pairs += group.pairs(length)
+                used += length / group.size
+                width = group.pairs(length) * group.work
+                width += length / group.size * plan.cost.seconds_per_token
+                box("document", left, width, first, group.size, _colour(document, length, plan))
                 left += width
             padding = plan.max_tokens_per_device - used
             width = plan.cost.seconds_per_microbatch + padding * plan.cost.seconds_per_token
-            box("pad", left, width, first, cost.size, "#dddddd")
-            width_hops = cost.seconds(pairs) - pairs * cost.work
-            box("hop", left + width, width_hops, first, cost.size, "#ffffff")
-            first += cost.size
+            box("pad", left, width, first, group.size, "#dddddd")
+            width_hops = group.seconds(pairs) - pairs * group.work
+            box("hop", left + width, width_hops, first, group.size, "#ffffff")
+            first += group.size
         now += took
 
     edge: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """Draw lengths from distributions that are written as one word on a command line.
 
 lognormal:mean=1024,sigma=1.5,min=128,max=8192
+lognormal:mean_before=1024,sigma=1.5,min=128,max=8192
 uniform:min=128,max=8192
 mix:0.90@2048,0.09@32768,0.01@262144
 a path to a CSV file: its column `length`, or its only column
@@ -28,7 +29,9 @@ def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
     has fewer).
 
     The lengths of a lognormal are clipped to [min, max]. `mean` is the mean *after* clipping, which
-    can be checked on the data; sigma is that of the logarithm before clipping.
+    can be checked on the data; `mean_before` in its place is the mean before clipping, as other
+    systems' benchmarks give it (mu = ln(mean) - sigma² / 2). sigma is that of the logarithm before
+    clipping.
 
     Raises:
         ValueError: if `spec` is not a distribution, or the file contains no lengths.
@@ -46,7 +49,12 @@ def draw_lengths(spec: str, count: int, seed: int) -> np.ndarray:
         low, high = values["min"], values["max"]
         if kind == "uniform":
             return rng.integers(int(low), int(high) + 1, count)
-        mu = _location(values["mean"], values["sigma"], low, high)
+        sigma = values["sigma"]
+        if "mean_before" in values:
+            _check_lognormal(values["mean_before"], sigma, low, high)
+            mu = math.log(values["mean_before"]) - sigma**2 / 2
+        else:
+            mu = _location(values["mean"], sigma, low, high)
         return np.rint(np.clip(rng.lognormal(mu, values["sigma"], count), low, high)).astype(int)
     return _from_file(Path(spec), count, rng)
 
@@ -72,7 +80,7 @@ def _values(kind: str, words: str) -> dict[str, float]:
         if not math.isfinite(values[name]):
             raise ValueError(f"{kind}: {word!r} is not a finite number.")
     needed = _NEEDED[kind]
-    if set(values) != set(needed):
+    if set(values) not in (set(needed), {"mean_before", *needed} - {"mean"}):
         example = ",".join(f"{name}=…" for name in needed)
         raise ValueError(f"{kind}:{words} must be written {kind}:{example}.")
     return values
@@ -138,11 +146,7 @@ def _from_csv(path: Path) -> np.ndarray:
 
 def _location(mean: float, sigma: float, low: float, high: float) -> float:
     """Return mu of the lognormal whose mean is `mean` after clipping to [low, high]."""
-    if not low < mean < high or not 0 < sigma <= MOST_SIGMA:
-        raise ValueError(
-            f"lognormal needs min < mean < max and 0 < sigma <= {MOST_SIGMA:g}, got mean={mean:g} "
-            f"and sigma={sigma:g}."
-        )
+    _check_lognormal(mean, sigma, low, high)
     normal = NormalDist()
 
     def clipped_mean(mu: float) -> float:
@@ -155,3 +159,11 @@ def _location(mean: float, sigma: float, low: float, high: float) -> float:
         mid = (left + right) / 2
         left, right = (mid, right) if clipped_mean(mid) < mean else (left, mid)
     return (left + right) / 2
+
+
+def _check_lognormal(mean: float, sigma: float, low: float, high: float) -> None:
+    if not low < mean < high or not 0 < sigma <= MOST_SIGMA:
+        raise ValueError(
+            f"lognormal needs min < mean < max and 0 < sigma <= {MOST_SIGMA:g}, got mean={mean:g} "
+            f"and sigma={sigma:g}."
+        )

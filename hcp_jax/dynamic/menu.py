@@ -1,13 +1,13 @@
-"""Choose a menu of programs for many batches, and schedule several batches together.
+"""Choose the programs to compile for many batches, and schedule several batches together.
 
 `scheduler.schedule` looks at one batch. This module looks across batches. Training compiles its
-programs once, before the first step, so they must also serve later batches. And the tokens of a
-batch are rarely a multiple of what the devices hold, so its last microbatch is partly empty unless
-several batches are scheduled together.
+programs before the first step, so they must also serve later batches. And the tokens of a batch are
+rarely a multiple of what the devices hold, so its last microbatch is partly empty unless several
+batches are scheduled together.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,11 @@ import numpy as np
 from hcp_jax.base import checks
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.plan import Schedule
-from hcp_jax.dynamic.scheduler import check_lengths, schedule
-from hcp_jax.sequence import groupings
+from hcp_jax.dynamic.scheduler import check_lengths, program_widths, schedule
 from hcp_jax.sequence.packing import Microbatch
+
+_WORTH = 2e-3
+"""Share of the modelled time that a program must save to be worth compiling."""
 
 
 class Step(NamedTuple):
@@ -39,15 +41,12 @@ def choose_menu(
     min_cp_size: int = 1,
     max_cp_size: int | None = None,
     cost: Cost | None = None,
-    lanes: int = 1,
     max_programs: int | None = None,
 ) -> tuple[int, ...]:
     """Choose the programs that training should compile, for batches like these.
 
-    A program serves all groupings up to its widest group, so there are at most as many as possible
-    group sizes. Programs that the batches use are kept, those that take most of the modelled time
-    first, and always the one with the widest possible group, so that every document that fits at
-    all can be trained on.
+    Programs are removed one after another, the one that saves least first, until each of those that
+    are left saves 0.2 % of the modelled time and there are at most `max_programs`.
 
     Args:
         batches: lengths of the documents of each sample batch; a few dozen batches are enough.
@@ -56,37 +55,41 @@ def choose_menu(
         min_cp_size: as in `schedule`.
         max_cp_size: as in `schedule`.
         cost: as in `schedule`.
-        lanes: as in `schedule`.
-        max_programs: most programs to compile; as many as are used if None.
+        max_programs: most programs to compile; any number if None (there are never many: one for
+            each width of `Cost.widths`).
 
     Returns:
-        The widest group of each program, ascending.
+        Widths in devices, ascending. The widest possible one is always among them, so that every
+        document that fits at all can be trained on.
 
     Raises:
         ValueError: as `schedule`; and if there are no batches, or max_programs is less than 1.
+
+    >>> choose_menu([[2000, 150, 900, 700]], num_devices=8, max_tokens_per_device=512)
+    (8,)
     """
     samples = [check_lengths(batch) for batch in batches]
-    if max_programs is not None:
-        max_programs = checks.integer("max_programs", max_programs, least=1)
     if not samples:
         raise ValueError("choose_menu needs at least one batch.")
     cost = Cost() if cost is None else cost
-    seconds: dict[int, float] = {}
-    for sample in samples:
-        plan = schedule(
-            sample,
-            *(num_devices, max_tokens_per_device, min_cp_size, max_cp_size),
-            cost=cost,
-            lanes=lanes,
-        )
-        for mb, took in zip(plan.microbatches, plan.microbatch_seconds, strict=True):
-            seconds[mb.widest] = seconds.get(mb.widest, 0.0) + took
-    sizes = groupings.widths(num_devices, cost.devices_per_host, lanes, min_cp_size, max_cp_size)
-    ranked = sorted(seconds, key=lambda width: (-seconds[width], width))
-    others = [width for width in ranked if width != sizes[-1]]
+    menu = program_widths(cost, num_devices, min_cp_size, max_cp_size)
+    most = len(menu)
     if max_programs is not None:
-        others = others[: max_programs - 1]
-    return tuple(sorted([*others, sizes[-1]]))
+        most = checks.integer("max_programs", max_programs, least=1)
+
+    def seconds(menu: Sequence[int]) -> float:
+        limits = num_devices, max_tokens_per_device, min_cp_size, max_cp_size
+        plans = (schedule(sample, *limits, menu=menu, cost=cost) for sample in samples)
+        return sum(plan.modelled_seconds for plan in plans)
+
+    now = seconds(menu)
+    while len(menu) > 1:
+        shorter = [tuple(w for w in menu if w != width) for width in menu[:-1]]
+        took, best = min((seconds(menu), menu) for menu in shorter)
+        if len(menu) <= most and took > now * (1 + _WORTH):
+            break
+        menu, now = best, took
+    return menu
 
 
 def schedule_batches(
@@ -98,7 +101,6 @@ def schedule_batches(
     menu: Iterable[int] | None = None,
     cost: Cost | None = None,
     seed: int = 0,
-    lanes: int = 1,
 ) -> tuple[Step, ...]:
     """Schedule several batches together (a look-ahead), as many optimizer steps as batches.
 
@@ -115,7 +117,6 @@ def schedule_batches(
         menu: as in `schedule`.
         cost: as in `schedule`.
         seed: seed of the order; the same seed gives the same steps.
-        lanes: as in `schedule`.
 
     Returns:
         A step for each batch, with its microbatches and the sources of its documents. Together the
@@ -138,7 +139,6 @@ def schedule_batches(
         menu,
         cost,
         seed,
-        lanes,
     )
     rng = np.random.default_rng(seed)
     dealt: list[list[Microbatch]] = [[] for _ in batches]
@@ -160,13 +160,16 @@ def _step(
         max_tokens_per_device=together.max_tokens_per_device,
         menu=together.menu,
         microbatches=tuple(
-            dataclasses.replace(
-                mb, documents=tuple(tuple(renamed[d] for d in g) for g in mb.documents)
-            )
+            dataclasses.replace(mb, documents=_renamed(mb.documents, renamed))
             for mb in microbatches
         ),
         cost=together.cost,
         sizes=together.sizes,
-        lanes=together.lanes,
     )
     return Step(plan, tuple(sources[d] for d in held))
+
+
+def _renamed(
+    documents: Iterable[Sequence[int]], names: Mapping[int, int]
+) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(names[d] for d in group) for group in documents)

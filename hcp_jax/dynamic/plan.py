@@ -12,7 +12,24 @@ import numpy as np
 from hcp_jax.dynamic.bound import lower_bound
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.sequence import groupings
-from hcp_jax.sequence.packing import Microbatch
+from hcp_jax.sequence.packing import Microbatch, max_documents
+
+LOW_FILL = 0.9
+"""Share of slots below which `advice` is worth giving."""
+
+
+def advice(token_fill: float, num_microbatches: float) -> str:
+    """Say how full the buffers are, and what to change so that they are fuller.
+
+    Args:
+        token_fill: share of slots that hold a token.
+        num_microbatches: microbatches of an optimizer step.
+    """
+    return (
+        f"buffers are {token_fill:.0%} full with {num_microbatches:.3g} microbatches a step: "
+        "schedule the documents of more steps together (lookahead), take more tokens a step, or "
+        "lower max_tokens_per_device."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +40,10 @@ class Schedule:
         lengths: tokens of each document.
         num_devices: number of devices of every grouping.
         max_tokens_per_device: tokens of every device's buffer.
-        menu: devices of the widest group of each program that may be used, ascending.
+        menu: widths of the programs that may be used, ascending.
         microbatches: microbatches in the order in which they run.
         cost: cost model of the seconds.
-        sizes: possible group sizes.
-        lanes: devices that exchange heads with each other.
+        sizes: widths that programs could have, on the menu or not; the bound is for all of them.
     """
 
     lengths: tuple[int, ...]
@@ -37,11 +53,6 @@ class Schedule:
     microbatches: tuple[Microbatch, ...]
     cost: Cost
     sizes: tuple[int, ...]
-    lanes: int = 1
-
-    def program(self, microbatch: Microbatch) -> int:
-        """Return the devices of the widest group of the program that runs a microbatch."""
-        return next(width for width in self.menu if width >= microbatch.widest)
 
     @cached_property
     def group_seconds(self) -> tuple[tuple[float, ...], ...]:
@@ -49,11 +60,7 @@ class Schedule:
         return tuple(
             tuple(
                 self.cost.group_seconds(
-                    mb.grouping,
-                    mb.lengths(self.lengths),
-                    self.max_tokens_per_device,
-                    mb.lanes,
-                    self.program(mb),
+                    mb.grouping, mb.lengths(self.lengths), self.max_tokens_per_device
                 )
             )
             for mb in self.microbatches
@@ -62,10 +69,8 @@ class Schedule:
     @property
     def microbatch_seconds(self) -> tuple[float, ...]:
         """Modelled seconds of every microbatch."""
-        return tuple(
-            self.cost.dense_seconds(self.max_tokens_per_device, mb.lanes) + max(by_group)
-            for mb, by_group in zip(self.microbatches, self.group_seconds, strict=True)
-        )
+        dense = self.cost.dense_seconds(self.max_tokens_per_device)
+        return tuple(dense + max(of_group) for of_group in self.group_seconds)
 
     @property
     def modelled_seconds(self) -> float:
@@ -75,8 +80,8 @@ class Schedule:
     @property
     def token_fill(self) -> float:
         """Share of all buffer slots that hold a token; 1 if there are no microbatches."""
-        slots = len(self.microbatches) * self.num_devices * self.max_tokens_per_device
-        return sum(self.lengths) / slots if slots else 1.0
+        places = len(self.microbatches) * self.num_devices * self.max_tokens_per_device
+        return sum(self.lengths) / places if places else 1.0
 
     @property
     def balance(self) -> float:
@@ -84,8 +89,8 @@ class Schedule:
         mean = busiest = 0.0
         for mb in self.microbatches:
             pairs = [
-                sum(length * (length + 1) / 2 for length in by_group) / size
-                for size, by_group in zip(mb.grouping, mb.lengths(self.lengths), strict=True)
+                sum(length * (length + 1) / 2 for length in of_group) / size
+                for size, of_group in zip(mb.grouping, mb.lengths(self.lengths), strict=True)
             ]
             mean += sum(p * size for p, size in zip(pairs, mb.grouping, strict=True))
             busiest += max(pairs) * self.num_devices
@@ -95,11 +100,11 @@ class Schedule:
     def idle_share(self) -> float:
         """Share of all device-seconds in which a device waits for a slower group."""
         waiting = 0.0
-        for mb, by_group in zip(self.microbatches, self.group_seconds, strict=True):
-            slowest = max(by_group)
+        for mb, of_group in zip(self.microbatches, self.group_seconds, strict=True):
+            slowest = max(of_group)
             waiting += sum(
                 size * (slowest - seconds)
-                for size, seconds in zip(mb.grouping, by_group, strict=True)
+                for size, seconds in zip(mb.grouping, of_group, strict=True)
             )
         total = self.modelled_seconds * self.num_devices
         return waiting / total if total else 0.0
@@ -108,35 +113,43 @@ class Schedule:
     def lower_bound(self) -> float:
         """Lower bound on the seconds of any schedule with groups of these sizes; see `bound`."""
         return lower_bound(
-            self.lengths,
-            self.num_devices,
-            self.max_tokens_per_device,
-            self.sizes,
-            self.cost,
-            self.lanes,
+            self.lengths, self.num_devices, self.max_tokens_per_device, self.sizes, self.cost
         )
 
     def check(self) -> None:
         """Check that the schedule is complete and fits the devices.
 
         Raises:
-            ValueError: if a document is missing or appears twice, a group holds more tokens than
-                its devices can, or a grouping is not on the menu.
+            ValueError: if a document is missing or appears twice, a group holds more tokens or
+                documents than it can, a group is no block of the chain, or the menu has no program
+                for a microbatch.
         """
         held = [d for mb in self.microbatches for group in mb.documents for d in group]
         if sorted(held) != list(range(len(self.lengths))):
-            raise ValueError(f"{len(held)} slots for {len(self.lengths)} documents, once each.")
+            raise ValueError(f"{len(held)} places for {len(self.lengths)} documents, once each.")
         for i, mb in enumerate(self.microbatches):
-            groupings.check_grouping(mb.grouping, self.num_devices, self.sizes)
-            if mb.widest > self.menu[-1]:
-                raise ValueError(
-                    f"microbatch {i}: {groupings.describe(mb.grouping)} is wider than the programs."
-                )
-            if len(mb.documents) != len(mb.grouping):
-                raise ValueError(f"microbatch {i}: one tuple of documents per group is needed.")
-            for size, by_group in zip(mb.grouping, mb.lengths(self.lengths), strict=True):
-                if sum(by_group) > size * self.max_tokens_per_device:
-                    raise ValueError(f"microbatch {i}: a group of {size} is over its capacity.")
+            try:
+                self._check_microbatch(mb)
+            except ValueError as error:
+                raise ValueError(f"microbatch {i}: {error}") from None
+
+    def _check_microbatch(self, mb: Microbatch) -> None:
+        lanes = self.cost.lanes_of(mb.widest, self.num_devices)
+        chain = self.cost.chain(self.num_devices)
+        allowed = (lanes, *(size for size in chain if size > lanes))
+        groupings.check_grouping(mb.grouping, self.num_devices, allowed)
+        if mb.widest not in self.menu:
+            raise ValueError(f"no program of the menu {self.menu} has width {mb.widest}.")
+        if mb.lanes != lanes:
+            raise ValueError(f"the program of width {mb.widest} has {lanes} lanes, not {mb.lanes}.")
+        if len(mb.documents) != len(mb.grouping):
+            raise ValueError("one tuple of documents per group is needed.")
+        most = max_documents(self.max_tokens_per_device)
+        for size, of_group in zip(mb.grouping, mb.lengths(self.lengths), strict=True):
+            if sum(of_group) > size * self.max_tokens_per_device:
+                raise ValueError(f"a group of {size} is over its capacity.")
+            if size > lanes and len(of_group) > most:
+                raise ValueError(f"a group of {size} has {len(of_group)} documents, over {most}.")
 
     def __str__(self) -> str:
         seconds = self.modelled_seconds
@@ -147,8 +160,10 @@ class Schedule:
             f"{self.max_tokens_per_device} tokens",
             f"modelled {1e3 * seconds:.2f} ms ({above:.1%} above the lower bound), token fill "
             f"{self.token_fill:.1%}, balance {self.balance:.1%}, idle {self.idle_share:.1%}",
-            f"programs for groups of up to {', '.join(map(str, self.menu))} devices; microbatches:",
+            f"programs of {', '.join(map(str, self.menu))} devices; microbatches:",
         ]
+        if self.token_fill < LOW_FILL:
+            lines.insert(2, advice(self.token_fill, len(self.microbatches)))
         for mb, took in zip(self.microbatches, self.microbatch_seconds, strict=True):
             held = np.array([length for g in mb.lengths(self.lengths) for length in g])
             lines.append(

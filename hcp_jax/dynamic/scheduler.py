@@ -1,29 +1,30 @@
 """Schedule documents, given their lengths, into microbatches on groups of devices.
 
 Microbatches are built one after another from the remaining documents. For each, a few groupings are
-tried, of group sizes in `groupings.chain`, sorted by size so that groups are aligned. A grouping is
-filled as jobs are assigned to machines (longest processing time first, Graham 1969): the group with
-the least work so far takes the longest document that it has room for. This rule has three effects.
-Documents of similar length meet in one microbatch, so its groups finish together. Groups end up
-full, because nearly every gap has a document that fits it. Wide groups, whose hops cost time even
-when empty, take documents only while that time is hidden.
+tried. A grouping is filled as jobs are assigned to machines (longest processing time first, Graham
+1969): the group with the least work so far takes the longest document that it has room for. This
+rule has three effects. Documents of similar length meet in one microbatch, so its groups finish
+together. Groups end up full, because nearly every gap has a document that fits it. Wide groups,
+whose hops cost time even when empty, take documents only while that time is hidden.
 
 The grouping with the highest efficiency is kept: the minimum cost of its documents
-(`bound.document_prices`, their share of the lower bound) over the seconds of the microbatch.
+(`bound.document_prices`, their share of the lower bound) over the seconds of the microbatch. It
+decides the program too, which is that of the widest group.
 
 Only the order of documents of equal length is random (from the seed), and all arithmetic is plain
 floats in a fixed order, so every host gets the same schedule. Every microbatch takes the longest
 remaining document, so scheduling always ends.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from hcp_jax.base import checks
-from hcp_jax.dynamic.bound import document_prices, group_costs
-from hcp_jax.dynamic.cost import Cost, GroupCost
+from hcp_jax.dynamic.bound import best_groups, document_prices
+from hcp_jax.dynamic.cost import Cost, Group
 from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
 from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.refine import refine
@@ -32,6 +33,8 @@ from hcp_jax.sequence.groupings import Grouping
 from hcp_jax.sequence.packing import Microbatch
 
 _TIE = 1.0002  # schedules closer than this ratio count as equal: the cost model is not more exact
+# Ways to choose groupings are compared on at most so many documents; more tell no more.
+_SAMPLE = 20_000
 
 
 # A function that proposes groupings for the unscheduled documents; at least one holds the longest.
@@ -47,7 +50,7 @@ def schedule(
     menu: Iterable[int] | None = None,
     cost: Cost | None = None,
     seed: int = 0,
-    lanes: int = 1,
+    progress: Callable[[int], None] | None = None,
 ) -> Schedule:
     """Schedule every document on as many devices as it needs.
 
@@ -56,13 +59,13 @@ def schedule(
         num_devices: N, the number of data-parallel times context-parallel devices.
         max_tokens_per_device: M, tokens of the buffer that each device holds in each microbatch; a
             group of g devices holds g·M tokens.
-        min_cp_size: smallest size of a group.
-        max_cp_size: largest size of a group; N if None.
-        menu: devices of the widest group of each program that may be used; if None, every possible
-            group size has a program.
-        cost: cost model; `Cost()` if None.
+        min_cp_size: smallest width of a program, in devices.
+        max_cp_size: largest width of a program; N if None.
+        menu: widths of the programs that may be used; all of `cost.widths(num_devices)` if None
+            (`choose_menu` chooses fewer for a data set).
+        cost: cost model, with the cluster's lanes and devices per host; `Cost()` if None.
         seed: decides the order of documents of equal length.
-        lanes: A, devices that exchange heads with each other; 1 without exchange.
+        progress: called now and then with the number of documents that are in microbatches.
 
     Returns:
         The schedule, immutable, with every document exactly once and no device above M tokens.
@@ -76,48 +79,39 @@ def schedule(
     [((4,), ((0, 3),)), ((1, 1, 1, 1), ((2,), (1,), (), ()))]
     """
     cost = Cost() if cost is None else cost
-    by_index = check_lengths(lengths)
-    num_devices = checks.integer("num_devices", num_devices, least=1)
-    lanes = checks.integer("lanes", lanes, least=1)
+    sizes = program_widths(cost, num_devices, min_cp_size, max_cp_size)
+    of_length = check_lengths(lengths)
     _check_tokens(max_tokens_per_device, num_devices)
-    max_tokens_per_device = int(max_tokens_per_device)
-    sizes = groupings.widths(num_devices, cost.devices_per_host, lanes, min_cp_size, max_cp_size)
-    programs = check_menu(menu, sizes)
-    sizes = tuple(size for size in sizes if size <= programs[-1])
-    _check_fits(by_index, max_tokens_per_device, sizes[-1])
+    num_devices, max_tokens_per_device = int(num_devices), int(max_tokens_per_device)
+    widths = sizes if menu is None else groupings.check_menu(menu, sizes)
+    _check_fits(of_length, max_tokens_per_device, widths[-1])
 
-    order = _ascending(by_index, checks.integer("seed", seed, least=0))
-    problem = _problem(
-        by_index[order], num_devices, max_tokens_per_device, cost, sizes, programs, lanes
-    )
+    order = _ascending(of_length, checks.integer("seed", seed, least=0))
+    ascending = of_length[order]
+    problem = _problem(ascending, num_devices, max_tokens_per_device, cost, sizes, widths)
+    filled = _search(problem, progress)
     return Schedule(
-        lengths=tuple(by_index.tolist()),
+        lengths=tuple(of_length.tolist()),
         num_devices=num_devices,
         max_tokens_per_device=max_tokens_per_device,
-        menu=programs,
-        microbatches=tuple(_microbatch(mb, order, lanes) for mb in _search(problem)),
+        menu=widths,
+        microbatches=tuple(_microbatch(mb, order, cost) for mb in filled),
         cost=cost,
         sizes=sizes,
-        lanes=lanes,
     )
 
 
-def check_menu(menu: Iterable[int] | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the widest groups of the programs, ascending; all sizes if `menu` is None.
+def program_widths(
+    cost: Cost, num_devices: int, min_cp_size: int = 1, max_cp_size: int | None = None
+) -> tuple[int, ...]:
+    """Return the widths from `min_cp_size` to `max_cp_size` that programs may have, ascending.
 
     Raises:
-        ValueError: if one of them is not a possible group size.
+        ValueError: if the bounds are wrong, or no program has such a width.
     """
-    if menu is None:
-        return sizes
-    widths = sorted({checks.integer("menu", width, least=1) for width in menu})
-    wrong = [width for width in widths if width not in sizes]
-    if wrong or not widths:
-        raise ValueError(
-            f"menu must be widths of groups out of {', '.join(map(str, sizes))}, got "
-            f"{wrong or 'none'}."
-        )
-    return tuple(widths)
+    num_devices = checks.integer("num_devices", num_devices, least=1)
+    max_cp_size = num_devices if max_cp_size is None else max_cp_size
+    return groupings.bounded(cost.widths(num_devices), min_cp_size, max_cp_size)
 
 
 def check_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -175,12 +169,11 @@ def _problem(
     tokens: int,
     cost: Cost,
     sizes: tuple[int, ...],
-    programs: tuple[int, ...],
-    lanes: int,
+    menu: tuple[int, ...],
 ) -> Problem:
-    groups = group_costs(sizes, tokens, cost, lanes)
+    best = best_groups(sizes, num_devices, tokens, cost)
     unique, inverse, count = np.unique(ascending, return_inverse=True, return_counts=True)
-    prices = document_prices(unique, count, groups, tokens, cost.dense_seconds(tokens))
+    prices = document_prices(unique, count, best, tokens, cost.dense_seconds(tokens))
     values = prices / num_devices
     density = np.maximum.accumulate(values / unique) if unique.size else values
     return Problem(
@@ -190,31 +183,50 @@ def _problem(
         num_devices=num_devices,
         tokens=tokens,
         cost=cost,
-        lanes=lanes,
-        sizes=sizes,
-        programs=programs,
-        groups=groups,
+        menu=menu,
+        smallest=max(sizes[0], cost.chain(num_devices)[0]),
+        best=best,
     )
 
 
-def _search(problem: Problem) -> list[Filled]:
+def _search(problem: Problem, progress: Callable[[int], None] | None = None) -> list[Filled]:
     """Try a few ways to choose groupings; return the microbatches of the best one.
 
     The ways are: by efficiency, one microbatch at a time, which is best for most data; each
-    document in the narrowest group that holds it; equal groups in every microbatch; and groups of
-    one size throughout, which packs tightest if there are few documents. Among ways that take the
-    same time within the model's accuracy, the most even one is chosen.
+    document in the narrowest group that holds it; and groups of one size throughout, which packs
+    tightest if there are few documents. Among ways that take the same time within the model's
+    accuracy, the most even one is chosen. Of very many documents, a sample decides the way.
     """
-    found: list[tuple[float, list[Filled]]] = []
-    for propose in (_by_target, _narrowest_only, _equal_groups, *_one_size(problem)):
-        give_up = min((seconds for seconds, _ in found), default=float("inf")) * _TIE
-        filled = _build(problem, propose, give_up)
+    ways = [_by_target, _narrowest_only, _equal_groups, *_one_size(problem)]
+    count = len(problem.lengths)
+    if count > _SAMPLE:
+        every = range(0, count, -(-count // _SAMPLE))
+        sample = dataclasses.replace(
+            problem,
+            lengths=[problem.lengths[i] for i in every],
+            values=[problem.values[i] for i in every],
+            density=[problem.density[i] for i in every],
+        )
+        ways = [_try_ways(sample, ways)[0]]
+    return _try_ways(problem, ways, progress)[1]
+
+
+def _try_ways(
+    problem: Problem,
+    ways: Sequence[_Propose],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[_Propose, list[Filled]]:
+    """Return the best way, and its microbatches."""
+    found: list[tuple[float, _Propose, list[Filled]]] = []
+    for way in ways:
+        give_up = min((seconds for seconds, *_ in found), default=float("inf")) * _TIE
+        filled = _build(problem, way, give_up, progress)
         if filled is not None:
-            filled = refine(problem, filled)
-            found.append((sum(mb.seconds for mb in filled), filled))
-    least = min(seconds for seconds, _ in found)
-    tied = [filled for seconds, filled in found if seconds <= least * _TIE]
-    return min(tied, key=lambda filled: _busiest_pairs(filled, problem.lengths))
+            filled = refine(problem, filled) if filled else filled
+            found.append((sum(mb.seconds for mb in filled), way, filled))
+    least = min(seconds for seconds, *_ in found)
+    tied = [(way, filled) for seconds, way, filled in found if seconds <= least * _TIE]
+    return min(tied, key=lambda pair: _busiest_pairs(pair[1], problem.lengths))
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
@@ -229,9 +241,12 @@ def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:
 
 
 def _build(
-    problem: Problem, propose: _Propose, give_up: float = float("inf")
+    problem: Problem,
+    propose: _Propose,
+    give_up: float = float("inf"),
+    progress: Callable[[int], None] | None = None,
 ) -> list[Filled] | None:
-    """Build microbatches for all documents, from groupings that are proposed on the way.
+    """Build microbatches for all documents, from groupings proposed on the way.
 
     Return None as soon as they are certain to take `give_up` seconds or more.
     """
@@ -247,6 +262,8 @@ def _build(
         filled.append(best)
         seconds += best.seconds
         worth -= best.value
+        if progress is not None:
+            progress(len(problem.lengths) - unscheduled.count)
     return None if seconds * (1 + 1e-12) >= give_up else filled
 
 
@@ -255,20 +272,20 @@ def _best(problem: Problem, unscheduled: Unscheduled, candidates: Iterable[Group
     rank = unscheduled.longest()
     longest = problem.lengths[rank]
     worth = problem.num_devices * problem.tokens * problem.density[rank]
+    dense = problem.cost.dense_seconds(problem.tokens)
     queue = []
     for order, grouping in enumerate(candidates):
-        costs = problem.costs(grouping)
-        able = [cost for cost in set(costs) if cost.size * problem.tokens >= longest]
+        groups = [problem.group(size, grouping[0]) for size in set(grouping)]
+        able = [group for group in groups if group.size * problem.tokens >= longest]
         if able:
-            least = min(cost.seconds(cost.pairs(longest)) for cost in able)
-            empty = max(cost.seconds(0.0) for cost in set(costs))
-            dense = problem.dense_seconds(grouping)
-            queue.append((dense + max(least, empty), order, grouping, costs))
+            least = min(group.seconds(group.pairs(longest)) for group in able)
+            empty = max(group.seconds(0.0) for group in groups)
+            queue.append((dense + max(least, empty), order, grouping))
     best, efficiency = None, 0.0
-    for least, _, grouping, costs in sorted(queue, key=lambda item: item[:2]):
+    for least, _, grouping in sorted(queue):
         if best is not None and worth <= efficiency * least:
             break
-        filled = fill(problem, unscheduled, grouping, costs)
+        filled = fill(problem, unscheduled, grouping)
         if best is None or filled.value > efficiency * filled.seconds * (1 + 1e-12):
             best, efficiency = filled, filled.value / filled.seconds
     assert best is not None, "a grouping that holds the longest document is always among them"
@@ -280,16 +297,15 @@ def _by_target(problem: Problem, unscheduled: Unscheduled) -> list[Grouping]:
 
     For each of several target times, every document, longest first, gets the narrowest group that
     holds it within the target. The targets are fractions of the time of the longest document in the
-    narrowest group that holds it. One more grouping for every size has equal groups of it; sizes
-    below the lanes occur only so, in programs with a narrower exchange.
+    narrowest group that holds it. One more grouping for every width has equal groups.
     """
     longest = problem.lengths[unscheduled.longest()]
-    narrowest = _able(problem, longest)[0]
-    slowest = narrowest.seconds(narrowest.pairs(longest))
-    parts = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
+    able = _able(problem, longest)
+    slowest = able[0].seconds(able[0].pairs(longest))
+    parts = (float("inf"), 1.0, 0.8, 0.6, 0.4, 0.2, 0.1)
+    # Targets that lead to one width for the longest document mostly lead to one grouping.
     proposed = [_narrowest(problem, unscheduled, slowest * part) for part in parts]
-    proposed += _narrowest_only(problem, unscheduled)
-    proposed += _equal_groups(problem, unscheduled)
+    proposed += [_uniform(problem, group.size) for group in able]
     return list(dict.fromkeys(proposed))
 
 
@@ -298,36 +314,39 @@ def _narrowest_only(problem: Problem, unscheduled: Unscheduled) -> list[Grouping
 
 
 def _equal_groups(problem: Problem, unscheduled: Unscheduled) -> list[Grouping]:
-    longest = problem.lengths[unscheduled.longest()]
-    return [_equal(problem, cost.size) for cost in _able(problem, longest)]
+    able = _able(problem, problem.lengths[unscheduled.longest()])
+    return [_uniform(problem, group.size) for group in able]
 
 
 def _one_size(problem: Problem) -> Iterator[_Propose]:
-    for cost in _able(problem, problem.lengths[-1]) if problem.lengths else ():
-        grouping = _equal(problem, cost.size)
+    for group in _able(problem, problem.lengths[-1]) if problem.lengths else ():
+        grouping = _uniform(problem, group.size)
         yield lambda *_, grouping=grouping: [grouping]
 
 
-def _able(problem: Problem, length: int) -> list[GroupCost]:
-    """Return the groups that hold a document of `length` tokens, narrowest first."""
-    return [cost for cost in problem.groups if cost.size * problem.tokens >= length]
+def _able(problem: Problem, length: int) -> list[Group]:
+    """Return the groups of the menu that hold a document of `length` tokens, narrowest first."""
+    menu, tokens = problem.menu, problem.tokens
+    return [g for g in problem.best if g.size in menu and g.size * tokens >= length]
 
 
-def _equal(problem: Problem, size: int) -> Grouping:
+def _uniform(problem: Problem, size: int) -> Grouping:
     return (size,) * (problem.num_devices // size)
 
 
 def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Grouping:
-    """Return a grouping that gives each document the narrowest group within the target.
-
-    Devices that are left over form groups of the smallest size. A size of the chain divides all
-    wider ones, so groups in descending order are aligned.
-    """
-    whole = [cost for cost in problem.groups if cost.size >= problem.lanes] or problem.groups
-    smallest, rest = whole[0].size, problem.num_devices
-    chosen: list[int] = []
-    for rank in unscheduled.descending():
-        size = _narrowest_size(whole, problem, problem.lengths[rank], target)
+    """Give each document, longest first, the narrowest group that holds it within the target."""
+    length, smallest = problem.lengths[unscheduled.longest()], problem.smallest
+    widest = _narrowest_size(_able(problem, length), length, target)
+    if widest <= smallest:
+        return _uniform(problem, widest)
+    inside = [group for group in problem.best if smallest <= group.size <= widest]
+    rest, chosen, size = problem.num_devices - widest, [widest], widest
+    for rank in itertools.islice(unscheduled.descending(), 1, None):
+        if problem.lengths[rank] != length:
+            length = problem.lengths[rank]
+            able = [group for group in inside if group.size * problem.tokens >= length]
+            size = _narrowest_size(able, length, target)
         if size == smallest or size > rest:
             break
         chosen.append(size)
@@ -335,24 +354,21 @@ def _narrowest(problem: Problem, unscheduled: Unscheduled, target: float) -> Gro
     return tuple(sorted([*chosen, *[smallest] * (rest // smallest)], reverse=True))
 
 
-def _narrowest_size(
-    groups: Sequence[GroupCost], problem: Problem, length: int, target: float
-) -> int:
+def _narrowest_size(able: Sequence[Group], length: int, target: float) -> int:
     """Return the narrowest group size that needs at most `target` seconds, or else the fastest."""
-    quickest, least = 0, float("inf")
-    for cost in groups:
-        if cost.size * problem.tokens >= length:
-            seconds = cost.seconds(cost.pairs(length))
-            if seconds <= target:
-                return cost.size
-            if seconds < least:
-                quickest, least = cost.size, seconds
+    quickest, least = able[-1].size, float("inf")
+    for group in able:
+        seconds = group.seconds(group.pairs(length))
+        if seconds <= target:
+            return group.size
+        if seconds < least:
+            quickest, least = group.size, seconds
     return quickest
 
 
-def _microbatch(filled: Filled, order: np.ndarray, lanes: int) -> Microbatch:
+def _microbatch(filled: Filled, order: np.ndarray, cost: Cost) -> Microbatch:
     return Microbatch(
         grouping=filled.grouping,
         documents=tuple(tuple(int(order[rank]) for rank in group) for group in filled.groups),
-        lanes=min(lanes, max(filled.grouping)),
+        lanes=cost.lanes_of(filled.grouping[0], sum(filled.grouping)),
     )

@@ -48,7 +48,7 @@ class Peers(NamedTuple):
         blocks = self.devices // (self.size * self.stride)
         return 0 if blocks == 1 else self._device() // (self.size * self.stride)
 
-    def permute(self, tree: Any, source: Sequence[int], scope: str) -> Any:
+    def permute(self, tree: Any, source: Sequence[int] | np.ndarray, scope: str) -> Any:
         """Return the arrays of rank `source[r]` of this device's set, where r is its own rank.
 
         Args:

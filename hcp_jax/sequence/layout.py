@@ -40,13 +40,13 @@ class KeyRuns(NamedTuple):
     `[max(0, start_i - starts[r]), min(length_r, end_i - starts[r])) + offsets[r]`.
 
     Attributes:
-        starts: global index of the first key of each run, int32 `[R]`; `[rows, R]` for stacked
-            rows of several devices.
-        offsets: first slot of each run, followed by the end of the last run, int32 `[R+1]`.
+        starts: global index of the first key of each run.
+        offsets: first slot of each run, followed by the end of the last run. Both may have a row
+            for each device.
     """
 
-    starts: Any  # Int32 [..., R]
-    offsets: Any  # Int32 [..., R+1]
+    starts: Int32[Any, "*rows R"]
+    offsets: Int32[Any, "*rows R+1"]
 
 
 def runs_per_device(layout: str) -> int:

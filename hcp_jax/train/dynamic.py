@@ -76,8 +76,9 @@ class DynamicProgram(Program):
     def describe(self, num_params: int) -> list[str]:
         """Return lines about the documents of a step and the menu."""
         limits = self._planned.limits
-        sizes = [n for n in limits.sizes if n <= self._planned.menu[-1]]
-        exchanged = f", heads exchanged by {limits.lanes}" if limits.lanes > 1 else ""
+        sizes = [n for n in limits.widths if n <= self._planned.menu[-1]]
+        lanes = limits.cost.lanes_of(limits.num_devices, limits.num_devices)
+        exchanged = f", heads exchanged by {lanes}" if lanes > 1 else ""
         return [
             f"step: {self._config.tokens_per_step:,} tokens of whole documents, each document on "
             f"{sizes[0]} to {sizes[-1]} devices; microbatches of {self._tokens:,} tokens a device"
@@ -89,7 +90,9 @@ class DynamicProgram(Program):
         """Return a batch without documents: all batches of a program have its shapes."""
         limits = self._planned.limits
         number = limits.num_devices // key
-        empty = Microbatch((key,) * number, ((),) * number, min(key, limits.lanes))
+        empty = Microbatch(
+            (key,) * number, ((),) * number, limits.cost.lanes_of(key, limits.num_devices)
+        )
         return self._put(empty).arrays
 
     def summary(self) -> list[str]:
@@ -174,8 +177,10 @@ def make_limits(config: TrainConfig, cp: ContextParallel) -> Limits:
         tokens_per_step=config.tokens_per_step,
         seed=config.seed,
         config=config.parallel.dynamic,
-        cost=_cost(config.model, cp) if cost is None else read_cost(pathlib.Path(cost)),
-        lanes=microbatch_lanes(cp, config.model.num_heads),
+        cost=dataclasses.replace(
+            _cost(config.model, cp) if cost is None else read_cost(pathlib.Path(cost)),
+            lanes=microbatch_lanes(cp, config.model.num_heads),
+        ),
     )
 
 

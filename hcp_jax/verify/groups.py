@@ -281,7 +281,8 @@ def _corpus_microbatches(
     while sum(lengths) < _FILL * num_devices * tokens:
         numbers.append(next(others))
         lengths.append(int(rng.integers(min(segments.sizes[numbers[-1]], most)) + 1))
-    plan = dynamic.schedule(lengths, num_devices, tokens, menu=[widest], lanes=lanes)
+    cost = dynamic.Cost(lanes=lanes, devices_per_host=cp.axis_size(cp.cp_inner))
+    plan = dynamic.schedule(lengths, num_devices, tokens, menu=[widest], cost=cost)
     plan.check()
     texts = []
     for microbatch in plan.microbatches:

@@ -13,11 +13,11 @@ from jax.sharding import AxisType
 import hcp_jax as hcp
 from hcp_jax import dynamic
 from hcp_jax.attention.strategy import compose
-from hcp_jax.attention.walk import walk_source
 from hcp_jax.compiled.hlo import collectives
 from hcp_jax.dynamic import Microbatch
 from hcp_jax.kernels.key_index import key_index
 from hcp_jax.parallel.microbatch import abstract_microbatch, place_microbatch
+from hcp_jax.sequence.groupings import source_members
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.placement import Groups
 from tests import oracle
@@ -252,7 +252,7 @@ def test_the_runs_of_a_source_are_its_devices_one_after_the_other(sources):
 @pytest.mark.parametrize("radices", [(2, 2, 2), (3, 2), (2, 3, 2), (5,), ()])
 def test_a_walk_visits_every_member_once_and_small_blocks_first(radices):
     size = int(np.prod(radices, dtype=int))
-    sources = np.array([walk_source(radices, hop) for hop in range(size)])
+    sources = np.array([source_members(radices, hop) for hop in range(size)])
     assert np.array_equal(np.sort(sources, axis=0), np.tile(np.arange(size)[:, None], size))
     block = 1
     for radix in (1, *radices):

@@ -1,14 +1,11 @@
-"""What the property tests of `dynamic` draw: clusters of any size, and documents that fit on them."""
+"""Draw cases for the property tests of `dynamic`: clusters of any size, documents that fit."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost
-from hcp_jax.sequence.groupings import group_of_device
-from hcp_jax.sequence.packing import PackedMicrobatch, Runs
 
 # Deterministic, and as many cheap cases as there is time for.
 QUICK = {"deadline": None, "derandomize": True, "max_examples": 500}
@@ -30,7 +27,7 @@ class Case:
 
 @st.composite
 def costs(draw) -> Cost:
-    """From links that cost nothing to links that are all that counts; hosts of any size."""
+    """Draw from links that cost nothing to links that are all that counts; hosts of any size."""
     scale = draw(st.sampled_from([0.0, 0.1, 1.0, 10.0]))
     default = Cost()
     return dataclasses.replace(
@@ -40,30 +37,34 @@ def costs(draw) -> Cost:
         seconds_per_token=default.seconds_per_token * draw(st.sampled_from([0.0, 0.01, 1.0])),
         tile=draw(st.sampled_from([0, 64])),
         devices_per_host=draw(st.sampled_from([1, 4, 8, 72])),
+        lanes=draw(st.sampled_from([1, 2, 3, 8, 16])),
+        kv_heads=draw(st.sampled_from([1, 2, 8])),
+        head_chunks=draw(st.sampled_from([1, 4])),
     )
 
 
 @st.composite
 def cases(draw, max_documents: int = 40, num_devices=NUM_DEVICES) -> Case:
-    """Documents that fit, of lengths that are hard on borders: powers of two, one more, one less."""
+    """Draw documents that fit, of lengths that are hard on borders: powers of two, one more, one less."""
     devices = draw(num_devices)
     tokens = draw(st.sampled_from([1, 7, 64, 100, 2048]))
-    min_size = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    max_size = draw(st.sampled_from([None, None, 4, 8]))
-    min_size = min(min_size, devices)
-    if max_size is not None and (min_size > max_size or devices % max_size):
-        max_size = None
-    widest = (devices if max_size is None else min(max_size, devices)) * tokens
+    cost = draw(costs())
+    sizes = cost.widths(devices)
+    min_size, max_size = 1, None
+    if draw(st.booleans()):
+        min_size = draw(st.sampled_from(sizes))
+        max_size = draw(st.sampled_from([None, *(size for size in sizes if size >= min_size)]))
+    widest = (devices if max_size is None else max_size) * tokens
     near = st.sampled_from([tokens, 2 * tokens, tokens + 1, 2 * tokens - 1, widest, widest // 2])
     length = st.one_of(
         st.integers(1, min(widest, tokens)), st.integers(1, widest), near.map(lambda x: max(x, 1))
     )
     lengths = draw(st.lists(length.map(lambda x: min(x, widest)), max_size=max_documents))
-    return Case(devices, tokens, lengths, min_size, max_size, draw(costs()))
+    return Case(devices, tokens, lengths, min_size, max_size, cost)
 
 
-def all_layouts(sizes: Sequence[int], num_devices: int) -> Iterator[tuple[int, ...]]:
-    """Yield every layout over a few devices, groups in descending order."""
+def all_groupings(sizes: Sequence[int], num_devices: int) -> Iterator[tuple[int, ...]]:
+    """Yield every grouping over a few devices, groups in descending order."""
 
     def partitions(rest: int, allowed: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         if rest == 0:
@@ -75,20 +76,3 @@ def all_layouts(sizes: Sequence[int], num_devices: int) -> Iterator[tuple[int, .
                     yield (size, *tail)
 
     return partitions(num_devices, tuple(sorted(sizes, reverse=True)))
-
-
-def key_source(layout: Sequence[int], hop: int) -> np.ndarray:
-    """Return the device whose keys each device holds at `hop`; -1 once its ring has seen them all."""
-    first, size = group_of_device(layout)
-    rank = np.arange(size.size, dtype=np.int32) - first
-    return np.where(hop < size, first + (rank - hop) % size, -1).astype(np.int32)
-
-
-def runs_at(packed: PackedMicrobatch, hop: int) -> Runs:
-    """Return the keys at hand at a hop, for the devices of the rows; no runs once a ring is done."""
-    source = key_source(packed.layout, hop)[packed.devices.start : packed.devices.stop]
-    done = source[:, None] < 0
-    return Runs(
-        np.where(done, 0, packed.runs.starts[source]),
-        np.where(done, 0, packed.runs.offsets[source]),
-    )

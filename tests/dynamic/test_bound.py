@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost
-from hcp_jax.dynamic.bound import best_rings, document_prices, lower_bound
+from hcp_jax.dynamic.bound import best_groups, document_prices, lower_bound
 from tests.dynamic.strategies import QUICK, costs
 
 FREE_LINKS = dataclasses.replace(
@@ -31,11 +31,11 @@ def test_the_prices_of_a_group_s_documents_never_pass_what_the_group_costs(
             held.append(min(wish, room))
             room -= held[-1]
     sizes = (1, 2, 4, 6, 16)
-    rings = best_rings(sizes, tokens, cost)
+    groups = best_groups(sizes, 48, tokens, cost)
     unique, count = np.unique(np.array([*held, 1, 700, 16000]), return_counts=True)
-    prices = dict(zip(unique, document_prices(unique, count, rings, tokens, slot), strict=True))
-    ring = rings[sizes.index(size)]
-    seconds = slot + ring.seconds(sum(ring.pairs(length) for length in held))
+    prices = dict(zip(unique, document_prices(unique, count, groups, tokens, slot), strict=True))
+    group = groups[sizes.index(size)]
+    seconds = slot + group.seconds(sum(group.pairs(length) for length in held))
     assert sum(prices[length] for length in held) <= size * seconds * (1 + 1e-9)
 
 

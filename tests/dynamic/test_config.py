@@ -29,7 +29,7 @@ def test_what_is_not_enabled_need_not_be_complete():
         ({"lookahead": 0}, "lookahead must be at least 1, got 0"),
         ({"max_cp_size": 0}, "max_cp_size must be at least 1, got 0"),
         ({"menu": 0}, "menu must be at least 1, got 0"),
-        ({"menu": []}, "menu holds no layout"),
+        ({"menu": []}, "menu holds no width"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(words, message):
@@ -40,18 +40,19 @@ def test_values_that_make_no_sense_are_refused(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"menu": [[4, 4], [4, 2]]}, "add up to num_devices=8"),
-        ({"menu": [[8], [4, 4]], "max_cp_size": 4}, "8 has groups outside of min_cp_size=1 to"),
+        ({"menu": [8, 3]}, "dynamic.menu has the width 3; programs may have 1, 2, 4, 8 devices"),
+        ({"menu": [8, 4], "max_cp_size": 4}, "dynamic.menu has the width 8; programs may have"),
         ({"min_cp_size": 4, "max_cp_size": 2}, "min_cp_size=4 is more than max_cp_size=2"),
-        ({"min_cp_size": 5, "max_cp_size": 6}, "no groups of 5 to 6 devices add up to"),
+        ({"min_cp_size": 5, "max_cp_size": 6}, "no program has a width from min_cp_size=5 to"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        config(**words).check_sizes(8)
+        config(**words).check_sizes(8, 8, 8)
 
 
-def test_the_widest_group_is_that_of_the_menu_or_the_largest_that_may_be():
-    assert config().check_sizes(8) == 8
-    assert config(max_cp_size=5).check_sizes(8) == 4
-    assert config(menu=[[4, 4], [2, 2, 2, 2]]).check_sizes(8) == 4
+def test_the_widest_program_is_that_of_the_menu_or_the_largest_that_may_be():
+    assert config().check_sizes(8, 8, 8) == 8
+    assert config(max_cp_size=5).check_sizes(8, 8, 1) == 4
+    assert config(max_cp_size=15).check_sizes(32, 8, 8) == 8
+    assert config(menu=[4, 2]).check_sizes(8, 8, 8) == 4

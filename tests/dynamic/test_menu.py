@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcp_jax.dynamic import choose_menu, schedule, schedule_batches
+from hcp_jax.dynamic import Cost, choose_menu, schedule, schedule_batches
 from hcp_jax.dynamic.lengths import draw_lengths
 from tests.dynamic.strategies import QUICK, cases
 
@@ -16,8 +16,8 @@ def batches(count, first_seed=0, documents=16 * 16):
 
 def test_a_menu_of_one_sample_serves_other_batches_nearly_as_well_as_their_own():
     menu = choose_menu(batches(6), 16, 2048)
-    assert len(menu) <= 16
-    assert (16,) in menu
+    assert len(menu) < len(Cost().widths(16)), "what saves nothing is not compiled"
+    assert menu[-1] == 16
     fresh = batches(6, first_seed=100)
     with_menu = sum(schedule(b, 16, 2048, menu=menu).modelled_seconds for b in fresh)
     with_own = sum(schedule(b, 16, 2048).modelled_seconds for b in fresh)
@@ -27,27 +27,28 @@ def test_a_menu_of_one_sample_serves_other_batches_nearly_as_well_as_their_own()
 def test_a_shorter_menu_costs_more_time_and_never_a_document():
     fresh = batches(3, first_seed=50)
     seconds = []
-    for most in (1, 2, 8):
-        menu = choose_menu(batches(3), 16, 2048, max_layouts=most)
-        assert len(menu) <= most
+    for most in (1, 2, None):
+        menu = choose_menu(batches(3), 16, 2048, max_programs=most)
+        assert len(menu) <= (most or 5)
         plans = [schedule(b, 16, 2048, menu=menu) for b in fresh]
         for plan in plans:
             plan.check()
         seconds.append(sum(plan.modelled_seconds for plan in plans))
-    assert seconds[0] > seconds[1] > seconds[2]
+    assert seconds[0] > seconds[1] >= seconds[2]
 
 
-def test_the_fallback_takes_documents_that_no_sample_had():
+def test_the_widest_program_takes_documents_that_no_sample_had():
     menu = choose_menu([[100, 200, 300]], 8, 256)
     plan = schedule([8 * 256], 8, 256, menu=menu)
-    assert plan.microbatches[0].layout == (8,)
+    assert plan.microbatches[0].grouping == (8,)
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (([], 8), "at least one batch"),
-        (([[5]], 8, 256, 1, None, None, 0), "max_layouts must be a positive integer"),
+        (([[5]], 8, 256, 1, None, None, 0), "max_programs must be a positive integer"),
+        (([[5]], 8, 256, 3, 3), "no program has a width"),
     ],
 )
 def test_a_menu_of_nothing_is_told(arguments, told):

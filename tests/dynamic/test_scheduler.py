@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost, fill, schedule, scheduler
 from hcp_jax.dynamic.lengths import draw_lengths
-from hcp_jax.dynamic.scheduler import MAX_MENU
-from hcp_jax.sequence.groupings import group_sizes
-from hcp_jax.sequence.packing import max_documents_per_ring
-from tests.dynamic.strategies import QUICK, Case, all_layouts, cases
+from tests.dynamic.strategies import QUICK, Case, all_groupings, cases
 
 BENCHMARK = "lognormal:mean=1024,sigma=1.5,min=128,max=8192"
 
@@ -31,18 +28,15 @@ def plan_of(case: Case, **options):
 
 @given(cases())
 @settings(**QUICK)
-def test_every_document_once_never_over_capacity_on_layouts_of_the_menu(case):
+def test_every_document_once_never_over_capacity_in_programs_of_the_menu(case):
     plan = plan_of(case)
     plan.check()
-    sizes = group_sizes(case.num_devices, case.min_size, case.max_size)
-    assert len(plan.menu) <= MAX_MENU
-    assert max(max(layout) for layout in plan.menu) == sizes[-1], "the fallback"
-    most = max_documents_per_ring(case.tokens)
+    assert plan.menu == plan.sizes
+    assert plan.menu[-1] == (case.max_size or case.num_devices), "the longest documents fit"
     for microbatch in plan.microbatches:
-        assert set(microbatch.layout) <= set(sizes)
         assert any(microbatch.documents), "no microbatch is empty"
-        for size, held in zip(microbatch.layout, microbatch.documents, strict=True):
-            assert size == 1 or len(held) <= most
+        assert min(microbatch.grouping) >= case.min_size
+        assert microbatch.grouping == tuple(sorted(microbatch.grouping, reverse=True))
 
 
 @given(cases(), st.integers(0, 3))
@@ -61,39 +55,41 @@ def test_no_schedule_beats_the_lower_bound(case):
 @given(cases(), st.randoms(use_true_random=False))
 @settings(**QUICK | {"max_examples": 300})
 def test_any_menu_that_holds_the_longest_document_trains(case, random):
-    sizes = group_sizes(case.num_devices, case.min_size, case.max_size)
-    pool = list(zip(range(40), all_layouts(sizes, case.num_devices), strict=False))
-    menu = [layout for _, layout in random.sample(pool, min(3, len(pool)))]
-    widest = max(max(layout) for layout in menu)
-    fitting = [length for length in case.lengths if length <= widest * case.tokens]
+    sizes = scheduler.program_widths(case.cost, case.num_devices, case.min_size, case.max_size)
+    menu = random.sample(sizes, random.randint(1, len(sizes)))
+    fitting = [length for length in case.lengths if length <= max(menu) * case.tokens]
     plan = plan_of(dataclasses.replace(case, lengths=fitting), menu=menu)
     plan.check()
-    assert {microbatch.layout for microbatch in plan.microbatches} <= set(menu)
+    assert plan.menu == tuple(sorted(menu))
+    assert {microbatch.widest for microbatch in plan.microbatches} <= set(menu)
 
 
 @given(cases(max_documents=5, num_devices=st.sampled_from([2, 3, 4])))
 @settings(**QUICK | {"max_examples": 40})
 def test_on_small_problems_it_is_near_the_best_there_is(case):
-    """Against all partitions into microbatches, layouts and groups."""
+    """Against all partitions into microbatches, groupings and groups."""
     case = dataclasses.replace(case, lengths=case.lengths[:4], min_size=1, max_size=None)
     best = least_seconds(case)
     assert plan_of(case).modelled_seconds <= best * 1.35 + 1e-12
 
 
 def least_seconds(case: Case) -> float:
-    layouts = list(all_layouts(group_sizes(case.num_devices), case.num_devices))
+    chain = case.cost.chain(case.num_devices)
+    groupings = list(all_groupings(chain, case.num_devices))
+    narrow = [w for w in case.cost.widths(case.num_devices) if w < chain[0]]
+    groupings += [(w,) * (case.num_devices // w) for w in narrow]
     memo: dict[frozenset, float] = {frozenset(): 0.0}
 
     def one(documents):
         """The least seconds of one microbatch that holds exactly these documents."""
         best = float("inf")
-        for layout in layouts:
-            for places in np.ndindex(*[len(layout)] * len(documents)):
-                held = [[] for _ in layout]
+        for grouping in groupings:
+            for places in np.ndindex(*[len(grouping)] * len(documents)):
+                held = [[] for _ in grouping]
                 for document, group in zip(documents, places, strict=True):
                     held[group].append(case.lengths[document])
-                if all(sum(h) <= s * case.tokens for h, s in zip(held, layout, strict=True)):
-                    best = min(best, case.cost.microbatch_seconds(layout, held, case.tokens))
+                if all(sum(h) <= s * case.tokens for h, s in zip(held, grouping, strict=True)):
+                    best = min(best, case.cost.microbatch_seconds(grouping, held, case.tokens))
         return best
 
     def all_of(documents: frozenset) -> float:
@@ -171,17 +167,30 @@ def test_documents_of_one_length_are_interchangeable_and_the_seed_says_which_goe
     assert len({plan.modelled_seconds for plan in plans}) == 1
 
 
-def test_short_documents_stay_on_one_device_and_long_ones_spread():
-    plan = schedule([8000, *[2000] * 28], 32, 2048)
+def test_short_documents_stay_on_one_member_and_long_ones_spread():
+    cost = dataclasses.replace(Cost(), lanes=2)
+    plan = schedule([16000, *[2000] * 24], 32, 2048, cost=cost)
     (microbatch,) = plan.microbatches
-    assert microbatch.layout == (4, *[1] * 28)
+    assert microbatch.grouping == (8, *[2] * 12)
     assert microbatch.documents[0] == (0,)
+    assert microbatch.lanes == 2
+
+
+def test_a_program_narrower_than_the_lanes_is_taken_where_its_exchange_saves_time():
+    """Short documents of equal work: the exchange over 8 lanes would bring nothing."""
+    dear = dataclasses.replace(Cost(), seconds_per_byte_inside=1e-9)
+    (microbatch,) = schedule([2048] * 16, 16, 2048, cost=dear).microbatches
+    assert (microbatch.grouping, microbatch.lanes) == ((1,) * 16, 1)
+    uneven = [2048 * 4, *[64] * 4 * 32]
+    (microbatch,) = schedule(uneven, 8, 2048).microbatches
+    assert (microbatch.grouping, microbatch.lanes) == ((8,), 8), "one bin, balanced for free"
 
 
 def test_a_lone_long_document_takes_more_devices_than_it_must_where_that_is_quicker():
     cost = dataclasses.replace(Cost(), seconds_per_byte_inside=0.0, seconds_per_hop=0.0)
-    assert schedule([4096], 8, 4096, cost=cost).microbatches[0].layout == (8,)
-    assert schedule([4096], 8, 4096).microbatches[0].layout == (1,) * 8
+    assert schedule([4096], 8, 4096, cost=cost).microbatches[0].grouping == (8,)
+    dear = dataclasses.replace(Cost(), seconds_per_byte_inside=1e-9)
+    assert schedule([4096], 8, 4096, cost=dear).microbatches[0].grouping == (1,) * 8
 
 
 def test_no_documents_are_no_microbatches():
@@ -205,13 +214,17 @@ def test_numpy_integers_will_do():
         ({"lengths": [[5]]}, "lengths must be integers in one dimension"),
         ({"lengths": [True]}, "lengths must be integers"),
         ({"min_cp_size": 4, "max_cp_size": 2}, "min_cp_size=4 is more than max_cp_size=2"),
+        ({"min_cp_size": 5, "max_cp_size": 7}, "no program has a width.*may have 1, 2, 4, 8"),
+        ({"min_cp_size": 0}, "min_cp_size must be a positive integer"),
         ({"num_devices": 0}, "num_devices must be a positive integer"),
         ({"max_tokens_per_device": 0}, "max_tokens_per_device must be a positive integer"),
         ({"max_tokens_per_device": 2**30}, "2\\*\\*31 - 1"),
-        ({"menu": []}, "menu holds no layout"),
-        ({"menu": [(4, 2)]}, "add up to num_devices=8"),
-        ({"menu": [(8,)], "max_cp_size": 4}, "outside of min_cp_size=1 to max_cp_size=4"),
-        ({"menu": [(2,) * 4], "lengths": [3000]}, "widest group, of 2 devices"),
+        ({"menu": []}, "menu holds no width; programs may have 1, 2, 4, 8 devices"),
+        ({"menu": [3, 8]}, "menu has the width 3; programs may have 1, 2, 4, 8 devices"),
+        ({"menu": [(8,)]}, "each width of menu must be an integer"),
+        ({"menu": 8}, "menu must be a list such as"),
+        ({"menu": [8], "max_cp_size": 4}, "menu has the width 8; programs may have 1, 2, 4 "),
+        ({"menu": [2], "lengths": [3000]}, "widest group, of 2 devices"),
     ],
 )
 def test_arguments_that_make_no_sense_are_told(arguments, words):

@@ -20,13 +20,19 @@ def test_the_table_the_json_and_the_picture_tell_of_every_strategy(tmp_path, cap
     files = "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"
     assert run(*ARGUMENTS, "--devices", 4, 6, "--batches", 2, *files) == 0
     shown = capsys.readouterr().out
-    for words in ("seeded greedy", "fixed CP, packed", "one size", "above the proven lower bound"):
+    for words in (
+        "seeded greedy",
+        "fixed CP, packed",
+        "with its padding",
+        "above the proven lower bound",
+    ):
         assert words in shown
     records = json.loads((tmp_path / "out.json").read_text())
     assert [record["devices"] for record in records] == [4, 6]
     for record in records:
         assert record["above_lower_bound"] >= 0
-        assert all(sum(layout) == record["devices"] for layout in record["layouts"])
+        assert set(record["programs"]) <= {1, 2, 4, 6}
+        assert record["strategies"]["seeded greedy, with its padding"]["padding"] > 0
         for row in record["strategies"].values():
             assert row["seconds"] > 0
     assert (tmp_path / "out.png").stat().st_size > 10_000
@@ -41,7 +47,7 @@ def test_a_batch_is_drawn_to_the_number_of_microbatches_that_was_asked_for(tmp_p
 
 def test_calibrated_costs_are_used(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
-    row = {"layout": [2, 2], "lengths": [[100], [90]], "tokens": 128, "seconds": 0.5}
+    row = {"grouping": [2, 2], "lengths": [[100], [90]], "tokens": 128, "seconds": 0.5}
     rows.write_text(json.dumps(row) + "\n")
     assert run("calibrate", rows, "--output", tmp_path / "cost.json") == 0
     assert "1 microbatches, modelled within 0.0% of each" in capsys.readouterr().out
@@ -56,7 +62,7 @@ def test_calibrated_costs_are_used(tmp_path, capsys):
     ("text", "words"),
     [
         ("[1, 2]\n", ":1 is not an object"),
-        ('{"layout": [2], "lengths": [[1], [2]], "tokens": 8, "seconds": 1}\n', "one list of"),
+        ('{"grouping": [2], "lengths": [[1], [2]], "tokens": 8, "seconds": 1}\n', "one list of"),
         ("", "at least one row"),
     ],
 )

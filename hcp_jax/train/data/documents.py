@@ -29,7 +29,7 @@ from jaxtyping import Int64
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import choose_menu, schedule_batches
-from hcp_jax.dynamic.scheduler import check_menu
+from hcp_jax.dynamic.scheduler import program_widths
 from hcp_jax.sequence import groupings
 from hcp_jax.sequence.packing import Microbatch
 from hcp_jax.train.data.streams import Segments, require_same_data, shuffled
@@ -49,7 +49,6 @@ class Limits(NamedTuple):
         seed: seed of the order of the documents, and of the scheduler's random choices.
         config: the run's `parallel.dynamic`.
         cost: the model of seconds that the scheduler minimises.
-        lanes: devices that exchange heads with each other.
     """
 
     num_devices: int
@@ -57,19 +56,12 @@ class Limits(NamedTuple):
     seed: int
     config: DynamicConfig
     cost: Cost
-    lanes: int = 1
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """The sizes that groups may have, ascending."""
+    def widths(self) -> tuple[int, ...]:
+        """The widths that programs may have, ascending."""
         config = self.config
-        return groupings.widths(
-            self.num_devices,
-            self.cost.devices_per_host,
-            self.lanes,
-            config.min_cp_size,
-            config.max_cp_size,
-        )
+        return program_widths(self.cost, self.num_devices, config.min_cp_size, config.max_cp_size)
 
 
 class PlannedSteps(grain.IterDataset[PlannedStep]):
@@ -130,8 +122,7 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
         lengths = [self.sizes[np.asarray(batch)] for batch in batches]
         cost = self.limits.cost
         steps = []
-        limits = self.limits
-        for step in schedule_batches(lengths, *self._bounds, self.menu, cost, seed, limits.lanes):
+        for step in schedule_batches(lengths, *self._bounds, self.menu, cost, seed):
             numbers = [batches[b][i] for b, i in step.sources]
             steps.append(tuple(_renamed(mb, numbers) for mb in step.plan.microbatches))
         return steps
@@ -140,10 +131,10 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
         """Return whether a program can run a microbatch as it is."""
         limits = self.limits
         try:
-            groupings.check_grouping(microbatch.grouping, limits.num_devices, limits.sizes)
+            groupings.check_grouping(microbatch.grouping, limits.num_devices, limits.widths)
         except ValueError:
             return False
-        lanes = min(limits.lanes, microbatch.widest)
+        lanes = limits.cost.lanes_of(microbatch.widest, limits.num_devices)
         return microbatch.widest <= self.menu[-1] and microbatch.lanes == lanes
 
     @property
@@ -154,7 +145,7 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
     def _choose_menu(self) -> tuple[int, ...]:
         config = self.limits.config
         if config.widths is not None:
-            return check_menu(config.widths, self.limits.sizes)
+            return groupings.check_menu(config.widths, self.limits.widths, "dynamic.menu")
         samples: list[Int64[np.ndarray, n]] = []
         position = 0
         while len(samples) < _SAMPLES and (position < len(self.sizes) or not samples):
@@ -164,7 +155,6 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
             samples,
             *self._bounds,
             cost=self.limits.cost,
-            lanes=self.limits.lanes,
             max_programs=config.menu if isinstance(config.menu, int) else None,
         )
 
@@ -241,7 +231,10 @@ def check_longest(segments: Segments, limits: Limits) -> None:
         ValueError: if one is longer; names it.
     """
     config = limits.config
-    widest = check_menu(config.widths, limits.sizes)[-1]
+    widths = limits.widths
+    if config.widths is not None:
+        widths = groupings.check_menu(config.widths, widths, "dynamic.menu")
+    widest = widths[-1]
     longest = int(segments.sizes.argmax())
     length = int(segments.sizes[longest])
     if length > widest * config.tokens:
