@@ -48,11 +48,4 @@ def test_values_that_make_no_sense_are_refused(words, message):
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        config(**words).check_sizes(8, 8, 8)
-
-
-def test_the_widest_program_is_that_of_the_menu_or_the_largest_that_may_be():
-    assert config().check_sizes(8, 8, 8) == 8
-    assert config(max_cp_size=5).check_sizes(8, 8, 1) == 4
-    assert config(max_cp_size=15).check_sizes(32, 8, 8) == 8
-    assert config(menu=[4, 2]).check_sizes(8, 8, 8) == 4
+        config(**words).check_sizes(8)
