@@ -122,10 +122,12 @@ def fill(problem: Problem, unscheduled: Unscheduled, grouping: Grouping) -> Fill
     while heap and left:
         _, width, number = heap[0]
         node = unscheduled.find(bisect_right(lengths, room[number]))
+        path: list[int] = []
         while node in taken:
-            below = unscheduled.find(taken[node])
-            taken[node] = taken.get(below, below)  # shorten the path for the next search
-            node = below
+            path.append(node)
+            node = unscheduled.find(taken[node])
+        for passed in path:
+            taken[passed] = node  # shorten the path for the next search
         if node == 0 or len(inside[number]) == most[number]:
             slowest = max(slowest, heapq.heappop(heap)[0])
             continue
