@@ -100,7 +100,7 @@ class Dynamic:
             yield [self._pairs(number) for number in numbers]
 
     def _pairs(self, number: int) -> np.ndarray:
-        places, corpus = self.program._segments.places(number), self.program._corpus
+        places, corpus = self.program._segments.refs(number), self.program._corpus
         return np.stack([corpus.tokens_at(places), corpus.targets_at(places)], axis=1)
 
     def step(self, documents: Sequence[np.ndarray]) -> int:

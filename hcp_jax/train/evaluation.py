@@ -36,6 +36,7 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.loss import cross_entropy_by_bin
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.train.batch import Batch
 from hcp_jax.train.data.batches import evenly, held_out_batches
 from hcp_jax.train.data.corpus import Corpus, open_corpus
 from hcp_jax.train.sections import DataConfig, EvalConfig
@@ -230,7 +231,7 @@ def borders(seq_len: int) -> tuple[int, ...]:
 
 def make_sums_by_position(
     model: ModelConfig, borders: tuple[int, ...], cp: ContextParallel | None = None
-) -> Callable[[Any, dict[str, Any]], tuple[Float[Array, "B n"], Float[Array, "B n"]]]:
+) -> Callable[[Any, Batch], tuple[Float[Array, "B n"], Float[Array, "B n"]]]:
     """Return a jitted function `(params, batch) -> (Σ weight · cross entropy, Σ weight)`.
 
     Both sums are by row and bin, and the same on all devices.
@@ -243,7 +244,7 @@ def make_sums_by_position(
     graphdef, _ = abstract_model(model)
     begins = np.asarray(borders[:-1], np.int32)
 
-    def sums_by_position(params: Any, batch: dict[str, Any]) -> tuple[Array, Array]:
+    def sums_by_position(params: Any, batch: Batch) -> tuple[Array, Array]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
         bins = (

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.attention import layer_masks
+from hcp_jax.models.layers.embedding import live_axes
 from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.parallel import host_memory, spmd
@@ -159,11 +160,16 @@ def make_train_step(
     """
     transform = make_optimizer(optimizer, num_steps)
     like = abstract_state(model, transform, cp, fsdp=fsdp)
-    gradients = summed_gradients(model, like.params, cp)
+    summed: Callable[[Any, Any], Sums] = functools.partial(
+        _sum_portions, summed_gradients(model, like.params, cp)
+    )
+    # With FSDP no device has room for all gradients: each microbatch's are reduce-scattered.
+    if cp is not None and accumulation > 1 and not fsdp:
+        summed = _reduced_once(summed, cp)
     update = make_update(optimizer, num_steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        sums = _sum_portions(gradients, state.params, _portions(batch, accumulation, cp))
+        sums = summed(state.params, _portions(batch, accumulation, cp))
         state, metrics = update(state, sums)
         return state, metrics | {"pairs": _visible_pairs(batch, model)}
 
@@ -359,6 +365,37 @@ def _portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any:
         return x.reshape(rows // number, number, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
+
+
+def _reduced_once(
+    summed: Callable[[Any, Any], Sums], cp: ContextParallel
+) -> Callable[[Any, Any], Sums]:
+    """Return `summed` with its sums reduced over the devices once, after all portions.
+
+    Outside of a `shard_map`, XLA reduces the gradients of each layer in each portion.
+    """
+    axes = live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes)
+    if not axes:
+        return summed
+
+    def on_device(params: Any, portions: Any) -> Sums:
+        sums: Sums = jax.lax.psum(summed(params, portions), axes)
+        return sums
+
+    def once(params: Any, portions: Any) -> Sums:
+        rows = portions["tokens"].shape[1]
+        tokens, each = PartitionSpec(None, *cp.spec(2)), PartitionSpec(None, cp.dp)
+        specs = {name: tokens for name in portions if name != "mask"}
+        # The devices of a row see all intervals of its mask.
+        mask = jax.tree.map(
+            lambda x: each if x.shape[1] == rows else PartitionSpec(), portions["mask"]
+        )
+        in_specs = (PartitionSpec(), specs | {"mask": mask})
+        mapped = spmd.shard_map(cp.mesh, axes, on_device, in_specs, PartitionSpec())
+        sums: Sums = mapped(params, portions)
+        return sums
+
+    return once
 
 
 def _sum_portions(gradients: Callable[[Any, Batch], Sums], params: Any, portions: Any) -> Sums:

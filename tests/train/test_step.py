@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import hcp_jax as hcp
+from hcp_jax.compiled import hlo
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train import step as train_step
 from hcp_jax.train.step import (
@@ -124,6 +125,14 @@ MESHES = [
         marks=pytest.mark.slow,
     ),
     pytest.param(
+        {"dp": 2, "tp": 2, "cp_inner": 2},
+        "p2p",
+        False,
+        2,
+        id="dp2-tp2-cp2-acc2",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
         {"dp": 2, "cp_outer": 2, "cp_inner": 2},
         ("all_gather", "a2a"),
         False,
@@ -145,14 +154,31 @@ def test_training_over_a_mesh_has_the_losses_of_one_device(sizes, comm_type, fsd
 
 
 @pytest.mark.slow
-def test_training_on_explicit_axes_has_the_losses_of_auto_ones():
+def test_gradients_of_accumulated_portions_are_reduced_over_devices_once():
+    cp = hcp.ContextParallel(hcp.make_mesh(dp=2, cp_outer=2, cp_inner=2), "a2a+p2p")
+    state, placed, history = fresh(cp), cp.shard_batch(batch()), []
+    step = program(cp, accumulation=2).lower(state, placed).compile()
+    found = [c for c in hlo.collectives(step.as_text()) if c.kind == "all-reduce"]
+    between = [c for c in found if len(c.groups[0]) > 1]
+    gradients = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    scalars = 16  # bytes, of the sums of losses and weights
+    assert gradients <= sum(c.bytes * c.count for c in between) <= gradients + scalars
+    for _ in range(4):
+        state, metrics = step(state, placed)
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert_same_history(history, trained()[1], 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_training_on_explicit_axes_has_the_losses_of_auto_ones(fsdp):
     explicit = jax.make_mesh(
         (2, 2, 2),
         ("cp_inner", "cp_outer", "dp"),
         axis_types=(jax.sharding.AxisType.Explicit,) * 3,
     )
     cp = hcp.ContextParallel(explicit, "a2a+p2p", tp=None)
-    assert_same_history(trained(cp, True, 2)[1], trained()[1], 2e-5)
+    assert_same_history(trained(cp, fsdp, 2)[1], trained()[1], 2e-5)
 
 
 def test_parameters_are_the_same_on_every_mesh_and_born_where_they_belong():
