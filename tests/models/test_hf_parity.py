@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 import hcp_jax as hcp
 from hcp_jax.models.hf import config_json, loading, writing
+from hcp_jax.models.pattern import LayerConfig
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.train.sharding import param_specs
 
@@ -44,13 +45,13 @@ YARN = {
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
 
+ROTARY, OTHER = LayerConfig(), LayerConfig(rope_theta=3e3)
 GEMMA3 = {
     "num_hidden_layers": 5,
     "head_dim": 16,
     "query_pre_attn_scalar": 24,
     "sliding_window": 7,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-    "attn_logit_softcapping": 3.0,
     "final_logit_softcapping": 5.0,
     "attention_bias": True,
     "rope_parameters": {
@@ -76,13 +77,13 @@ MODELS = {
     "qwen3-yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}, {"rope_scaling": None}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}, {}),
-    "qwen2-upper": ("Qwen2", WINDOW | {"num_hidden_layers": 4, "max_window_layers": 2}, {"layers": "A", "sliding_window": None}),
+    "qwen2-upper": ("Qwen2", WINDOW | {"num_hidden_layers": 4, "max_window_layers": 2}, {"sliding_window": 9}),
     "gemma3": ("Gemma3Text", GEMMA3, {"embedding_scale": None}),
-    "gemma3-plain": ("Gemma3Text", GEMMA3 | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_parameters": None, "attention_bias": False, "num_hidden_layers": 6, "layer_types": None}, {"attention_scale": None}),
-    "olmo2": ("Olmo2", {"attention_bias": False}, {"qk_norm": True}),
+    "gemma3-plain": ("Gemma3Text", GEMMA3 | {"final_logit_softcapping": None, "rope_parameters": None, "attention_bias": False, "num_hidden_layers": 6, "layer_types": None}, {"attention_scale": None}),
+    "olmo2": ("Olmo2", {}, {}),
     "olmo2-gqa": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 1e-3}, {"norm_eps": 1e-5}),
-    "smollm3": ("SmolLM3", {"num_hidden_layers": 6, "pad_token_id": 0}, {"layers": None}),
-    "smollm3-biases": ("SmolLM3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True, "pad_token_id": 0}, {"layers": None}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 6, "pad_token_id": 0}, {"layers": (ROTARY,) * 3 + (OTHER,)}),
+    "smollm3-biases": ("SmolLM3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True, "pad_token_id": 0}, {"layers": (ROTARY, OTHER)}),
 }  # fmt: skip
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, T)).astype(np.int32)

@@ -206,19 +206,15 @@ def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> N
     refused = {
         act.key: (
             raw.get(act.key, act.names[0]) in act.names,
-            f"the gate of {family} is {act.names[0]}",
-        ),
-        "mlp_bias": (
-            family in ("llama", "smollm3") or not raw.get("mlp_bias"),
-            f"the MLP of {family} has no biases",
-        ),
-        "attention_bias": (
-            family not in ("mistral", "qwen2") or not raw.get("attention_bias"),
-            f"{family} has no such setting",
+            f"the gate of the MLP is {act.names[0]} in {family}",
         ),
         "use_bidirectional_attention": (
             not raw.get("use_bidirectional_attention"),
             "models are causal here",
+        ),
+        "attn_logit_softcapping": (
+            family != "gemma3_text" or raw.get("attn_logit_softcapping") is None,
+            "transformers reads it for Gemma 3, but does not apply it",
         ),
         "attention_dropout": (not raw.get("attention_dropout"), "attention has no dropout here"),
         "quantization_config": (

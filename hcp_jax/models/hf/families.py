@@ -182,6 +182,7 @@ def _write_smollm3(raw: dict[str, Any], model: ModelConfig) -> None:
     rotary = [layer.mixer.rotary is not None for layer in model.specs]
     _write_llama(raw, model)
     raw["no_rope_layers"] = [int(r) for r in rotary]
+    raw.setdefault("pad_token_id", None)  # the usual one may be past a smaller vocabulary
     raw["use_sliding_window"], raw["layer_types"] = False, [_FULL] * model.num_layers
 
 
@@ -204,7 +205,6 @@ def _read_gemma3(fields: Fields, num_layers: int) -> dict[str, Any]:
         "layers": tuple(near if slides else far for slides in _period(sliding)),
         "qk_norm": True,
         "attention_scale": scalar**-0.5,
-        "logits_soft_cap": fields.number_or_none("attn_logit_softcapping", 1e-6, 1e9),
         "final_soft_cap": fields.number_or_none("final_logit_softcapping", 1e-6, 1e9),
         "embedding_scale": math.sqrt(fields.size("hidden_size")),
         "norms": "both",
@@ -241,7 +241,6 @@ def _write_gemma3(raw: dict[str, Any], model: ModelConfig) -> None:
     raw["sliding_window"] = near.window or 4096
     raw["layer_types"] = [_FULL if m.window is None else _SLIDING for m in mixers]
     raw["query_pre_attn_scalar"] = round((far.scale or far.head_size**-0.5) ** -2)
-    raw["attn_logit_softcapping"] = model.logits_soft_cap
     raw["final_logit_softcapping"] = model.final_soft_cap
     raw["attention_bias"] = model.o_bias
 
