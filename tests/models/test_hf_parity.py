@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 import hcp_jax as hcp
 from hcp_jax.models.hf import config_json, loading, writing
+from hcp_jax.models.pattern import LayerConfig
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.train.sharding import param_specs
 
@@ -44,6 +45,22 @@ YARN = {
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
 
+ROTARY, OTHER = LayerConfig(), LayerConfig(rope_theta=3e3)
+GEMMA3 = {
+    "num_hidden_layers": 5,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 5.0,
+    "attention_bias": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    },
+}
+GEMMA3["layer_types"] = GEMMA3["layer_types"][:5]
+
 # name -> (config class, its arguments, what of the imported model counts: without it, logits differ)
 MODELS = {
     "llama2": ("Llama", {"num_key_value_heads": 8}, {}),
@@ -58,6 +75,15 @@ MODELS = {
     "qwen2-window": ("Qwen2", WINDOW, {"sliding_window": None}),
     "qwen3": ("Qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {}),
     "qwen3-yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}, {"rope_scaling": None}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, {}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}, {}),
+    "qwen2-upper": ("Qwen2", WINDOW | {"num_hidden_layers": 4, "max_window_layers": 2}, {"sliding_window": 9}),
+    "gemma3": ("Gemma3Text", GEMMA3, {"embedding_scale": None}),
+    "gemma3-plain": ("Gemma3Text", GEMMA3 | {"final_logit_softcapping": None, "rope_parameters": None, "attention_bias": False, "num_hidden_layers": 6, "layer_types": None}, {"attention_scale": None}),
+    "olmo2": ("Olmo2", {}, {}),
+    "olmo2-gqa": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 1e-3}, {"norm_eps": 1e-5}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 6, "pad_token_id": 0}, {"layers": (ROTARY,) * 3 + (OTHER,)}),
+    "smollm3-biases": ("SmolLM3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True, "pad_token_id": 0}, {"layers": (ROTARY, OTHER)}),
 }  # fmt: skip
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, T)).astype(np.int32)
@@ -73,7 +99,9 @@ def folder_of(tmp_path_factory):
         torch.manual_seed(0)
         family, options, _ = MODELS[name]
         config = getattr(transformers, f"{family}Config")(**SMALL | options)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        kind = family.removesuffix("Text")
+        config._attn_implementation = "eager"  # which applies soft caps, too
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # biases that are 0 and norms of 1 show nothing
                 around = 1.0 if parameter.std() == 0 and parameter.mean() == 1 else 0.0
@@ -127,7 +155,20 @@ def test_logits_over_eight_devices_are_those_of_transformers(folder_of, name):
     assert np.max(np.abs(logits_of(config, params, cp) - expected)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2-window", "qwen3-yarn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama3.1",
+        "mistral",
+        "qwen2-window",
+        "qwen3-yarn",
+        "qwen2-upper",
+        "gemma3",
+        "olmo2-gqa",
+        "smollm3-biases",
+        "llama-biases",
+    ],
+)
 def test_transformers_reads_what_is_written(folder_of, tmp_path, name):
     folder, expected = folder_of(name)
     config = imported(folder)
@@ -137,7 +178,9 @@ def test_transformers_reads_what_is_written(folder_of, tmp_path, name):
     writing.write_folder(
         tmp_path, config, raw, lambda slot: loading.read_slot(slot, stored[slot.name]), 50_000
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         logits = model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
     np.testing.assert_array_equal(logits, expected)

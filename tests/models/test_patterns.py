@@ -8,12 +8,14 @@ import pytest
 from flax import nnx
 
 import hcp_jax as hcp
+from hcp_jax import dynamic
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.attention import Attention, narrowed
 from hcp_jax.models.layers.decoder import DecoderLayer
 from hcp_jax.models.pattern import LayerConfig
 from hcp_jax.models.specs import plan
 from hcp_jax.models.transformer import Transformer, abstract_model, init_params
+from hcp_jax.parallel.microbatch import place_microbatch
 from hcp_jax.sequence.layout import to_layout
 
 SIZES = {
@@ -113,7 +115,9 @@ def test_a_microbatch_narrowed_to_a_window_is_the_microbatch_of_the_window():
         hcp.make_mesh(dp=2, cp_outer=2, cp_inner=2), comm_type="p2p", widest_group=4
     )
     documents = ((0, 1), (2,), (3,), (4,))
-    packed = pack(Microbatch((4, 2, 1, 1), documents), np.array([19, 8, 11, 5, 7]), 8)
+    packed = dynamic.pack(
+        dynamic.Microbatch((4, 2, 1, 1), documents), np.array([19, 8, 11, 5, 7]), 8
+    )
     wide = place_microbatch(cp, packed, {})["mask"]
     own = place_microbatch(cp, packed, {}, sliding_window=6)["mask"]
     got = narrowed(wide, 6)

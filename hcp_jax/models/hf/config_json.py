@@ -5,6 +5,7 @@ that do not change the result (zero dropout, caches, ids of special tokens) are 
 setting has the default of the `transformers` package, version 5.
 """
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
@@ -13,18 +14,12 @@ from typing import Any
 from hcp_jax.base import reading
 from hcp_jax.base.terminal import printable
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.hf import json_fields, model_folder
+from hcp_jax.models.hf import json_fields, model_folder, rope_json
+from hcp_jax.models.hf.families import FAMILIES, family_of
 from hcp_jax.models.hf.json_fields import Fields
 from hcp_jax.models.hf.model_folder import CONFIG
-from hcp_jax.models.layers.rope_scaling import RopeScaling
-
-FAMILIES = {
-    "llama": ("LlamaForCausalLM", "Llama 2, 3, 3.1 and others of their shape"),
-    "mistral": ("MistralForCausalLM", "Mistral 7B and others of its shape"),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2 and Qwen2.5, dense"),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3, dense"),
-}
-"""Supported families: model_type -> (architecture, name for people)."""
+from hcp_jax.models.pattern import LayerConfig
+from hcp_jax.models.specs import LayerSpec
 
 SHAPES = (
     "vocab_size",
@@ -38,10 +33,28 @@ SHAPES = (
     "qkv_bias",
     "tie_embeddings",
     "attention_sinks",
+    "qk_norm_over",
+    "o_bias",
+    "mlp_bias",
+    "activation",
+    "norms",
+    "norm_shifted",
 )
 """Fields that determine a model's parameters; weights fit only if all of them are equal."""
 
-READINGS = ("rope_theta", "rope_scaling", "norm_eps", "sliding_window", "logits_soft_cap")
+READINGS = (
+    "rope_theta",
+    "rope_scaling",
+    "norm_eps",
+    "sliding_window",
+    "logits_soft_cap",
+    "rotary",
+    "rotary_share",
+    "attention_scale",
+    "embedding_scale",
+    "final_soft_cap",
+    "layers",
+)
 """Fields that determine the computation; a run may change them, such as for longer contexts."""
 
 _SIZES = {
@@ -53,11 +66,8 @@ _SIZES = {
 }
 
 _HEADS = json_fields.SIZES["num_key_value_heads"]
-_THETA = 1.5, 1e15  # bounds of the base of the frequencies
-_LEAST, _MOST = 1e-6, 1e6  # bounds of RoPE's factors
-
-_NO_MLP_BIAS = "the MLP has no biases here"
-_NO_O_BIAS = "it adds a bias to o_proj, which has none here"
+# Settings that a pattern of layers may give by layer; the specs of all layers are compared instead.
+_BY_LAYER = {field.name for field in dataclasses.fields(LayerConfig)} | {"layers"}
 
 
 def read_raw(folder: pathlib.Path) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def model_config(raw: dict[str, Any], place: str = "config.json") -> ModelConfig
     """
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        known = "; ".join(f"{name} ({what})" for name, (_, what) in FAMILIES.items())
+        known = "; ".join(f"{name} ({what})" for name, (_, what, *_) in FAMILIES.items())
         raise NotImplementedError(
             f"{place}: model_type={printable(repr(family))} is not supported. Supported are "
             f"{known}."
@@ -96,28 +106,25 @@ def model_config(raw: dict[str, Any], place: str = "config.json") -> ModelConfig
     _refuse_what_would_differ(raw, family, place)
     fields = Fields(raw, place)
     sizes: dict[str, Any] = {ours: fields.size(theirs) for ours, theirs in _SIZES.items()}
-    # Only Llama's configs usually leave this out.
-    optional = family == "llama" or "num_key_value_heads" in raw
-    kv_heads = fields.whole_or_none("num_key_value_heads", _HEADS) if optional else None
-    if not optional:
-        fields.size("num_key_value_heads")
+    usual = FAMILIES[family].usual
+    if "num_key_value_heads" in raw:
+        kv_heads = fields.whole_or_none("num_key_value_heads", _HEADS)
+    elif usual.kv_heads is None:
+        kv_heads = fields.size("num_key_value_heads")
+    else:
+        kv_heads = usual.kv_heads
     head_dim = fields.whole_or_none("head_dim", json_fields.SIZES["head_dim"])
-    if family == "qwen3" and "head_dim" not in raw:
-        head_dim = 128
-    usual = head_dim is not None and head_dim * sizes["num_heads"] == sizes["hidden_size"]
-    theta, scaling = _rope(fields)
+    if "head_dim" not in raw:
+        head_dim = usual.head_dim
+    alike = head_dim is not None and head_dim * sizes["num_heads"] == sizes["hidden_size"]
     epsilon = fields.number_or_none("rms_norm_eps", 1e-12, 0.1)
     return ModelConfig(
         **sizes,
-        num_kv_heads=sizes["num_heads"] if kv_heads is None else kv_heads,
-        head_size=None if usual else head_dim,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        qk_norm=family == "qwen3",
-        qkv_bias=family == "qwen2",
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
-        norm_eps=1e-6 if epsilon is None else epsilon,
-        sliding_window=_window(fields, family, sizes["num_layers"]),
+        num_kv_heads=kv_heads or sizes["num_heads"],
+        head_size=None if alike else head_dim,
+        tie_embeddings=fields.flag("tie_word_embeddings", usual.tied),
+        norm_eps=usual.epsilon if epsilon is None else epsilon,
+        **FAMILIES[family].read(fields, sizes["num_layers"]),
     )
 
 
@@ -138,8 +145,22 @@ def reach(raw: dict[str, Any], model: ModelConfig) -> int | None:
 
 def differences(names: Sequence[str], there: ModelConfig, here: ModelConfig) -> list[str]:
     """Return the fields of `names` that differ, in words: "num_layers 32 there and 16 here"."""
-    pairs = ((name, getattr(there, name), getattr(here, name)) for name in names)
-    return [f"{name} {a!r} there and {b!r} here" for name, a, b in pairs if a != b]
+    return [
+        f"{name} {getattr(there, name)!r} there and {getattr(here, name)!r} here"
+        for name in _differing(names, there, here)
+    ]
+
+
+def _differing(names: Sequence[str], there: ModelConfig, here: ModelConfig) -> list[str]:
+    if _specs(there) == _specs(here):  # one model, however its pattern is written
+        names = [name for name in names if name not in _BY_LAYER]
+    return [name for name in names if getattr(there, name) != getattr(here, name)]
+
+
+def _specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
+    """Return the specs of all layers, without what changes neither parameters nor results."""
+    plain = dataclasses.replace(model, compute_dtype="float32", mlp_chunk=None, implementation=None)
+    return plain.specs
 
 
 def raw_config(
@@ -171,25 +192,29 @@ def raw_config(
         if not differences(READINGS, described, model) and model_config(raw) == described:
             return raw
     raw["rms_norm_eps"] = model.norm_eps
-    _put_rope(raw, model)
-    _put_window(raw, model)
-    written = model_config(raw)
-    for name in SHAPES + READINGS:
-        if getattr(written, name) != getattr(model, name):
-            raise NotImplementedError(
-                f"no supported family computes what this model does: as {raw['model_type']} it "
-                f"cannot have {name}={getattr(model, name)!r}."
-            )
+    FAMILIES[raw["model_type"]].write(raw, model)
+    for name in _differing(SHAPES + READINGS, model_config(raw), model):
+        raise NotImplementedError(
+            f"no supported family computes what this model does: as {raw['model_type']} it cannot "
+            f"have {name}={getattr(model, name)!r}."
+        )
     return raw
 
 
 def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> None:
+    act = FAMILIES[family].activation
     refused = {
-        "hidden_act": (raw.get("hidden_act", "silu") in ("silu", "swish"), "the MLP is SwiGLU"),
-        "mlp_bias": (family != "llama" or not raw.get("mlp_bias"), _NO_MLP_BIAS),
-        "attention_bias": (
-            family not in ("llama", "qwen3") or not raw.get("attention_bias"),
-            _NO_O_BIAS,
+        act.key: (
+            raw.get(act.key, act.names[0]) in act.names,
+            f"the gate of the MLP is {act.names[0]} in {family}",
+        ),
+        "use_bidirectional_attention": (
+            not raw.get("use_bidirectional_attention"),
+            "models are causal here",
+        ),
+        "attn_logit_softcapping": (
+            family != "gemma3_text" or raw.get("attn_logit_softcapping") is None,
+            "transformers reads it for Gemma 3, but does not apply it",
         ),
         "attention_dropout": (not raw.get("attention_dropout"), "attention has no dropout here"),
         "quantization_config": (
@@ -207,146 +232,25 @@ def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> N
             raise NotImplementedError(f"{place}: {key}={shown} is not supported: {why}.")
     fields = Fields(raw, place)
     for part in (fields, fields.mapping("rope_scaling"), fields.mapping("rope_parameters")):
-        share = part.values.get("partial_rotary_factor")
-        if share not in (None, 1):
-            raise NotImplementedError(
-                f"{place}: partial_rotary_factor={printable(repr(share))} is not supported: heads "
-                "are rotated whole."
-            )
+        rope_json.require_whole_heads(part)
 
 
 def _iterable(value: Any) -> Any:
     return value if isinstance(value, dict | list) else ()
 
 
-def _window(fields: Fields, family: str, num_layers: int) -> int | None:
-    """Return the sliding window, which is the same in all layers."""
-    if family == "llama":
-        return None
-    given = "sliding_window" in fields.values
-    window = fields.whole_or_none("sliding_window") if given else 4096
-    if family == "mistral":
-        return window
-    if not fields.flag("use_sliding_window", False):
-        return None
-    first = 28
-    if fields.values.get("max_window_layers") is not None:
-        first = fields.whole("max_window_layers", least=0)
-    kinds = fields.values.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
-    ]
-    same = isinstance(kinds, list) and all(kind == kinds[0] for kind in kinds)
-    if not same or kinds[0] not in ("sliding_attention", "full_attention"):
-        said = "layer_types" if fields.values.get("layer_types") else "max_window_layers"
-        value = printable(repr(fields.values.get(said, first)))
-        raise NotImplementedError(
-            f"{fields.place}: use_sliding_window=True with {said}={value} is not "
-            "supported: the sliding window is one for all layers here."
-        )
-    return window if kinds[0] == "sliding_attention" else None
-
-
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Return the base of the frequencies and their scaling, from either form of config.json."""
-    of = fields.mapping("rope_scaling")
-    if not of.values:
-        of = fields.mapping("rope_parameters")
-    if any(isinstance(value, dict) for value in of.values.values()):
-        raise NotImplementedError(
-            f"{fields.place}: rope_parameters={printable(repr(of.values))} is not supported: the "
-            "rotation is one for all layers here."
-        )
-    longest = fields.whole_or_none("max_position_embeddings")
-    theta = of.number_or_none("rope_theta", *_THETA) or fields.number_or_none("rope_theta", *_THETA)
-    kind = of.values.get("rope_type") or of.values.get("type") or "default"
-    if kind == "default":
-        return theta or 10_000.0, None
-    if kind not in ("linear", "llama3", "yarn"):
-        raise NotImplementedError(
-            f"{fields.place}: rope_type={printable(repr(kind))} is not supported; supported are "
-            "default, linear, llama3 and yarn."
-        )
-    return theta or 10_000.0, _scaling(kind, of, fields, longest)
-
-
-def _scaling(kind: str, of: Fields, fields: Fields, longest: int | None) -> RopeScaling:
-    original = "original_max_position_embeddings"
-    context = fields.whole_or_none(original) or of.whole_or_none(original) or longest
-    needed: dict[str, Any] = {"factor": of.number_or_none("factor", 1, _MOST)}
-    if kind != "linear":
-        needed[original] = context
-    if kind == "llama3":
-        for name in ("low_freq_factor", "high_freq_factor"):
-            needed[name] = of.number_or_none(name, _LEAST, _MOST)
-    if kind == "yarn" and needed["factor"] is None and longest and context:
-        needed["factor"] = longest / context
-    missing = [name for name, value in needed.items() if value is None]
-    if missing:
-        raise ValueError(f"{fields.place}: rope_type={kind!r} needs {', '.join(missing)}, too.")
-    options: dict[str, Any] = dict(needed)
-    if kind == "yarn":
-        options |= {
-            "beta_fast": of.number_or_none("beta_fast", _LEAST, _MOST) or 32.0,
-            "beta_slow": of.number_or_none("beta_slow", _LEAST, _MOST) or 1.0,
-            "attention_factor": _attention_factor(of, options["factor"]),
-            "truncate": of.flag("truncate", True),
-        }
-    return RopeScaling(kind, **options)  # type: ignore[arg-type]
-
-
-def _attention_factor(of: Fields, factor: float) -> float | None:
-    """Return yarn's attention factor; None if it follows from the context factor alone."""
-    given = of.number_or_none("attention_factor", _LEAST, _MOST)
-    if given is not None:
-        return given
-    one = of.number_or_none("mscale", 0, _MOST)
-    all_dims = of.number_or_none("mscale_all_dim", 0, _MOST)
-    if not (one and all_dims):
-        return None
-    growth = 0.1 * math.log(factor)
-    return (one * growth + 1) / (all_dims * growth + 1)
-
-
 def _fresh(model: ModelConfig) -> dict[str, Any]:
-    """Return a config.json of the first family that has the model's parameters."""
-    family = "mistral" if model.sliding_window else "llama"
-    if model.qk_norm or model.qkv_bias:
-        family = "qwen3" if model.qk_norm else "qwen2"
-    raw = {"architectures": [FAMILIES[family][0]], "model_type": family, "hidden_act": "silu"}
+    """Return a config.json of the family that has the model's parameters and layers."""
+    family = family_of(model)
+    act = FAMILIES[family].activation
+    raw = {
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
+        act.key: act.names[0],
+    }
     return raw | {
         **{theirs: getattr(model, ours) for ours, theirs in _SIZES.items()},
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "tie_word_embeddings": model.tie_embeddings,
     }
-
-
-def _put_rope(raw: dict[str, Any], model: ModelConfig) -> None:
-    """Write RoPE's settings in the form that versions 4 and 5 of transformers both read."""
-    for key in ("rope_parameters", "original_max_position_embeddings"):
-        raw.pop(key, None)
-    scaling = model.rope_scaling
-    raw["rope_theta"], raw["rope_scaling"] = model.rope_theta, None
-    if scaling is None:
-        return
-    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind != "linear":
-        values["original_max_position_embeddings"] = scaling.original_max_position_embeddings
-    names = {
-        "linear": (),
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-        "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
-    }[scaling.kind]
-    values |= {name: getattr(scaling, name) for name in names}
-    raw["rope_scaling"] = {name: value for name, value in values.items() if value is not None}
-
-
-def _put_window(raw: dict[str, Any], model: ModelConfig) -> None:
-    if raw["model_type"] == "mistral":
-        raw["sliding_window"] = model.sliding_window
-    elif raw["model_type"] in ("qwen2", "qwen3"):
-        sliding = model.sliding_window is not None
-        kind = "sliding_attention" if sliding else "full_attention"
-        raw["use_sliding_window"], raw["sliding_window"] = sliding, model.sliding_window
-        raw["max_window_layers"] = 0 if sliding else model.num_layers
-        raw["layer_types"] = [kind] * model.num_layers

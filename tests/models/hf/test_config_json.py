@@ -8,6 +8,7 @@ import pytest
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.hf import config_json
 from hcp_jax.models.layers.rope import RopeScaling
+from hcp_jax.models.pattern import LayerConfig
 
 SIZES = {
     "vocab_size": 96,
@@ -41,6 +42,12 @@ def read(family="llama", **changes):
         ("qwen2", {"use_sliding_window": False, "sliding_window": 7}, {"qkv_bias": True}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}, {"qkv_bias": True}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, {"qkv_bias": True, "sliding_window": 7}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, {"qkv_bias": True, "sliding_window": 7, "layers": "AW"}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}),
+        ("olmo2", {}, {"norm_eps": 1e-5, "norms": "after", "qk_norm": True, "qk_norm_over": "heads"}),
+        ("smollm3", {"no_rope_layers": [0, 0, 1]}, {"tie_embeddings": True, "rope_theta": 2e6, "rotary": False}),
+        ("smollm3", {"no_rope_layers": [1, 0]}, {"tie_embeddings": True, "rope_theta": 2e6, "layers": (LayerConfig(), LayerConfig(rotary=False))}),
+        ("qwen3", {"attention_bias": True, "head_dim": 8}, {"qk_norm": True, "qkv_bias": True, "o_bias": True}),
         ("qwen3", {}, {"qk_norm": True, "head_size": 128}),
         ("qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"] * 2}, {"qk_norm": True, "sliding_window": 7}),
     ],
@@ -76,9 +83,14 @@ def test_rope_is_read_from_both_forms_of_the_file(form, values, expected):
         ("mixtral", {}, "model_type='mixtral' is not supported. Supported are llama .*qwen3"),
         (None, {}, "model_type=None"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
-        ("llama", {"attention_bias": True}, "attention_bias=True .*o_proj"),
-        ("qwen3", {"attention_bias": True}, "attention_bias=True .*o_proj"),
+        ("phi3", {}, "model_type='phi3'"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "needs the parts full_attention"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "partial_rotary_factor=0.5"),
+        ("gemma3_text", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping=3.0"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window of smollm3"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "with use_sliding_window=False"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config=.*bits.*quantised"),
         ("llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map=.*never run"),
@@ -87,8 +99,6 @@ def test_rope_is_read_from_both_forms_of_the_file(form, values, expected):
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'.*llama3"),
         ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope'"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one for all layers"),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "max_window_layers=1 .*one for all"),
-        ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*one for all"),
     ],
 )  # fmt: skip
 def test_what_would_be_computed_otherwise_is_refused_by_name_and_value(family, changes, says):
@@ -104,6 +114,15 @@ def test_what_would_be_computed_otherwise_is_refused_by_name_and_value(family, c
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type='linear' needs factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_f"),
         ({"num_attention_heads": 7}, "num_heads=7 must be a multiple"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of 2"),
+        (
+            {"model_type": "gemma3_text", "layer_types": ["full_attention"]},
+            "layer_types must be a list of 2",
+        ),
+        (
+            {"model_type": "gemma3_text", "sliding_window": None},
+            "sliding_window must be an integer",
+        ),
     ],
 )
 def test_what_is_missing_or_contradicts_itself_is_told(changes, says):
