@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.base import checks
+from hcp_jax.cost.traffic import Remat, Traffic
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
 from hcp_jax.parallel.context import ContextParallel
@@ -60,6 +61,23 @@ class GatedDeltaConfig:
                 f"num_value_heads={self.num_value_heads} must be a multiple of "
                 f"num_key_heads={self.num_key_heads}."
             )
+
+    def traffic(
+        self, cp: ContextParallel, *, rows: int, remat: Remat = "none"
+    ) -> tuple[Traffic, ...]:
+        """List the collectives of this mixer in one step, for `rows` rows over all dp devices."""
+        keys = (self.num_key_heads, self.key_size)
+        return recurrent.mixer_traffic(
+            cp,
+            rows=rows,
+            heads=self.num_value_heads,
+            state=(self.key_size, self.value_size),
+            matrix=True,
+            convolved=(keys, keys, (self.num_value_heads, self.value_size)),
+            conv_size=self.conv_size,
+            compute_dtype=self.compute_dtype,
+            remat=remat,
+        )
 
 
 class GatedDeltaNet(nnx.Module):

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.base import checks
+from hcp_jax.cost.traffic import Remat, Traffic
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
 from hcp_jax.parallel.context import ContextParallel
@@ -50,6 +51,23 @@ class KDAConfig:
     def __post_init__(self):
         for name in ("hidden_size", "num_heads", "head_size", "conv_size", "chunk"):
             checks.integer(name, getattr(self, name), least=1)
+
+    def traffic(
+        self, cp: ContextParallel, *, rows: int, remat: Remat = "none"
+    ) -> tuple[Traffic, ...]:
+        """List the collectives of this mixer in one step, for `rows` rows over all dp devices."""
+        heads = (self.num_heads, self.head_size)
+        return recurrent.mixer_traffic(
+            cp,
+            rows=rows,
+            heads=self.num_heads,
+            state=(self.head_size, self.head_size),
+            matrix=True,
+            convolved=(heads,) * 3,
+            conv_size=self.conv_size,
+            compute_dtype=self.compute_dtype,
+            remat=remat,
+        )
 
 
 class KDA(nnx.Module):

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.base import checks
+from hcp_jax.cost.traffic import Remat, Traffic
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
 from hcp_jax.parallel.context import ContextParallel
@@ -62,6 +63,23 @@ class Mamba2Config:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_groups={self.num_groups}."
             )
+
+    def traffic(
+        self, cp: ContextParallel, *, rows: int, remat: Remat = "none"
+    ) -> tuple[Traffic, ...]:
+        """List the collectives of this mixer in one step, for `rows` rows over all dp devices."""
+        group = (self.num_groups, self.state_size)
+        return recurrent.mixer_traffic(
+            cp,
+            rows=rows,
+            heads=self.num_heads,
+            state=(self.state_size, self.head_size),
+            matrix=False,
+            convolved=((self.num_heads, self.head_size), group, group),
+            conv_size=self.conv_size,
+            compute_dtype=self.compute_dtype,
+            remat=remat,
+        )
 
 
 class Mamba2(nnx.Module):

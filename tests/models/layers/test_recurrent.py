@@ -1,6 +1,7 @@
 """Mamba-2, gated delta net and KDA: equal to transformers' layers, and the same on every mesh."""
 
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 import hcp_jax as hcp
+from hcp_jax.compiled.hlo import collectives
 from hcp_jax.models.layers.gated_delta import GatedDeltaConfig, GatedDeltaNet
 from hcp_jax.models.layers.kda import KDA, KDAConfig
 from hcp_jax.models.layers.mamba2 import Mamba2, Mamba2Config
@@ -96,6 +98,29 @@ def test_packed_documents_come_out_as_if_alone(name):
     y = alone(name)[0]
     mix = jax.jit(lambda x: nnx.merge(graph, params)(x, positions=jnp.arange(x.shape[1])[None]))
     np.testing.assert_allclose(mix(x[:1, 3:23]), y[:1, 3:23], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "layout"),
+    [
+        ("mamba2", {"cp_inner": 4, "tp": 2}, "contiguous"),
+        ("gated_delta", {"dp": 2, "cp_outer": 2, "cp_inner": 2}, "zigzag"),
+    ],
+)
+def test_the_list_of_what_a_mixer_moves_is_what_its_program_moves(name, sizes, layout):
+    cp = hcp.ContextParallel(hcp.make_mesh(**sizes), "p2p", layout=layout)
+    graph, params = new(name)
+    x = jax.ShapeDtypeStruct((B, 64, D), jnp.float32, sharding=cp.sharding(3))
+    positions = jax.ShapeDtypeStruct((B, 64), jnp.int32, sharding=cp.sharding(2))
+    mix = jax.jit(lambda x, positions: nnx.merge(graph, params)(x, positions=positions, cp=cp))
+    found, listed = Counter(), Counter()
+    for c in collectives(mix.lower(x, positions).compile().as_text()):
+        found[c.kind] += c.count * c.bytes
+    for t in MIXERS[name][1].traffic(cp, rows=B):
+        if t.direction == "forward":
+            listed[t.kind] += t.count * t.bytes
+    found.pop("all-reduce", None)  # the projections' sums over tp
+    assert found == listed
 
 
 def test_sizes_that_do_not_fit_are_refused():
