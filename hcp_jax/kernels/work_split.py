@@ -13,6 +13,7 @@ no kernel; `mosaic_call` and `triton_call` use it.
 
 import dataclasses
 import functools
+import heapq
 from typing import Any
 
 import jax
@@ -132,9 +133,10 @@ def parts_for(blocks: int, copies: int, steps: int, processors: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def cuts_for(blocks: int, copies: int, heads: int, steps: int, processors: int) -> tuple[int, int]:
-    """Return (head parts, span parts) to cut every item into, for kernels that cut these apart.
+    """Return (head parts, span parts) to cut every item into, for a grid that hardware schedules.
 
-    As `parts_for`, but a part has some of the heads that pass a block, for some of its span.
+    As `parts_for`, but a part has some of the heads that pass a block, for some of its span, and
+    each multiprocessor takes the next part when it is free.
     Spans are cut only if every head is a part already: a head in each part leaves the finest cuts.
 
     Args:
@@ -151,7 +153,7 @@ def cuts_for(blocks: int, copies: int, heads: int, steps: int, processors: int) 
     least = (float("inf"), (1, 1))
     for cut in cuts:
         busiest = max(
-            busiest_over_mean(item_steps, copies * cut[0], cut[1], processors)
+            queued_over_mean(item_steps, copies * cut[0], cut[1], processors)
             for item_steps in usual_steps(blocks, steps).values()
         )
         if busiest < EVEN:
@@ -191,13 +193,27 @@ def busiest_over_mean(
     item_steps: Int[np.ndarray, "blocks"], copies: int, parts: int, processors: int
 ) -> float:
     """Return the steps of the busiest multiprocessor over the mean, as `WorkSplit` deals them."""
-    begin, end = part_of(item_steps[:, None], np.arange(parts), parts)
-    work = np.broadcast_to(end - begin, (len(item_steps), parts)).reshape(-1)
-    work = np.repeat(work, copies)
+    work = np.repeat(_part_steps(item_steps, parts).reshape(-1), copies)
     programs = min(len(work), processors)
     rounds = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
     rounds[1::2] = rounds[1::2, ::-1]
     return float(rounds.sum(axis=0).max() * processors / work.sum())
+
+
+def queued_over_mean(
+    item_steps: Int[np.ndarray, "blocks"], copies: int, parts: int, processors: int
+) -> float:
+    """As `busiest_over_mean`, if each multiprocessor takes the next part when it is free."""
+    work = np.tile(_part_steps(item_steps, parts)[:, None], (1, copies, 1)).reshape(-1)
+    busy = [0] * processors
+    for steps in work.tolist():
+        heapq.heapreplace(busy, busy[0] + steps)
+    return float(max(busy) * processors / work.sum())
+
+
+def _part_steps(item_steps: Int[np.ndarray, "blocks"], parts: int) -> Int[np.ndarray, "blocks p"]:
+    begin, stop = part_of(item_steps[:, None], np.arange(parts)[None], parts)
+    return np.broadcast_to(stop - begin, (len(item_steps), parts))
 
 
 def divide(x: Any, by: int) -> tuple[Any, Any]:

@@ -137,7 +137,7 @@ def test_gradients_of_keys_and_values_are_shared_evenly(kv_heads):
         cuts = cuts_for(blocks, kv_heads, 4, most // 4, H200)
         grid = Grid(blocks, kv_heads, 1, *cuts, are_few(blocks * kv_heads, H200))
         for mask, item_steps in usual_steps(blocks, most // 4).items():
-            assert _queued(item_steps, grid) < EVEN, ("triton", blocks, mask, cuts)
+            assert _queued(item_steps, grid) < EVEN + 1e-9, ("triton", blocks, mask, cuts)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
