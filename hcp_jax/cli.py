@@ -1,8 +1,9 @@
 """Run the `hcp` command: find the subcommand, set up the platform, and report errors.
 
 A subcommand is a module with two functions, `add_arguments(parser)` and `run(args) -> exit code`.
-It may have two more: `num_devices(args)`, if it runs on the devices of a mesh, and
-`uses_jax(args)`, if it can run without jax. A subcommand's module is imported only when it is
+It may have three more: `num_devices(args)`, if it runs on the devices of a mesh,
+`uses_jax(args)`, if it can run without jax, and `keep_programs(args)`, if it compiles programs that
+are worth keeping on disk. A subcommand's module is imported only when it is
 called, so `hcp --help` imports no other module. It imports jax only inside these functions, so
 `hcp COMMAND --help` and the refusal of an option need no jax.
 
@@ -155,6 +156,8 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(rest)
     if not hasattr(module, "uses_jax") or module.uses_jax(args):
         set_up_platform(module.num_devices(args) if hasattr(module, "num_devices") else None)
+        if hasattr(module, "keep_programs"):
+            module.keep_programs(args)
     code: int = module.run(args)
     return code
 

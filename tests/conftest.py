@@ -20,6 +20,9 @@ else:
     # The workers of pytest-xdist share the GPU: none may take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# No test reads or writes the user's compiled programs, nor do the commands that tests start.
+os.environ["HCP_PROGRAM_CACHE"] = "off"
+
 # Arrays of different ranks that broadcast by accident are an error, as in jax's own tests.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

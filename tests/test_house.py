@@ -21,7 +21,7 @@ ROOT = pathlib.Path(hcp_jax.__file__).parent
 FLOORS = [
     ["cli"],
     ["commands"],
-    ["verify", "support", "plot"],
+    ["verify", "support", "plot", "program_cache"],
     ["planner"],
     ["train"],
     ["models"],

@@ -9,6 +9,7 @@ import platform
 import signal
 from typing import TYPE_CHECKING, Any
 
+from hcp_jax import program_cache
 from hcp_jax.base import arguments, terminal, watch
 from hcp_jax.base.settings import CONSENT
 from hcp_jax.train import config as configuration
@@ -71,6 +72,16 @@ def num_devices(args: argparse.Namespace) -> int:
     """Return the number of devices that this process simulates if there is no GPU."""
     total = resolve_config(args, _folder(args)).parallel.num_devices
     return max(1, total // cluster.num_processes(args))
+
+
+def keep_programs(args: argparse.Namespace) -> None:
+    """Keep compiled programs for the next start, unless the config says not to."""
+    if resolve_config(args, _folder(args)).program_cache:
+        joins = args.distributed or args.coordinator is not None
+        program_cache.turn_on(
+            several_hosts=joins and cluster.LAUNCHER not in os.environ,
+            tell=not args.process_id,
+        )
 
 
 def run(args: argparse.Namespace) -> int:

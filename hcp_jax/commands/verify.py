@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from hcp_jax import program_cache
 from hcp_jax.base import tables
 from hcp_jax.train import config as configuration
 from hcp_jax.train.config import TrainConfig
@@ -29,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def num_devices(args: argparse.Namespace) -> int:
     """Return the number of devices to simulate if there is no GPU."""
     return _config(args).parallel.num_devices
+
+
+def keep_programs(args: argparse.Namespace) -> None:
+    """Keep compiled programs for the next start, unless the config says not to."""
+    if _config(args).program_cache:
+        program_cache.turn_on()
 
 
 def run(args: argparse.Namespace) -> int:

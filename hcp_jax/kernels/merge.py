@@ -11,6 +11,7 @@ merge to another one. (Milakov & Gimelshein 2018; Liu et al., Ring Attention, 20
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -27,6 +28,13 @@ def merge(a: Partial, b: Partial) -> Partial:
     lse = jnp.logaddexp(a.lse, b.lse)
     weight_a, weight_b = softmax_weight(a.lse, lse), softmax_weight(b.lse, lse)
     return Partial(weight_a[..., None] * a.out + weight_b[..., None] * b.out, lse)
+
+
+def merge_all(parts: Partial) -> Partial:
+    """Return the partial over the keys of all parts, which are stacked along a leading dim."""
+    lse = jax.nn.logsumexp(parts.lse, axis=0, keepdims=True)
+    out = jnp.sum(softmax_weight(parts.lse, lse)[..., None] * parts.out, axis=0)
+    return Partial(out, lse[0])
 
 
 def softmax_weight(lse: Float[Array, "..."], total: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -16,7 +16,6 @@ each sum in a fixed order. So dk and dv need no buffer per query head and no ato
 calls give the same bits.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -40,7 +39,9 @@ from hcp_jax.kernels.mosaic_blocks import (
     per_row,
     queue,
 )
-from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Visits, WorkSplit, call
+from hcp_jax.kernels.mosaic_call import KernelShape, call
+from hcp_jax.kernels.mosaic_sides import Arrays, Plan
+from hcp_jax.kernels.work_split import WorkSplit
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
@@ -49,50 +50,6 @@ _BOTH_SUMS = 128
 
 # How many 32-bit numbers per row the masks and weights need.
 _NUMBERS_PER_QUERY, _NUMBERS_PER_KEY = 4, 1
-
-
-class Arrays(NamedTuple):
-    """The inputs of the kernels.
-
-    Attributes:
-        q: `[B, Tp, N, H]`.
-        k: `[B, Sp, K, H]`.
-        v: as k.
-        dout: as q.
-        minus_lse: the bits of -lse in log2, `[B, N, Tp]`; -inf where a query sees nothing, so that
-            its weights are 0.
-        minus_delta: the bits of -delta, `[B, N, Tp]`.
-        masks: the blocks to visit, and their masks.
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    dout: Any
-    minus_lse: Any
-    minus_delta: Any
-    masks: Masks
-
-
-class Side(NamedTuple):
-    """Some rows of one side, Q and dO or K and V, and their numbers for masks and weights."""
-
-    a: Any
-    b: Any
-    numbers: list[Any]
-
-    @classmethod
-    def queries(cls, c: KernelShape, arrays: Arrays, row: Any, head: Any, rows: Any) -> "Side":
-        """Return query rows; their numbers are minus_lse, minus_delta, start and end."""
-        numbers = [x.at[row, head, rows] for x in (arrays.minus_lse, arrays.minus_delta)]
-        numbers += [x.at[c.mask_row(row), rows] for x in (arrays.masks.start, arrays.masks.end)]
-        return cls(arrays.q.at[row, rows, head], arrays.dout.at[row, rows, head], numbers)
-
-    @classmethod
-    def keys(cls, c: KernelShape, arrays: Arrays, row: Any, head: Any, rows: Any) -> "Side":
-        """Return key rows; their number is the global index."""
-        k, v = arrays.k.at[row, rows, head], arrays.v.at[row, rows, head]
-        return cls(k, v, [arrays.masks.key_index.at[rows]])
 
 
 class Shared(NamedTuple):
@@ -110,67 +67,6 @@ class Shared(NamedTuple):
     a: Queue
     b: Queue
     spare: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static parameters of one kernel: `sums` are the gradients that it computes."""
-
-    c: KernelShape
-    sums: tuple[str, ...]
-
-    @property
-    def holds_queries(self) -> bool:
-        """Whether programs hold queries; otherwise they hold keys."""
-        return self.sums == ("dq",)
-
-    def __post_init__(self) -> None:
-        tile = self.c.tile
-        block = tile.block_q if self.holds_queries else tile.block_k
-        if block != self.held_rows:
-            raise ValueError(
-                f"{tile.warps} warps hold {self.held_rows} rows, the tile's block {block}: for "
-                f"{' and '.join(self.sums)} give the block of "
-                f"{'queries' if self.holds_queries else 'keys'} 16 rows per warp."
-            )
-
-    def held(self, *args: Any) -> Side:
-        """Return rows of the held side, from `Side.queries` or `Side.keys`."""
-        return (Side.queries if self.holds_queries else Side.keys)(self.c, *args)
-
-    def passing(self, *args: Any) -> Side:
-        """Return rows of the passing side, from `Side.queries` or `Side.keys`."""
-        return (Side.keys if self.holds_queries else Side.queries)(self.c, *args)
-
-    @property
-    def passing_rows(self) -> int:
-        """Rows of a passing block."""
-        return self.c.tile.block_k if self.holds_queries else self.c.tile.block_q
-
-    @property
-    def passing_heads(self) -> int:
-        """Heads of the passing side for each held head."""
-        return 1 if self.holds_queries else self.c.queries_per_kv
-
-    @property
-    def held_rows(self) -> int:
-        """Rows of the block that a program holds."""
-        return self.c.warpgroups * ROWS
-
-    @property
-    def held_matrices(self) -> int:
-        """The number of held matrices: A only for dv, which needs no dP; else A and B."""
-        return 1 if self.sums == ("dv",) else 2
-
-    @property
-    def length(self) -> int:
-        """Rows of the held side, padded to whole blocks."""
-        return self.c.padded_t if self.holds_queries else self.c.padded_s
-
-    @property
-    def held_heads(self) -> int:
-        """Heads of the held side."""
-        return self.c.n if self.holds_queries else self.c.k
 
 
 def backward(
@@ -206,7 +102,7 @@ def _gradients(
     c = KernelShape.from_arrays(spec, q, k, intervals, runs, "dq" if sums == ("dq",) else "dkv")
     p = Plan(c, sums)
     masks = (c.masks_over_keys if p.holds_queries else c.masks_over_queries)(intervals, runs)
-    split = WorkSplit.over_processors(c, p.length // p.held_rows, p.held_heads)
+    split = c.split(p.length // p.held_rows, p.held_heads, p.most_steps)
     empty = (intervals.end <= intervals.start)[..., None] | (lse == -jnp.inf)
     minus_lse = jnp.where(empty, -jnp.inf, lse * -LOG2_E).swapaxes(1, 2)
     arrays = Arrays(
@@ -223,8 +119,10 @@ def _gradients(
         _program(p, split, arrays, refs[:-1], refs[-1])
 
     attention_gradients.__name__ = "attention_" + "_".join(sums)
-    outputs = [(c.b, p.length, p.held_heads, c.h)] * len(sums)
+    outputs = [(split.parts * c.b, p.length, p.held_heads, c.h)] * len(sums)
     results = call(c, attention_gradients, split, outputs, _shared(p))(arrays)
+    if split.parts > 1:
+        results = [x.reshape(split.parts, c.b, *x.shape[1:]).sum(axis=0) for x in results]
     return [x[:, : c.t if p.holds_queries else c.s] for x in results]
 
 
@@ -270,13 +168,13 @@ def _program(p: Plan, split: WorkSplit, arrays: Arrays, outs: Any, shared: Share
         plgpu.set_max_registers(240, action="increase")
 
         def one(turn: Any, step: Any) -> Any:
-            rank, head, row = split.item(program, turn)
-            visits = Visits.load(arrays.masks, c.mask_row(row), rank)
+            rank, part, head, row = split.item(program, turn)
+            visits = p.visits(arrays.masks, row, rank, part, split.parts)
             rows = pl.ds(visits.block * p.held_rows + group * ROWS, ROWS)
             numbers = p.held(arrays, row, head, rows).numbers
-            sums = [out.at[row, rows, head] for out in outs]
+            sums = [out.at[part * c.b + row, rows, head] for out in outs]
             _sum(p, group, turn, step, visits, shared, numbers, sums)
-            return step + visits.steps * p.passing_heads
+            return step + visits.steps
 
         lax.fori_loop(jnp.int32(0), rounds, one, jnp.int32(0))
 
@@ -286,22 +184,20 @@ def _load(p: Plan, split: WorkSplit, arrays: Arrays, shared: Shared) -> None:
     c, program, masks = p.c, lax.axis_index("program"), arrays.masks
 
     def one(turn: Any, step: Any) -> Any:
-        rank, head, row = split.item(program, turn)
-        visits = Visits.load(masks, c.mask_row(row), rank)
+        rank, part, head, row = split.item(program, turn)
+        visits = p.visits(masks, row, rank, part, split.parts)
         held = p.held(arrays, row, head, pl.ds(visits.block * p.held_rows, p.held_rows))
         shared.held.fill(turn, lambda *to: zip((held.a, held.b), to, strict=False))
-        steps = visits.steps * p.passing_heads
 
-        @pl.loop(jnp.int32(0), steps)
+        @pl.loop(jnp.int32(0), visits.steps)
         def _(i: Any) -> None:
-            index = visits.order_index(lax.div(i, jnp.int32(p.passing_heads)))
+            index, passing_head = visits.at(i)
             if p.holds_queries:
                 block = index if c.one_run else masks.order[0, index]
                 passing_head = lax.div(head, jnp.int32(c.queries_per_kv))
             else:
                 block = masks.order[c.mask_row(row), index]
-                queries_per_kv = jnp.int32(c.queries_per_kv)
-                passing_head = head * c.queries_per_kv + lax.rem(i, queries_per_kv)
+                passing_head = head * c.queries_per_kv + passing_head
             rows = pl.ds(block * p.passing_rows, p.passing_rows)
             passing = p.passing(arrays, row, passing_head, rows)
             shared.a.fill(
@@ -313,7 +209,7 @@ def _load(p: Plan, split: WorkSplit, arrays: Arrays, shared: Shared) -> None:
             )
             shared.b.fill(step + i, lambda to: [(passing.b, to)])
 
-        return step + steps
+        return step + visits.steps
 
     rounds = split.rounds(program)
     steps = lax.fori_loop(jnp.int32(0), rounds, one, jnp.int32(0))
@@ -334,7 +230,7 @@ def _sum(
 ) -> None:
     """Compute the gradients of a warpgroup's rows of an item, whose first step is `base`."""
     c, shape = p.c, (ROWS, p.passing_rows)
-    steps = visits.steps * p.passing_heads
+    steps = visits.steps
 
     def held_reader(i: int) -> Any:
         def read(_: Any) -> Any:
@@ -416,7 +312,7 @@ def _sum(
             pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
             return ()
 
-        full = visits.full * p.passing_heads
+        full = visits.full
         lax.fori_loop(jnp.int32(0), full, functools.partial(visit, masked=False), ())
         lax.fori_loop(full, steps, functools.partial(visit, masked=True), ())
         values = [acc[...] for acc in sums]

@@ -1,11 +1,10 @@
-"""Prepare and launch a Mosaic kernel: its static shape, mask arrays, order of work and grid.
+"""Prepare and launch a Mosaic kernel: its static shape, mask arrays and visits.
 
 TMA copies whole blocks, so lengths are padded to whole blocks before a kernel runs (this copies
 arrays that are not whole already): padding keys have global index -1, padding queries see nothing.
 
-Work is a list of items. An item is a block of queries (or of keys) of one head of one batch row,
-with the blocks that it visits. Each program of a persistent grid processes some of the items.
-Within a program one warpgroup loads and the others compute.
+Each program of a persistent grid processes some of the work items of a call, or parts of them
+(`work_split`). Within a program one warpgroup loads and the others compute.
 
 The forward and backward kernels share this module, because they must agree on these things.
 """
@@ -32,6 +31,7 @@ from hcp_jax.kernels.block_map import (
 )
 from hcp_jax.kernels.core import CoreSpec
 from hcp_jax.kernels.tiles import Tile, mosaic_tiles_for, processors
+from hcp_jax.kernels.work_split import WorkSplit, part_of
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
@@ -112,6 +112,14 @@ class KernelShape:
         """The number of warpgroups that compute."""
         return self.tile.warps // 4
 
+    def split(self, blocks: int, heads: int, steps: int) -> WorkSplit:
+        """Return the split of a kernel with `blocks` and `heads` (q's or k's) per batch row.
+
+        `steps` is the most steps that an item can have.
+        """
+        on = processors(self.spec.device_kind)
+        return WorkSplit.over_processors(blocks, heads, self.b, steps, on)
+
     def mask_row(self, row: Any) -> Any:
         """Return the row of the mask arrays that belongs to batch row `row`."""
         return row if self.masks > 1 else 0
@@ -166,59 +174,13 @@ def longest_first(spans: Int32[Array, "B1 X 4"]) -> Int32[Array, "B1 X 5"]:
     return jnp.concatenate([block, jnp.take_along_axis(spans, block, axis=1)], axis=2)
 
 
-@dataclasses.dataclass(frozen=True)
-class WorkSplit:
-    """The work items of each program of the grid.
-
-    Items are sorted by the length of their spans, longest first, over all heads and rows. They are
-    dealt out in rounds of alternating direction, so that the program with the longest item of one
-    round gets the shortest of the next. The programs work on all heads at the same time. Finishing
-    some heads before others would use the cache better if there are many kv heads, but then each
-    section of heads ends with short items for the same programs, and some programs do up to 1.7
-    times the mean work (causal, 16k tokens).
-
-    Attributes:
-        blocks: number of blocks of each head of each batch row.
-        heads: number of heads of each batch row.
-        rows: number of batch rows.
-        programs: number of programs of the grid.
-    """
-
-    blocks: int
-    heads: int
-    rows: int
-    programs: int
-
-    @classmethod
-    def over_processors(cls, c: KernelShape, blocks: int, heads: int) -> "WorkSplit":
-        """Return the split of a kernel with `blocks` and `heads` (q's or k's) per batch row."""
-        items = blocks * heads * c.b
-        return cls(blocks, heads, c.b, min(items, processors(c.spec.device_kind)))
-
-    def rounds(self, program: Any) -> Any:
-        """Return how many items a program processes."""
-        whole, left = divmod(self.blocks * self.heads * self.rows, self.programs)
-        rank = program if whole % 2 == 0 else self.programs - 1 - program
-        return whole + (rank < left).astype(jnp.int32)
-
-    def item(self, program: Any, turn: Any) -> Any:
-        """Return (rank of the block, head, batch row) of a program's item in round `turn`."""
-        forth = lax.rem(turn, jnp.int32(2)) == 0
-        position = jnp.where(forth, program, self.programs - 1 - program)
-        rest, head = _divmod(turn * self.programs + position, self.heads)
-        rank, row = _divmod(rest, self.rows)
-        return rank, head, row
-
-
-def _divmod(x: Any, by: int) -> Any:
-    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
-
-
 class Visits(NamedTuple):
-    """A block, and the entries `first … last` of `order` that it visits.
+    """A block, and the entries `first … last` of `order` that a part of its work visits.
 
-    Steps visit the full blocks (which need no mask) first, then the masked ones at both ends, so
-    that a kernel has two loops, not three.
+    A step visits one of them, for one of the `heads` that pass; all heads of an entry come before
+    the next entry. Steps visit the full blocks (which need no mask) first, then the masked ones at
+    both ends, so that a kernel has two loops, not three. The part is the steps `begin … stop` of
+    these.
     """
 
     block: Any
@@ -226,27 +188,53 @@ class Visits(NamedTuple):
     full_first: Any
     full_last: Any
     last: Any
+    heads: int
+    begin: Any
+    stop: Any
 
     @classmethod
-    def load(cls, masks: Masks, mask_row: Any, rank: Any) -> "Visits":
-        """Read the visits of the block with this rank in `masks.work`."""
-        return cls(*(masks.work[mask_row, rank * 5 + i] for i in range(5)))
+    def load(
+        cls, masks: Masks, mask_row: Any, rank: Any, heads: int = 1, part: Any = 0, parts: int = 1
+    ) -> "Visits":
+        """Read the visits of the block with this rank in `masks.work`, and take one of its parts.
+
+        Args:
+            masks: the masks of the call.
+            mask_row: row of the mask arrays.
+            rank: rank of the block, which has the longest span at 0.
+            heads: number of heads that pass the block.
+            part: number of the part.
+            parts: number of parts.
+        """
+        block, first, full_first, full_last, last = (
+            masks.work[mask_row, rank * 5 + i] for i in range(5)
+        )
+        begin, stop = part_of((last - first) * heads, part, parts)
+        return cls(block, first, full_first, full_last, last, heads, begin, stop)
 
     @property
     def steps(self) -> Any:
-        """The number of blocks to visit."""
-        return self.last - self.first
+        """The number of steps of the part."""
+        return self.stop - self.begin
 
     @property
     def full(self) -> Any:
-        """The number of steps, at the beginning, that need no mask."""
-        return self.full_last - self.full_first
+        """The number of steps, at the beginning of the part, that need no mask."""
+        full = (self.full_last - self.full_first) * self.heads
+        if isinstance(self.begin, int):  # the only part
+            return full
+        return jnp.clip(full - self.begin, 0, self.steps)
 
-    def order_index(self, step: Any) -> Any:
-        """Return the index into `order` of a step."""
-        masked = self.first + step - self.full
-        masked = jnp.where(masked < self.full_first, masked, masked + self.full)
-        return jnp.where(step < self.full, self.full_first + step, masked)
+    def at(self, step: Any) -> tuple[Any, Any]:
+        """Return (index into `order`, number of the passing head) of a step of the part."""
+        step = self.begin + step
+        head: Any = 0
+        if self.heads > 1:
+            step, head = lax.div(step, jnp.int32(self.heads)), lax.rem(step, jnp.int32(self.heads))
+        full = self.full_last - self.full_first
+        masked = self.first + step - full
+        masked = jnp.where(masked < self.full_first, masked, masked + full)
+        return jnp.where(step < full, self.full_first + step, masked), head
 
 
 def call(

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hcp_jax import compat
 from hcp_jax.kernels.core import CoreSpec
-from hcp_jax.kernels.merge import Partial
+from hcp_jax.kernels.merge import Partial, merge_all
 from hcp_jax.kernels.mosaic_blocks import (
     LOG2_E,
     PER_COLUMN,
@@ -38,7 +38,8 @@ from hcp_jax.kernels.mosaic_blocks import (
     queue,
     zeros,
 )
-from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Visits, WorkSplit, call
+from hcp_jax.kernels.mosaic_call import KernelShape, Masks, Visits, call
+from hcp_jax.kernels.work_split import WorkSplit
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
@@ -64,7 +65,7 @@ class Shared(NamedTuple):
 def forward(spec: CoreSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns) -> Partial:
     """See `hcp_jax.kernels.core.attend`."""
     c = KernelShape.from_arrays(spec, q, k, intervals, runs, "forward")
-    split = WorkSplit.over_processors(c, c.blocks_q, c.n)
+    split = c.split(c.blocks_q, c.n, c.blocks_k)
 
     def attention_forward(*refs: Any) -> None:
         _program(*refs, c=c, split=split)
@@ -73,12 +74,15 @@ def forward(spec: CoreSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: 
         c,
         attention_forward,
         split,
-        [(c.b, c.padded_t, c.n, c.h), (c.b, c.n, c.padded_t)],
+        [(split.parts * c.b, c.padded_t, c.n, c.h), (split.parts * c.b, c.n, c.padded_t)],
         _shared(c),
     )
     masks = c.masks_over_keys(intervals, runs)
     out, lse = kernel(c.pad_queries(q), c.pad_keys(k), c.pad_keys(v), masks)
-    return Partial(out[:, : c.t], lse[:, :, : c.t].swapaxes(1, 2))
+    partial = Partial(out[:, : c.t], lse[:, :, : c.t].swapaxes(1, 2))
+    if split.parts == 1:
+        return partial
+    return merge_all(Partial(*(x.reshape(split.parts, c.b, *x.shape[1:]) for x in partial)))
 
 
 def _shared(c: KernelShape) -> Shared:
@@ -125,10 +129,11 @@ def _program(
         pl.when(group == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
 
         def one(turn: Any, step: Any) -> Any:
-            rank, head, row = split.item(program, turn)
-            visits = Visits.load(masks, c.mask_row(row), rank)
+            rank, part, head, row = split.item(program, turn)
+            visits = Visits.load(masks, c.mask_row(row), rank, 1, part, split.parts)
             rows = pl.ds(visits.block * c.tile.block_q + group * ROWS, ROWS)
-            out, lse = out_ref.at[row, rows, head], lse_ref.at[row, head, rows]
+            to = part * c.b + row
+            out, lse = out_ref.at[to, rows, head], lse_ref.at[to, head, rows]
             _attend(c, group, turn, step, visits, shared, out, lse)
             return step + visits.steps
 
@@ -149,9 +154,9 @@ def _load(
     program = lax.axis_index("program")
 
     def one(turn: Any, step: Any) -> Any:
-        rank, head, row = split.item(program, turn)
+        rank, part, head, row = split.item(program, turn)
         mask_row = c.mask_row(row)
-        visits = Visits.load(masks, mask_row, rank)
+        visits = Visits.load(masks, mask_row, rank, 1, part, split.parts)
         kv_head = lax.div(head, jnp.int32(c.queries_per_kv))
 
         def queries(q: Any, start: Any, end: Any) -> Iterator[Any]:
@@ -165,7 +170,7 @@ def _load(
 
         @pl.loop(jnp.int32(0), visits.steps)
         def _(i: Any) -> None:
-            index = visits.order_index(i)
+            index, _ = visits.at(i)
             block = index if c.one_run else masks.order[0, index]
             keys = pl.ds(block * c.tile.block_k, c.tile.block_k)
             shared.keys.fill(step + i, lambda k: [(k_ref.at[row, keys, kv_head], k)])

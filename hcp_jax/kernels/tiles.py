@@ -79,6 +79,8 @@ MOSAIC_HEAD_SIZES = tuple(_MOSAIC)
 # The smallest sizes that wgmma supports.
 _MOSAIC_INTERPRETER = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
 
+_PROCESSORS = {"A100": 108, "H100": 132, "H200": 132, "B200": 148}
+
 _TABLES = {"A100": _AMPERE, "H100": _HOPPER, "H200": _HOPPER, "B200": _HOPPER}
 
 
@@ -109,13 +111,15 @@ def has_wgmma(device_kind: str) -> bool:
 
 
 def processors(device_kind: str) -> int:
-    """Return the number of multiprocessors of a Hopper GPU; 2 for the interpreter.
+    """Return the number of multiprocessors of a GPU (of an H200 if unknown); 2 for the interpreter.
 
     With 2, the short sequences of tests need several rounds of work.
     """
     if device_kind in ("", "cpu"):
         return 2
-    return 114 if "PCIe" in device_kind else 132
+    if "PCIe" in device_kind and _known(device_kind) == "H100":
+        return 114
+    return _PROCESSORS[_known(device_kind) or "H200"]
 
 
 def describe(device_kind: str) -> str:

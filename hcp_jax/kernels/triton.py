@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from hcp_jax.kernels.block_map import key_blocks, map_over_keys, map_over_queries, query_blocks
 from hcp_jax.kernels.core import CoreSpec, Problem
-from hcp_jax.kernels.merge import Partial
+from hcp_jax.kernels.merge import Partial, merge_all
 from hcp_jax.kernels.triton_call import GREATEST_HEAD, LEAST_PART, Call
 from hcp_jax.kernels.triton_kernels import LOG2_E, attention_dkv, attention_dq, attention_forward
 from hcp_jax.sequence.layout import KeyRuns
@@ -51,12 +51,11 @@ def forward(spec: CoreSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: 
     queries, keys = query_blocks(intervals, c.tile.block_q), key_blocks(runs, c.s, c.tile.block_k)
     out, lse = c.run(
         attention_forward,
-        grid=(c.blocks_q, c.n, c.b),
         inputs=[(q, c.head(c.h)), (k, c.shared_kv_head(c.h)), (v, c.shared_kv_head(c.hv))],
         masks=c.masks(queries, keys, map_over_keys(queries, keys, c.one_run)),
         outputs=[(c.like_q(c.hv), c.head(c.hv)), (c.like_q(), c.head())],
     )
-    return Partial(out, lse)
+    return merge_all(Partial(out, lse)) if c.grid.cut else Partial(out, lse)
 
 
 def backward(
@@ -89,9 +88,8 @@ def _dq(
     c = Call.from_arrays(spec, q, k, v, intervals, runs, "dq")
     queries, keys = query_blocks(intervals, c.tile.block_q), key_blocks(runs, c.s, c.tile.block_k)
     minus_lse, delta = _stats(c, intervals, lse, delta)
-    [dq] = c.run(
+    [dq] = c.run_and_add(
         attention_dq,
-        grid=(c.blocks_q, c.n, c.b),
         inputs=[
             (q, c.head(c.h)),
             (k, c.shared_kv_head(c.h)),
@@ -120,9 +118,8 @@ def _dkv(
     c = Call.from_arrays(spec, q, k, v, intervals, runs, "dkv")
     queries, keys = query_blocks(intervals, c.tile.block_q), key_blocks(runs, c.s, c.tile.block_k)
     minus_lse, delta = _stats(c, intervals, lse, delta)
-    return c.run(
+    return c.run_and_add(
         attention_dkv,
-        grid=(c.blocks_k, c.k, c.b),
         inputs=[
             (q, c.query_heads(c.h)),
             (k, c.kv_head(c.h)),

@@ -27,7 +27,7 @@ def attention_forward(
     q_ref: Any, k_ref: Any, v_ref: Any, masks: Masks, out_ref: Any, lse_ref: Any, *, c: Call
 ) -> None:
     """Compute the partial of one query block: online softmax over the key blocks that it sees."""
-    block = _last_block_first(c)
+    block, part = _block_and_part(c)
     rows = _rows(block, c.tile.block_q)
     q = _load(c, q_ref, rows, c.h, c.t)
     start, end = masks.start[rows], masks.end[rows]
@@ -53,7 +53,7 @@ def attention_forward(
 
     top = jnp.full((c.tile.block_q,), -jnp.inf, jnp.float32)
     carry = _zeros(c, c.tile.block_q, c.hv), top, jnp.zeros_like(top)
-    out, top, total = _visit_blocks(masks, block, visit, carry, in_order=c.one_run)
+    out, top, total = _visit_blocks(masks, part, visit, carry, in_order=c.one_run)
     # Queries that see nothing were included, unmasked, in full blocks: reset them.
     empty = (total == 0) | (end <= start)
     total = jnp.where(empty, 1.0, total)
@@ -76,7 +76,7 @@ def attention_dq(
     c: Call,
 ) -> None:
     """Compute dq of one query block, over the key blocks that it sees."""
-    block = _last_block_first(c)
+    block, part = _block_and_part(c)
     rows = _rows(block, c.tile.block_q)
     q, dout = _load(c, q_ref, rows, c.h, c.t), _load(c, dout_ref, rows, c.hv, c.t)
     start, end = masks.start[rows], masks.end[rows]
@@ -94,7 +94,7 @@ def attention_dq(
         dlogits = (weights * (dweights - delta[:, None])).astype(k_ref.dtype)
         return tuple(d + _dot(dlogits, x) for d, x in zip(dq, k, strict=True))
 
-    dq = _visit_blocks(masks, block, visit, _zeros(c, c.tile.block_q, c.h), in_order=c.one_run)
+    dq = _visit_blocks(masks, part, visit, _zeros(c, c.tile.block_q, c.h), in_order=c.one_run)
     _store(c, dq_ref, rows, dq, c.spec.scale, c.t)
 
 
@@ -115,7 +115,7 @@ def attention_dkv(
 
     Blocks are transposed: keys are rows, queries columns.
     """
-    block = pl.program_id(0)
+    block, part = _block_and_part(c)
     keys = _rows(block, c.tile.block_k)
     k, v = _load(c, k_ref, keys, c.h, c.s), _load(c, v_ref, keys, c.hv, c.s)
     index = masks.key_index[keys]
@@ -138,24 +138,24 @@ def attention_dkv(
         return dk, dv
 
     carry = _zeros(c, c.tile.block_k, c.h), _zeros(c, c.tile.block_k, c.hv)
-    dk, dv = _visit_blocks(masks, block, visit, carry, heads=c.queries_per_kv)
+    dk, dv = _visit_blocks(masks, part, visit, carry, heads=c.passing_heads)
     _store(c, dk_ref, keys, dk, c.spec.scale, c.s)
     _store(c, dv_ref, keys, dv, 1.0, c.s)
 
 
 def _visit_blocks(
     masks: Masks,
-    block: Any,
+    part: Any,
     visit: Callable[..., Any],
     carry: Any,
     heads: int = 1,
     in_order: bool = False,
 ) -> Any:
-    """Visit the blocks of `block`'s span for every head: both ends masked, then the rest unmasked.
+    """Visit the blocks of a part's span for every head: both ends masked, then the rest unmasked.
 
     The two ends share a loop, so that the compiler has two loops to pipeline, not three.
     """
-    first, full_first, full_last, last = (masks.spans[block, i] for i in range(4))
+    first, full_first, full_last, last = (masks.spans[part, i] for i in range(4))
 
     def at(i: Any) -> Any:
         return i if in_order else masks.order[i]
@@ -180,9 +180,14 @@ def _split(step: Any, heads: int) -> Any:
     return lax.div(step, jnp.int32(heads)), lax.rem(step, jnp.int32(heads))
 
 
-def _last_block_first(c: Call) -> Any:
-    """Return the query block of this program; causal masks give the last block the most work."""
-    return c.blocks_q - 1 - pl.program_id(0)
+def _block_and_part(c: Call) -> tuple[Any, Any]:
+    """Return the number of this program's block, and the number of its part among all parts.
+
+    Blocks with much work under a causal mask come first: the last queries, and the first keys.
+    """
+    block, part, _, _ = c.grid.item(*map(pl.program_id, range(3)))
+    block = block if c.kernel == "dkv" else c.blocks_q - 1 - block
+    return block, block * c.grid.parts + part
 
 
 def _to_log2(c: Call) -> float:

@@ -66,6 +66,8 @@ class TrainConfig:
         run_dir: the folder in which run folders are made.
         made_for: the GPUs that the config was made for, such as "8 x 8 H200" (`hcp plan --write`
             sets it): hcp train then refuses to simulate the run on a CPU. None: any devices.
+        program_cache: keep compiled programs in the user's cache folder for the next start
+            (HCP_PROGRAM_CACHE names another folder, or is "off").
         init_from: a Hugging Face folder with the weights to start from (`hcp import` writes a
             config that fits it); None: random weights.
         model: the decoder.
@@ -88,6 +90,7 @@ class TrainConfig:
     seed: int = field(default=0, metadata=fixed(least=0, most=2**32 - 1))
     run_dir: str = field(default="runs", metadata=free())
     made_for: str | None = field(default=None, metadata=free())
+    program_cache: bool = field(default=True, metadata=free())
     init_from: str | None = field(default=None, metadata=fixed())
     model: ModelConfig = SMALL_MODEL
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -17,7 +17,7 @@ import hcp_jax.sequence.mask as masks
 from hcp_jax import compat
 from hcp_jax.kernels import core, mosaic, mosaic_blocks, reference, tiles
 from hcp_jax.kernels.block_map import key_blocks, map_over_keys, query_blocks
-from hcp_jax.kernels.mosaic_call import Masks, Visits, WorkSplit, longest_first
+from hcp_jax.kernels.mosaic_call import Masks, Visits, longest_first
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
 from tests.kernels import test_triton
@@ -126,33 +126,6 @@ def test_several_cpu_devices_get_an_error_that_says_what_to_use():
         jax.eval_shape(sharded, *case.arrays()[:3])
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("blocks", "heads", "programs"), [(7, 6, 4), (9, 32, 132), (5, 1, 5)])
-def test_every_item_is_done_once(blocks, heads, rows, programs):
-    split = WorkSplit(blocks, heads, rows, programs)
-    done = []
-    for program in map(jnp.int32, range(programs)):
-        turns = jnp.arange(split.rounds(program), dtype=jnp.int32)
-        done += zip(*(np.asarray(x).tolist() for x in split.item(program, turns)), strict=True)
-    everything = {(i, n, b) for i in range(blocks) for n in range(heads) for b in range(rows)}
-    assert len(done) == len(everything)
-    assert set(done) == everything
-
-
-@pytest.mark.parametrize(("tokens", "heads"), [(4096, 32), (16384, 16), (131072, 2)])
-def test_programs_share_causal_work_evenly(tokens, heads):
-    """No program of 132 does more than 1 % above the mean work."""
-    blocks = tokens // 128
-    split = WorkSplit(blocks, heads, 1, 132)
-    turns = np.arange(-(-blocks * heads // 132))
-    work = np.zeros(132)
-    for program in range(132):
-        own = turns[: int(split.rounds(jnp.int32(program)))]
-        rank, _, _ = split.item(jnp.int32(program), jnp.asarray(own, jnp.int32))
-        work[program] = (blocks - np.asarray(rank)).sum()
-    assert work.max() <= 1.01 * work.mean()
-
-
 def test_a_block_visits_its_span_once_and_masks_its_ends():
     """Blocks with the longest span come first."""
     runs, intervals = single_run(900), masks.sliding_window(500).intervals(900)
@@ -164,12 +137,27 @@ def test_a_block_visits_its_span_once_and_masks_its_ends():
     for rank in range(work.shape[1]):
         visits = Visits.load(refs, 0, rank)
         first, full_first, full_last, last = np.asarray(block_map.spans[0, visits.block])
-        indices = visits.order_index(jnp.arange(visits.steps)).tolist()
+        indices = visits.at(jnp.arange(visits.steps))[0].tolist()
         assert sorted(indices) == list(range(first, last))
         assert indices[: int(visits.full)] == list(range(full_first, full_last))
         lengths.append(len(indices))
     assert lengths == sorted(lengths, reverse=True)
     assert sorted(np.asarray(work[0, :, 0])) == list(range(work.shape[1]))
+
+
+def test_the_parts_of_a_block_are_all_its_steps_in_order():
+    """Of all heads that pass, those that need no mask first, whatever part they fall into."""
+    mask = masks.sliding_window(500).intervals(900)
+    block_map = map_over_keys(query_blocks(mask, 64), key_blocks(single_run(900), 900, 64), True)
+    refs = Masks(None, None, None, block_map.order, longest_first(block_map.spans).reshape(1, -1))
+    whole = Visits.load(refs, 0, 2, heads=3)
+    expected = np.stack(whole.at(jnp.arange(whole.steps)), axis=1)
+    assert len({*map(tuple, expected.tolist())}) == len(expected) > 3 * 7
+    parts = [Visits.load(refs, 0, 2, 3, jnp.int32(i), 7) for i in range(7)]
+    got = [np.stack(part.at(jnp.arange(part.steps)), axis=1) for part in parts]
+    np.testing.assert_array_equal(np.concatenate(got), expected)
+    unmasked = np.concatenate([np.arange(part.steps) < part.full for part in parts])
+    np.testing.assert_array_equal(unmasked, np.arange(whole.steps) < whole.full)
 
 
 def test_implementation_none_does_not_choose_mosaic_yet():
