@@ -63,7 +63,7 @@ WRONG = {
     "shift must be an integer, got 0.5": lambda cp: cp.roll(cp.shard(X), 0.5),
     "dim must be an integer from -3 to 2, got -4": lambda cp: cp.roll(cp.shard(X), 1, dim=-4),
     "seed must be": lambda cp: dynamic.schedule([3], 1, 8, seed=0.5),
-    "max_layouts must be": lambda cp: dynamic.choose_menu([[3]], 1, 8, max_layouts=True),
+    "max_programs must be": lambda cp: dynamic.choose_menu([[3]], 1, 8, max_programs=True),
     "num_devices must be": lambda cp: dynamic.schedule([3], 2.0, 8),
     "Cost.tile must be a finite": lambda cp: dynamic.Cost(tile=True),
     "hosts must be": lambda cp: hcp.plan("llama3-8b", 1024, hosts=1.5),

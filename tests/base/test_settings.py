@@ -108,7 +108,7 @@ def test_nor_can_it_bring_in_what_is_no_number(text):
         ("optimizer: {clip_norm: 1e38}", r"clip_norm must be at most 1e\+18, got 1e\+38"),
         ("model: {rope_scaling: {kind: linear, factor: .nan}}", "factor must be a finite number"),
         ("steps: 1000000000000", "steps must be at most 2,147,483,647, got 1000000000000"),
-        ("parallel: {dynamic: {menu: [[1, -1]]}}", "menu must be at least 1, got -1"),
+        ("parallel: {dynamic: {menu: [1, -1]}}", "menu must be at least 1, got -1"),
     ],
 )
 def test_nor_can_a_file(text, says, tmp_path):

@@ -21,15 +21,15 @@ from hcp_jax.parallel.microbatch import abstract_microbatch, own_devices, place_
 from tests import oracle
 
 M = 13
-LAYOUT = (4, 2, 1, 1)
-DOCUMENTS = Microbatch(LAYOUT, ((0, 3), (1, 2), (), (4, 5, 6)))
+GROUPING = (4, 2, 1, 1)
+DOCUMENTS = Microbatch(GROUPING, ((0, 3), (1, 2), (), (4, 5, 6)))
 LENGTHS = (30, 17, 6, 16, 7, 1, 4)
 
 
 @functools.cache
-def context(groups=LAYOUT, comm_type="p2p", **sizes):
+def context(widest=4, comm_type="a2a+p2p", **sizes):
     mesh = hcp.make_mesh(**sizes or {"dp": 2, "cp_outer": 2, "cp_inner": 2})
-    return hcp.ContextParallel(mesh, comm_type, groups=groups)
+    return hcp.ContextParallel(mesh, comm_type, widest_group=widest)
 
 
 def test_every_buffer_lies_on_its_device():
@@ -41,18 +41,21 @@ def test_every_buffer_lies_on_its_device():
     for shard in batch["x"].addressable_shards:
         assert np.array_equal(shard.data[0], x[order.index(shard.device)])
     assert np.array_equal(np.asarray(batch["positions"]).reshape(8, M), packed.position)
-    for shard in batch["mask"].terms[0].start.addressable_shards:
+    for shard in batch["mask"].intervals.start.addressable_shards:
         row = order.index(shard.device) // 2 * 2  # of cp_inner
         assert np.array_equal(shard.data[0], packed.start[row : row + 2].reshape(-1))
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, (8,), (1,) * 8])
-def test_shapes_depend_on_the_layout_alone(layout):
-    cp = context(layout)
-    shapes = abstract_microbatch(cp, M, {"tokens": np.int32, "weights": np.float32})
-    empty = Microbatch(layout, ((),) * len(layout))
-    full = Microbatch(layout, tuple((i,) for i in range(len(layout))))
-    for held, lengths in ((empty, ()), (full, [size * M for size in layout])):
+@pytest.mark.parametrize(
+    ("widest", "lanes", "grouping"),
+    [(4, 1, GROUPING), (8, 1, GROUPING), (8, 2, (4, 2, 2)), (1, 1, (1,) * 8), (2, 2, (2,) * 4)],
+)
+def test_shapes_depend_on_the_widest_group_alone(widest, lanes, grouping):
+    cp = context(widest)
+    shapes = abstract_microbatch(cp, M, {"tokens": np.int32, "weights": np.float32}, lanes)
+    empty = Microbatch(grouping, ((),) * len(grouping), lanes)
+    full = Microbatch(grouping, tuple((i,) for i in range(len(grouping))), lanes)
+    for held, lengths in ((empty, ()), (full, [size * M for size in grouping])):
         packed = dynamic.pack(held, lengths, M)
         arrays = {"tokens": packed.document, "weights": packed.document.astype(np.float32)}
         batch = place_microbatch(cp, packed, arrays)
@@ -82,7 +85,7 @@ def test_a_host_packs_the_buffers_of_its_own_devices_alone(monkeypatch):
     monkeypatch.setattr(microbatch, "own_devices", lambda cp: own)
     monkeypatch.setattr(jax, "make_array_from_callback", make_array)
     part = place_microbatch(cp, dynamic.pack(DOCUMENTS, LENGTHS, M, devices=own), {})
-    [given], [all_given] = part["mask"].terms, whole["mask"].terms
+    given, all_given = part["mask"].intervals, whole["mask"].intervals
     for mine, everybody_s in (
         (part["positions"], whole["positions"]),
         (given.start, all_given.start),
@@ -104,18 +107,22 @@ def test_a_process_without_devices_packs_nothing(monkeypatch):
 def test_inputs_that_do_not_fit_are_refused(monkeypatch):
     cp = context()
     packed = dynamic.pack(DOCUMENTS, LENGTHS, M)
-    with pytest.raises(ValueError, match=r"layout \(4, 2, 1, 1\), but cp.groups is \(8,\)"):
-        place_microbatch(context((8,)), packed, {})
+    with pytest.raises(ValueError, match="devices 0 … 3 does not lie in a block of widest_group=2"):
+        place_microbatch(context(2), packed, {})
+    with pytest.raises(ValueError, match=r"grouping \(4, 2, 1, 1\) is for 8 devices, but cp has 4"):
+        place_microbatch(context(2, tp=2, cp_outer=4), packed, {})
+    with pytest.raises(ValueError, match="cp has no groups"):
+        place_microbatch(dataclasses.replace(cp, widest_group=None), packed, {})
     part = dynamic.pack(DOCUMENTS, LENGTHS, M, devices=range(4))
     with pytest.raises(ValueError, match=r"of devices range\(0, 4\), .* those of range\(0, 8\)"):
         place_microbatch(cp, part, {})
     with pytest.raises(ValueError, match=r"tokens has shape \(8, 11\), but the buffers are"):
         place_microbatch(cp, packed, {"tokens": np.zeros((8, 11))})
-    monkeypatch.setattr(microbatch, "max_runs", lambda tokens: 3)
+    monkeypatch.setattr(microbatch, "num_runs", lambda *_: 3)
     with pytest.raises(ValueError, match="up to 4 runs of keys, but 3 are compiled for with 13"):
         place_microbatch(cp, packed, {})
     with pytest.raises(ValueError, match="cp has no groups"):
-        abstract_microbatch(dataclasses.replace(cp, groups=None), M, {})
+        abstract_microbatch(dataclasses.replace(cp, widest_group=None), M, {})
 
 
 CONFIG = ModelConfig(
@@ -142,19 +149,19 @@ def loss_and_grads(cp, params, batch):
 
 
 @pytest.mark.parametrize(
-    ("comm_type", "layout", "documents"),
+    ("comm_type", "widest", "microbatch"),
     [
-        ("p2p", LAYOUT, DOCUMENTS.documents),
+        ("p2p", 4, DOCUMENTS),
         pytest.param(
             ("p2p", "a2a+p2p"),
-            (4, 2, 2),
-            ((0, 3), (1, 2), (4, 5, 6)),
+            8,
+            Microbatch((4, 2, 2), ((0, 3), (1, 2), (4, 5, 6)), 2),
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_loss_and_gradients_of_a_microbatch_are_those_of_its_documents_on_one_device(
-    comm_type, layout, documents
+    comm_type, widest, microbatch
 ):
     rng = np.random.default_rng(0)
     stream = [rng.integers(0, 32, length + 1).astype(np.int32) for length in LENGTHS]
@@ -169,7 +176,7 @@ def test_loss_and_gradients_of_a_microbatch_are_those_of_its_documents_on_one_de
         want += loss
         want_grads = grads if want_grads is None else jax.tree.map(jnp.add, want_grads, grads)
 
-    packed = dynamic.pack(Microbatch(layout, documents), LENGTHS, M)
+    packed = dynamic.pack(microbatch, LENGTHS, M)
     inside = packed.document >= 0
     text = np.stack([np.pad(d, (0, place.size + 1 - d.size)) for d in stream])
     arrays = {
@@ -177,7 +184,7 @@ def test_loss_and_gradients_of_a_microbatch_are_those_of_its_documents_on_one_de
         "targets": np.where(inside, text[packed.document, packed.position + 1], 0),
         "weights": inside.astype(np.float32),
     }
-    cp = context(layout, comm_type)
+    cp = context(widest, comm_type)
     batch = place_microbatch(cp, packed, arrays, sliding_window=CONFIG.sliding_window)
     loss, grads = loss_and_grads(cp, params, batch)
     assert oracle.relative(loss, want) <= 2e-6

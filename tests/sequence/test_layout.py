@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hcp_jax as hcp
+from hcp_jax.kernels.key_index import key_index
 from hcp_jax.sequence import layout as lay
 
 layouts = st.sampled_from(lay.LAYOUTS)
@@ -64,7 +65,7 @@ def test_ring_runs_say_where_every_key_is(layout, ring, inner, chunk):
         runs = lay.ring_runs(length, cp_size, layout, ring_size)
         for rank, held in enumerate(index.reshape(ring_size, -1)):
             of_rank = lay.KeyRuns(runs.starts[rank], runs.offsets)
-            assert np.array_equal(lay.key_index(of_rank, held.size), held)
+            assert np.array_equal(key_index(of_rank, held.size), held)
 
 
 def test_runs_that_meet_are_one():
@@ -75,7 +76,7 @@ def test_runs_that_meet_are_one():
 
 def test_padding_keys_have_no_index():
     runs = lay.KeyRuns(np.array([10, 3], np.int32), np.array([0, 2, 4], np.int32))
-    assert lay.key_index(runs, 6).tolist() == [10, 11, 3, 4, -1, -1]
+    assert key_index(runs, 6).tolist() == [10, 11, 3, 4, -1, -1]
 
 
 def test_a_length_that_chunks_do_not_divide_is_refused():

@@ -113,8 +113,8 @@ def test_a_wrong_key_or_value_is_one_line_that_names_file_and_key(load, text, me
             "layout='contiguous' does not go with parallel.dynamic",
         ),
         (
-            "parallel: {cp_outer: 4, dynamic: {enabled: true, max_tokens_per_device: 8, menu: [[8]]}}",
-            "must be group sizes >= 1 that add up to num_devices=4",
+            "parallel: {cp_outer: 4, dynamic: {enabled: true, max_tokens_per_device: 8, menu: [8]}}",
+            "dynamic.menu has the width 8; programs may have 1, 2, 4 devices",
         ),
         (
             "parallel: {context_parallel_size: 8, hierarchical_context_parallel_sizes: [2, 2]}",

@@ -42,7 +42,7 @@ MODEL = ModelConfig(
     remat="none",
 )
 M, LONGEST, ROWS = 16, 128, 6
-MENU = [[8], [4, 2, 1, 1], [2, 2, 2, 2], [1] * 8]
+MENU = [8, 4, 2, 1]
 QUIET = rich.console.Console(file=io.StringIO())
 
 
@@ -99,7 +99,7 @@ class Run:
 CONFIGS = {
     "cp8": lambda: make_config(),
     "dp2-tp2-cp2-fsdp-remat": lambda: make_config(
-        {"menu": [[4], [2, 1, 1], [2, 2]], "max_tokens_per_device": 2 * M},
+        {"menu": [4, 2], "max_tokens_per_device": 2 * M},
         {"dp": 2, "tp": 2, "cp_outer": 1, "fsdp": True},
         model=dataclasses.replace(MODEL, remat="attention"),
     ),
@@ -151,10 +151,10 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
     whole = jax.device_get(params)
     for _ in range(8):
         step, held = of.program.next_batch(), next(documents)
-        layouts = {microbatch.key for microbatch in step.microbatches}
-        if layouts <= used:
+        programs = {microbatch.key for microbatch in step.microbatches}
+        if programs <= used:
             continue
-        used |= layouts
+        used |= programs
         sums = jax.device_get(of.sums(params, step))
         assert sums.weight == sum(map(len, held))
         loss, grads = _static_gradients()(whole, rows_of(held))
@@ -209,11 +209,11 @@ def test_nothing_is_compiled_once_training_runs():
 def test_what_would_have_to_be_compiled_is_an_error_that_says_why():
     of = run("cp8")
     state, step = of.fresh(), of.program.next_batch()
-    layout, arrays = step.microbatches[0]
+    key, arrays = step.microbatches[0]
     for wrong, message in (
-        ((layout, arrays | {"weights": arrays["weights"].astype(jnp.int32)}), "weights.*int32"),
-        ((layout, arrays | {"tokens": arrays["tokens"][:, :-8]}), r"tokens.*1,120"),
-        (((4, 4), arrays), "4×2 has no compiled program.*not on the menu"),
+        ((key, arrays | {"weights": arrays["weights"].astype(jnp.int32)}), "weights.*int32"),
+        ((key, arrays | {"tokens": arrays["tokens"][:, :-8]}), r"tokens.*1,120"),
+        ((3, arrays), "groups of up to 3 devices has no compiled program.*not on the menu"),
     ):
         with pytest.raises(RuntimeError, match=message):
             of.program.step(state, step._replace(microbatches=(PlacedMicrobatch(*wrong),)))
@@ -230,7 +230,7 @@ def test_a_step_of_one_microbatch_is_a_step():
 
 def test_a_process_packs_and_reads_the_tokens_of_its_own_devices_alone(monkeypatch):
     program = run("cp8").program
-    planned = (mb for step in program._planned for mb in step if mb.layout == (4, 2, 1, 1))
+    planned = (mb for step in program._planned for mb in step if len(mb.grouping) > 2)
     narrow = next(mb for mb in planned if all(mb.documents))
     arrays, read = [], []
 
@@ -252,7 +252,9 @@ def test_a_process_packs_and_reads_the_tokens_of_its_own_devices_alone(monkeypat
     whole, own = arrays
     for name, rows in whole.items():
         np.testing.assert_array_equal(own[name], rows[3:6], err_msg=name)
-    own = {program._segments.document(d) for group in narrow.documents[:2] for d in group}
+    first = np.cumsum([0, *narrow.grouping])
+    groups = [g for g, size in enumerate(narrow.grouping) if first[g] < 6 and first[g] + size > 3]
+    own = {program._segments.document(d) for g in groups for d in narrow.documents[g]}
     assert set(read) == own
 
 
@@ -269,7 +271,7 @@ def test_the_pairs_of_a_step_are_those_that_its_masks_show():
     run("cp8").fresh()
     step = run("cp8").program.next_batch()
     masks = [jax.device_get(mb.arrays["mask"]) for mb in step.microbatches]
-    shown = [mask.intervals(8 * M) for mask in masks]
+    shown = [mask.intervals for mask in masks]
     assert step.facts["pairs"] == sum((end - start).sum() for start, end in shown)
     assert step.facts["microbatches"] == len(masks)
     weights = sum(mb.arrays["weights"].sum() for mb in step.microbatches)
@@ -318,20 +320,20 @@ def whole(small):
 
 
 @pytest.mark.slow
-def test_a_run_tells_its_menu_its_tokens_and_the_layouts_it_used(whole):
+def test_a_run_tells_its_menu_its_tokens_and_the_programs_it_used(whole):
     outcome, printed = whole
     assert outcome.steps == 12
     for part in (
         "step: 384 tokens of whole documents, each document on 1 to 8 devices",
-        "menu of 2 layouts: 8; 4 + 2 + 1×2",
-        " microbatches: 8 in ",
-        "; 4 + 2 + 1×2 in ",
+        "programs for groups of up to 4, 8 devices",
+        " microbatches: groups of up to ",
+        "; groups of up to ",
     ):
         assert part in printed
     for line in curve(outcome.folder):
         assert line["microbatches"] >= 1
         assert line["fill"] == pytest.approx(line["tokens"] / (line["microbatches"] * 8 * M))
-        assert line["layouts"] in (1, 2)
+        assert line["groupings"] >= 1
     assert len({line["tokens"] for line in curve(outcome.folder)}) > 6
 
 
@@ -356,9 +358,7 @@ def test_a_run_that_was_stopped_in_a_window_goes_on_to_the_same_bits(small, whol
 
     # On half as many groups of devices: other microbatches of the same documents of each step.
     parallel = {"tp": 2, "cp_outer": 2}
-    other = make_config(
-        {"menu": [[4], [2, 1, 1]], "max_tokens_per_device": 2 * M, "lookahead": 4}, parallel
-    )
+    other = make_config({"menu": [4, 2], "max_tokens_per_device": 2 * M, "lookahead": 4}, parallel)
     train(dataclasses.replace(small, parallel=other.parallel), resume=elsewhere)
     rest = zip(curve(elsewhere)[:8], curve(whole[0].folder), strict=False)
     for step, (a, b) in enumerate(rest):
@@ -383,7 +383,12 @@ def test_a_run_with_groups_and_one_without_cannot_go_on_as_the_other(small, whol
             ValueError,
             r"document 12 has 123 tokens.*to 16 or more",
         ),
-        ({}, {"comm_type": "all_gather"}, NotImplementedError, "'all_gather' cannot serve groups"),
+        (
+            {"menu": [8]},
+            {"comm_type": "a2a"},
+            NotImplementedError,
+            "'a2a' keeps a document on devices",
+        ),
         ({"cost": "/does/not/exist"}, {}, OSError, "exist"),
     ],
 )

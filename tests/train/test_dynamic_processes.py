@@ -21,7 +21,7 @@ parallel:
   cp_outer: 4
   cp_inner: 2
   dynamic:
-    {enabled: true, max_tokens_per_device: 16, menu: [[8], [6, 1, 1], [2, 2, 2, 2]], lookahead: 2}
+    {enabled: true, max_tokens_per_device: 16, menu: [8, 4, 2], lookahead: 2}
 optimizer: {learning_rate: 1e-2, warmup_steps: 2}
 """
 
@@ -40,8 +40,8 @@ def test_two_processes_train_on_groups_to_the_losses_of_one(tmp_path):
     assert losses(folder) == pytest.approx(losses(alone.folder), abs=2e-5)
     assert len(losses(folder)) == 8
     used = [
-        {k: line[k] for k in ("tokens", "microbatches", "layouts", "fill")}
+        {k: line[k] for k in ("tokens", "microbatches", "groupings", "fill")}
         for line in metrics.read(folder)
     ]
     assert used == [{k: line[k] for k in used[0]} for line in metrics.read(alone.folder)]
-    assert max(line["layouts"] for line in used) > 1
+    assert max(line["groupings"] for line in used) > 1
