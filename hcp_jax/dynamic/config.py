@@ -25,7 +25,9 @@ class DynamicConfig:
         max_cp_size: largest width of a program; null means dp · cp.
         menu: programs to compile: "auto" chooses those that are worth it for the run's own
             documents, a number chooses at most that many; or a list of their widths in devices.
-        lookahead: number of steps whose documents are scheduled together, to fill buffers better.
+        lookahead: number of steps whose documents are scheduled together, to fill buffers better;
+            8 saves 4 to 7 % of the modelled time with 16 documents a device and step, and 26 to
+            57 % with 2.
         cost: a file that `hcp dynamic calibrate` wrote; null: the run's model on modelled H200s.
         max_seqlen_per_dp_cp_rank: Megatron's name for max_tokens_per_device.
 
@@ -40,7 +42,7 @@ class DynamicConfig:
     menu: Literal["auto"] | int | list[int] = field(
         default="auto", metadata=free(least=1, most=MOST)
     )
-    lookahead: int = field(default=1, metadata=numbers(least=1, most=100_000))
+    lookahead: int = field(default=8, metadata=numbers(least=1, most=100_000))
     cost: str | None = field(default=None, metadata=free())
     max_seqlen_per_dp_cp_rank: int | None = field(default=None, metadata=free(least=1, most=MOST))
 

@@ -16,7 +16,6 @@ floats in a fixed order, so every host gets the same schedule. Every microbatch 
 remaining document, so scheduling always ends.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -33,8 +32,8 @@ from hcp_jax.sequence.groupings import Grouping
 from hcp_jax.sequence.packing import Microbatch
 
 _TIE = 1.0002  # schedules closer than this ratio count as equal: the cost model is not more exact
-# Ways to choose groupings are compared on at most so many documents; more tell no more.
-_SAMPLE = 20_000
+# With more documents the first way to choose groupings is the best one, so no other is tried.
+_MANY = 4_000
 
 
 # A function that proposes groupings for the unscheduled documents; at least one holds the longest.
@@ -195,38 +194,28 @@ def _search(problem: Problem, progress: Callable[[int], None] | None = None) -> 
     The ways are: by efficiency, one microbatch at a time, which is best for most data; each
     document in the narrowest group that holds it; and groups of one size throughout, which packs
     tightest if there are few documents. Among ways that take the same time within the model's
-    accuracy, the most even one is chosen. Of very many documents, a sample decides the way.
+    accuracy, the most even one is chosen. With many documents it is always the first way.
     """
     ways = [_by_target, _narrowest_only, _equal_groups, *_one_size(problem)]
-    count = len(problem.lengths)
-    if count > _SAMPLE:
-        every = range(0, count, -(-count // _SAMPLE))
-        sample = dataclasses.replace(
-            problem,
-            lengths=[problem.lengths[i] for i in every],
-            values=[problem.values[i] for i in every],
-            density=[problem.density[i] for i in every],
-        )
-        ways = [_try_ways(sample, ways)[0]]
-    return _try_ways(problem, ways, progress)[1]
+    return _try_ways(problem, ways[: 1 if len(problem.lengths) > _MANY else None], progress)
 
 
 def _try_ways(
     problem: Problem,
     ways: Sequence[_Propose],
     progress: Callable[[int], None] | None = None,
-) -> tuple[_Propose, list[Filled]]:
-    """Return the best way, and its microbatches."""
-    found: list[tuple[float, _Propose, list[Filled]]] = []
+) -> list[Filled]:
+    """Return the microbatches of the best way."""
+    found: list[tuple[float, list[Filled]]] = []
     for way in ways:
-        give_up = min((seconds for seconds, *_ in found), default=float("inf")) * _TIE
+        give_up = min((seconds for seconds, _ in found), default=float("inf")) * _TIE
         filled = _build(problem, way, give_up, progress)
         if filled is not None:
             filled = refine(problem, filled) if filled else filled
-            found.append((sum(mb.seconds for mb in filled), way, filled))
-    least = min(seconds for seconds, *_ in found)
-    tied = [(way, filled) for seconds, way, filled in found if seconds <= least * _TIE]
-    return min(tied, key=lambda pair: _busiest_pairs(pair[1], problem.lengths))
+            found.append((sum(mb.seconds for mb in filled), filled))
+    least = min(seconds for seconds, _ in found)
+    tied = [filled for seconds, filled in found if seconds <= least * _TIE]
+    return min(tied, key=lambda filled: _busiest_pairs(filled, problem.lengths))
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:

@@ -54,6 +54,55 @@ def test_ours_is_at_least_as_fast_on_many_devices(num_devices):
     test_ours_is_at_least_as_fast_as_each_of_them(spec, num_devices)
 
 
+def simple_seconds(plan, linear):
+    """A cost that is not ours: L² / 2 and `linear` for each token, on the slowest device."""
+    return sum(
+        max(
+            sum(length * length / 2 + linear * length for length in held) / size
+            for size, held in zip(mb.grouping, mb.lengths(plan.lengths), strict=True)
+        )
+        for mb in plan.microbatches
+    )
+
+
+@pytest.mark.parametrize("num_devices", [6, 8, 12, 24, 64])
+@pytest.mark.parametrize("spec", DISTRIBUTIONS)
+def test_ours_is_within_1_percent_of_the_reference_under_a_cost_that_is_not_ours(spec, num_devices):
+    tokens = DISTRIBUTIONS[spec]
+    batches = [batch(spec, tokens, num_devices, seed) for seed in range(2)]
+    ours = [schedule(lengths, num_devices, tokens) for lengths in batches]
+    theirs = [baselines.seeded_greedy(b, num_devices, tokens, Cost()) for b in batches]
+    for linear in (0, tokens):
+        own, other = (sum(simple_seconds(p, linear) for p in plans) for plans in (ours, theirs))
+        assert own <= 1.01 * other
+
+
+def test_the_reference_s_limit_is_the_microbatch_s_longest_times_m():
+    """Work L² / size of a group stays under 1.05 · L · M, L the longest of the microbatch."""
+    lengths = sorted(batch(next(iter(DISTRIBUTIONS)), 2048, 16), reverse=True)
+    plan = baselines.seeded_greedy(lengths, 16, 2048, Cost())
+    longest = []
+    for mb in plan.microbatches:
+        held = mb.lengths(plan.lengths)
+        longest.append(max(map(max, filter(None, held))))
+        for size, of_group in zip(mb.grouping, held, strict=True):
+            work = sum(length * length for length in of_group) / size
+            assert work <= 1.05 * longest[-1] * 2048
+    assert longest == sorted(longest, reverse=True)
+    assert longest[-1] < longest[0] / 4, "the limit falls with the documents that are left"
+
+
+def test_the_reference_pads_to_twice_all_devices_and_pays_for_it():
+    lengths = batch(next(iter(DISTRIBUTIONS)), 2048, 64)
+    plain = baselines.seeded_greedy(lengths, 64, 2048, Cost())
+    padded = baselines.seeded_greedy(lengths, 64, 2048, Cost(), multiple=128)
+    assert all(length % 128 == 0 for length in padded.lengths)
+    assert padded.modelled_seconds > plain.modelled_seconds
+    assert padded.token_fill > plain.token_fill, "padding takes room"
+    with pytest.raises(ValueError, match=r"padded to a multiple of 96, does not fit 8 \* 10"):
+        baselines.seeded_greedy([79], 8, 10, Cost(), multiple=96)
+
+
 def test_the_reference_s_scheduler_fills_and_balances_as_published():
     """Token fill 0.87 to 0.98 and balance of L² 0.84 to 0.98, on random lengths."""
     spec = next(iter(DISTRIBUTIONS))

@@ -120,6 +120,15 @@ def test_seconds_grow_with_documents_and_are_the_maximum_of_their_lines(cost, si
         assert all(slope >= -1e-12 and at >= 0 for slope, at in known)
 
 
+def test_exchanging_heads_inside_hosts_sends_a_quarter_of_the_network_bytes_or_less():
+    """Of what one flat ring sends through a host's last device: 63 hops of 64 devices against 7."""
+    tokens, hop = 16384, 16384 * HOSTS.kv_bytes_per_token
+    flat = (63 + 63 + 2 * 64) * hop
+    assert HOSTS.network_bytes((64,), tokens) == pytest.approx((7 + 7 + 2 * 7) * hop)
+    assert HOSTS.network_bytes((64,), tokens) <= flat / 4
+    assert HOSTS.network_bytes((8,) * 8, tokens) == 0
+
+
 def timed(cost: Cost, noise: float = 0.0) -> list[TimedMicrobatch]:
     rng = np.random.default_rng(0)
     rows = []

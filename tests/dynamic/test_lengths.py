@@ -75,3 +75,15 @@ def test_a_file_without_lengths_is_told(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ValueError, match=words):
         draw_lengths(str(path), 5, 0)
+
+
+def test_mean_before_is_the_mean_before_clipping_as_other_benchmarks_give_it():
+    """mu = ln(mean) - sigma² / 2, clipped afterwards: the mean of what is drawn is another one."""
+    after = draw_lengths("lognormal:mean=1024,sigma=1.5,min=128,max=8192", 100_000, 0)
+    before = draw_lengths("lognormal:mean_before=1024,sigma=1.5,min=128,max=8192", 100_000, 0)
+    assert abs(after.mean() / 1024 - 1) < 0.01
+    assert 0.85 < before.mean() / 1024 < 0.98
+    share_below = np.mean(np.log(before) < np.log(1024) - 1.5**2 / 2)
+    assert abs(share_below - 0.5) < 0.01, "mu is the median"
+    with pytest.raises(ValueError, match="lognormal needs min < mean < max"):
+        draw_lengths("lognormal:mean_before=1,sigma=1.5,min=128,max=8192", 1, 0)

@@ -11,6 +11,10 @@ from hcp_jax.dynamic import Cost, fill, schedule, scheduler
 from hcp_jax.dynamic.lengths import draw_lengths
 from tests.dynamic.strategies import QUICK, Case, all_groupings, cases
 
+OTHERS = {
+    "lognormal:mean=3000,sigma=1.8,min=16,max=32768": 8192,
+    "mix:0.90@2048,0.09@32768,0.01@262144": 65536,
+}
 BENCHMARK = "lognormal:mean=1024,sigma=1.5,min=128,max=8192"
 
 
@@ -146,6 +150,19 @@ def test_the_work_of_scheduling_grows_no_faster_than_the_documents(monkeypatch):
         return steps / count
 
     assert steps_per_document(16_000) < 1.3 * steps_per_document(2_000)
+
+
+@pytest.mark.parametrize(("spec", "tokens"), [(BENCHMARK, 2048), *OTHERS.items()])
+def test_many_documents_fill_98_percent_of_the_buffers(spec, tokens):
+    plan = schedule(draw_lengths(spec, 12_000, 0), 8, tokens)
+    assert plan.token_fill >= 0.98
+
+
+def test_progress_is_told_up_to_the_last_document():
+    told = []
+    schedule(draw_lengths(BENCHMARK, 5_000, 0), 8, 2048, progress=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 5_000
 
 
 def test_unscheduled_documents_are_found_whatever_has_been_removed():
