@@ -95,6 +95,11 @@ def fixed(**bounds: float) -> dict[str, Setting]:
     return {"setting": Setting("fixed", Bounds(**bounds))}
 
 
+def fixed_later(**bounds: float) -> dict[str, Any]:
+    """Declare a `fixed` field that older checkpoints do not have; they mean its default."""
+    return fixed(**bounds) | {"omit_default": True}
+
+
 def check(config: Any, prefix: str = "") -> None:
     """Check the numbers of a config against the types and bounds of its fields.
 
@@ -145,11 +150,19 @@ def changes(before: Mapping[str, Any], now: Any, prefix: str = "") -> list[Chang
 
 
 def fixed_values(config: Any) -> dict[str, Any]:
-    """Return the `fixed` fields of a config, without nested configs."""
-    return {
-        field.name: getattr(config, field.name)
+    """Return the `fixed` fields of a config in plain values, without nested configs.
+
+    A field declared with `fixed_later` is left out at its default.
+    """
+    values = {
+        field.name: (field, _plain(getattr(config, field.name)))
         for field in dataclasses.fields(config)
         if "setting" in field.metadata and field.metadata["setting"].kind == "fixed"
+    }
+    return {
+        name: value
+        for name, (field, value) in values.items()
+        if not (field.metadata.get("omit_default") and value == _default(field))
     }
 
 

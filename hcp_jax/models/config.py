@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from hcp_jax.base.settings import MOST, check, fixed, free, numbers
+from hcp_jax.base.settings import MOST, check, fixed, fixed_later, free, numbers
 from hcp_jax.models import pattern, specs
 from hcp_jax.models.layers.rope_scaling import RopeScaling
 from hcp_jax.models.pattern import LayerConfig
@@ -107,15 +107,15 @@ class ModelConfig:
     loss_chunk: int = field(default=1024, metadata=free(above=0, most=MOST))
     z_loss: float = field(default=0.0, metadata=numbers(least=0, most=1e6))
     implementation: str | None = field(default=None, metadata=free())
-    layers: str | tuple[LayerConfig, ...] | None = field(default=None, metadata=fixed())
+    layers: str | tuple[LayerConfig, ...] | None = field(default=None, metadata=fixed_later())
     rotary: bool = field(default=True, metadata=numbers())
     rotary_share: float = field(default=1.0, metadata=numbers(above=0, most=1.0))
     attention_scale: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
-    qk_norm_over: QKNorm = field(default="head", metadata=fixed())
-    o_bias: bool = field(default=False, metadata=fixed())
+    qk_norm_over: QKNorm = field(default="head", metadata=fixed_later())
+    o_bias: bool = field(default=False, metadata=fixed_later())
     activation: Activation = field(default="silu", metadata=numbers())
-    mlp_bias: bool = field(default=False, metadata=fixed())
-    norms: Norms = field(default="before", metadata=fixed())
+    mlp_bias: bool = field(default=False, metadata=fixed_later())
+    norms: Norms = field(default="before", metadata=fixed_later())
     norm_shifted: bool = field(default=False, metadata=numbers())
     embedding_scale: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
     final_soft_cap: float | None = field(default=None, metadata=numbers(above=0, most=1e9))

@@ -47,6 +47,8 @@ def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
         model = dataclasses.replace(
             model,
             num_layers=len(comm_types),
+            layers=None,  # a pattern may be longer than this model; its widest window stays
+            sliding_window=model.widest_window,
             hidden_size=64 * tp,
             intermediate_size=128 * tp,
             head_size=min(model.head_dim, 32),

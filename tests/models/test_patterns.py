@@ -9,6 +9,7 @@ from flax import nnx
 
 import hcp_jax as hcp
 from hcp_jax import dynamic
+from hcp_jax.base.settings import fixed_values
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.attention import Attention, narrowed
 from hcp_jax.models.layers.decoder import DecoderLayer
@@ -193,3 +194,12 @@ def test_final_soft_cap_and_embedding_scale_change_the_model_as_named():
     model.config = config
     model.embed_tokens.embedding[...] = 3.0 * model.embed_tokens.embedding[...]
     np.testing.assert_allclose(scaled, model(TOKENS, POSITIONS), rtol=1e-5)
+
+
+def test_a_checkpoint_of_a_model_without_pattern_is_described_as_before_there_were_patterns():
+    plain = fixed_values(ModelConfig(**SIZES, num_layers=4))
+    assert set(plain) == {
+        *("vocab_size", "num_layers", "hidden_size", "intermediate_size", "num_heads"),
+        *("num_kv_heads", "head_size", "qk_norm", "qkv_bias", "tie_embeddings", "attention_sinks"),
+    }
+    assert fixed_values(MANY)["layers"][0]["sliding_window"] == 5
