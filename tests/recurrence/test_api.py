@@ -109,7 +109,7 @@ CASES = [
         marks=pytest.mark.slow,
     ),
     pytest.param("delta", None, "zigzag", 16, {"decays": "near 1"}, marks=pytest.mark.slow),
-    ("delta", {"cp_inner": 3}, "contiguous", 4, {}),
+    pytest.param("delta", {"cp_inner": 3}, "contiguous", 4, {}, marks=pytest.mark.slow),
     ("delta", {"cp_outer": 4, "cp_inner": 2}, "zigzag", 2, {"decays": "near 0", "length": 65}),
     ("delta_per_channel", {"cp_outer": 2, "dp": 2, "tp": 2}, "zigzag", 8, {}),
     ("delta_per_channel", {"cp_inner": 4}, "zigzag", 16, {"decays": "near 1", "length": 130}),
@@ -149,7 +149,10 @@ def moved(rule, layout, length, direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize(("rule", "layout"), [("delta", "zigzag"), ("state_space", "contiguous")])
+@pytest.mark.parametrize(
+    ("rule", "layout"),
+    [("delta", "zigzag"), pytest.param("state_space", "contiguous", marks=pytest.mark.slow)],
+)
 def test_what_moves_is_what_the_list_says_and_does_not_grow_with_tokens(rule, layout, direction):
     found = moved(rule, layout, 128, direction)
     if rule == "delta":
@@ -173,7 +176,7 @@ def test_what_moves_is_what_the_list_says_and_does_not_grow_with_tokens(rule, la
     assert sum(size * count for (_, size), count in found.items()) == sum(t.bytes for t in listed)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("explicit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_on_a_mesh_of_any_order_under_remat_in_a_scan_over_layers(explicit):
     kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * 3
     mesh = jax.make_mesh((2, 2, 2), ("tp", "cp_inner", "cp_outer"), axis_types=kinds)
