@@ -43,7 +43,7 @@ def problem(length, width, seed=0):
 CASES = [
     ({"cp_outer": 2, "cp_inner": 4}, "zigzag", 53, 4),
     ({"dp": 2, "cp_outer": 2, "tp": 2}, "contiguous", 24, 3),
-    ({"cp_outer": 3}, "zigzag", 11, 5),
+    pytest.param({"cp_outer": 3}, "zigzag", 11, 5, marks=pytest.mark.slow),
     ({"cp_inner": 8}, "zigzag", 16, 6),
     ({"cp_inner": 6}, "contiguous", 12, 4),
 ]

@@ -2,10 +2,12 @@
 
 import zlib
 from collections import Counter
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import hcp_jax as hcp
 from hcp_jax.compiled.hlo import collectives
@@ -98,9 +100,16 @@ def check(rule, cp, chunk, **sizes):
 CASES = [
     ("state_space", None, "zigzag", 16, {}),
     ("state_space", {"cp_outer": 2, "cp_inner": 3}, "zigzag", 4, {"decays": "near 1"}),
-    ("state_space", {"cp_outer": 8}, "contiguous", 64, {"heads": 6, "decays": "near 0"}),
-    ("delta", None, "zigzag", 16, {"decays": "near 1"}),
-    ("delta", {"cp_inner": 3}, "contiguous", 4, {}),
+    pytest.param(
+        "state_space",
+        {"cp_outer": 8},
+        "contiguous",
+        64,
+        {"heads": 6, "decays": "near 0"},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("delta", None, "zigzag", 16, {"decays": "near 1"}, marks=pytest.mark.slow),
+    pytest.param("delta", {"cp_inner": 3}, "contiguous", 4, {}, marks=pytest.mark.slow),
     ("delta", {"cp_outer": 4, "cp_inner": 2}, "zigzag", 2, {"decays": "near 0", "length": 65}),
     ("delta_per_channel", {"cp_outer": 2, "dp": 2, "tp": 2}, "zigzag", 8, {}),
     ("delta_per_channel", {"cp_inner": 4}, "zigzag", 16, {"decays": "near 1", "length": 130}),
@@ -140,7 +149,10 @@ def moved(rule, layout, length, direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize(("rule", "layout"), [("delta", "zigzag"), ("state_space", "contiguous")])
+@pytest.mark.parametrize(
+    ("rule", "layout"),
+    [("delta", "zigzag"), pytest.param("state_space", "contiguous", marks=pytest.mark.slow)],
+)
 def test_what_moves_is_what_the_list_says_and_does_not_grow_with_tokens(rule, layout, direction):
     found = moved(rule, layout, 128, direction)
     if rule == "delta":
@@ -162,6 +174,46 @@ def test_what_moves_is_what_the_list_says_and_does_not_grow_with_tokens(rule, la
     assert {kind for kind, _ in found} == {t.kind for t in listed} == {"all-to-all"}
     assert found.total() == sum(t.arrays * t.count for t in listed)
     assert sum(size * count for (_, size), count in found.items()) == sum(t.bytes for t in listed)
+
+
+@pytest.mark.parametrize("explicit", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_on_a_mesh_of_any_order_under_remat_in_a_scan_over_layers(explicit):
+    kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("tp", "cp_inner", "cp_outer"), axis_types=kinds)
+    cp = hcp.ContextParallel(mesh, "p2p", dp=None)
+    (q, k, v, beta, g), positions, dout = problem("delta", seed=1, value=4)
+
+    def two_layers(cp, q, k, v, beta, g, positions):
+        layer = jax.checkpoint(lambda v: delta_rule(q, k, v, beta, g, positions, cp=cp, chunk=8))
+        if explicit:  # a result's type says that tp cuts its heads, so a scan could not carry it
+            return layer(layer(v))
+        return jax.lax.scan(lambda v, _: (layer(v), None), v, None, length=2)[0]
+
+    def loss(cp, arrays, positions, dout):
+        return (two_layers(cp, *arrays, positions) * dout).sum()
+
+    arrays = (q, k, v, beta, g)
+    expected = jax.jit(jax.grad(partial(loss, None)))(arrays, positions, dout)
+    placed = [cp.shard(x) for x in (*arrays, positions, dout)]
+    got = jax.jit(jax.grad(partial(loss, cp)))(tuple(placed[:5]), *placed[5:])
+    got = tuple(np.asarray(cp.unshard(x, length=v.shape[1])) for x in got)
+    assert worst(got, expected) < TOLERANCE
+
+
+def test_inside_the_caller_s_own_shard_map():
+    cp = context({"cp_outer": 2, "cp_inner": 2})
+    arrays, positions, dout = problem("state_space", seed=2)
+    placed = [cp.shard(x) for x in (*arrays, positions)]
+
+    def local(*x):
+        return op("state_space", x[:5], x[5], cp=cp, chunk=8)
+
+    specs = tuple(cp.spec(x.ndim) for x in placed)
+    mapped = jax.shard_map(
+        local, mesh=cp.mesh, in_specs=specs, out_specs=cp.spec(4), check_vma=False
+    )
+    out = np.asarray(cp.unshard(jax.jit(mapped)(*placed), length=dout.shape[1]))
+    assert worst(out, sequential(False, arrays, positions, dout)[0]) < TOLERANCE
 
 
 @pytest.mark.slow

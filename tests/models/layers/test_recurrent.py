@@ -78,7 +78,7 @@ def alone(name):
     ("name", "sizes", "layout"),
     [
         ("mamba2", {"cp_outer": 2, "tp": 4}, "zigzag"),  # tp cuts groups' heads
-        ("mamba2", {"cp_inner": 8}, "contiguous"),
+        pytest.param("mamba2", {"cp_inner": 8}, "contiguous", marks=pytest.mark.slow),
         ("gated_delta", {"dp": 2, "cp_outer": 2, "cp_inner": 2}, "zigzag"),
         ("kda", {"cp_outer": 4, "tp": 2}, "zigzag"),
     ],
