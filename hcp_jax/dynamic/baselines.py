@@ -138,10 +138,11 @@ def seeded_greedy(
     Work is L² / size. In every microbatch the longest document left opens a group of the least size
     that holds it. Each next one tries that size and every larger one, on a group there is or on a
     new one, and goes where the greatest work of any group stays least, if that is under `HEADROOM`
-    times L·M, with L the longest document of the microbatch. Devices that are left over double the
-    smallest groups. Sizes are powers of two. (And the number of devices itself, so that other
-    device counts, which the original does not survive, have an answer; what cannot double is left
-    as empty groups of one.)
+    times L·M, with L the longest document of the microbatch. (That never binds: the squares of
+    documents of L tokens or less that fit g·M tokens add up to at most L·g·M.) Devices that are
+    left over double the smallest groups. Sizes are powers of two. (And the number of devices
+    itself, so that other device counts, which the original does not survive, have an answer; what
+    cannot double is left as empty groups of one.)
 
     Args:
         lengths: tokens of each document.

@@ -77,21 +77,6 @@ def test_ours_is_within_1_percent_of_the_reference_under_a_cost_that_is_not_ours
         assert own <= 1.01 * other
 
 
-def test_the_reference_s_limit_is_the_microbatch_s_longest_times_m():
-    """Work L² / size of a group stays under 1.05 · L · M, L the longest of the microbatch."""
-    lengths = sorted(batch(next(iter(DISTRIBUTIONS)), 2048, 16), reverse=True)
-    plan = baselines.seeded_greedy(lengths, 16, 2048, Cost())
-    longest = []
-    for mb in plan.microbatches:
-        held = mb.lengths(plan.lengths)
-        longest.append(max(map(max, filter(None, held))))
-        for size, of_group in zip(mb.grouping, held, strict=True):
-            work = sum(length * length for length in of_group) / size
-            assert work <= 1.05 * longest[-1] * 2048
-    assert longest == sorted(longest, reverse=True)
-    assert longest[-1] < longest[0] / 4, "the limit falls with the documents that are left"
-
-
 def test_the_reference_pads_to_twice_all_devices_and_pays_for_it():
     lengths = batch(next(iter(DISTRIBUTIONS)), 2048, 64)
     plain = baselines.seeded_greedy(lengths, 64, 2048, Cost())

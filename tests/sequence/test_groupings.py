@@ -100,6 +100,11 @@ def test_on_powers_of_two_the_walk_is_xor():
         assert groupings.source_members(known, hop).tolist() == [r ^ hop for r in range(8)]
 
 
+def test_other_digits_go_down_by_the_hop():
+    assert groupings.source_members((3,), 1).tolist() == [2, 0, 1]
+    assert groupings.source_members((2, 3), 3).tolist() == [5, 4, 1, 0, 3, 2]
+
+
 def test_a_program_without_hops_has_one_member():
     assert groupings.radices((8, 16), 8) == groupings.radices((8, 16), 4) == ()
     assert groupings.source_members((), 0).tolist() == [0]
