@@ -127,7 +127,7 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
         (["train", QUICKSTART, "--data.path", "/gone"], "data.path: /gone does not exist"),
         (["train", "--resume", "/gone"], "/gone is not a run folder"),
         (["train", "--resume", "latest", "--run_dir", "/gone"], "no runs in /gone"),
-        (["audit", DYNAMIC, "--gpu", "h200", "--hosts", "1"], "name one with --groups"),
+        (["audit", DYNAMIC, "--gpu", "h200", "--hosts", "1"], "name one with --widest-group"),
         (["train", QUICKSTART, "--distributed"], "no job of Slurm, Open MPI or Kubernetes"),
         (["train", QUICKSTART, "--coordinator", "me:1"], "give all three"),
         (["train", QUICKSTART, *_process("me", 1, 0)], "must be ADDRESS:PORT of process 0"),

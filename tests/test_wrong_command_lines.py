@@ -211,7 +211,7 @@ DOORS = [
     "hcp_jax.commands.bench._compare",
     "hcp_jax.planner.audit.audit_step",
     "hcp_jax.planner.longest.longest",
-    "hcp_jax.dynamic.simulate._simulate",
+    "hcp_jax.dynamic.simulate.simulate",
     "hcp_jax.train.hosts.cluster.Peers",
 ]
 

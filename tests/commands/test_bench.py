@@ -65,8 +65,14 @@ def test_a_sweep_compiles_each_of_its_tiles(tmp_path, monkeypatch):
         blocks, warps, stages = row["contestant"].split(", ")
         block_q, block_k = map(int, blocks.split("×"))
         schedule = int(warps.split()[0]), int(stages.split()[0])
-        assert alone == out == dq == ((512 // block_q, 2, 1), *schedule)
-        assert dkv == ((512 // block_k, 2, 1), *schedule)
+        # Blocks and heads may be in either order, whichever shares the work better.
+        for (grid, *found), block in (
+            (alone, block_q),
+            (out, block_q),
+            (dq, block_q),
+            (dkv, block_k),
+        ):
+            assert (sorted(grid), *found) == (sorted((512 // block, 2, 1)), *schedule)
     assert len({tuple(kernels) for kernels in both}) == len(rows) == 20
 
 

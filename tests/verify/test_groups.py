@@ -10,17 +10,17 @@ import pytest
 import rich.console
 
 import hcp_jax as hcp
-from hcp_jax.attention import ring
 from hcp_jax.compiled.hlo import Collective
+from hcp_jax.cost.traffic import RING_HOP
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.parallel.config import ParallelConfig
-from hcp_jax.sequence.groupings import describe
+from hcp_jax.parallel.peers import Peers
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
 from hcp_jax.verify import groups
 from tests.verify.test_streams import MODEL
 
-MENU = [[4, 2, 2], [1] * 8]
+MENU = [4, 1]
 QUIET = rich.console.Console(file=io.StringIO())
 
 
@@ -46,28 +46,32 @@ def tables(config: TrainConfig) -> list[list[groups.Check]]:
 
 
 @pytest.mark.slow
-def test_every_layout_of_the_menu_computes_what_one_device_computes(config):
+def test_every_program_of_the_menu_computes_what_one_device_computes(config):
     attention, step, traffic = tables(config)
     assert [row for row in attention + step + traffic if not row.passed] == []
-    shown = [(row.cells["comm type"], row.cells["groups"]) for row in attention]
-    comm_types, layouts = ("a2a+p2p", "p2p"), map(describe, MENU)
-    assert sorted(shown) == sorted(itertools.product(comm_types, layouts))
+    shown = [(row.cells["comm type"], row.cells["widest"]) for row in attention]
+    assert sorted(shown) == sorted(itertools.product(("a2a+p2p", "p2p"), map(str, MENU)))
+    assert {row.cells["groupings"] for row in attention} == {
+        "4×2, 4 + 2×2",  # members of two lanes
+        "4×2, 4 + 1×4",
+        "1×8",
+    }
     assert [row.cells[""] for row in step] == ["loss", "grad norm"]
     # Pairs exchange heads in one layer; alone, devices send nothing.
-    moving = [(row.cells["groups"], row.cells["for"]) for row in traffic]
-    assert moving == [("4 + 2×2", "ring hop"), ("4 + 2×2", "exchange heads")] * 2
+    moving = [(row.cells["widest"], row.cells["for"]) for row in traffic]
+    assert moving == [("4", "ring hop"), ("4", "exchange heads")] * 2
 
 
 @pytest.mark.slow
-def test_rings_that_do_not_communicate_are_caught_by_every_table(config, monkeypatch):
-    monkeypatch.setattr(ring.Rings, "_permute", lambda rings, tree, members: tree)
+def test_hops_that_do_not_communicate_are_caught_by_every_table(config, monkeypatch):
+    monkeypatch.setattr(Peers, "permute", lambda peers, tree, source, scope: tree)
     jax.clear_caches()  # or programs compiled with the ring would still be used
     dynamic = dataclasses.replace(config.parallel.dynamic, menu=MENU[:1])
     parallel = dataclasses.replace(config.parallel, comm_type="a2a+p2p", dynamic=dynamic)
     model = dataclasses.replace(MODEL, num_layers=1)
     attention, step, traffic = tables(dataclasses.replace(config, model=model, parallel=parallel))
     assert not any(row.passed for row in attention + step)
-    rings = [row for row in traffic if row.cells["for"] == "ring hop"]
+    rings = [row for row in traffic if row.cells["for"] == RING_HOP.replace("_", " ")]
     assert [(row.cells["bytes"], row.passed) for row in rings] == [("0", False)] * 2
     assert all(row.passed for row in traffic if row.cells["for"] == "exchange heads")
     jax.clear_caches()
@@ -79,32 +83,36 @@ def collective(kind, devices, pairs=(), size=10, count=3) -> Collective:
 
 def test_a_collective_that_leaves_its_group_is_a_stray_wherever_the_mesh_puts_its_devices():
     mesh = hcp.make_mesh(dp=2, tp=2, cp_inner=2)
-    cp = hcp.ContextParallel(mesh, "p2p", groups=(2, 1, 1))
-    # In a program, tp varies more slowly than cp: the first group is devices 0, 1 and 2, 3.
+    cp = hcp.ContextParallel(mesh, "p2p", widest_group=2)
+    # In a program, tp varies more slowly than cp: the first block is devices 0, 1 and 2, 3.
     inside = collective("collective-permute", ((0, 1), (2, 3)), ((0, 1), (1, 0), (2, 3), (3, 2)))
-    across = collective("collective-permute", ((4, 5),), ((4, 5), (5, 4)))
-    of_tp = collective("all-to-all", ((0, 2), (1, 3)))
+    across = collective("collective-permute", ((1, 4),), ((1, 4), (4, 1)))
+    across_tp = collective("all-to-all", ((0, 2), (1, 3)))
     assert groups._strays([inside], cp) == 0
-    assert groups._strays([inside, across], cp) == groups._strays([of_tp], cp) == 3
-    assert groups._moved([inside, across], cp).tolist() == [30] * 6 + [0] * 2
-    assert groups._moved([of_tp], cp).tolist() == [30] * 4 + [0] * 4
-    assert np.flatnonzero(groups._needed_bytes(MODEL, cp, 8)["ring_hop"]).tolist() == [0, 1, 2, 3]
+    assert groups._strays([inside, across], cp) == groups._strays([across_tp], cp) == 3
+    assert groups._moved([inside, across], cp).tolist() == [30, 60, 30, 30, 30, 0, 0, 0]
+    assert groups._moved([across_tp], cp).tolist() == [30] * 4 + [0] * 4
+    kv_bytes = 2 * 8 * MODEL.num_kv_heads // 2 * MODEL.head_dim * 4
+    assert groups._needed_bytes(MODEL, cp, 8)["ring_hop"] == MODEL.num_layers * kv_bytes
 
 
 def test_groups_that_cannot_have_a_comm_type_are_told_before_anything_compiles(config):
-    a2a = dataclasses.replace(config.parallel, comm_type="a2a")
-    with pytest.raises(NotImplementedError, match="'a2a' with groups .* needs groups of one size"):
+    dynamic = dataclasses.replace(config.parallel.dynamic, menu=[8])
+    a2a = dataclasses.replace(config.parallel, comm_type="a2a", dynamic=dynamic)
+    with pytest.raises(NotImplementedError, match="'a2a' keeps a document on devices"):
         tables(dataclasses.replace(config, parallel=a2a))
 
 
-@pytest.mark.parametrize("layout", [(8,), (4, 4), (2, 2, 4), (1,) * 8])
-def test_random_documents_fill_one_group_and_leave_one_of_several_empty(layout):
-    held = groups._random_documents(layout, 31, np.random.default_rng(0))
+@pytest.mark.parametrize(
+    ("grouping", "lanes"), [((8,), 2), ((4, 4), 4), ((4, 2, 2), 1), ((1,) * 8, 1)]
+)
+def test_random_documents_fill_one_group_and_leave_one_of_several_empty(grouping, lanes):
+    held = groups._random_documents(grouping, lanes, 31, np.random.default_rng(0))
     numbers = [d for group in held.microbatch.documents for d in group]
     assert numbers == list(range(held.lengths.size))
-    of_group = [int(held.lengths[list(group)].sum()) for group in held.microbatch.documents]
-    assert of_group[layout.index(max(layout))] == 31 * max(layout)
-    assert of_group.count(0) == (len(layout) > 1)
+    tokens = [int(held.lengths[list(group)].sum()) for group in held.microbatch.documents]
+    assert tokens[grouping.index(max(grouping))] == 31 * max(grouping)
+    assert tokens.count(0) == (len(grouping) > 1)
     packed, places = held.packed(31)
-    assert sorted(places[places >= 0]) == list(range(sum(of_group)))
+    assert sorted(places[places >= 0]) == list(range(sum(tokens)))
     assert np.array_equal(places < 0, packed.document < 0)
