@@ -26,7 +26,7 @@ class DynamicConfig:
         menu: programs to compile: "auto" chooses those that are worth it for the run's own
             documents, a number chooses at most that many; or a list of their widths in devices.
         lookahead: number of steps whose documents are scheduled together, to fill buffers better;
-            8 saves 4 to 7 % of the modelled time with 16 documents a device and step, and 26 to
+            8 saves 4 to 7 % of the modelled time with 16 documents a device and step, and 21 to
             57 % with 2.
         cost: a file that `hcp dynamic calibrate` wrote; null: the run's model on modelled H200s.
         max_seqlen_per_dp_cp_rank: Megatron's name for max_tokens_per_device.

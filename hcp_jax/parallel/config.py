@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from hcp_jax.parallel.context import ContextParallel
 
 
+_SCHEDULERS = ("default_dynamic_cp", "dp_balanced")
+_DYNAMIC = {field.name: field.default for field in dataclasses.fields(DynamicConfig)}
+_DYNAMIC_WORDS = (
+    "dynamic_context_parallel",
+    "sequence_packing_scheduler",
+    "max_seqlen_per_dp_cp_rank",
+    "min_dynamic_context_parallel_size",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """The mesh and the communication of a run, in this library's words or in Megatron's.
@@ -38,6 +48,16 @@ class ParallelConfig:
         context_parallel_size: Megatron's word for cp_outer * cp_inner.
         cp_comm_type: Megatron's word for comm_type.
         hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
+        dynamic_context_parallel: Megatron's word for dynamic.enabled.
+        sequence_packing_scheduler: Megatron's word for how documents are scheduled:
+            "default_dynamic_cp" is dynamic CP.
+        max_seqlen_per_dp_cp_rank: Megatron's word for dynamic.max_tokens_per_device.
+        min_dynamic_context_parallel_size: Megatron's word for dynamic.min_cp_size.
+        hybrid_context_parallel: Megatron's older word for dynamic CP; refused, with what to write.
+
+    Raises:
+        ValueError: for unknown or contradicting values.
+        NotImplementedError: for sequence_packing_scheduler "dp_balanced".
     """
 
     dp: int = field(default=1, metadata=free(least=1, most=MOST))
@@ -55,11 +75,58 @@ class ParallelConfig:
         default=None, metadata=free(least=1, most=MOST)
     )
 
+    dynamic_context_parallel: bool | None = field(default=None, metadata=free())
+    sequence_packing_scheduler: str | None = field(default=None, metadata=free())
+    max_seqlen_per_dp_cp_rank: int | None = field(default=None, metadata=free(least=1, most=MOST))
+    min_dynamic_context_parallel_size: int | None = field(
+        default=None, metadata=free(least=1, most=MOST)
+    )
+    hybrid_context_parallel: bool | None = field(default=None, metadata=free())
+
     def __post_init__(self) -> None:
         check(self, "parallel.")
+        self._take_words_of_dynamic_cp()
         for one in (*_listed(self.comm_type), *_listed(self.cp_comm_type or ())):
             require_known("comm_type", one, COMM_TYPES)
         require_known("layout", self.layout, LAYOUTS)
+
+    def _take_words_of_dynamic_cp(self) -> None:
+        """Write Megatron's words for dynamic CP into `dynamic`, and forget them."""
+        if self.hybrid_context_parallel is not None:
+            raise ValueError(
+                "hybrid_context_parallel is Megatron's older name of dynamic context parallelism "
+                "(not of the hierarchical one, which is comm_type a2a+p2p): write "
+                "dynamic_context_parallel, or dynamic.enabled."
+            )
+        scheduler = self.sequence_packing_scheduler
+        if scheduler is not None:
+            require_known("sequence_packing_scheduler", scheduler, _SCHEDULERS)
+        if scheduler == "dp_balanced":
+            raise NotImplementedError(
+                "sequence_packing_scheduler 'dp_balanced' (one CP size, packs balanced over dp) is "
+                "not built; use 'default_dynamic_cp', or leave it out to pack fixed streams."
+            )
+        words = {
+            "enabled": True if scheduler else self.dynamic_context_parallel,
+            "max_seqlen_per_dp_cp_rank": self.max_seqlen_per_dp_cp_rank,
+            "min_cp_size": self.min_dynamic_context_parallel_size,
+        }
+        given = {name: value for name, value in words.items() if value is not None}
+        if scheduler and self.dynamic_context_parallel is False:
+            raise ValueError(
+                f"dynamic_context_parallel is false, but sequence_packing_scheduler={scheduler!r} "
+                "schedules dynamic CP; leave one of them out."
+            )
+        for name, value in given.items():
+            own = getattr(self.dynamic, name)
+            if own not in (value, _DYNAMIC[name]):
+                raise ValueError(
+                    f"dynamic.{name} is {own}, but Megatron's words say {value}; give one of them."
+                )
+        if given:
+            object.__setattr__(self, "dynamic", dataclasses.replace(self.dynamic, **given))
+        for word in _DYNAMIC_WORDS:
+            object.__setattr__(self, word, None)
 
     def resolve(self) -> "ParallelConfig":
         """Return the same config with Megatron's words replaced by this library's.

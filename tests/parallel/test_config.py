@@ -1,7 +1,10 @@
 """ParallelConfig: Megatron's words map to the mesh; contradictions are refused."""
 
+import dataclasses
+
 import pytest
 
+from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.parallel.config import ParallelConfig
 
 
@@ -38,3 +41,47 @@ def test_megatrons_words_map_to_the_mesh():
 def test_invalid_parallel_configs_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**words).context_parallel(num_layers=3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"dynamic_context_parallel": True},
+        {"sequence_packing_scheduler": "default_dynamic_cp"},
+        {"dynamic": DynamicConfig(enabled=True, max_seqlen_per_dp_cp_rank=512)},
+    ],
+)
+def test_megatron_s_words_for_dynamic_cp_are_those_of_dynamic(words):
+    words |= {"max_seqlen_per_dp_cp_rank": 512, "min_dynamic_context_parallel_size": 2}
+    given = ParallelConfig(cp_outer=4, comm_type="p2p", **words)
+    dynamic = given.resolve().dynamic
+    assert (dynamic.enabled, dynamic.tokens, dynamic.min_cp_size) == (True, 512, 2)
+    assert ParallelConfig(**dataclasses.asdict(given) | {"dynamic": dynamic}) == given
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ({"hybrid_context_parallel": True}, ValueError, "older name of dynamic.*write dynamic_con"),
+        ({"sequence_packing_scheduler": "dp_balanced"}, NotImplementedError, "'dp_balanced'.*not"),
+        (
+            {"sequence_packing_scheduler": "default"},
+            ValueError,
+            "there are default_dynamic_cp, dp_balanced",
+        ),
+        ({"dynamic_context_parallel": True}, ValueError, "needs max_tokens_per_device"),
+        (
+            {"min_dynamic_context_parallel_size": 2, "dynamic": DynamicConfig(min_cp_size=4)},
+            ValueError,
+            "dynamic.min_cp_size is 4, but Megatron's words say 2",
+        ),
+        (
+            {"dynamic_context_parallel": False, "sequence_packing_scheduler": "default_dynamic_cp"},
+            ValueError,
+            "leave one of them out",
+        ),
+    ],
+)
+def test_megatron_s_words_that_contradict_are_refused(words, error, message):
+    with pytest.raises(error, match=message):
+        ParallelConfig(**words)
