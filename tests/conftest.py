@@ -7,6 +7,7 @@ import os
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 NUM_DEVICES = 8
@@ -22,6 +23,10 @@ else:
 
 # No test reads or writes the user's compiled programs, nor do the commands that tests start.
 os.environ["HCP_PROGRAM_CACHE"] = "off"
+
+# The annotations of the kernels' functions are checked in every call, shapes included. Not those of
+# rooms whose public functions answer wrong shapes with a ValueError of their own.
+jaxtyping.install_import_hook(["hcp_jax.kernels"], "beartype.beartype")
 
 # Arrays of different ranks that broadcast by accident are an error, as in jax's own tests.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -162,7 +162,7 @@ def cuts_for(blocks: int, copies: int, heads: int, steps: int, processors: int) 
     return least[1]
 
 
-def cut_spans(spans: Int32[Array, "B1 X 4"], parts: int) -> Int32[Array, "B1 X*parts 4"]:
+def cut_spans(spans: Int32[Array, "B1 X 4"], parts: int) -> Int32[Array, "B1 Y 4"]:
     """Return the spans of the parts of each block, all parts of a block one after the other.
 
     `spans` are those of a `BlockMap`; a part of a span is a span, too.

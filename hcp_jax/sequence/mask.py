@@ -172,7 +172,7 @@ def chunked_local(chunk: int) -> Mask:
     return Mask((ChunkedLocal(min(chunk, NO_LIMIT)),))
 
 
-def prefix_lm(prefix_length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
+def prefix_lm(prefix_length: int | Integer[jax.Array | np.ndarray, "B"]) -> Mask:
     """Build a prefix-LM mask: the first `prefix_length` tokens see each other, the rest is causal.
 
     Args:
@@ -185,8 +185,8 @@ def prefix_lm(prefix_length: int | Int32[jax.Array | np.ndarray, "B"]) -> Mask:
 
 
 def lengths(
-    length: int | Int32[jax.Array | np.ndarray, "B"],
-    key_length: int | Int32[jax.Array | np.ndarray, "B"] | None = None,
+    length: int | Integer[jax.Array | np.ndarray, "B"],
+    key_length: int | Integer[jax.Array | np.ndarray, "B"] | None = None,
 ) -> Mask:
     """Mark tokens at or past `length` as padding: no query sees them, and they see nothing.
 

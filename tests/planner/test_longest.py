@@ -1,5 +1,7 @@
 """The search for the longest sequence, on memories that are made up."""
 
+import itertools
+
 import pytest
 
 from hcp_jax.compiled.report import Memory
@@ -47,3 +49,18 @@ def test_both_first_lengths_may_be_too_long():
 def test_a_model_that_does_not_fit_at_any_length_is_told():
     with pytest.raises(ValueError, match="nothing fits: tried 8192, 16384"):
         longest(measured(DEVICE, 1000)[0], (8192, 16384))
+
+
+def test_lengths_as_long_as_one_that_did_not_fit_are_not_tried_again():
+    """Where memory leaps, the line through two lengths that fit would lead there again."""
+    asked = []
+
+    def memory_of(tokens):
+        asked.append(tokens)
+        return Memory(
+            0, 0, 0, 2 * DEVICE if tokens > 40_000 else DEVICE // 2 + 90_000 * tokens, DEVICE
+        )
+
+    assert longest(memory_of, (8192, 16384)).tokens_per_device == 16384
+    assert len(asked) == 2 + 5
+    assert all(later < earlier for earlier, later in itertools.pairwise(asked[2:]))
