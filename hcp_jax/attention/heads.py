@@ -33,7 +33,7 @@ def to_heads(x: Float[Array, "B At nA *H"], lanes: Peers) -> Float[Array, "B t N
 
 
 def own_part(x: Float[Array, "N"], lanes: Peers) -> Float[Array, "nA"]:
-    """Select, from one number per head, those of the heads that this device has after lanes."""
+    """Select, from one number per head, those of the heads that this device has after exchange."""
     if lanes.size == 1:
         return x
     part = x.shape[0] // lanes.size

@@ -111,7 +111,7 @@ class ParallelConfig:
             "max_seqlen_per_dp_cp_rank": self.max_seqlen_per_dp_cp_rank,
             "min_cp_size": self.min_dynamic_context_parallel_size,
         }
-        given = {name: value for name, value in words.items() if value is not None}
+        given: dict[str, Any] = {n: value for n, value in words.items() if value is not None}
         if scheduler and self.dynamic_context_parallel is False:
             raise ValueError(
                 f"dynamic_context_parallel is false, but sequence_packing_scheduler={scheduler!r} "
