@@ -150,7 +150,7 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
     of = run(name)
     params, documents, used = of.fresh().params, documents_of(of.program), set()
     whole = jax.device_get(params)
-    for _ in range(8):
+    for _ in range(20):
         step, held = of.program.next_batch(), next(documents)
         programs = {microbatch.key for microbatch in step.microbatches}
         if programs <= used:
