@@ -14,7 +14,6 @@ from hcp_jax.compiled import aot, hlo, report
 from hcp_jax.hardware import Cluster
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.planner import audit
-from hcp_jax.sequence.groupings import group_of_device
 
 LLAMA3_8B = ModelConfig(
     vocab_size=128256,
@@ -34,12 +33,12 @@ RINGS = [
 
 
 @functools.cache
-def compiled(outer, inner, comm_type, tokens_per_device=16384, groups=None):
+def compiled(outer, inner, comm_type, tokens_per_device=16384, widest=None):
     """(program, what was found in it)."""
     size = outer * inner
     cluster = Cluster(H200, max(1, size // 8), min(8, size))
     mesh = hcp.make_mesh(cp_outer=outer, cp_inner=inner, devices=aot.devices(cluster))
-    cp = hcp.ContextParallel(mesh, comm_type, groups=groups)
+    cp = hcp.ContextParallel(mesh, comm_type, widest_group=widest)
     seq_len = size * tokens_per_device
     program = audit.compile_attention(cp, LLAMA3_8B, seq_len, 1, FLAGS)
     return program, audit.read_model(program, cp, cluster, LLAMA3_8B, seq_len)
@@ -112,23 +111,15 @@ def test_every_hop_of_a_ring_too_short_for_a_loop_is_hidden():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("groups", "comm_type", "hops"),
-    [((32, 16, 8, 8), "p2p", 31), ((32, 16, 8, 8), "a2a+p2p", 3), ((8,) * 8, "p2p", 7)],
-)
-def test_every_hop_of_a_group_layout_is_hidden_and_none_leaves_its_group(groups, comm_type, hops):
-    seen = found(8, 8, comm_type, groups=groups)
+@pytest.mark.parametrize(("widest", "hops"), [(64, 7), (16, 1)])
+def test_every_hop_between_hosts_is_hidden_and_none_leaves_its_block(widest, hops):
+    seen = found(8, 8, "a2a+p2p", widest=widest)
     assert seen.ring_hops == 6 * hops
     assert seen.ring_hops_hidden == seen.ring_hops
-    first, _ = group_of_device(groups)
-    moved = hlo.collectives(compiled(8, 8, comm_type, groups=groups)[0].as_text())
-    assert moved
+    moved = hlo.collectives(compiled(8, 8, "a2a+p2p", widest=widest)[0].as_text())
     for collective in moved:
         for members in collective.groups:
-            assert len(set(first[list(members)])) == 1
-    if comm_type == "p2p":
-        # As much as one ring of 64 holds: nothing more for the rings that are done.
-        assert seen.memory.temp_bytes <= found(64, 1, "p2p").memory.temp_bytes + 16 * MIB
+            assert len({device // widest for device in members}) == 1
 
 
 @pytest.mark.slow
