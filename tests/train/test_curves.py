@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import hcp_jax as hcp
-from hcp_jax.attention import ring
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.config import ParallelConfig
+from hcp_jax.parallel.peers import Peers
 from hcp_jax.train import config as configuration
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
@@ -159,7 +159,7 @@ def test_a_hundred_steps_in_bfloat16_differ_over_a_mesh_by_no_more_than_bfloat16
 
 @pytest.mark.slow
 def test_a_ring_that_does_not_turn_would_have_been_noticed(monkeypatch):
-    monkeypatch.setattr(ring.Rings, "_permute", lambda self, tree, members: tree)
+    monkeypatch.setattr(Peers, "permute", lambda peers, tree, source, scope: tree)
     jax.clear_caches()
     cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), comm_type="a2a+p2p")
     broken = recall_curve(30, cp=cp)

@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from hcp_jax.attention import ring
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.config import ParallelConfig
+from hcp_jax.parallel.peers import Peers
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
 from hcp_jax.verify import streams
@@ -45,7 +45,7 @@ def test_what_computes_what_one_device_computes_passes(config):
 
 @pytest.mark.slow
 def test_a_ring_that_does_not_communicate_is_caught_by_every_table(config, monkeypatch):
-    monkeypatch.setattr(ring.Rings, "_permute", lambda rings, tree, members: tree)
+    monkeypatch.setattr(Peers, "permute", lambda peers, tree, source, scope: tree)
     jax.clear_caches()  # or programs compiled with the ring would still be used
     found = failures(config)
     assert [row for row in found if row.get("comm type") == "a2a+p2p"]
