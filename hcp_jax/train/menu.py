@@ -194,7 +194,7 @@ def make_accumulate(config: TrainConfig, cp: ContextParallel, like: Sums) -> jax
     gradients = summed_gradients(config.model, like.grads, cp)
 
     def accumulate(params: Any, sums: Sums, batch: Batch) -> Sums:
-        total: Sums = jax.tree.map(jnp.add, sums, gradients(params, batch))
+        total: Sums = jax.tree.map(jnp.add, sums, gradients(params, batch, 1.0))
         return total
 
     return jit_on_mesh(accumulate, cp, (like.grads, like, None), like, donate=1)

@@ -160,17 +160,23 @@ def make_train_step(
     """
     transform = make_optimizer(optimizer, num_steps)
     like = abstract_state(model, transform, cp, fsdp=fsdp)
-    summed: Callable[[Any, Any], Sums] = functools.partial(
+    summed: Callable[[Any, Any, Any], Sums] = functools.partial(
         _sum_portions, summed_gradients(model, like.params, cp)
     )
     # With FSDP no device has room for all gradients: each microbatch's are reduce-scattered.
     if cp is not None and accumulation > 1 and not fsdp:
         summed = _reduced_once(summed, cp)
-    update = make_update(optimizer, num_steps)
+    schedule = make_schedule(optimizer, num_steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        sums = summed(state.params, _portions(batch, accumulation, cp))
-        state, metrics = update(state, sums)
+        # The loss is divided before the backward pass, so that every other collective waits for
+        # the sum of the weights. Devices of several CPU processes that began two collectives in
+        # different orders would wait for each other.
+        tokens = jnp.sum(batch["weights"])
+        grads, loss, _ = summed(state.params, _portions(batch, accumulation, cp), _nonzero(tokens))
+        state, metrics = apply_gradients(
+            state, grads, loss, tokens, transform, schedule, optimizer.weight_decay
+        )
         return state, metrics | {"pairs": _visible_pairs(batch, model)}
 
     return jit_on_mesh(step, cp, (like, None), (like, None), donate=0)
@@ -178,8 +184,10 @@ def make_train_step(
 
 def summed_gradients(
     model: ModelConfig, like: Any, cp: ContextParallel | None = None
-) -> Callable[[Any, Batch], Sums]:
-    """Return a function `(params, batch) -> Sums` of one microbatch; to be traced.
+) -> Callable[[Any, Batch, Any], Sums]:
+    """Return a function `(params, batch, weight) -> Sums` of one microbatch; to be traced.
+
+    It divides the loss, and so its gradients, by `weight`.
 
     Args:
         model: the model.
@@ -189,10 +197,13 @@ def summed_gradients(
     Raises:
         NotImplementedError: as `summed_loss`.
     """
-    loss_and_grads = jax.value_and_grad(summed_loss(model, cp))
+    loss_sum = summed_loss(model, cp)
 
-    def gradients(params: Any, batch: Batch) -> Sums:
-        loss, grads = loss_and_grads(params, batch)
+    def divided(params: Any, batch: Batch, weight: Any) -> Float[Array, ""]:
+        return loss_sum(params, batch) / weight
+
+    def gradients(params: Any, batch: Batch, weight: Any) -> Sums:
+        loss, grads = jax.value_and_grad(divided)(params, batch, weight)
         if cp is not None:
             constrain = functools.partial(spmd.constrain, mesh=cp.mesh, axes=cp.axes)
             grads = jax.tree.map(lambda g, x: constrain(g, spec=x.sharding.spec), grads, like)
@@ -368,8 +379,8 @@ def _portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any:
 
 
 def _reduced_once(
-    summed: Callable[[Any, Any], Sums], cp: ContextParallel
-) -> Callable[[Any, Any], Sums]:
+    summed: Callable[[Any, Any, Any], Sums], cp: ContextParallel
+) -> Callable[[Any, Any, Any], Sums]:
     """Return `summed` with its sums reduced over the devices once, after all portions.
 
     Outside of a `shard_map`, XLA reduces the gradients of each layer in each portion.
@@ -378,11 +389,11 @@ def _reduced_once(
     if not axes:
         return summed
 
-    def on_device(params: Any, portions: Any) -> Sums:
-        sums: Sums = jax.lax.psum(summed(params, portions), axes)
+    def on_device(params: Any, portions: Any, weight: Any) -> Sums:
+        sums: Sums = jax.lax.psum(summed(params, portions, weight), axes)
         return sums
 
-    def once(params: Any, portions: Any) -> Sums:
+    def once(params: Any, portions: Any, weight: Any) -> Sums:
         rows = portions["tokens"].shape[1]
         tokens, each = PartitionSpec(None, *cp.spec(2)), PartitionSpec(None, cp.dp)
         specs = {name: tokens for name in portions if name != "mask"}
@@ -390,22 +401,24 @@ def _reduced_once(
         mask = jax.tree.map(
             lambda x: each if x.shape[1] == rows else PartitionSpec(), portions["mask"]
         )
-        in_specs = (PartitionSpec(), specs | {"mask": mask})
+        in_specs = (PartitionSpec(), specs | {"mask": mask}, PartitionSpec())
         mapped = spmd.shard_map(cp.mesh, axes, on_device, in_specs, PartitionSpec())
-        sums: Sums = mapped(params, portions)
+        sums: Sums = mapped(params, portions, weight)
         return sums
 
     return once
 
 
-def _sum_portions(gradients: Callable[[Any, Batch], Sums], params: Any, portions: Any) -> Sums:
+def _sum_portions(
+    gradients: Callable[[Any, Batch, Any], Sums], params: Any, portions: Any, weight: Any
+) -> Sums:
     """Return the sums over the portions (`_portions`), computed one after the other."""
     number = jax.tree.leaves(portions)[0].shape[0]
     if number == 1:
-        return gradients(params, jax.tree.map(lambda x: x[0], portions))
+        return gradients(params, jax.tree.map(lambda x: x[0], portions), weight)
 
     def add(total: Sums, portion: Any) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, total, gradients(params, portion)), None
+        return jax.tree.map(jnp.add, total, gradients(params, portion, weight)), None
 
     nothing = jnp.zeros((), jnp.float32)
     zeros = Sums(jax.tree.map(jnp.zeros_like, params), nothing, nothing)
