@@ -68,15 +68,16 @@ def test_a_second_start_compiles_nothing_anew(cache, events, tmp_path, capsys):
 def test_commands_that_compile_keep_programs_unless_they_are_told_not_to(monkeypatch, tmp_path):
     config, asked = str(tiny.write_config(tmp_path, parallel={"dp": 2})), []
     monkeypatch.setattr(program_cache, "turn_on", lambda **options: asked.append(options))
-    cluster = ["--gpu", "h200", "--hosts", "1"]
-    for name, more in {"train": [], "verify": [], "audit": cluster}.items():
+    # jax cannot read programs for devices that are not here back, and warns of each.
+    assert not hasattr(importlib.import_module(cli.COMMANDS["audit"].module), "keep_programs")
+    for name in ("train", "verify"):
         module = importlib.import_module(cli.COMMANDS[name].module)
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         asked.clear()
-        module.keep_programs(parser.parse_args([config, *more, "--program_cache", "false"]))
+        module.keep_programs(parser.parse_args([config, "--program_cache", "false"]))
         assert not asked
-        module.keep_programs(parser.parse_args([config, *more]))
+        module.keep_programs(parser.parse_args([config]))
         assert len(asked) == 1
 
 

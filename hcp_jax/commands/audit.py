@@ -10,7 +10,6 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from hcp_jax import program_cache
 from hcp_jax.base import arguments, tables, terminal
 from hcp_jax.commands.arguments import add_cluster_arguments, add_json_argument, cluster
 from hcp_jax.train import config as configuration
@@ -50,12 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw the schedule there (.png or .svg)",
     )
-
-
-def keep_programs(args: argparse.Namespace) -> None:
-    """Keep compiled programs for the next start, unless the config says not to."""
-    if configuration.from_arguments(args).program_cache:
-        program_cache.turn_on()
 
 
 def run(args: argparse.Namespace) -> int:
