@@ -41,16 +41,10 @@ class Gather(NamedTuple):
     def backward(self, attend_grads: AttendGrads, kv: KV, runs: KeyRuns) -> tuple[Any, Any, Any]:
         """See `Mover.backward`."""
         dq, *dkv = attend_grads(self._gather(kv), source_row(runs, 0))
+        sets: dict[str, Any] = {"axis_index_groups": self.peers.index_groups, "tiled": True}
         with jax.named_scope(traffic.GATHER_KV):
             dk, dv = (
-                jax.lax.psum_scatter(
-                    x,
-                    self.peers.axes,
-                    scatter_dimension=1,
-                    axis_index_groups=self.peers.index_groups,
-                    tiled=True,
-                )
-                for x in dkv
+                jax.lax.psum_scatter(x, self.peers.axes, scatter_dimension=1, **sets) for x in dkv
             )
         return dq, dk, dv
 
@@ -61,15 +55,7 @@ class Gather(NamedTuple):
         return traffic.gather(self.peers.axes, self.peers.size, kv_bytes, grad_bytes, remat)
 
     def _gather(self, kv: KV) -> KV:
+        sets: dict[str, Any] = {"axis_index_groups": self.peers.index_groups, "tiled": True}
         with jax.named_scope(traffic.GATHER_KV):
-            k, v = (
-                jax.lax.all_gather(
-                    x,
-                    self.peers.axes,
-                    axis=1,
-                    axis_index_groups=self.peers.index_groups,
-                    tiled=True,
-                )
-                for x in kv
-            )
+            k, v = (jax.lax.all_gather(x, self.peers.axes, axis=1, **sets) for x in kv)
         return k, v

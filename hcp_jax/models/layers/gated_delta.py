@@ -17,7 +17,6 @@ from hcp_jax.cost.traffic import Remat, Traffic
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.parallel.halo import short_conv
 from hcp_jax.recurrence.api import delta_rule
 
 
@@ -115,15 +114,9 @@ class GatedDeltaNet(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Mix the tokens of each document; arguments as in `Mamba2`."""
         live_tp(cp)
-        config, names = self.config, ("q", "k", "v")
+        config = self.config
         z, a, b = self.z_proj(x), self.a_proj(x), self.b_proj(x)
-        convolved = short_conv(
-            [getattr(self, f"{name}_proj")(x) for name in names],
-            [getattr(self, f"{name}_conv")[...] for name in names],
-            positions,
-            cp=cp,
-        )
-        q, k, v = (jax.nn.silu(y) for y in convolved)
+        q, k, v = recurrent.convolved(self, ("q", "k", "v"), x, positions, cp)
         step = jax.nn.softplus(a.astype(jnp.float32) + self.dt_bias[...][None, None])
         out = delta_rule(
             recurrent.unit_length(q, config.key_size**-0.5),

@@ -17,7 +17,6 @@ from hcp_jax.cost.traffic import Remat, Traffic
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.parallel.halo import short_conv
 from hcp_jax.recurrence.api import delta_rule
 
 
@@ -105,14 +104,8 @@ class KDA(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Mix the tokens of each document; arguments as in `Mamba2`."""
         live_tp(cp)
-        config, names = self.config, ("q", "k", "v")
-        convolved = short_conv(
-            [getattr(self, f"{name}_proj")(x) for name in names],
-            [getattr(self, f"{name}_conv")[...] for name in names],
-            positions,
-            cp=cp,
-        )
-        q, k, v = (jax.nn.silu(y) for y in convolved)
+        config = self.config
+        q, k, v = recurrent.convolved(self, ("q", "k", "v"), x, positions, cp)
         rate = self.f_b_proj(self.f_a_proj(x)).astype(jnp.float32)
         step = jax.nn.softplus(rate + self.dt_bias[...][None, None])
         out = delta_rule(

@@ -18,7 +18,6 @@ from hcp_jax.cost.traffic import Remat, Traffic
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.parallel.halo import short_conv
 from hcp_jax.recurrence.api import state_space
 
 
@@ -126,15 +125,7 @@ class Mamba2(nnx.Module):
         """
         live_tp(cp)
         config, z, dt = self.config, self.z_proj(x), self.dt_proj(x)
-        names = ("x", "b", "c")
-        convolved = short_conv(
-            [getattr(self, f"{name}_proj")(x) for name in names],
-            [getattr(self, f"{name}_conv")[...] for name in names],
-            positions,
-            cp=cp,
-            biases=[getattr(self, f"{name}_conv_bias")[...] for name in names],
-        )
-        v, k, q = (jax.nn.silu(y) for y in convolved)
+        v, k, q = recurrent.convolved(self, ("x", "b", "c"), x, positions, cp)
         step = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
         step = jnp.clip(step, *config.step_limit)
         log_decay = -jnp.exp(self.A_log[...])[None, None] * step

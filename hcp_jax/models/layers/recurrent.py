@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from hcp_jax.cost.traffic import ITEM_BYTES, Remat, Traffic, halo_traffic, state_scan_traffic
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.halo import short_conv
 from hcp_jax.parallel.stream import stream_order
 
 
@@ -59,6 +60,33 @@ def mixer_traffic(
         remat=remat,
     )
     return halos + states
+
+
+def convolved(
+    mixer: nnx.Module,
+    names: tuple[str, ...],
+    x: Float[Array, "B T D"],
+    positions: Int32[Array, "B1 T"],
+    cp: ContextParallel | None,
+) -> list[Float[Array, "B T G K"]]:
+    """Return silu(short convolution of a projection of `x`), for each name.
+
+    Args:
+        mixer: has `NAME_proj`, `NAME_conv` and, if it convolves with biases, `NAME_conv_bias`.
+        names: of the projections.
+        x: hidden states.
+        positions: number of tokens of the same document before each token.
+        cp: context; None for one device.
+    """
+    biased = hasattr(mixer, f"{names[0]}_conv_bias")
+    found = short_conv(
+        [getattr(mixer, f"{name}_proj")(x) for name in names],
+        [getattr(mixer, f"{name}_conv")[...] for name in names],
+        positions,
+        cp=cp,
+        biases=[getattr(mixer, f"{name}_conv_bias")[...] for name in names] if biased else None,
+    )
+    return [jax.nn.silu(y) for y in found]
 
 
 class HeadNorm(nnx.Module):
