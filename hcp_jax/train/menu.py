@@ -25,9 +25,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.batch import Batch, PlacedMicrobatch
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.portions import Sums
 from hcp_jax.train.sharding import jit_on_mesh
 from hcp_jax.train.step import (
-    Sums,
     TrainState,
     make_train_step,
     make_update,

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.attention import layer_masks
-from hcp_jax.models.layers.embedding import live_axes
 from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.parallel import host_memory, spmd
@@ -34,6 +33,7 @@ from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.train.batch import Batch
 from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
+from hcp_jax.train.portions import Sums, reduced_once, split_portions, sum_portions
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, jit_on_mesh, state_shardings
 
@@ -50,20 +50,6 @@ class TrainState(NamedTuple):
     step: Any
     params: Any
     opt_state: Any
-
-
-class Sums(NamedTuple):
-    """Sums over the microbatches of a step so far, all in float32.
-
-    Attributes:
-        grads: gradients of `loss`, a tree like the parameters.
-        loss: Σ weight · loss over all tokens, in nats.
-        weight: Σ weight.
-    """
-
-    grads: Any
-    loss: Any
-    weight: Any
 
 
 def abstract_state(
@@ -161,11 +147,11 @@ def make_train_step(
     transform = make_optimizer(optimizer, num_steps)
     like = abstract_state(model, transform, cp, fsdp=fsdp)
     summed: Callable[[Any, Any, Any], Sums] = functools.partial(
-        _sum_portions, summed_gradients(model, like.params, cp)
+        sum_portions, summed_gradients(model, like.params, cp)
     )
     # With FSDP no device has room for all gradients: each microbatch's are reduce-scattered.
     if cp is not None and accumulation > 1 and not fsdp:
-        summed = _reduced_once(summed, cp)
+        summed = reduced_once(summed, cp)
     schedule = make_schedule(optimizer, num_steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -173,7 +159,9 @@ def make_train_step(
         # the sum of the weights. Devices of several CPU processes that began two collectives in
         # different orders would wait for each other.
         tokens = jnp.sum(batch["weights"])
-        grads, loss, _ = summed(state.params, _portions(batch, accumulation, cp), _nonzero(tokens))
+        grads, loss, _ = summed(
+            state.params, split_portions(batch, accumulation, cp), _nonzero(tokens)
+        )
         state, metrics = apply_gradients(
             state, grads, loss, tokens, transform, schedule, optimizer.weight_decay
         )
@@ -355,75 +343,6 @@ def _visible_pairs(batch: Batch, model: ModelConfig) -> Float[Array, ""]:
     if len(masks) == 1:
         return pairs(batch["mask"])
     return jnp.sum(jnp.stack([share * pairs(mask) for share, mask in masks]))
-
-
-def _portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any:
-    """Return the batch with a leading dim of `number` portions; row r is in portion r mod `number`.
-
-    Rows are cut over dp in equal stretches; taking every `number`-th row of each moves no data.
-    """
-    rows = batch["tokens"].shape[0]
-    each = number * (1 if cp is None else cp.axis_size(cp.dp))
-    if rows % each:
-        raise ValueError(
-            f"a batch of {rows} rows cannot be computed in accumulation={number} portions on "
-            f"dp={each // number}: the rows must be a multiple of {each}."
-        )
-
-    def split(x: Array) -> Array:
-        if x.shape[0] != rows:  # one for all rows
-            return jnp.broadcast_to(x, (number, *x.shape))
-        return x.reshape(rows // number, number, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, batch)
-
-
-def _reduced_once(
-    summed: Callable[[Any, Any, Any], Sums], cp: ContextParallel
-) -> Callable[[Any, Any, Any], Sums]:
-    """Return `summed` with its sums reduced over the devices once, after all portions.
-
-    Outside of a `shard_map`, XLA reduces the gradients of each layer in each portion.
-    """
-    axes = live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes)
-    if not axes:
-        return summed
-
-    def on_device(params: Any, portions: Any, weight: Any) -> Sums:
-        sums: Sums = jax.lax.psum(summed(params, portions, weight), axes)
-        return sums
-
-    def once(params: Any, portions: Any, weight: Any) -> Sums:
-        rows = portions["tokens"].shape[1]
-        tokens, each = PartitionSpec(None, *cp.spec(2)), PartitionSpec(None, cp.dp)
-        specs = {name: tokens for name in portions if name != "mask"}
-        # The devices of a row see all intervals of its mask.
-        mask = jax.tree.map(
-            lambda x: each if x.shape[1] == rows else PartitionSpec(), portions["mask"]
-        )
-        in_specs = (PartitionSpec(), specs | {"mask": mask}, PartitionSpec())
-        mapped = spmd.shard_map(cp.mesh, axes, on_device, in_specs, PartitionSpec())
-        sums: Sums = mapped(params, portions, weight)
-        return sums
-
-    return once
-
-
-def _sum_portions(
-    gradients: Callable[[Any, Batch, Any], Sums], params: Any, portions: Any, weight: Any
-) -> Sums:
-    """Return the sums over the portions (`_portions`), computed one after the other."""
-    number = jax.tree.leaves(portions)[0].shape[0]
-    if number == 1:
-        return gradients(params, jax.tree.map(lambda x: x[0], portions), weight)
-
-    def add(total: Sums, portion: Any) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, total, gradients(params, portion, weight)), None
-
-    nothing = jnp.zeros((), jnp.float32)
-    zeros = Sums(jax.tree.map(jnp.zeros_like, params), nothing, nothing)
-    total: Sums = jax.lax.scan(add, zeros, portions)[0]
-    return total
 
 
 def _shardings(tree: Any) -> Any:
