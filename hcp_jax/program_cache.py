@@ -64,7 +64,8 @@ def turn_on(*, several_hosts: bool = False, tell: bool = True) -> pathlib.Path |
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if tell:
-        terminal.say_error(f"compiled programs are kept in {folder} ({VARIABLE}=off turns this off)")
+        off = f"{VARIABLE}=off turns this off"
+        terminal.say_error(f"compiled programs are kept in {folder} ({off})")
     return folder
 
 
