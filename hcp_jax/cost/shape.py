@@ -8,13 +8,17 @@ Backward counts as twice forward (PaLM: Chowdhery et al., 2022, appendix B):
 
     matrix products   6 · weights · tokens           with the output head, without embedding lookup
     attention         12 · heads · H · pairs         per layer: two products of 2 FLOPs, times 3
+    recurrences       3 · FLOPs of a token · tokens  per layer (`recurrence.py`)
 
 The planner, the memory model, the scheduler of dynamic CP and the trainer's MFU all use this shape.
 """
 
 import collections
 import dataclasses
+import itertools
 from typing import Any
+
+from hcp_jax.cost.recurrence import Recurrence
 
 BACKWARD = 2.5  # FLOPs of an attention kernel's backward over its forward: five products to two
 
@@ -26,14 +30,16 @@ class LayerKind:
     Attributes:
         count: number of these layers.
         intermediate_size: of their MLP.
-        head_size: H.
+        head_size: H; 0 for layers that do not attend.
         sliding_window: number of tokens that a query sees; None for all earlier tokens.
+        recurrence: the recurrence of layers that do not attend; None for attention.
     """
 
     count: int
     intermediate_size: int
     head_size: int
     sliding_window: int | None
+    recurrence: Recurrence | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,9 @@ class ModelShape:
     """Sizes that determine the cost of a decoder; the names are those of `ModelConfig`.
 
     Attributes:
+        head_size: H; 0 for layers that do not attend.
         mlp_products: number of matrices of an MLP: 3 with a gate, 2 without.
+        recurrence: the recurrence of layers that do not attend; None for attention.
         kinds: the kinds of layers, if there are several; they replace the sizes above.
     """
 
@@ -56,22 +64,22 @@ class ModelShape:
     sliding_window: int | None = None
     loss_chunk: int = 1024
     mlp_products: int = 3
+    recurrence: Recurrence | None = None
     kinds: tuple[LayerKind, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
         """Return the shape of a `ModelConfig`."""
         counted = collections.Counter(
-            (layer.ffn.intermediate_size, layer.mixer.head_size, layer.mixer.window)
-            for layer in config.specs
+            (layer.ffn.intermediate_size, *layer.mixer.cost) for layer in config.specs
         )
         kinds = tuple(LayerKind(count, *sizes) for sizes, count in counted.items())
-        ours = {"mlp_products", "kinds", "intermediate_size", "head_size", "sliding_window"}
+        one = dict(vars(kinds[0]))
+        del one["count"]
+        ours = {"mlp_products", "kinds", *one}
         named = {
             f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name not in ours
         }
-        one = dataclasses.asdict(kinds[0])
-        del one["count"]
         return cls(**named, **one, kinds=kinds if len(kinds) > 1 else ())
 
     @property
@@ -86,10 +94,18 @@ class ModelShape:
                 intermediate_size=kind.intermediate_size,
                 head_size=kind.head_size,
                 sliding_window=kind.sliding_window,
+                recurrence=kind.recurrence,
                 kinds=(),
             )
             for kind in self.kinds
         )
+
+    @property
+    def tp_sizes(self) -> tuple[int, ...]:
+        """Sizes that tp must divide."""
+        recurrent = [kind.recurrence.tp_sizes for kind in self.by_kind if kind.recurrence]
+        widths = [kind.intermediate_size for kind in self.by_kind]
+        return (self.num_kv_heads, self.vocab_size, *widths, *itertools.chain(*recurrent))
 
     @property
     def query_width(self) -> int:
@@ -105,7 +121,9 @@ class ModelShape:
     def layer_params(self) -> int:
         """Number of weights of the matrix products of one layer, of the first kind."""
         mlp = self.mlp_products * self.intermediate_size
-        return self.hidden_size * (2 * self.query_width + 2 * self.kv_width + mlp)
+        attention = 2 * self.query_width + 2 * self.kv_width
+        mixer = 0 if self.recurrence is None else self.recurrence.product_params
+        return self.hidden_size * (attention + mlp) + mixer
 
     @property
     def layers_params(self) -> int:
@@ -143,5 +161,9 @@ def step_flops(model: ModelShape, tokens: float, pairs: float) -> float:
     >>> step_flops(tiny, 5, 15) == 6 * (4 * (12 + 24) + 40) * 5 + 12 * 2 * 2 * 15
     True
     """
-    per_pair = sum(kind.num_layers * kind.query_width for kind in model.by_kind)
-    return 6.0 * model.product_params * tokens + 12.0 * per_pair * pairs
+    kinds = model.by_kind
+    per_pair = sum(kind.num_layers * kind.query_width for kind in kinds)
+    recurrent = sum(
+        kind.num_layers * kind.recurrence.token_flops for kind in kinds if kind.recurrence
+    )
+    return (6.0 * model.product_params + 3.0 * recurrent) * tokens + 12.0 * per_pair * pairs

@@ -169,8 +169,10 @@ class ParallelConfig:
                 f"comm_type lists {len(r.comm_type)} layers, but the model has "
                 f"{model.num_layers}; give one comm type, or one per layer."
             )
-        for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
-            size = getattr(model, name)
+        sizes = {"vocab_size": model.vocab_size}
+        for stack in model.plan.stacks:
+            sizes |= stack.spec.tp_sizes
+        for name, size in sizes.items():
             if size % r.tp:
                 up = -(-size // r.tp) * r.tp
                 raise ValueError(

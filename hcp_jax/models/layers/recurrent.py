@@ -1,65 +1,25 @@
 """Parts that the recurrent mixers (Mamba-2, gated delta net, KDA) share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from hcp_jax.cost.traffic import ITEM_BYTES, Remat, Traffic, halo_traffic, state_scan_traffic
+from hcp_jax.models.specs import Mixer
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.halo import short_conv
-from hcp_jax.parallel.stream import stream_order
 
 
-def mixer_traffic(
-    cp: ContextParallel,
-    *,
-    rows: int,
-    heads: int,
-    state: tuple[int, int],
-    matrix: bool,
-    convolved: tuple[tuple[int, int], ...],
-    conv_size: int,
-    compute_dtype: str,
-    remat: Remat,
-) -> tuple[Traffic, ...]:
-    """List the collectives of one mixer in one step.
+def share(
+    spec: Mixer, positions: Int32[Array, "B1 T"], mask: Any, widest: int | None
+) -> Int32[Array, "B1 T"]:
+    """Return what recurrent layers share: the positions, whose zeros begin documents.
 
-    Args:
-        cp: the context.
-        rows: rows of the batch, over all dp devices.
-        heads: heads with a state, over all tp devices.
-        state: K and V, the size of a head's state.
-        matrix: as in `state_scan_traffic`.
-        convolved: heads and their size, for each array that is convolved.
-        conv_size: tokens that the convolution sees, the current one included.
-        compute_dtype: dtype in which halos are sent.
-        remat: as in `state_scan_traffic`.
+    Arguments as in `Attention.share`. The mask has no meaning for a state but its documents.
     """
-    stream, tp = stream_order(cp), cp.axis_size(cp.tp)
-    rows //= cp.axis_size(cp.dp)
-    halos = halo_traffic(
-        stream.axes,
-        cp.mesh.shape,
-        runs=stream.runs,
-        rows=rows,
-        halo=conv_size - 1,
-        channels=tuple((h if h % tp else h // tp) * size for h, size in convolved),
-        item_bytes=ITEM_BYTES[compute_dtype],
-        remat=remat,
-    )
-    states = state_scan_traffic(
-        stream.axes,
-        cp.mesh.shape,
-        runs=stream.runs,
-        rows=rows,
-        heads=heads // tp,
-        key_size=state[0],
-        value_size=state[1],
-        matrix=matrix,
-        remat=remat,
-    )
-    return halos + states
+    return positions
 
 
 def convolved(

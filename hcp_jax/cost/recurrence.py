@@ -1,0 +1,132 @@
+"""Count what a recurrent layer costs: FLOPs, bytes of memory, and what it moves between devices.
+
+Per token and head, with a state [K, V], the recurrence itself needs
+
+    state-space model   4 K V     add k vᵀ to the state, and read it
+    delta rule          6 K V     read the state for the key, add, and read it for the query
+
+FLOPs, besides 2 · width for each channel that is convolved. That is what MFU counts. A device
+computes chunks of L tokens with matrix products instead, which costs more FLOPs and is faster.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from hcp_jax.cost.traffic import Remat, Traffic, halo_traffic, state_scan_traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """What determines the cost of a recurrent layer; its specs make it (`models/specs.py`).
+
+    Attributes:
+        heads: H, heads with a state.
+        key_size: K, the rows of a head's state.
+        value_size: V, the columns of a head's state.
+        matrix: True for delta rules, which multiply the state by a matrix [K, K]; False if they
+            multiply it by a number.
+        convolved: heads and their size, for each array that is convolved.
+        conv_size: tokens that the convolution sees, the current one included.
+        chunk: L.
+        product_params: number of weights of the layer's matrix products.
+        tp_sizes: sizes that tp must divide.
+    """
+
+    heads: int
+    key_size: int
+    value_size: int
+    matrix: bool
+    convolved: tuple[tuple[int, int], ...]
+    conv_size: int
+    chunk: int
+    product_params: int
+    tp_sizes: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels that are convolved."""
+        return sum(heads * size for heads, size in self.convolved)
+
+    @property
+    def token_flops(self) -> float:
+        """FLOPs of the recurrence for one token, forward, without the projections.
+
+        >>> Recurrence(2, 8, 4, True, ((2, 8), (2, 8), (2, 4)), 4, 64, 0, (2,)).token_flops
+        704.0
+        """
+        each = 6.0 if self.matrix else 4.0
+        return each * self.heads * self.key_size * self.value_size + (
+            2.0 * self.conv_size * self.channels
+        )
+
+    @property
+    def chunk_flops(self) -> float:
+        """FLOPs of the matrix products that compute one token in chunks, forward.
+
+        >>> Recurrence(1, 8, 4, False, ((1, 4), (1, 8), (1, 8)), 4, 16, 0, (1,)).chunk_flops
+        512.0
+        """
+        k, v, length = self.key_size, self.value_size, self.chunk
+        if not self.matrix:  # k by q, weights by v; B, and the read of the state
+            groups = self.convolved[1][0]
+            return groups * 2.0 * length * k + self.heads * (2.0 * length * v + 4.0 * k * v)
+        # Products of keys and of queries, the inverse, what it writes and erases, and the outputs
+        # of both; A and B, the replay of the states, and the read.
+        inside = length * (4 * k + 2 * length / 3 + 4 * (v + k))
+        return self.heads * (inside + 2 * k * k + 4 * k * v + 2 * k * k * v / length)
+
+    @property
+    def chunk_bytes(self) -> float:
+        """Bytes of one token in the arrays that a layer's backward pass reads, all float32."""
+        k, v, length = self.key_size, self.value_size, self.chunk
+        if not self.matrix:
+            groups = self.convolved[1][0]
+            rows = groups * 2 * k + self.heads * (3 * v + 2 * length + 2 * k * v / length)
+            return 4.0 * rows
+        return 4.0 * self.heads * (6 * k + 3 * v + 5 * length + (k * k + 2 * k * v) / length)
+
+    def traffic(
+        self,
+        axes: tuple[str, ...],
+        sizes: Mapping[str, int],
+        *,
+        runs: int,
+        rows: int,
+        tp: int,
+        item_bytes: int,
+        remat: Remat = "none",
+    ) -> tuple[Traffic, ...]:
+        """List the collectives of one layer in one step.
+
+        Args:
+            axes: mesh axes that the stream is cut over, by names in `sizes`.
+            sizes: devices along each axis.
+            runs: runs of the stream on a device: 1 (contiguous) or 2 (zigzag).
+            rows: rows of the batch on one device.
+            tp: number of devices that the heads are cut over.
+            item_bytes: bytes of an element of the activations, which halos are.
+            remat: what backward recomputes; all policies but "none" repeat the forward pass.
+        """
+        channels = tuple((h if h % tp else h // tp) * size for h, size in self.convolved)
+        halos = halo_traffic(
+            axes,
+            sizes,
+            runs=runs,
+            rows=rows,
+            halo=self.conv_size - 1,
+            channels=channels,
+            item_bytes=item_bytes,
+            remat=remat,
+        )
+        states = state_scan_traffic(
+            axes,
+            sizes,
+            runs=runs,
+            rows=rows,
+            heads=self.heads // tp,
+            key_size=self.key_size,
+            value_size=self.value_size,
+            matrix=self.matrix,
+            remat=remat,
+        )
+        return halos + states
