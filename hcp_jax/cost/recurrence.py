@@ -30,6 +30,8 @@ class Recurrence:
         chunk: L.
         product_params: number of weights of the layer's matrix products.
         tp_sizes: sizes that tp must divide.
+        key_heads: G, heads of queries and keys; H / G heads share one.
+        channel_decays: True if each channel of the keys has a decay; False for one per head.
     """
 
     heads: int
@@ -41,6 +43,8 @@ class Recurrence:
     chunk: int
     product_params: int
     tp_sizes: tuple[int, ...]
+    key_heads: int
+    channel_decays: bool = False
 
     @property
     def channels(self) -> int:
@@ -51,7 +55,7 @@ class Recurrence:
     def token_flops(self) -> float:
         """FLOPs of the recurrence for one token, forward, without the projections.
 
-        >>> Recurrence(2, 8, 4, True, ((2, 8), (2, 8), (2, 4)), 4, 64, 0, (2,)).token_flops
+        >>> Recurrence(2, 8, 4, True, ((2, 8), (2, 8), (2, 4)), 4, 64, 0, (2,), 2).token_flops
         704.0
         """
         each = 6.0 if self.matrix else 4.0
@@ -63,13 +67,12 @@ class Recurrence:
     def chunk_flops(self) -> float:
         """FLOPs of the matrix products that compute one token in chunks, forward.
 
-        >>> Recurrence(1, 8, 4, False, ((1, 4), (1, 8), (1, 8)), 4, 16, 0, (1,)).chunk_flops
+        >>> Recurrence(1, 8, 4, False, ((1, 4), (1, 8), (1, 8)), 4, 16, 0, (1,), 1).chunk_flops
         512.0
         """
         k, v, length = self.key_size, self.value_size, self.chunk
         if not self.matrix:  # k by q, weights by v; B, and the read of the state
-            groups = self.convolved[1][0]
-            return groups * 2.0 * length * k + self.heads * (2.0 * length * v + 4.0 * k * v)
+            return self.key_heads * 2.0 * length * k + self.heads * (2.0 * length * v + 4.0 * k * v)
         # Products of keys and of queries, the inverse, what it writes and erases, and the outputs
         # of both; A and B, the replay of the states, and the read.
         inside = length * (4 * k + 2 * length / 3 + 4 * (v + k))
@@ -80,8 +83,7 @@ class Recurrence:
         """Bytes of one token in the arrays that a layer's backward pass reads, all float32."""
         k, v, length = self.key_size, self.value_size, self.chunk
         if not self.matrix:
-            groups = self.convolved[1][0]
-            rows = groups * 2 * k + self.heads * (3 * v + 2 * length + 2 * k * v / length)
+            rows = self.key_heads * 2 * k + self.heads * (3 * v + 2 * length + 2 * k * v / length)
             return 4.0 * rows
         return 4.0 * self.heads * (6 * k + 3 * v + 5 * length + (k * k + 2 * k * v) / length)
 

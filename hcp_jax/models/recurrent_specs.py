@@ -121,7 +121,7 @@ class Recurrent:
     depth: int = 1
     dtype: str = "bfloat16"
 
-    title: ClassVar[str]
+    kind: ClassVar[str]
     window: ClassVar[int | None] = None  # nothing cuts off what a state holds
     pair_width: ClassVar[int] = 0  # no pairs of queries and keys
 
@@ -168,7 +168,7 @@ class Recurrent:
 class Mamba2Spec(Recurrent, Mamba2Config):
     """Mamba-2 (Dao and Gu, 2024), as in Nemotron-H."""
 
-    title: ClassVar[str] = "mamba2"
+    kind: ClassVar[str] = "mamba2"
 
     @property
     def recurrence(self) -> Recurrence:
@@ -185,6 +185,7 @@ class Mamba2Spec(Recurrent, Mamba2Config):
             chunk=self.chunk,
             product_params=self.hidden_size * (3 * inner + 2 * states + self.num_heads),
             tp_sizes=(self.num_heads,),
+            key_heads=self.num_groups,
         )
 
     @property
@@ -197,7 +198,7 @@ class Mamba2Spec(Recurrent, Mamba2Config):
 class GatedDeltaSpec(Recurrent, GatedDeltaConfig):
     """Gated delta net (Yang et al., 2024), as in Qwen3-Next."""
 
-    title: ClassVar[str] = "gated_delta"
+    kind: ClassVar[str] = "gated_delta"
 
     @property
     def recurrence(self) -> Recurrence:
@@ -215,6 +216,7 @@ class GatedDeltaSpec(Recurrent, GatedDeltaConfig):
             chunk=self.chunk,
             product_params=self.hidden_size * width,
             tp_sizes=tuple(self.tp_sizes.values()),
+            key_heads=self.num_key_heads,
         )
 
     @property
@@ -230,7 +232,7 @@ class GatedDeltaSpec(Recurrent, GatedDeltaConfig):
 class KDASpec(Recurrent, KDAConfig):
     """Kimi delta attention (Kimi Linear, 2025)."""
 
-    title: ClassVar[str] = "kda"
+    kind: ClassVar[str] = "kda"
 
     @property
     def recurrence(self) -> Recurrence:
@@ -247,12 +249,26 @@ class KDASpec(Recurrent, KDAConfig):
             chunk=self.chunk,
             product_params=width * (4 * inner + self.num_heads) + 2 * size * (width + inner),
             tp_sizes=(self.num_heads,),
+            key_heads=self.num_heads,
+            channel_decays=True,
         )
 
     @property
     def tp_sizes(self) -> dict[str, int]:
         """Sizes that tp must divide, by the name of their setting."""
         return {"kda.num_heads": self.num_heads}
+
+
+def shrunk(config: Any, most: int) -> Any:
+    """Return a config with its heads, each of at most `most` rows and columns; None for None."""
+    if config is None:
+        return None
+    sizes = {
+        f.name: min(getattr(config, f.name), most)
+        for f in dataclasses.fields(config)
+        if f.name in ("head_size", "state_size", "key_size", "value_size")
+    }
+    return dataclasses.replace(config, **sizes)
 
 
 def _multiple(prefix: str, config: object, name: str, of: str) -> None:

@@ -96,7 +96,7 @@ class AttentionSpec:
     dtype: str
     implementation: str | None
 
-    title: ClassVar[str] = ""  # a comm type says how attention is computed
+    kind: ClassVar[str] = "attention"
     recurrence: ClassVar[Recurrence | None] = None
 
     @property

@@ -58,7 +58,8 @@ def describe(
     for layer, spec in enumerate(model.specs):
         layer_cp = cp.for_layer(layer)
         moved = layer_traffic(layer_cp, spec.mixer, batch_size, seq_len)
-        how = spec.mixer.title or str(layer_cp.comm_type)
+        attends = spec.mixer.recurrence is None
+        how = str(layer_cp.comm_type) if attends else spec.mixer.kind
         layers.setdefault((how, moved), []).append(layer)
     for (how, moved), numbers in layers.items():
         yield f"{_ranges(numbers)} ({how}), each: {_moved(moved)}"
