@@ -74,7 +74,7 @@ class ModelShape:
             (layer.ffn.intermediate_size, *layer.mixer.cost) for layer in config.specs
         )
         kinds = tuple(LayerKind(count, *sizes) for sizes, count in counted.items())
-        one = dict(vars(kinds[0]))
+        one = dict(vars(next((kind for kind in kinds if kind.head_size), kinds[0])))
         del one["count"]
         ours = {"mlp_products", "kinds", *one}
         named = {

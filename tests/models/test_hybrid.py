@@ -17,17 +17,17 @@ from hcp_jax.train.step import init_state, make_train_step
 
 SIZES = {
     "vocab_size": 64,
-    "hidden_size": 16,
+    "hidden_size": 32,
     "intermediate_size": 32,
     "num_heads": 4,
     "num_kv_heads": 2,
 }
 MIXERS = {
-    "mamba2": Mamba2Config(num_heads=4, head_size=4, state_size=3, num_groups=2, chunk=8),
+    "mamba2": Mamba2Config(num_heads=4, head_size=8, state_size=8, num_groups=2, chunk=8),
     "gated_delta": GatedDeltaConfig(
-        num_key_heads=2, num_value_heads=4, key_size=4, value_size=4, chunk=8
+        num_key_heads=2, num_value_heads=4, key_size=8, value_size=8, chunk=8
     ),
-    "kda": KDAConfig(num_heads=4, head_size=4, chunk=8),
+    "kda": KDAConfig(num_heads=4, head_size=8, chunk=8),
 }
 MODEL = ModelConfig(**SIZES, **MIXERS, num_layers=4, layers="MGKA", compute_dtype="float32")
 
@@ -51,8 +51,12 @@ def batches(steps, rows, length):
 
 
 def curve(model, cp, steps, *, fsdp=False, rows=2, length=45):
-    """The loss of each step."""
-    settings = OptimizerConfig(learning_rate=4e-3, warmup_steps=10)
+    """The loss of each step.
+
+    The steps are small: larger ones make models of this size chaotic, so that on one device a
+    change of the parameters by 1e-7 changes the loss by 1e-4 within 20 steps.
+    """
+    settings = OptimizerConfig(learning_rate=1e-3, warmup_steps=5)
     optimizer = make_optimizer(settings, steps)
     state = init_state(model, optimizer, 0, cp, fsdp=fsdp)
     step = make_train_step(model, settings, steps, cp, fsdp=fsdp)
@@ -71,7 +75,7 @@ def test_a_hybrid_trains_alike_on_one_device_and_on_eight():
     mesh = hcp.make_mesh(cp_outer=4, cp_inner=2)
     many = curve(MODEL, hcp.ContextParallel(mesh, "a2a+p2p"), steps)
     np.testing.assert_allclose(many, alone, rtol=0, atol=2e-4)
-    assert alone[-1] < alone[0] - 0.1  # it learns
+    assert alone[-1] < alone[0] - 0.02  # it learns
 
 
 @pytest.mark.slow

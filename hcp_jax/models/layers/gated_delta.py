@@ -10,10 +10,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
+from hcp_jax.models.layers.recurrent import Tokens
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec
 from hcp_jax.models.rules import Rule, Rules, matrix
 from hcp_jax.parallel.context import ContextParallel
@@ -26,7 +27,7 @@ class GatedDeltaNet(nnx.Module):
     >>> spec = GatedDeltaSpec(hidden_size=8, num_key_heads=1, num_value_heads=2, key_size=4,
     ...                       value_size=4)
     >>> mixer = GatedDeltaNet(spec, rngs=nnx.Rngs(0))
-    >>> mixer(jnp.ones((1, 6, 8)), positions=jnp.arange(6)[None]).shape
+    >>> mixer(jnp.ones((1, 6, 8)), Tokens(jnp.arange(6)[None])).shape
     (1, 6, 8)
     """
 
@@ -66,14 +67,14 @@ class GatedDeltaNet(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int32[Array, "B1 T"],
+        tokens: Tokens,
         cp: ContextParallel | None = None,
     ) -> Float[Array, "B T D"]:
         """Mix the tokens of each document; arguments as in `Mamba2`."""
         live_tp(cp)
         spec = self.spec
         z, a, b = self.z_proj(x), self.a_proj(x), self.b_proj(x)
-        q, k, v = recurrent.convolved(self, ("q", "k", "v"), x, positions, cp)
+        q, k, v = recurrent.convolved(self, ("q", "k", "v"), x, tokens, cp)
         step = jax.nn.softplus(a.astype(jnp.float32) + self.dt_bias[...][None, None])
         out = delta_rule(
             recurrent.unit_length(q, spec.key_size**-0.5),
@@ -81,8 +82,9 @@ class GatedDeltaNet(nnx.Module):
             v,
             jax.nn.sigmoid(b.astype(jnp.float32)),
             -jnp.exp(self.A_log[...])[None, None] * step,
-            positions,
+            tokens.positions,
             cp=cp,
+            order=tokens.order,
             chunk=spec.chunk,
         )
         out = self.norm(out) * jax.nn.silu(z.astype(jnp.float32))

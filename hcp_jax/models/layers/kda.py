@@ -10,10 +10,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
+from hcp_jax.models.layers.recurrent import Tokens
 from hcp_jax.models.recurrent_specs import KDASpec
 from hcp_jax.models.rules import Rule, Rules, matrix
 from hcp_jax.parallel.context import ContextParallel
@@ -25,7 +26,7 @@ class KDA(nnx.Module):
 
     >>> spec = KDASpec(hidden_size=8, num_heads=2, head_size=4)
     >>> mixer = KDA(spec, rngs=nnx.Rngs(0))
-    >>> mixer(jnp.ones((1, 6, 8)), positions=jnp.arange(6)[None]).shape
+    >>> mixer(jnp.ones((1, 6, 8)), Tokens(jnp.arange(6)[None])).shape
     (1, 6, 8)
     """
 
@@ -66,13 +67,13 @@ class KDA(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int32[Array, "B1 T"],
+        tokens: Tokens,
         cp: ContextParallel | None = None,
     ) -> Float[Array, "B T D"]:
         """Mix the tokens of each document; arguments as in `Mamba2`."""
         live_tp(cp)
         spec = self.spec
-        q, k, v = recurrent.convolved(self, ("q", "k", "v"), x, positions, cp)
+        q, k, v = recurrent.convolved(self, ("q", "k", "v"), x, tokens, cp)
         rate = self.f_b_proj(self.f_a_proj(x)).astype(jnp.float32)
         step = jax.nn.softplus(rate + self.dt_bias[...][None, None])
         out = delta_rule(
@@ -81,8 +82,9 @@ class KDA(nnx.Module):
             v,
             jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32)),
             -jnp.exp(self.A_log[...])[None, None, :, None] * step,
-            positions,
+            tokens.positions,
             cp=cp,
+            order=tokens.order,
             chunk=spec.chunk,
         )
         gate = self.g_b_proj(self.g_a_proj(x)).astype(jnp.float32)

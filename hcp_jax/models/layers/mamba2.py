@@ -10,10 +10,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from hcp_jax.models.layers import recurrent
 from hcp_jax.models.layers.embedding import live_tp
+from hcp_jax.models.layers.recurrent import Tokens
 from hcp_jax.models.recurrent_specs import Mamba2Spec
 from hcp_jax.models.rules import Rule, Rules, bias, matrix
 from hcp_jax.parallel.context import ContextParallel
@@ -25,7 +26,7 @@ class Mamba2(nnx.Module):
 
     >>> spec = Mamba2Spec(hidden_size=8, num_heads=4, head_size=4, state_size=4)
     >>> mixer = Mamba2(spec, rngs=nnx.Rngs(0))
-    >>> mixer(jnp.ones((1, 6, 8)), positions=jnp.arange(6)[None]).shape
+    >>> mixer(jnp.ones((1, 6, 8)), Tokens(jnp.arange(6)[None])).shape
     (1, 6, 8)
     """
 
@@ -68,19 +69,19 @@ class Mamba2(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int32[Array, "B1 T"],
+        tokens: Tokens,
         cp: ContextParallel | None = None,
     ) -> Float[Array, "B T D"]:
         """Mix the tokens of each document.
 
         Args:
             x: hidden states, in cp's layout.
-            positions: number of tokens of the same document before each token.
+            tokens: positions of the tokens in their documents, and with groups their order.
             cp: context; None for one device.
         """
         live_tp(cp)
         spec, z, dt = self.spec, self.z_proj(x), self.dt_proj(x)
-        v, k, q = recurrent.convolved(self, ("x", "b", "c"), x, positions, cp)
+        v, k, q = recurrent.convolved(self, ("x", "b", "c"), x, tokens, cp)
         step = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
         if spec.step_limit is not None:
             step = jnp.clip(step, *spec.step_limit)
@@ -90,8 +91,9 @@ class Mamba2(nnx.Module):
             k,
             (v * step[..., None]).astype(v.dtype),
             log_decay,
-            positions,
+            tokens.positions,
             cp=cp,
+            order=tokens.order,
             chunk=spec.chunk,
         )
         y = y.astype(jnp.float32) + self.D[...][None, None, :, None] * v

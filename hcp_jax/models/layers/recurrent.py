@@ -1,6 +1,6 @@
 """Parts that the recurrent mixers (Mamba-2, gated delta net, KDA) share."""
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,41 @@ from jaxtyping import Array, Float, Int32
 from hcp_jax.models.specs import Mixer
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.halo import short_conv
+from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
+from hcp_jax.sequence.placement import Groups
+
+
+class Tokens(NamedTuple):
+    """What all recurrent layers share.
+
+    Attributes:
+        positions: number of tokens of the same document before each token.
+        order: with groups, one past each token's global index; None for streams.
+    """
+
+    positions: Int32[Array, "B1 T"]
+    order: Int32[Array, "B1 T"] | None = None
 
 
 def share(
-    spec: Mixer, positions: Int32[Array, "B1 T"], mask: Any, widest: int | None
-) -> Int32[Array, "B1 T"]:
-    """Return what recurrent layers share: the positions, whose zeros begin documents.
+    spec: Mixer, positions: Int32[Array, "B1 T"], mask: Mask | PlacedMask, widest: int | None
+) -> Tokens:
+    """Return what recurrent layers share; arguments as in `Attention.share`.
 
-    Arguments as in `Attention.share`. The mask has no meaning for a state but its documents.
+    Of the mask they need nothing but the order of the tokens of groups: positions tell where
+    documents begin.
     """
-    return positions
+    if isinstance(mask, PlacedMask) and isinstance(mask.placement, Groups):
+        return Tokens(positions, jnp.asarray(mask.intervals.end))
+    return Tokens(positions)
 
 
 def convolved(
     mixer: nnx.Module,
     names: tuple[str, ...],
     x: Float[Array, "B T D"],
-    positions: Int32[Array, "B1 T"],
+    tokens: Tokens,
     cp: ContextParallel | None,
 ) -> list[Float[Array, "B T G K"]]:
     """Return silu(short convolution of a projection of `x`), for each name.
@@ -35,15 +53,16 @@ def convolved(
         mixer: has `NAME_proj`, `NAME_conv` and, if it convolves with biases, `NAME_conv_bias`.
         names: of the projections.
         x: hidden states.
-        positions: number of tokens of the same document before each token.
+        tokens: what `share` returned.
         cp: context; None for one device.
     """
     biased = hasattr(mixer, f"{names[0]}_conv_bias")
     found = short_conv(
         [getattr(mixer, f"{name}_proj")(x) for name in names],
         [getattr(mixer, f"{name}_conv")[...] for name in names],
-        positions,
+        tokens.positions,
         cp=cp,
+        order=tokens.order,
         biases=[getattr(mixer, f"{name}_conv_bias")[...] for name in names] if biased else None,
     )
     return [jax.nn.silu(y) for y in found]

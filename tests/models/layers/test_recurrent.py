@@ -14,6 +14,7 @@ from hcp_jax.compiled.hlo import collectives
 from hcp_jax.models.layers.gated_delta import GatedDeltaNet
 from hcp_jax.models.layers.kda import KDA
 from hcp_jax.models.layers.mamba2 import Mamba2
+from hcp_jax.models.layers.recurrent import Tokens
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
 
 B, T, D = 2, 45, 16
@@ -73,7 +74,7 @@ def run(name, cp, specs=None):
     @jax.jit
     def step(params, x, positions, dy):
         def mix(params, x):
-            return nnx.merge(graph, params)(x, positions=positions, cp=cp)
+            return nnx.merge(graph, params)(x, Tokens(positions), cp=cp)
 
         y, vjp = jax.vjp(mix, params, x)
         return y, *vjp(dy)
@@ -111,7 +112,7 @@ def test_packed_documents_come_out_as_if_alone(name):
     graph, params = new(name)
     x, _ = inputs()
     y = alone(name)[0]
-    mix = jax.jit(lambda x: nnx.merge(graph, params)(x, positions=jnp.arange(x.shape[1])[None]))
+    mix = jax.jit(lambda x: nnx.merge(graph, params)(x, Tokens(jnp.arange(x.shape[1])[None])))
     np.testing.assert_allclose(mix(x[:1, 3:23]), y[:1, 3:23], rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +128,7 @@ def test_the_list_of_what_a_mixer_moves_is_what_its_program_moves(name, sizes, l
     graph, params = new(name)
     x = jax.ShapeDtypeStruct((B, 64, D), jnp.float32, sharding=cp.sharding(3))
     positions = jax.ShapeDtypeStruct((B, 64), jnp.int32, sharding=cp.sharding(2))
-    mix = jax.jit(lambda x, positions: nnx.merge(graph, params)(x, positions=positions, cp=cp))
+    mix = jax.jit(lambda x, positions: nnx.merge(graph, params)(x, Tokens(positions), cp=cp))
     found, listed = Counter(), Counter()
     for c in collectives(mix.lower(x, positions).compile().as_text()):
         found[c.kind] += c.count * c.bytes

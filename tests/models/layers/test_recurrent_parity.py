@@ -9,6 +9,7 @@ from flax import nnx
 from hcp_jax.models.layers.gated_delta import GatedDeltaNet
 from hcp_jax.models.layers.kda import KDA
 from hcp_jax.models.layers.mamba2 import Mamba2
+from hcp_jax.models.layers.recurrent import Tokens
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
 
 NEEDED = "compares with transformers on torch; pip install 'hcp_jax[parity]'"
@@ -45,7 +46,7 @@ def check(mixer, params, layer):
     with torch.no_grad():
         expected = layer(torch.from_numpy(x)).numpy()
     positions = jnp.arange(T)[None]
-    got = jax.jit(lambda params, x: nnx.merge(graph, params)(x, positions=positions))(params, x)
+    got = jax.jit(lambda params, x: nnx.merge(graph, params)(x, Tokens(positions)))(params, x)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
 
 
