@@ -10,9 +10,18 @@ computes chunks of L tokens with matrix products instead, which costs more FLOPs
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
-from hcp_jax.cost.traffic import Remat, Traffic, halo_traffic, state_scan_traffic
+from hcp_jax.cost.traffic import (
+    EXCHANGE_HEADS,
+    STATE_BYTES,
+    Direction,
+    Remat,
+    Traffic,
+    halo_traffic,
+    state_scan_traffic,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,3 +141,50 @@ class Recurrence:
             remat=remat,
         )
         return halos + states
+
+    def grouped_traffic(
+        self,
+        axes: tuple[str, ...],
+        widest: int,
+        *,
+        tokens: int,
+        tp: int,
+        item_bytes: int,
+        remat: Remat = "none",
+    ) -> tuple[Traffic, ...]:
+        """List the exchanges of heads of one layer in one step under groups; they grow with tokens.
+
+        Args:
+            axes: mesh axes that groups span.
+            widest: devices of the widest group, among which heads are exchanged.
+            tokens: slots of a device's buffer.
+            tp: as in `traffic`.
+            item_bytes: as in `traffic`.
+            remat: as in `traffic`.
+        """
+        if widest == 1:
+            return ()
+        channels = [(h if h % tp else h // tp) * size for h, size in self.convolved]
+        convolved = tokens * item_bytes * sum(-(-n // widest) * widest for n in channels)
+        heads = self.heads // tp
+        parts = widest // math.gcd(widest, heads)
+        key_heads = math.lcm(math.lcm(self.key_heads, tp) // tp, widest)
+        values = heads * parts * -(-self.value_size // parts)
+        numbers = self.matrix + (self.key_size if self.channel_decays else 1)  # beta and decays
+        items = 2 * key_heads * self.key_size + values
+        inputs = tokens * (items * item_bytes + heads * parts * numbers * STATE_BYTES)
+        outputs = tokens * values * item_bytes
+        arrays = len(self.convolved)
+        moved = (
+            (arrays, convolved),
+            (arrays, convolved),
+            (4 + self.matrix, inputs),
+            (1, outputs),
+        )
+
+        def all_of(direction: Direction, repeated: bool = False) -> list[Traffic]:
+            names = EXCHANGE_HEADS, "all-to-all", direction, axes, widest
+            return [Traffic(*names, arrays, 1, put, repeated) for arrays, put in moved]
+
+        again = all_of("backward", repeated=True) if remat != "none" else []
+        return (*all_of("forward"), *again, *all_of("backward"))

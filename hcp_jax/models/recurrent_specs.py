@@ -148,11 +148,20 @@ class Recurrent:
         Args:
             cp: context of the layer.
             rows: rows of the batch, over all dp devices.
-            tokens: tokens of a row, with padding; the bytes do not depend on them.
+            tokens: tokens of a row, with padding; only under groups do the bytes depend on them.
             remat: what backward recomputes.
         """
         from hcp_jax.sequence.layout import runs_per_device
 
+        if cp.widest_group is not None:
+            return self.recurrence.grouped_traffic(
+                cp.flat_axes,
+                cp.widest_group,
+                tokens=tokens // cp.size,
+                tp=cp.axis_size(cp.tp),
+                item_bytes=ITEM_BYTES[self.dtype],
+                remat=remat,
+            )
         return self.recurrence.traffic(
             cp.cp_axes,
             cp.mesh.shape,

@@ -40,7 +40,7 @@ def checks(cp: ContextParallel, model: ModelConfig, length: int) -> Iterator[Che
         inputs = random_inputs(rng, recurrence, (rows, length))
         exact = sequential(recurrence, inputs, positions == 0)
         placed = {name: cp.shard(x.astype(np.float32)) for name, x in inputs.items()}
-        found = _computed(cp, recurrence, placed, cp.shard(positions.astype(np.int32)))
+        found = computed(cp, recurrence, placed, cp.shard(positions.astype(np.int32)))
         errors = {
             name: measures.relative(
                 np.asarray(cp.unshard(found[name], dim=1, length=length), np.float64), want
@@ -98,11 +98,27 @@ def _sequential(recurrence: Recurrence, inputs: Any, starts: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _computed(cp: ContextParallel, recurrence: Recurrence, inputs: Any, positions: Any) -> Any:
+def computed(
+    cp: ContextParallel, recurrence: Recurrence, inputs: Any, positions: Any, order: Any = None
+) -> Any:
+    """Return the output, and the gradients of the inputs, over the mesh.
+
+    Args:
+        cp: context.
+        recurrence: kind and sizes.
+        inputs: arrays of `random_inputs`, on the devices.
+        positions: position of each token in its document.
+        order: with groups, one past the global index of each token.
+    """
+
+    options: Any = {"cp": cp, "order": order, "chunk": recurrence.chunk}
+
     def run(q: Any, k: Any, v: Any, decay: Any, beta: Any) -> Any:
         if recurrence.matrix:
-            return delta_rule(q, k, v, beta, decay, positions, cp=cp, chunk=recurrence.chunk)
-        return state_space(q, k, v, decay, positions, cp=cp, chunk=recurrence.chunk)
+            return delta_rule(
+                q, k, v, beta, decay, positions, cp=cp, order=order, chunk=recurrence.chunk
+            )
+        return state_space(q, k, v, decay, positions, cp=cp, order=order, chunk=recurrence.chunk)
 
     return _with_gradients(run, inputs)
 
