@@ -110,15 +110,12 @@ def computed(
         positions: position of each token in its document.
         order: with groups, one past the global index of each token.
     """
-
     options: Any = {"cp": cp, "order": order, "chunk": recurrence.chunk}
 
     def run(q: Any, k: Any, v: Any, decay: Any, beta: Any) -> Any:
         if recurrence.matrix:
-            return delta_rule(
-                q, k, v, beta, decay, positions, cp=cp, order=order, chunk=recurrence.chunk
-            )
-        return state_space(q, k, v, decay, positions, cp=cp, order=order, chunk=recurrence.chunk)
+            return delta_rule(q, k, v, beta, decay, positions, **options)
+        return state_space(q, k, v, decay, positions, **options)
 
     return _with_gradients(run, inputs)
 
