@@ -54,7 +54,8 @@ def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1
     return MemoryEstimate(
         state=12.0 * model.params / split.tp / shards,
         kept=sum(kind.num_layers * _kept(kind, split, t) for kind in kinds),
-        hidden=4 * 2.0 * t * model.hidden_size,
+        # Those of each depth of multi-token prediction live beside the model's own.
+        hidden=(1 + model.mtp_depths) * 4 * 2.0 * t * model.hidden_size,
         vocabulary=_vocabulary(model, split, t),
         gradients=4.0 * (model.layers_params / split.tp) / shards,
         layer=max(_layer(kind, split, t) for kind in kinds),

@@ -42,7 +42,10 @@ class ModelShape:
 
     Attributes:
         mlp_products: number of matrices of an MLP: 3 with a gate, 2 without.
-        kinds: the kinds of layers, if there are several; they replace the sizes above.
+        mtp_depths: depths of multi-token prediction. Each has a projection from twice the hidden
+            size, one more layer as the last one, and a use of the output head.
+        kinds: the kinds of layers, if there are several; they replace the sizes above. The layers
+            of depths are counted in theirs.
     """
 
     vocab_size: int
@@ -56,6 +59,7 @@ class ModelShape:
     sliding_window: int | None = None
     loss_chunk: int = 1024
     mlp_products: int = 3
+    mtp_depths: int = 0
     kinds: tuple[LayerKind, ...] = ()
 
     @classmethod
@@ -63,7 +67,7 @@ class ModelShape:
         """Return the shape of a `ModelConfig`."""
         counted = collections.Counter(
             (layer.ffn.intermediate_size, layer.mixer.head_size, layer.mixer.window)
-            for layer in config.specs
+            for layer in (config.specs[number] for number in config.computed_layers)
         )
         kinds = tuple(LayerKind(count, *sizes) for sizes, count in counted.items())
         ours = {"mlp_products", "kinds", "intermediate_size", "head_size", "sliding_window"}
@@ -78,7 +82,7 @@ class ModelShape:
     def by_kind(self) -> "tuple[ModelShape, ...]":
         """The shape of a decoder of each kind of layers alone; its `num_layers` is their number."""
         if not self.kinds:
-            return (self,)
+            return (dataclasses.replace(self, num_layers=self.computed_layers, mtp_depths=0),)
         return tuple(
             dataclasses.replace(
                 self,
@@ -86,10 +90,16 @@ class ModelShape:
                 intermediate_size=kind.intermediate_size,
                 head_size=kind.head_size,
                 sliding_window=kind.sliding_window,
+                mtp_depths=0,
                 kinds=(),
             )
             for kind in self.kinds
         )
+
+    @property
+    def computed_layers(self) -> int:
+        """Number of layers with those of multi-token prediction."""
+        return self.num_layers + self.mtp_depths
 
     @property
     def query_width(self) -> int:
@@ -109,8 +119,9 @@ class ModelShape:
 
     @property
     def layers_params(self) -> int:
-        """Number of weights of the matrix products of all layers."""
-        return sum(kind.num_layers * kind.layer_params for kind in self.by_kind)
+        """Number of weights of the matrix products of all layers, with those of depths."""
+        projections = 2 * self.mtp_depths * self.hidden_size**2
+        return projections + sum(kind.num_layers * kind.layer_params for kind in self.by_kind)
 
     @property
     def head_params(self) -> int:
@@ -119,14 +130,17 @@ class ModelShape:
 
     @property
     def product_params(self) -> int:
-        """Number of weights that every token is multiplied by: all layers and the output head."""
-        return self.layers_params + self.head_params
+        """Number of weights that every token is multiplied by: all layers and the output head.
+
+        The head counts once for the next token, and once more for each depth.
+        """
+        return self.layers_params + (1 + self.mtp_depths) * self.head_params
 
     @property
     def params(self) -> int:
         """Number of all parameters, with norms."""
         embeddings = self.head_params * (1 if self.tie_embeddings else 2)
-        norms = (2 * self.num_layers + 1) * self.hidden_size
+        norms = (2 * self.num_layers + 1 + 5 * self.mtp_depths) * self.hidden_size
         return self.layers_params + embeddings + norms
 
 

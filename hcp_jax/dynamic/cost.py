@@ -133,17 +133,17 @@ class TimedMicrobatch(NamedTuple):
 def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
     """Return the parameters of `Cost` for a model, in bfloat16 and without recomputation."""
     forward, backward = (on.attention_rate("triton", d).value for d in ("forward", "backward"))
-    pair_flops = 4 * model.num_layers * model.query_width / tp
+    pair_flops = 4 * model.computed_layers * model.query_width / tp
     linear_flops = 6 * model.product_params / tp
     return {
         "seconds_per_pair": pair_flops * (1 / forward + BACKWARD / backward),
         "seconds_per_token": linear_flops / (LINEAR_SHARE * on.product_rate.value),
         "seconds_per_microbatch": MICROBATCH_SECONDS,
-        "kv_bytes_per_token": 2 * _ITEM_BYTES * model.num_layers * model.kv_width / tp,
-        "q_bytes_per_token": _ITEM_BYTES * model.num_layers * model.query_width / tp,
+        "kv_bytes_per_token": 2 * _ITEM_BYTES * model.computed_layers * model.kv_width / tp,
+        "q_bytes_per_token": _ITEM_BYTES * model.computed_layers * model.query_width / tp,
         "seconds_per_byte_inside": 1 / on.nvlink.rate.value,
         "seconds_per_byte_across": 1 / on.network.rate.value,
-        "seconds_per_hop": model.num_layers * on.nvlink.latency,
+        "seconds_per_hop": model.computed_layers * on.nvlink.latency,
     }
 
 

@@ -68,6 +68,9 @@ class ModelConfig:
         norm_shifted: the parameter of every RMSNorm is its scale minus 1 (Gemma).
         embedding_scale: factor of the embeddings; 1 if None (Gemma: sqrt(hidden_size)).
         final_soft_cap: soft cap of the output logits; None for no cap.
+        mtp_depths: number of tokens predicted beyond the next one, each by a depth of its own
+            (multi-token prediction, DeepSeek-V3: `models/mtp.py`).
+        mtp_loss_weight: weight of their losses' mean, beside 1 for the main loss.
         remat: what a layer's backward pass recomputes: "none", "attention" (everything except
             attention, whose outputs are kept) or "full" (the whole layer).
         offload_activations: keep what a layer needs for its backward pass (its input, and what
@@ -119,6 +122,8 @@ class ModelConfig:
     norm_shifted: bool = field(default=False, metadata=numbers())
     embedding_scale: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
     final_soft_cap: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
+    mtp_depths: int = field(default=0, metadata=fixed_later(least=0, most=64))
+    mtp_loss_weight: float = field(default=0.3, metadata=numbers(least=0, most=1e6))
 
     def __post_init__(self):
         check(self, "model.")
@@ -166,6 +171,14 @@ class ModelConfig:
         return _specs(self)
 
     @property
+    def computed_layers(self) -> tuple[int, ...]:
+        """The number of every layer that is computed; the last layer's again for each MTP depth.
+
+        The layer of a depth has the spec and the comm type of the last layer.
+        """
+        return (*range(self.num_layers), *[self.num_layers - 1] * self.mtp_depths)
+
+    @property
     def widest_window(self) -> int | None:
         """The widest window of a layer; None if one sees all earlier tokens."""
         windows = [layer.mixer.window for layer in self.specs]
@@ -175,8 +188,8 @@ class ModelConfig:
     def window_shares(self) -> dict[int | None, float]:
         """The share of all layers' attention width (heads times head size) by window."""
         widths: dict[int | None, int] = {}
-        for layer in self.specs:
-            mixer = layer.mixer
+        for layer in self.computed_layers:
+            mixer = self.specs[layer].mixer
             width = mixer.num_heads * mixer.head_size
             widths[mixer.window] = widths.get(mixer.window, 0) + width
         total = sum(widths.values())

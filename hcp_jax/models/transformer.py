@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.attention.local import RESIDUALS
-from hcp_jax.models import rules
+from hcp_jax.models import mtp, rules
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers import decoder
 from hcp_jax.models.layers.decoder import MIXERS, DecoderLayer
@@ -72,6 +72,8 @@ class Transformer(nnx.Module):
         self.layers = stacks[0] if len(stacks) == 1 else Stacks(stacks)
         self.norm = make_norm(config.norm_spec, config.hidden_size, rngs)
         self.lm_head = None if config.tie_embeddings else _embedding(config, rngs)
+        if config.mtp_depths:
+            self.mtp = mtp.make_depths(config.specs[-1], config.mtp_depths, rngs)
 
     def __call__(
         self,
@@ -106,6 +108,76 @@ class Transformer(nnx.Module):
 
         return spmd.run(mesh, axes, hidden, spec, params, tokens, positions, mask)
 
+    def further(
+        self,
+        hidden: Float[Array, "B T D"],
+        targets: Int32[Array, "B T n"],
+        positions: Int32[Array, "B T"],
+        *,
+        mask: Mask | PlacedMask | None = None,
+        cp: ContextParallel | None = None,
+    ) -> list[Float[Array, "B T D"]]:
+        """Return the hidden states of each depth of multi-token prediction, after its norm.
+
+        Those of depth d predict the token d + 1 places further on than the model's own.
+
+        Args:
+            hidden: what the model returned for the tokens.
+            targets: for each of the n depths, the target of the depth before (the model's own
+                targets for the first): the token that it embeds.
+            positions: as for the model.
+            mask: as for the model.
+            cp: as for the model.
+
+        Raises:
+            ValueError: if there are targets for another number of depths.
+        """
+        config, depths = self.config, self.config.mtp_depths
+        if targets.shape[2:] != (depths,):
+            raise ValueError(
+                f"the model has mtp_depths={depths}, but the targets {targets.shape} are for "
+                f"{targets.shape[2:] or 'no'} depths."
+            )
+        live_tp(cp)
+        mask = config.mask() if mask is None else mask
+        mesh, axes = (None, ()) if cp is None else (cp.mesh, cp.axes)
+        spec = PartitionSpec(*spmd.explicit_spec(hidden)) if cp is None else cp.spec(3)
+        graphdef, params = nnx.split(self)
+
+        def further(params: Any, hidden: Any, targets: Any, positions: Any, mask: Any) -> Any:
+            model = nnx.merge(graphdef, params)
+            return model._further(hidden, targets, positions, mask, cp)
+
+        arrays = params, hidden, targets, positions, mask
+        found: list[Float[Array, "B T D"]] = spmd.run(mesh, axes, further, [spec] * depths, *arrays)
+        return found
+
+    def _further(self, hidden: Any, targets: Any, positions: Any, mask: Any, cp: Any) -> list[Any]:
+        config = self.config
+        last = config.specs[-1].mixer
+        shared = MIXERS[type(last)].share(last, positions, mask, config.widest_window)
+        layer_cp = None if cp is None else cp.for_layer(config.num_layers - 1)
+        graphdef, params = nnx.split(self.mtp)
+
+        def depth(params: Any, hidden: Any, embedded: Any) -> Any:
+            hidden = checkpoint_name(hidden, _INPUT)
+            return _cut(nnx.merge(graphdef, params)(hidden, embedded, shared, layer_cp), cp)
+
+        depth = _remat(depth, config, 1)
+        outputs = []
+        for number in range(config.mtp_depths):
+            own = jax.tree.map(operator.itemgetter(number), params)
+            hidden = depth(own, hidden, self._embedded(targets[..., number], cp))
+            outputs.append(nnx.merge(graphdef, own).norm(hidden))
+        return outputs
+
+    def _embedded(self, tokens: Any, cp: ContextParallel | None) -> Any:
+        config = self.config
+        x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        return x
+
     def _hidden(
         self, tokens: Any, positions: Any, mask: Mask | PlacedMask, cp: ContextParallel | None
     ) -> Any:
@@ -116,9 +188,7 @@ class Transformer(nnx.Module):
             )
             for stack in plan.stacks
         ]
-        x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
-        if config.embedding_scale is not None:
-            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = self._embedded(tokens, cp)
         whole = len(plan.stacks) == 1
         modules = (
             [self.layers]
@@ -179,8 +249,15 @@ def rule(path: tuple[str, ...]) -> rules.Rule:
     >>> rule(("layers", "self_attn", "q_proj", "kernel")).tp
     1
     """
+    if path[0] == "mtp":
+        return mtp.rule(path[1:])
     stack, inside = inside_layer(path)
     return rules.find(_RULES, path) if stack is None else decoder.rule(inside)
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Return whether a parameter's first dim counts layers, or depths of multi-token prediction."""
+    return path[0] in ("layers", "mtp")
 
 
 def inside_layer(path: tuple[str, ...]) -> tuple[int | None, tuple[str, ...]]:

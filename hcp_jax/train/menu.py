@@ -156,7 +156,7 @@ class Menu:
     def _compile_ends(self, abstract: TrainState) -> Sums:
         """Compile what begins and ends a step; return shapes and shardings of the sums."""
         cp = next(iter(self.contexts.values()))
-        like = abstract_sums(abstract.params, cp)
+        like = abstract_sums(abstract.params, cp, self._config.model.mtp_depths)
 
         def zeros() -> Sums:
             sums: Sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
@@ -169,16 +169,20 @@ class Menu:
         return like
 
 
-def abstract_sums(params: Any, cp: ContextParallel) -> Sums:
+def abstract_sums(params: Any, cp: ContextParallel, mtp_depths: int = 0) -> Sums:
     """Return shapes and shardings of the sums; gradients are sharded like the parameters.
 
     Args:
         params: shapes and shardings of the parameters.
         cp: their context parallelism.
+        mtp_depths: depths of multi-token prediction.
     """
     whole = NamedSharding(cp.mesh, PartitionSpec())
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    return Sums(params, scalar, scalar)
+
+    def sums(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+
+    return Sums(params, sums(), sums(), sums(2, mtp_depths) if mtp_depths else None)
 
 
 def make_accumulate(config: TrainConfig, cp: ContextParallel, like: Sums) -> jax.stages.Wrapped:

@@ -21,11 +21,13 @@ class Sums(NamedTuple):
         grads: gradients of `loss`, a tree like the parameters.
         loss: Σ weight · loss over all tokens, in nats.
         weight: Σ weight.
+        depths: `Losses.depths`; None without multi-token prediction.
     """
 
     grads: Any
     loss: Any
     weight: Any
+    depths: Any = None
 
 
 def split_portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any:
@@ -81,9 +83,22 @@ def reduced_once(
 
 
 def sum_portions(
-    gradients: Callable[[Any, Batch, Any], Sums], params: Any, portions: Any, weight: Any
+    gradients: Callable[[Any, Batch, Any], Sums],
+    params: Any,
+    portions: Any,
+    weight: Any,
+    *,
+    mtp_depths: int = 0,
 ) -> Sums:
-    """Return the sums over the portions (`split_portions`), computed one after the other."""
+    """Return the sums over the portions (`split_portions`), computed one after the other.
+
+    Args:
+        gradients: returns the sums of one portion.
+        params: its first argument.
+        portions: a batch with a leading dim of portions.
+        weight: its last argument.
+        mtp_depths: depths of multi-token prediction.
+    """
     number = jax.tree.leaves(portions)[0].shape[0]
     if number == 1:
         return gradients(params, jax.tree.map(lambda x: x[0], portions), weight)
@@ -92,6 +107,7 @@ def sum_portions(
         return jax.tree.map(jnp.add, total, gradients(params, portion, weight)), None
 
     nothing = jnp.zeros((), jnp.float32)
-    zeros = Sums(jax.tree.map(jnp.zeros_like, params), nothing, nothing)
+    by_depth = jnp.zeros((2, mtp_depths), jnp.float32) if mtp_depths else None
+    zeros = Sums(jax.tree.map(jnp.zeros_like, params), nothing, nothing, by_depth)
     total: Sums = jax.lax.scan(add, zeros, portions)[0]
     return total

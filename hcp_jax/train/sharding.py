@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import live_axes
-from hcp_jax.models.transformer import inside_layer, rule
+from hcp_jax.models.transformer import is_stacked, rule
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.host_memory import on_host
@@ -59,7 +59,7 @@ def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
 
     def spec(path: tuple[Any, ...], shape: Any) -> PartitionSpec:
         keys = tuple(key.key for key in path)
-        stacked, needs = int(inside_layer(keys)[0] is not None), rule(keys)
+        stacked, needs = int(is_stacked(keys)), rule(keys)
         cut: list[Any] = [None] * len(shape.shape)
         if needs.tp is not None and tp:
             cut[stacked + needs.tp] = tp

@@ -19,11 +19,12 @@ from hcp_jax.compiled import hlo
 from hcp_jax.cost.traffic import SCOPES
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.parallel.placing import Gathered
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.data.batches import read
+from hcp_jax.train.losses import make_eval_loss
 from hcp_jax.train.optimizer import make_optimizer
-from hcp_jax.train.step import init_state, make_eval_loss, make_train_step
+from hcp_jax.train.step import init_state, make_train_step
 from hcp_jax.verify import measures
 from hcp_jax.verify.measures import EXACT, Check
 
@@ -39,6 +40,7 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
             seed=small.seed,
             mask=small.model.mask,
             prefetch=1,
+            mtp_depths=small.model.mtp_depths,
         )
     )
     yield (
@@ -97,7 +99,7 @@ def _attention(cp: ContextParallel, model: ModelConfig, length: int) -> Iterator
 def _one_step(config: TrainConfig, cp: ContextParallel, batch: dict[str, Any]) -> Iterator[Check]:
     optimizer = make_optimizer(config.optimizer, config.steps)
     metrics = []
-    whole = {n: x.whole() if isinstance(x, Gathered) else x for n, x in batch.items()}
+    whole = read(batch)
     for one, placed in ((cp, cp.shard_batch(batch)), (None, whole)):
         fsdp = config.parallel.fsdp and one is not None
         state = init_state(config.model, optimizer, config.seed, one, fsdp=fsdp)
@@ -139,7 +141,7 @@ def _needed_bytes(
     """Return the bytes that one device puts into each scope's collectives in a float32 forward."""
     tokens = shape[0] // cp.axis_size(cp.dp) * cp.padded_length(shape[1]) // cp.size
     needed = dict.fromkeys(SCOPES, 0)
-    for layer in range(model.num_layers):
+    for layer in model.computed_layers:
         strategy = cp.for_layer(layer).strategy
         layer_needs = measures.needed_bytes(
             model, cp.axis_size(cp.tp), tokens, strategy, cp.mesh.shape

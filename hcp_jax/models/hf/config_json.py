@@ -163,6 +163,20 @@ def _specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
     return plain.specs
 
 
+def refuse_depths(config: ModelConfig) -> None:
+    """Refuse a model with multi-token prediction, whose depths have no tensors in a folder.
+
+    Raises:
+        NotImplementedError: if the model has depths.
+    """
+    if config.mtp_depths:
+        raise NotImplementedError(
+            f"model.mtp_depths={config.mtp_depths}: Hugging Face folders are neither read nor "
+            "written with depths of multi-token prediction. Set model.mtp_depths=0 to start from "
+            "such a folder; a run with depths keeps its weights in its checkpoints."
+        )
+
+
 def raw_config(
     model: ModelConfig, max_positions: int, dtype: str, like: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -178,6 +192,7 @@ def raw_config(
         NotImplementedError: if no supported family can describe the model.
         ValueError: if the weights of `like` have other shapes.
     """
+    refuse_depths(model)
     raw = _fresh(model) if like is None else dict(like)
     came = Fields(raw, CONFIG).whole_or_none("max_position_embeddings")
     positions = max(max_positions, came or 0)
@@ -221,6 +236,10 @@ def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> N
             not raw.get("quantization_config"),
             "weights are read as float32, bfloat16 or float16; take the folder that was quantised",
         ),
+        **{
+            key: (not raw.get(key), "depths of multi-token prediction are not read")
+            for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+        },
         "auto_map": (
             not any("Model" in str(name) for name in _iterable(raw.get("auto_map"))),
             "the model is code of the folder's own, which is never run",

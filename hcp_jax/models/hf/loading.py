@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from hcp_jax.base.terminal import printable
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf.config_json import refuse_depths
 from hcp_jax.models.hf.model_folder import Stored, some, stored_tensors
 from hcp_jax.models.transformer import abstract_model, inside_layer, rule
 
@@ -66,6 +67,7 @@ def slots(config: ModelConfig) -> list[Slot]:
 
 @functools.lru_cache(maxsize=4)
 def _slots(config: ModelConfig) -> tuple[Slot, ...]:
+    refuse_depths(config)
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])
     found = []
     for keys, leaf in leaves:

@@ -60,6 +60,8 @@ def describe(
     for layer_cp, numbers in layers.items():
         moved = attention_traffic(layer_cp, model, batch_size, seq_len)
         yield f"{_ranges(numbers)} ({layer_cp.comm_type}), each: {_attention(moved)}"
+    if model.mtp_depths:
+        yield f"each depth of multi-token prediction: as layer {model.num_layers - 1}"
     copies = cp.size * cp.axis_size(cp.dp)
     if copies == 1:
         return
