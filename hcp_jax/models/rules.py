@@ -17,12 +17,15 @@ class Rule(NamedTuple):
             store last; None if the parameter is stored as it is.
         fsdp: whether FSDP cuts it; norms, biases and sinks are too small to be worth a collective.
         decay: whether weight decay applies.
+        stacked: whether its first dim counts equal matrices, such as experts; `inputs` does not
+            count it, and each is a tensor of its own in Hugging Face's folders.
     """
 
     tp: int | None = None
     inputs: int | None = None
     fsdp: bool = False
     decay: bool = False
+    stacked: bool = False
 
 
 Rules = dict[tuple[str, ...], Rule]
