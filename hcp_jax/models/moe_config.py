@@ -25,8 +25,8 @@ class MoEConfig:
         n_group: experts are in this many equal groups (DeepSeek-V3; sigmoid only).
         topk_group: a token's experts are from this many of the groups.
         score_correction: add a bias to the scores that choose the experts, not to their weights
-            (DeepSeek-V3's balancing without an auxiliary loss).
-        score_correction_rate: how much this bias changes in each step, towards equal load.
+            (DeepSeek-V3's balancing without an auxiliary loss). Each step changes it by
+            `optimizer.score_correction_rate` towards equal load.
         shared_expert_intermediate_size: width of an MLP that all tokens go through, too; 0 for
             none.
         shared_expert_gate: multiply its output by a learnt sigmoid per token (Qwen2-MoE).
@@ -52,7 +52,6 @@ class MoEConfig:
     n_group: int = field(default=1, metadata=numbers(above=0, most=65536))
     topk_group: int = field(default=1, metadata=numbers(above=0, most=65536))
     score_correction: bool = field(default=False, metadata=fixed())
-    score_correction_rate: float = field(default=1e-3, metadata=numbers(least=0, most=1.0))
     shared_expert_intermediate_size: int = field(default=0, metadata=fixed(least=0, most=MOST))
     shared_expert_gate: bool = field(default=False, metadata=fixed())
     router_aux_loss_coef: float = field(default=1e-3, metadata=numbers(least=0, most=1e6))

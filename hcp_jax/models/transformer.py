@@ -143,7 +143,8 @@ class Transformer(nnx.Module):
     ) -> tuple[list[Float[Array, "B T D"]], RouterSums | None]:
         """Return the hidden states of each depth of multi-token prediction, after its norm.
 
-        The sums of their routers come with them, as from `hidden_and_sums`. Those of depth d predict the token d + 1 places further on than the model's own.
+        The sums of their routers come with them, as from `hidden_and_sums`. Those of depth d
+        predict the token d + 1 places further on than the model's own.
 
         Args:
             hidden: what the model returned for the tokens.

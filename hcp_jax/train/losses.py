@@ -32,11 +32,11 @@ class Mean(NamedTuple):
 
     Attributes:
         total: Σ of what is averaged.
-        count: over how many.
+        tokens: over how many.
     """
 
-    total: Float[Array, ""]
-    count: Float[Array, ""]
+    total: Any
+    tokens: Any
 
 
 class Losses(NamedTuple):
@@ -125,7 +125,7 @@ def mean_names(model: ModelConfig) -> tuple[str, ...]:
 
 def values(means: dict[str, Mean]) -> dict[str, Float[Array, ""]]:
     """Return the means as metrics; a mean of nothing is 0."""
-    return {name: mean.total / nonzero(mean.count) for name, mean in means.items()}
+    return {name: mean.total / nonzero(mean.tokens) for name, mean in means.items()}
 
 
 def _with_routers(
@@ -140,11 +140,9 @@ def _with_routers(
         return losses
     # `sums.tokens` counts each token once per layer, so this is Σ over layers of means over tokens.
     layers = sum(model.moe.has_experts(number) for number in model.computed_layers)
-    weight, tokens = (
-        _over_devices(x, cp) for x in (jnp.sum(batch["weights"]), sums.tokens)
-    )
+    weight, tokens = (_over_devices(x, cp) for x in (jnp.sum(batch["weights"]), sums.tokens))
     added = model.moe.router_aux_loss_coef * sums.balance + model.moe.router_z_loss_coef * sums.z
-    total = losses.total + added * (layers * weight / nonzero(tokens))
+    total = losses.total + added * (layers * weight / nonzero(tokens)) + sums.signal
     means = {name: Mean(getattr(sums, field), sums.tokens) for name, field in _ROUTERS.items()}
     return Losses(total, losses.main, losses.means | means)
 

@@ -31,7 +31,14 @@ from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.train.batch import Batch
 from hcp_jax.train.losses import nonzero, summed_losses, values
-from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
+from hcp_jax.train.optimizer import (
+    farthest,
+    fetched,
+    make_optimizer,
+    make_schedule,
+    put_back,
+    without_signals,
+)
 from hcp_jax.train.portions import Sums, reduced_once, split_portions, sum_portions
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, jit_on_mesh, state_shardings
@@ -253,7 +260,7 @@ def apply_gradients(
         The new state, and metrics, which are scalars on the device: "loss", "grad_norm" (before
         clipping), "learning_rate", "tokens", and "skipped" (1 if the step was skipped, else 0).
     """
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = optax.tree.norm(without_signals(grads))
     rate = jnp.asarray(schedule(updates_made(state)), jnp.float32)
     reach = farthest(state.params, rate, weight_decay)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(reach)

@@ -56,7 +56,7 @@ class MoE(nnx.Module):
     NAME: ClassVar[str] = "mlp"
     RULES: ClassVar[Rules] = {
         ("gate", "kernel"): matrix(),  # [D, E]
-        ("gate", "correction"): Rule(),  # [E]
+        ("gate", "correction"): Rule(signal=True),  # [E]
         ("experts", "gate_proj"): matrix(tp=2)._replace(stacked=True),  # [E, D, F]
         ("experts", "up_proj"): matrix(tp=2)._replace(stacked=True),  # [E, D, F]
         ("experts", "down_proj"): matrix(tp=1)._replace(stacked=True),  # [E, F, D]
@@ -146,7 +146,7 @@ def _on_device(
     counts = order.sizes.astype(jnp.float32)
     counts = jax.lax.psum(counts, everywhere) if everywhere else counts
     load = counts * (spec.num_experts / jnp.maximum(jnp.sum(counts), 1))
-    sums = moe_router.router_sums(spec, routing, real, load)
+    sums = moe_router.router_sums(spec, routing, real, load, gate.get("correction"))
     rows = moe_order.spread(spec.top_k, flat, order)
     weight = routing.weight.reshape(-1, 1)
     weight = moe_order.spread(1, weight, order)

@@ -34,6 +34,8 @@ class RouterSums(NamedTuple):
         z: of the squared log-partition.
         entropy: of the entropy of the shares, in nats.
         max_load: of the load of the fullest expert, in multiples of the mean load.
+        signal: always 0; its gradient is the load of each expert above the mean, as the gradient
+            of the bias that corrects scores.
         tokens: number of tokens, times layers.
     """
 
@@ -41,6 +43,7 @@ class RouterSums(NamedTuple):
     z: Float[Array, ""]
     entropy: Float[Array, ""]
     max_load: Float[Array, ""]
+    signal: Float[Array, ""]
     tokens: Float[Array, ""]
 
 
@@ -89,6 +92,7 @@ def router_sums(
     routing: Routing,
     real: Bool[Array, "n"],
     load: Float[Array, "E"],
+    correction: Float[Array, "E"] | None = None,
 ) -> RouterSums:
     """Return the sums over the tokens given here.
 
@@ -101,15 +105,21 @@ def router_sums(
         routing: from `route`.
         real: False for padding.
         load: f · E, the load of each expert in multiples of the mean load, over *all* devices.
+        correction: as in `route`.
     """
     here = real.astype(jnp.float32)
     share = jnp.where(real[:, None], routing.share, 0)
     log_share = jnp.log(jnp.where(share > 0, share, 1))
     tokens = jnp.sum(here)
+    signal = jnp.zeros((), jnp.float32)
+    if correction is not None:
+        moved = correction - jax.lax.stop_gradient(correction)
+        signal = tokens * jnp.sum(moved * (load - 1))
     return RouterSums(
         balance=jnp.sum(share * load[None]),
         z=jnp.sum(here * jnp.square(routing.log_z)),
         entropy=-jnp.sum(share * log_share),
+        signal=signal,
         max_load=tokens * jnp.max(load),
         tokens=tokens,
     )
