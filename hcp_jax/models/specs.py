@@ -130,9 +130,14 @@ class MLPSpec:
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
-    def held_params(self) -> int:
-        """The same: a token goes through all of them."""
-        return self.product_params
+    def width(self) -> int:
+        """Width of the activations between the products."""
+        return self.intermediate_size
+
+    @property
+    def idle_params(self) -> int:
+        """Number of weights that are held beside those of the gated products of one token."""
+        return 0
 
     @property
     def tp_sizes(self) -> dict[str, int]:
@@ -186,9 +191,19 @@ class MoESpec:
         return self.top_k * self._expert_params + self._other_params
 
     @property
-    def held_params(self) -> int:
-        """Number of weights of the matrix products of all experts."""
-        return self.num_experts * self._expert_params + self._other_params
+    def width(self) -> int:
+        """Width of the activations between the products, over all experts of a token."""
+        shared = 0 if self.shared is None else self.shared.width
+        return self.top_k * self.intermediate_size + shared
+
+    @property
+    def idle_params(self) -> int:
+        """Number of weights that are held beside those of the gated products of one token.
+
+        They are those of the experts that it does not go through, and the router's.
+        """
+        held = self.num_experts * self._expert_params + self._other_params
+        return held - 3 * self.hidden_size * self.width
 
     @property
     def tp_sizes(self) -> dict[str, int]:

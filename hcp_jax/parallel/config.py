@@ -169,8 +169,8 @@ class ParallelConfig:
                 f"comm_type lists {len(r.comm_type)} layers, but the model has "
                 f"{model.num_layers}; give one comm type, or one per layer."
             )
-        for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
-            size = getattr(model, name)
+        by_layer = {name: n for s in model.plan.stacks for name, n in s.spec.tp_sizes.items()}
+        for name, size in (by_layer | {"vocab_size": model.vocab_size}).items():
             if size % r.tp:
                 up = -(-size // r.tp) * r.tp
                 raise ValueError(
