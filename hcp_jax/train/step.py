@@ -156,7 +156,8 @@ def make_train_step(
         sum_portions, summed_gradients(model, like.params, cp)
     )
     # With FSDP no device has room for all gradients: each microbatch's are reduce-scattered.
-    if cp is not None and accumulation > 1 and not fsdp:
+    # Experts that are cut are no one's whole gradients either.
+    if cp is not None and accumulation > 1 and not fsdp and cp.ep == 1:
         summed = reduced_once(summed, cp)
     schedule = make_schedule(optimizer, num_steps)
 

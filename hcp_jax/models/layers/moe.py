@@ -2,7 +2,8 @@
 
 A device sorts its tokens by expert, computes the experts one group of rows after the other
 (`ragged_dot`), and adds up each token's rows. So an expert may get all tokens, or none. All of it
-is written per device (`shard_map`): only the counts of the load-balance loss cross devices.
+is written per device (`shard_map`): the counts of the load-balance loss cross devices, and rows, if
+experts are cut over devices (`moe_dispatch.py`).
 """
 
 import functools
@@ -17,11 +18,13 @@ from jaxtyping import Array, Bool, Float
 from hcp_jax.models.layers import moe_order, moe_router
 from hcp_jax.models.layers.embedding import live_axes, live_tp
 from hcp_jax.models.layers.mlp import ACTIVATIONS, MLP
+from hcp_jax.models.layers.moe_dispatch import Dispatch
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.rules import Rule, Rules, find, matrix
 from hcp_jax.models.specs import MoESpec
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.mesh import as_tuple
 
 
 class Gate(nnx.Module):
@@ -92,13 +95,21 @@ class MoE(nnx.Module):
         experts = jax.tree.map(lambda p: p.astype(self.spec.dtype), experts)
         tp = live_tp(cp)
         if cp is None:
-            local = functools.partial(_on_device, self.spec, (), (), ())
+            local = functools.partial(_on_device, self.spec, None, (), ())
             out, sums = local(gate, experts, x, real)
         else:
             everywhere = tuple(a for a in cp.flat_axes if cp.mesh.shape[a] > 1)
             live = live_axes(cp, cp.flat_axes)
-            local = functools.partial(_on_device, self.spec, tp, everywhere, live)
-            specs = {name: _cut(("experts", name), p.ndim, tp) for name, p in experts.items()}
+            if cp.ep > 1 and spmd.manual_axes(cp.mesh_in_context, cp.expert_axes):
+                raise NotImplementedError(
+                    f"the model was called inside a shard_map over axes that experts are cut over "
+                    f"({', '.join(cp.expert_axes)}); use ep=1 there."
+                )
+            local = functools.partial(_on_device, self.spec, cp, everywhere, live)
+            specs = {
+                name: _cut(("experts", name), p.ndim, tp, cp.expert_axes)
+                for name, p in experts.items()
+            }
             whole = jax.tree.map(lambda _: PartitionSpec(), gate)
             out_specs = (cp.spec(3), moe_router.WHOLE)
             mapped = spmd.shard_map(
@@ -113,14 +124,17 @@ class MoE(nnx.Module):
         return out, sums
 
 
-def _cut(path: tuple[str, ...], ndim: int, tp: tuple[str, ...]) -> PartitionSpec:
+def _cut(
+    path: tuple[str, ...], ndim: int, tp: tuple[str, ...], experts: tuple[str, ...]
+) -> PartitionSpec:
     dim = find(MoE.RULES, path).tp
-    return PartitionSpec(*(tp or None if d == dim else None for d in range(ndim)))
+    by_dim = {dim: tp or None, 0: experts or None}
+    return PartitionSpec(*(by_dim.get(d) for d in range(ndim)))
 
 
 def _on_device(
     spec: MoESpec,
-    tp: tuple[str, ...],
+    cp: ContextParallel | None,
     everywhere: tuple[str, ...],
     live: tuple[str, ...],
     gate: dict[str, Array],
@@ -132,7 +146,7 @@ def _on_device(
 
     Args:
         spec: of the layer.
-        tp: axes that the experts' F is cut over.
+        cp: says how experts are cut; None for one device.
         everywhere: all axes that tokens are cut over.
         live: those of them that no `shard_map` around the model has taken.
         gate: parameters of the router.
@@ -150,7 +164,14 @@ def _on_device(
     rows = moe_order.spread(spec.top_k, flat, order)
     weight = routing.weight.reshape(-1, 1)
     weight = moe_order.spread(1, weight, order)
-    out = _experts(spec, experts, rows, order.sizes) * weight.astype(rows.dtype)
+    compute = functools.partial(_experts, spec, experts)
+    tp = () if cp is None else tuple(a for a in as_tuple(cp.tp) if cp.mesh.shape[a] > 1)
+    if cp is None or cp.ep == 1:
+        out = compute(rows, order.sizes)
+    else:
+        dispatch = Dispatch(cp.expert_axes, cp.ep, rows.shape[0])
+        out = dispatch.through(rows, order.sizes, compute, (*everywhere, *tp))
+    out = out * weight.astype(rows.dtype)
     out = moe_order.collect(spec.top_k, out, order).reshape(x.shape)
     out = jax.lax.psum(out, tp) if tp else out
     return out, jax.lax.psum(sums, live) if live else sums
