@@ -28,12 +28,14 @@ class LayerKind:
         intermediate_size: of their MLP.
         head_size: H.
         sliding_window: number of tokens that a query sees; None for all earlier tokens.
+        idle_params: as in `ModelShape`.
     """
 
     count: int
     intermediate_size: int
     head_size: int
     sliding_window: int | None
+    idle_params: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class ModelShape:
         mlp_products: number of matrices of an MLP: 3 with a gate, 2 without.
         mtp_depths: depths of multi-token prediction. Each has a projection from twice the hidden
             size, one more layer as the last one, and a use of the output head.
+        idle_params: weights of a layer beside those that one token is multiplied by: of other
+            experts, and of the router. `intermediate_size` is then the sum over a token's experts.
+        moe_intermediate_size: size of each expert, which tp cuts; 0 without experts.
         kinds: the kinds of layers, if there are several; they replace the sizes above. The layers
             of depths are counted in theirs.
     """
@@ -60,23 +65,34 @@ class ModelShape:
     loss_chunk: int = 1024
     mlp_products: int = 3
     mtp_depths: int = 0
+    idle_params: int = 0
+    moe_intermediate_size: int = 0
     kinds: tuple[LayerKind, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
         """Return the shape of a `ModelConfig`."""
         counted = collections.Counter(
-            (layer.ffn.intermediate_size, layer.mixer.head_size, layer.mixer.window)
+            (
+                layer.ffn.width,
+                layer.mixer.head_size,
+                layer.mixer.window,
+                layer.ffn.idle_params,
+            )
             for layer in (config.specs[number] for number in config.computed_layers)
         )
         kinds = tuple(LayerKind(count, *sizes) for sizes, count in counted.items())
-        ours = {"mlp_products", "kinds", "intermediate_size", "head_size", "sliding_window"}
+        of_layers = {"intermediate_size", "head_size", "sliding_window", "idle_params"}
+        ours = {"mlp_products", "kinds", "moe_intermediate_size"} | of_layers
         named = {
             f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name not in ours
         }
         one = dataclasses.asdict(kinds[0])
         del one["count"]
-        return cls(**named, **one, kinds=kinds if len(kinds) > 1 else ())
+        expert = 0 if config.moe is None else config.moe.moe_intermediate_size
+        return cls(
+            **named, **one, moe_intermediate_size=expert, kinds=kinds if len(kinds) > 1 else ()
+        )
 
     @property
     def by_kind(self) -> "tuple[ModelShape, ...]":
@@ -90,6 +106,7 @@ class ModelShape:
                 intermediate_size=kind.intermediate_size,
                 head_size=kind.head_size,
                 sliding_window=kind.sliding_window,
+                idle_params=kind.idle_params,
                 mtp_depths=0,
                 kinds=(),
             )
@@ -124,6 +141,11 @@ class ModelShape:
         return projections + sum(kind.num_layers * kind.layer_params for kind in self.by_kind)
 
     @property
+    def held_params(self) -> int:
+        """Number of weights of all layers, with those that a token is not multiplied by."""
+        return self.layers_params + sum(k.num_layers * k.idle_params for k in self.by_kind)
+
+    @property
     def head_params(self) -> int:
         """Number of weights of the output head."""
         return self.vocab_size * self.hidden_size
@@ -141,7 +163,7 @@ class ModelShape:
         """Number of all parameters, with norms."""
         embeddings = self.head_params * (1 if self.tie_embeddings else 2)
         norms = (2 * self.num_layers + 1 + 5 * self.mtp_depths) * self.hidden_size
-        return self.layers_params + embeddings + norms
+        return self.held_params + embeddings + norms
 
 
 def step_flops(model: ModelShape, tokens: float, pairs: float) -> float:

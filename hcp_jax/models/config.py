@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from hcp_jax.base.settings import MOST, check, fixed, fixed_later, free, numbers
 from hcp_jax.models import pattern, specs
 from hcp_jax.models.layers.rope_scaling import RopeScaling
+from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.pattern import LayerConfig
 from hcp_jax.models.specs import (
     Activation,
     AttentionSpec,
+    FeedForward,
     LayerSpec,
     MLPSpec,
+    MoESpec,
     Norms,
     NormSpec,
     QKNorm,
@@ -71,6 +74,7 @@ class ModelConfig:
         mtp_depths: number of tokens predicted beyond the next one, each by a depth of its own
             (multi-token prediction, DeepSeek-V3: `models/mtp.py`).
         mtp_loss_weight: weight of their losses' mean, beside 1 for the main loss.
+        moe: mixture of experts in place of the MLP; None for none (see `MoEConfig`).
         remat: what a layer's backward pass recomputes: "none", "attention" (everything except
             attention, whose outputs are kept) or "full" (the whole layer).
         offload_activations: keep what a layer needs for its backward pass (its input, and what
@@ -124,6 +128,7 @@ class ModelConfig:
     final_soft_cap: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
     mtp_depths: int = field(default=0, metadata=fixed_later(least=0, most=64))
     mtp_loss_weight: float = field(default=0.3, metadata=numbers(least=0, most=1e6))
+    moe: MoEConfig | None = field(default=None, metadata=fixed_later())
 
     def __post_init__(self):
         check(self, "model.")
@@ -231,10 +236,10 @@ def _plan(config: ModelConfig) -> specs.Plan:
 @functools.lru_cache(maxsize=64)
 def _specs(config: ModelConfig) -> tuple[LayerSpec, ...]:
     found = pattern.overrides(config.layers, config.num_layers, config.sliding_window)
-    return tuple(_layer(config, own) for own in found)
+    return tuple(_layer(config, own, number) for number, own in enumerate(found))
 
 
-def _layer(config: ModelConfig, own: Mapping[str, Any]) -> LayerSpec:
+def _layer(config: ModelConfig, own: Mapping[str, Any], number: int) -> LayerSpec:
     """Return the spec of a layer with settings of its own."""
 
     def get(name: str) -> Any:
@@ -260,17 +265,48 @@ def _layer(config: ModelConfig, own: Mapping[str, Any]) -> LayerSpec:
             dtype=config.compute_dtype,
             implementation=config.implementation,
         ),
-        ffn=MLPSpec(
+        ffn=_feed_forward(config, get, number),
+        norms=get("norms"),
+        norm=config.norm_spec,
+    )
+
+
+def _feed_forward(config: ModelConfig, get: Callable[[str], Any], number: int) -> FeedForward:
+    def mlp(size: int) -> MLPSpec:
+        return MLPSpec(
             hidden_size=config.hidden_size,
-            intermediate_size=get("intermediate_size"),
+            intermediate_size=size,
             activation=get("activation"),
             bias=get("mlp_bias"),
             depth=config.num_layers,
             dtype=config.compute_dtype,
             chunk=config.mlp_chunk,
-        ),
-        norms=get("norms"),
-        norm=config.norm_spec,
+        )
+
+    moe = config.moe
+    if moe is None or not moe.has_experts(number):
+        return mlp(get("intermediate_size"))
+    if get("mlp_bias"):
+        raise NotImplementedError(
+            "mlp_bias with model.moe is not supported: experts have no biases here."
+        )
+    shared = moe.shared_expert_intermediate_size
+    return MoESpec(
+        hidden_size=config.hidden_size,
+        num_experts=moe.num_experts,
+        top_k=moe.num_experts_per_tok,
+        intermediate_size=moe.moe_intermediate_size,
+        router=moe.router,
+        norm_topk=moe.norm_topk_prob,
+        scaling=moe.routed_scaling_factor,
+        groups=moe.n_group,
+        topk_groups=moe.topk_group,
+        correction=moe.score_correction,
+        shared=mlp(shared) if shared else None,
+        shared_gate=moe.shared_expert_gate,
+        activation=get("activation"),
+        depth=config.num_layers,
+        dtype=config.compute_dtype,
     )
 
 

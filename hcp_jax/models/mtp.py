@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from hcp_jax.base import checks
 from hcp_jax.models import rules
 from hcp_jax.models.layers import decoder
+from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.layers.norm import make_norm
 from hcp_jax.models.specs import LayerSpec
 from hcp_jax.parallel.context import ContextParallel
@@ -55,18 +56,20 @@ class MTPDepth(nnx.Module):
         hidden: Float[Array, "B T D"],
         embedded: Float[Array, "B T D"],
         shared: Any,
+        real: Bool[Array, "B T"] | None,
         cp: ContextParallel | None,
-    ) -> Float[Array, "B T D"]:
-        """Return this depth's hidden states, before its last norm.
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        """Return this depth's hidden states, before its last norm, and the sums of its router.
 
         Args:
             hidden: those of the depth before.
             embedded: embeddings of the tokens that the depth before predicts.
             shared: what the mixer's `share` returned.
+            real: False for padding; needed by a router only.
             cp: context with one comm type; None for one device.
         """
         both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
-        return self.layer(self.eh_proj(both), shared, cp)
+        return self.layer(self.eh_proj(both), shared, real, cp)
 
 
 def make_depths(spec: LayerSpec, depths: int, rngs: nnx.Rngs) -> MTPDepth:

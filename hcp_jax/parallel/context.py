@@ -21,6 +21,7 @@ from hcp_jax.base.names import require_known
 from hcp_jax.cost.traffic import STRATEGIES, Strategy
 from hcp_jax.parallel import placing, spmd
 from hcp_jax.parallel.describe import collapse, describe
+from hcp_jax.parallel.expert_axes import innermost_axes
 from hcp_jax.parallel.mesh import as_tuple
 from hcp_jax.parallel.placing import Gathered
 from hcp_jax.sequence.layout import LAYOUTS
@@ -54,6 +55,8 @@ class ContextParallel:
             cp axes, of the widest group that a microbatch may have. Which devices form groups, and
             which documents they have, is data of the batch (`hcp.place_microbatch`). None: one
             stream over the cp axes for each dp device.
+        ep: number of devices over which a model cuts its experts: those of the innermost of the
+            axes dp, cp_outer, cp_inner (`expert_axes`).
 
     Raises:
         ValueError: for an axis that the mesh lacks or that has two roles, for an unknown comm type
@@ -74,6 +77,7 @@ class ContextParallel:
     cp_inner: str | None = "cp_inner"
     head_groups: int = 1
     widest_group: int | None = None
+    ep: int = 1
 
     def __post_init__(self) -> None:
         _require_mesh(self.mesh)
@@ -90,6 +94,7 @@ class ContextParallel:
         require_known("layout", self.layout, LAYOUTS)
         head_groups = checks.integer("head_groups", self.head_groups, least=1)
         object.__setattr__(self, "head_groups", head_groups)
+        innermost_axes({axis: self.mesh.shape[axis] for axis in self.flat_axes}, self.ep)
         if self.widest_group is not None:
             self._check_widest_group()
             return
@@ -105,6 +110,11 @@ class ContextParallel:
     def flat_axes(self) -> tuple[str, ...]:
         """The mesh axes that groups span: dp and `cp_axes`."""
         return (*as_tuple(self.dp), *self.cp_axes)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """The mesh axes that experts are cut over, the slowest first."""
+        return innermost_axes({axis: self.mesh.shape[axis] for axis in self.flat_axes}, self.ep)
 
     @property
     def size(self) -> int:

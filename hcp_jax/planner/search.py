@@ -117,7 +117,8 @@ def plan(
 def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
     """Yield every split of `gpus` devices that is valid for the model's heads and the sequence."""
     for tp in _divisors(gpus):
-        if model.num_kv_heads % tp or model.intermediate_size % tp or model.vocab_size % tp:
+        mlp = model.moe_intermediate_size or model.intermediate_size
+        if model.num_kv_heads % tp or mlp % tp or model.vocab_size % tp:
             continue
         for cp in _divisors(gpus // tp):
             dp = gpus // tp // cp

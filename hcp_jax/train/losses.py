@@ -1,11 +1,13 @@
-"""Sum the losses of a microbatch: of the next token, and of those that are predicted further on.
+"""Sum the losses of a microbatch: of the next token, of those further on, and of routers.
 
     total = Σ weight · loss  +  mtp_loss_weight · mean over depths of Σ weight · loss of a depth
+            + Σ weight · (coefficients · mean over tokens of each router's losses)
 
 All are sums over tokens, and every part of the total is divided by the weight of the next tokens of
 the whole step, as DeepSeek-V3 does (2024, equations 24 and 25). So a step may be cut into any
 microbatches, with any number of targets at each depth. The losses that are reported by depth are
-means over the tokens that have a target there.
+means over the tokens that have a target there. The losses of routers are means over the tokens of
+their microbatch that are no padding, whose counts over all devices they use.
 """
 
 from collections.abc import Callable
@@ -18,10 +20,23 @@ from jaxtyping import Array, Float
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.loss import summed_cross_entropy
+from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.transformer import abstract_model
-from hcp_jax.parallel import host_memory
+from hcp_jax.parallel import host_memory, spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.batch import Batch
+
+
+class Mean(NamedTuple):
+    """A mean, as sums that microbatches and devices add up.
+
+    Attributes:
+        total: Σ of what is averaged.
+        tokens: over how many.
+    """
+
+    total: Any
+    tokens: Any
 
 
 class Losses(NamedTuple):
@@ -30,13 +45,12 @@ class Losses(NamedTuple):
     Attributes:
         total: what is trained on.
         main: Σ weight · loss of the next tokens.
-        depths: float32[2, D] with Σ weight · loss and Σ weight of each depth of multi-token
-            prediction; None without.
+        means: means for the metrics by name (`mean_names`).
     """
 
     total: Float[Array, ""]
     main: Float[Array, ""]
-    depths: Float[Array, "2 D"] | None
+    means: dict[str, Mean]
 
 
 def summed_losses(
@@ -68,33 +82,78 @@ def summed_losses(
                 z_loss=model.z_loss,
             )
 
-        hidden = transformer(batch["tokens"], positions, mask=mask, cp=cp)
+        hidden, sums = transformer.hidden_and_sums(batch["tokens"], positions, mask=mask, cp=cp)
         main = summed(hidden, batch["targets"], batch["weights"])
         if not model.mtp_depths:
-            return Losses(main, main, None)
+            return _with_routers(model, cp, Losses(main, main, {}), sums, batch)
         targets, weights = _further(batch, model.mtp_depths)
         # Depth d embeds the targets of the depth before.
         before = jnp.concatenate([batch["targets"][..., None], targets[..., :-1]], axis=-1)
-        outputs = transformer.further(hidden, before, positions, mask=mask, cp=cp)
+        outputs, further = transformer.further(hidden, before, positions, mask=mask, cp=cp)
         by_depth = jnp.stack(
             [summed(x, targets[..., d], weights[..., d]) for d, x in enumerate(outputs)]
         )
         total = main + model.mtp_loss_weight * jnp.mean(by_depth)
-        return Losses(total, main, jnp.stack([by_depth, jnp.sum(weights, axis=(0, 1))]))
+        counts = jnp.sum(weights, axis=(0, 1))
+        means = {f"mtp_loss_{d + 1}": Mean(by_depth[d], counts[d]) for d in range(len(outputs))}
+        sums = None if sums is None else jax.tree.map(jnp.add, sums, further)
+        return _with_routers(model, cp, Losses(total, main, means), sums, batch)
 
     return losses
 
 
-def mtp_metrics(depths: Float[Array, "2 D"] | None) -> dict[str, Float[Array, ""]]:
-    """Return "mtp_loss_1" and so on: each depth's loss in nats per token that has a target.
+_ROUTERS = {
+    "load_balance": "balance",
+    "router_z": "z",
+    "router_entropy": "entropy",
+    "max_load": "max_load",
+}
+"""Metric of each of a router's sums."""
 
-    Args:
-        depths: `Losses.depths`, summed over the step; None gives no metrics.
+
+def mean_names(model: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the means that come with a model's losses.
+
+    They are "mtp_loss_1" and so on: each depth's loss in nats per token that has a target; and of
+    the routers, as means over tokens and layers, "load_balance" (the loss, about 1 at best),
+    "router_z", "router_entropy" in nats, and "max_load", the load of the fullest expert in
+    multiples of the mean load.
     """
-    if depths is None:
-        return {}
-    means = depths[0] / nonzero(depths[1])
-    return {f"mtp_loss_{d + 1}": means[d] for d in range(means.size)}
+    depths = tuple(f"mtp_loss_{d + 1}" for d in range(model.mtp_depths))
+    return depths + (() if model.moe is None else tuple(_ROUTERS))
+
+
+def values(means: dict[str, Mean]) -> dict[str, Float[Array, ""]]:
+    """Return the means as metrics; a mean of nothing is 0."""
+    return {name: mean.total / nonzero(mean.tokens) for name, mean in means.items()}
+
+
+def _with_routers(
+    model: ModelConfig,
+    cp: ContextParallel | None,
+    losses: Losses,
+    sums: RouterSums | None,
+    batch: Batch,
+) -> Losses:
+    """Add the losses and means of the routers."""
+    if sums is None or model.moe is None:
+        return losses
+    # `sums.tokens` counts each token once per layer, so this is Σ over layers of means over tokens.
+    layers = sum(model.moe.has_experts(number) for number in model.computed_layers)
+    weight, tokens = (_over_devices(x, cp) for x in (jnp.sum(batch["weights"]), sums.tokens))
+    added = model.moe.router_aux_loss_coef * sums.balance + model.moe.router_z_loss_coef * sums.z
+    total = losses.total + added * (layers * weight / nonzero(tokens)) + sums.signal
+    means = {name: Mean(getattr(sums, field), sums.tokens) for name, field in _ROUTERS.items()}
+    return Losses(total, losses.main, losses.means | means)
+
+
+def _over_devices(x: Float[Array, ""], cp: ContextParallel | None) -> Float[Array, ""]:
+    """Return the sum over the devices of a `shard_map` around the model; `x` itself elsewhere."""
+    if cp is None:
+        return x
+    manual = tuple(spmd.manual_axes(cp.mesh_in_context, cp.flat_axes))
+    total: Float[Array, ""] = jax.lax.psum(x, manual) if manual else x
+    return total
 
 
 def make_eval_loss(
@@ -102,15 +161,15 @@ def make_eval_loss(
 ) -> Callable[[Any, Batch], dict[str, Float[Array, ""]]]:
     """Return a jitted function `(params, batch) -> {"loss", "tokens"}`: the loss without a step.
 
-    To average over batches, weight each loss with its "tokens". With multi-token prediction, the
-    loss of each depth (`mtp_metrics`) comes with it.
+    To average over batches, weight each loss with its "tokens". The
+    means of `mean_names` come with it.
     """
     losses = summed_losses(model, cp)
 
     def eval_loss(params: Any, batch: Batch) -> dict[str, Float[Array, ""]]:
         tokens, found = jnp.sum(batch["weights"]), losses(params, batch)
         loss = {"loss": found.main / nonzero(tokens), "tokens": tokens}
-        return loss | mtp_metrics(found.depths)
+        return loss | values(found.means)
 
     return jax.jit(eval_loss)
 

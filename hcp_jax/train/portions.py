@@ -21,13 +21,13 @@ class Sums(NamedTuple):
         grads: gradients of `loss`, a tree like the parameters.
         loss: Σ weight · loss over all tokens, in nats.
         weight: Σ weight.
-        depths: `Losses.depths`; None without multi-token prediction.
+        means: `Losses.means`.
     """
 
     grads: Any
     loss: Any
     weight: Any
-    depths: Any = None
+    means: Any
 
 
 def split_portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any:
@@ -87,18 +87,8 @@ def sum_portions(
     params: Any,
     portions: Any,
     weight: Any,
-    *,
-    mtp_depths: int = 0,
 ) -> Sums:
-    """Return the sums over the portions (`split_portions`), computed one after the other.
-
-    Args:
-        gradients: returns the sums of one portion.
-        params: its first argument.
-        portions: a batch with a leading dim of portions.
-        weight: its last argument.
-        mtp_depths: depths of multi-token prediction.
-    """
+    """Return the sums over the portions (`split_portions`), computed one after the other."""
     number = jax.tree.leaves(portions)[0].shape[0]
     if number == 1:
         return gradients(params, jax.tree.map(lambda x: x[0], portions), weight)
@@ -106,8 +96,8 @@ def sum_portions(
     def add(total: Sums, portion: Any) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, gradients(params, portion, weight)), None
 
-    nothing = jnp.zeros((), jnp.float32)
-    by_depth = jnp.zeros((2, mtp_depths), jnp.float32) if mtp_depths else None
-    zeros = Sums(jax.tree.map(jnp.zeros_like, params), nothing, nothing, by_depth)
+    first = jax.tree.map(lambda x: x[0], portions)
+    shapes = jax.eval_shape(gradients, params, first, weight)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total: Sums = jax.lax.scan(add, zeros, portions)[0]
     return total

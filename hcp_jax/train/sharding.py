@@ -61,14 +61,18 @@ def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
         keys = tuple(key.key for key in path)
         stacked, needs = int(is_stacked(keys)), rule(keys)
         cut: list[Any] = [None] * len(shape.shape)
+        free = axes
+        if needs.stacked and cp.ep > 1:
+            cut[stacked] = cp.expert_axes
+            free = tuple(axis for axis in axes if axis not in cp.expert_axes)
         if needs.tp is not None and tp:
             cut[stacked + needs.tp] = tp
-        if axes and needs.fsdp:
+        if free and needs.fsdp:
             # Not the dim of layers: a scan over it would fetch each layer from another device.
             whole = [d for d in range(stacked, len(cut)) if cut[d] is None]
-            fits = [d for d in whole if shape.shape[d] % cp.axis_size(axes) == 0]
+            fits = [d for d in whole if shape.shape[d] % cp.axis_size(free) == 0]
             if fits:
-                cut[fits[0]] = axes
+                cut[fits[0]] = free
         return PartitionSpec(*cut)
 
     return jax.tree_util.tree_map_with_path(spec, params)

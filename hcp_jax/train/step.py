@@ -30,8 +30,15 @@ from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.train.batch import Batch
-from hcp_jax.train.losses import mtp_metrics, nonzero, summed_losses
-from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
+from hcp_jax.train.losses import nonzero, summed_losses, values
+from hcp_jax.train.optimizer import (
+    farthest,
+    fetched,
+    make_optimizer,
+    make_schedule,
+    put_back,
+    without_signals,
+)
 from hcp_jax.train.portions import Sums, reduced_once, split_portions, sum_portions
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, jit_on_mesh, state_shardings
@@ -136,8 +143,8 @@ def make_train_step(
             in portion r mod A.
 
     Returns:
-        The function; it donates the given state. Its metrics are those of `apply_gradients` and
-        `mtp_metrics`, and "pairs", the number of visible (query, key) pairs of the batch.
+        The function; it donates the given state. Its metrics are those of `apply_gradients` and the
+        means of `mean_names`, and "pairs", the number of visible (query, key) pairs of the batch.
 
     Raises:
         ValueError: if tp cannot cut the model; when called, if the rows of a batch cannot be cut
@@ -146,10 +153,11 @@ def make_train_step(
     transform = make_optimizer(optimizer, num_steps)
     like = abstract_state(model, transform, cp, fsdp=fsdp)
     summed: Callable[[Any, Any, Any], Sums] = functools.partial(
-        sum_portions, summed_gradients(model, like.params, cp), mtp_depths=model.mtp_depths
+        sum_portions, summed_gradients(model, like.params, cp)
     )
     # With FSDP no device has room for all gradients: each microbatch's are reduce-scattered.
-    if cp is not None and accumulation > 1 and not fsdp:
+    # Experts that are cut are no one's whole gradients either.
+    if cp is not None and accumulation > 1 and not fsdp and cp.ep == 1:
         summed = reduced_once(summed, cp)
     schedule = make_schedule(optimizer, num_steps)
 
@@ -163,7 +171,7 @@ def make_train_step(
             state, sums.grads, sums.loss, tokens, transform, schedule, optimizer.weight_decay
         )
         pairs = {"pairs": _visible_pairs(batch, model)}
-        return state, metrics | mtp_metrics(sums.depths) | pairs
+        return state, metrics | values(sums.means) | pairs
 
     return jit_on_mesh(step, cp, (like, None), (like, None), donate=0)
 
@@ -173,7 +181,7 @@ def summed_gradients(
 ) -> Callable[[Any, Batch, Any], Sums]:
     """Return a function `(params, batch, weight) -> Sums` of one microbatch; to be traced.
 
-    It divides the loss, and so its gradients, by `weight`; the sums of depths it does not divide.
+    It divides the loss, and so its gradients, by `weight`; the sums of means it does not divide.
 
     Args:
         model: the model.
@@ -187,14 +195,14 @@ def summed_gradients(
 
     def divided(params: Any, batch: Batch, weight: Any) -> tuple[Float[Array, ""], Any]:
         found = losses(params, batch)
-        return found.total / weight, (found.main / weight, found.depths)
+        return found.total / weight, (found.main / weight, found.means)
 
     def gradients(params: Any, batch: Batch, weight: Any) -> Sums:
-        grads, (loss, depths) = jax.grad(divided, has_aux=True)(params, batch, weight)
+        grads, (loss, means) = jax.grad(divided, has_aux=True)(params, batch, weight)
         if cp is not None:
             constrain = functools.partial(spmd.constrain, mesh=cp.mesh, axes=cp.axes)
             grads = jax.tree.map(lambda g, x: constrain(g, spec=x.sharding.spec), grads, like)
-        return Sums(grads, loss, jnp.sum(batch["weights"]), depths)
+        return Sums(grads, loss, jnp.sum(batch["weights"]), means)
 
     return gradients
 
@@ -209,7 +217,7 @@ def make_update(
         num_steps: as in `make_train_step`.
 
     Returns:
-        The function; its metrics are those of `apply_gradients` and `mtp_metrics`.
+        The function; its metrics are those of `apply_gradients` and the means of `mean_names`.
     """
     schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
 
@@ -220,7 +228,7 @@ def make_update(
         state, metrics = apply_gradients(
             state, grads, loss, sums.weight, transform, schedule, optimizer.weight_decay
         )
-        return state, metrics | mtp_metrics(sums.depths)
+        return state, metrics | values(sums.means)
 
     return update
 
@@ -253,7 +261,7 @@ def apply_gradients(
         The new state, and metrics, which are scalars on the device: "loss", "grad_norm" (before
         clipping), "learning_rate", "tokens", and "skipped" (1 if the step was skipped, else 0).
     """
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = optax.tree.norm(without_signals(grads))
     rate = jnp.asarray(schedule(updates_made(state)), jnp.float32)
     reach = farthest(state.params, rate, weight_decay)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(reach)

@@ -39,6 +39,7 @@ SHAPES = (
     "activation",
     "norms",
     "norm_shifted",
+    "moe",
 )
 """Fields that determine a model's parameters; weights fit only if all of them are equal."""
 
@@ -67,7 +68,7 @@ _SIZES = {
 
 _HEADS = json_fields.SIZES["num_key_value_heads"]
 # Settings that a pattern of layers may give by layer; the specs of all layers are compared instead.
-_BY_LAYER = {field.name for field in dataclasses.fields(LayerConfig)} | {"layers"}
+_BY_LAYER = {field.name for field in dataclasses.fields(LayerConfig)} | {"layers", "moe"}
 
 
 def read_raw(folder: pathlib.Path) -> dict[str, Any]:
