@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hcp_jax.parallel.mesh import make_mesh as make_mesh
     from hcp_jax.parallel.mesh import xla_flags as xla_flags
     from hcp_jax.parallel.microbatch import place_microbatch as place_microbatch
+    from hcp_jax.parallel.with_buffers import context_parallel as context_parallel
     from hcp_jax.planner.search import plan as plan
     from hcp_jax.sequence.dense_mask import from_dense as from_dense
     from hcp_jax.sequence.mask import Mask as Mask
@@ -45,6 +46,7 @@ _HOME = {
     "causal": "sequence.mask",
     "check": "verify.check",
     "chunked_local": "sequence.mask",
+    "context_parallel": "parallel.with_buffers",
     "documents": "sequence.mask",
     "dot_product_attention": "attention.api",
     "from_dense": "sequence.dense_mask",
