@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hcp_jax import dynamic as dynamic
+    from hcp_jax import viz as viz
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
     from hcp_jax.cli import set_up_platform as set_up_platform
@@ -61,7 +62,7 @@ _HOME = {
     "xla_flags": "parallel.mesh",
 }
 
-_ROOMS = ("dynamic",)
+_ROOMS = ("dynamic", "viz")
 
 __all__ = sorted([*_HOME, *_ROOMS])
 
