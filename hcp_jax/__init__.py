@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hcp_jax import dynamic as dynamic
+    from hcp_jax import viz as viz
     from hcp_jax.attention.api import dot_product_attention as dot_product_attention
     from hcp_jax.attention.flax import attention_fn as attention_fn
     from hcp_jax.cli import set_up_platform as set_up_platform
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hcp_jax.parallel.mesh import make_mesh as make_mesh
     from hcp_jax.parallel.mesh import xla_flags as xla_flags
     from hcp_jax.parallel.microbatch import place_microbatch as place_microbatch
+    from hcp_jax.parallel.with_buffers import context_parallel as context_parallel
     from hcp_jax.planner.search import plan as plan
     from hcp_jax.sequence.dense_mask import from_dense as from_dense
     from hcp_jax.sequence.mask import Mask as Mask
@@ -45,6 +47,7 @@ _HOME = {
     "causal": "sequence.mask",
     "check": "verify.check",
     "chunked_local": "sequence.mask",
+    "context_parallel": "parallel.with_buffers",
     "documents": "sequence.mask",
     "dot_product_attention": "attention.api",
     "from_dense": "sequence.dense_mask",
@@ -59,7 +62,7 @@ _HOME = {
     "xla_flags": "parallel.mesh",
 }
 
-_ROOMS = ("dynamic",)
+_ROOMS = ("dynamic", "viz")
 
 __all__ = sorted([*_HOME, *_ROOMS])
 

@@ -12,6 +12,7 @@ import pathlib
 import platform
 
 from hcp_jax.base import terminal
+from hcp_jax.base.cache_folder import cache_folder
 
 VARIABLE = "HCP_PROGRAM_CACHE"
 """The environment variable that names another folder, or is "off"."""
@@ -50,7 +51,7 @@ def turn_on(*, several_hosts: bool = False, tell: bool = True) -> pathlib.Path |
                 f"share in {VARIABLE}"
             )
         return None
-    folder = (pathlib.Path(named).expanduser() if named else _default()) / _kind()
+    folder = (pathlib.Path(named).expanduser() if named else cache_folder() / "programs") / _kind()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -67,12 +68,6 @@ def turn_on(*, several_hosts: bool = False, tell: bool = True) -> pathlib.Path |
         off = f"{VARIABLE}=off turns this off"
         terminal.say_error(f"compiled programs are kept in {folder} ({off})")
     return folder
-
-
-def _default() -> pathlib.Path:
-    import platformdirs
-
-    return platformdirs.user_cache_path("hcp_jax", appauthor=False) / "programs"
 
 
 def _kind() -> str:

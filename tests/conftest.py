@@ -24,6 +24,9 @@ else:
 # No test reads or writes the user's compiled programs, nor do the commands that tests start.
 os.environ["HCP_PROGRAM_CACHE"] = "off"
 
+# Nor what the user's GPUs have passed: `implementation=None` chooses alike everywhere.
+os.environ["HCP_KERNEL_CHECK"] = "off"
+
 # The annotations of the kernels' functions are checked in every call, shapes included. Not those of
 # rooms whose public functions answer wrong shapes with a ValueError of their own.
 jaxtyping.install_import_hook(["hcp_jax.kernels"], "beartype.beartype")

@@ -7,6 +7,7 @@ line that is no longer true must be deleted.
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,11 +22,12 @@ ROOT = pathlib.Path(hcp_jax.__file__).parent
 FLOORS = [
     ["cli"],
     ["commands"],
-    ["verify", "support", "plot", "program_cache"],
+    ["verify", "support", "program_cache"],
     ["planner"],
     ["train"],
     ["models"],
     ["attention", "recurrence"],
+    ["viz"],
     ["compiled"],
     ["parallel"],
     ["kernels"],
@@ -179,6 +181,16 @@ def test_a_circle_is_found_sideways_and_through_others(tmp_path):
     assert circles(graph(written(tmp_path, files | {"c.py": ""}))) == set()
     found = graph(written(tmp_path, files | {"c.py": "from hcp_jax import a"}))
     assert circles(found) == {frozenset("abc")}
+
+
+def test_only_pictures_import_matplotlib():
+    drawing = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*.py")
+        if re.search(r"^\s*(from|import) matplotlib", path.read_text(), re.M)
+    }
+    assert drawing
+    assert {name.split("/")[0] for name in drawing} == {"viz"}
 
 
 def test_importing_the_library_alone_imports_neither_jax_nor_numpy():

@@ -53,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `hcp audit`; return the exit code."""
-    from hcp_jax.compiled.timeline import draw
     from hcp_jax.planner.audit import audit_attention, audit_step, chosen_flags, place, title
 
     config = configuration.from_arguments(args)
@@ -73,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         found = audit_step(cp, on, config, flags)
     if args.picture:
-        draw(found.schedule, pathlib.Path(args.picture), title(found, args.attention))
+        from hcp_jax import viz
+
+        drawn = viz.draw_timeline(found.schedule, title(found, args.attention))
+        drawn.savefig(args.picture, dpi=130)
     text = json.dumps({"flags": flags} | found.to_json(), indent=2)
     if args.json == "-":
         terminal.say(text)

@@ -293,20 +293,10 @@ def _figure(x: float | None, factor: float) -> str:
 
 
 def _plot(rows: list[Row], path: pathlib.Path, device_kind: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from hcp_jax import viz
 
     rows = [row for row in rows if row.forward_tflops is not None]
     names = [f"{row.contestant}\n{row.mask}" for row in rows]
-    figure, axes = plt.subplots(figsize=(max(4, 1.1 * len(rows)), 4), layout="constrained")
-    for offset, label in ((-0.2, "forward"), (0.2, "backward")):
-        heights = [getattr(row, f"{label}_tflops") for row in rows]
-        axes.bar([i + offset for i in range(len(rows))], heights, 0.4, label=label)
-    axes.set_xticks(range(len(rows)), names)
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(device_kind)
-    axes.legend()
-    figure.savefig(path)
-    plt.close(figure)
+    forward = [row.forward_tflops or 0.0 for row in rows]
+    backward = [row.backward_tflops or 0.0 for row in rows]
+    viz.draw_rates(names, forward, backward, device_kind).savefig(path)

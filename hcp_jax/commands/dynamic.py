@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from hcp_jax.base import arguments, terminal
 from hcp_jax.cost.models import MODELS
-from hcp_jax.dynamic import gantt
 from hcp_jax.dynamic.calibrate import read_cost, read_rows, write_cost
 from hcp_jax.dynamic.cost import DEFAULT_MODEL, Cost, model_cost
 from hcp_jax.dynamic.lengths import draw_lengths, mean_length
@@ -170,7 +169,9 @@ def _simulate(args: argparse.Namespace) -> int:
         Path(args.json).write_text(json.dumps(records, indent=2) + "\n")
     if args.plot is not None:
         title = f"{args.lengths} on {num_devices} devices × {args.max_tokens_per_device} tokens"
-        gantt.save(limits.schedule(batches[0]), str(args.plot), title)
+        from hcp_jax import viz
+
+        viz.draw_schedule(limits.schedule(batches[0]), title).savefig(args.plot, dpi=130)
     return 0
 
 

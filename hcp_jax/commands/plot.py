@@ -1,9 +1,9 @@
-"""Run `hcp plot`; hcp_jax.train.metrics.figures does the work."""
+"""Run `hcp plot`; hcp_jax.viz does the work."""
 
 import argparse
 import pathlib
 
-from hcp_jax.base import arguments
+from hcp_jax.base import arguments, terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `hcp plot`; return the exit code."""
-    from hcp_jax.train.metrics import figures
+    from hcp_jax import viz
 
-    return figures.run(args)
+    runs = [viz.read_run(folder) for folder in args.runs]
+    viz.draw_runs(runs, args.against).savefig(args.out, dpi=150)
+    terminal.say(args.out)
+    return 0
 
 
 def uses_jax(args: argparse.Namespace) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from hcp_jax import program_cache
-from hcp_jax.base import tables
+from hcp_jax.base import tables, terminal
 from hcp_jax.train import config as configuration
 from hcp_jax.train.config import TrainConfig
 
@@ -25,16 +25,22 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `hcp verify`."""
     configuration.add_arguments(parser)
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="check the GPU kernels on this GPU instead, and keep the verdict: attention takes "
+        "Mosaic's only where they passed",
+    )
 
 
 def num_devices(args: argparse.Namespace) -> int:
     """Return the number of devices to simulate if there is no GPU."""
-    return _config(args).parallel.num_devices
+    return 1 if args.kernels else _config(args).parallel.num_devices
 
 
 def keep_programs(args: argparse.Namespace) -> None:
     """Keep compiled programs for the next start, unless the config says not to."""
-    if _config(args).program_cache:
+    if not args.kernels and _config(args).program_cache:
         program_cache.turn_on()
 
 
@@ -42,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `hcp verify`; return 0, or 1 if a check failed."""
     from hcp_jax.verify import groups, streams
 
+    if args.kernels:
+        return _check_kernels()
     config = _config(args)
     console = tables.console()
     cp = config.parallel.context_parallel(config.model.num_layers)
@@ -67,6 +75,31 @@ def run(args: argparse.Namespace) -> int:
         return 1
     console.print(f"all {total} checks passed: this computes what one device computes")
     return 0
+
+
+def _check_kernels() -> int:
+    """Check each implementation that this GPU supports; return 1 if one failed."""
+    import jax
+
+    from hcp_jax.kernels import core, trust
+
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise ValueError(
+            f"--kernels checks kernels on a GPU, and this is {device.device_kind!r}. Without one, "
+            "they run in interpreters: `pytest tests/kernels`."
+        )
+    problem = core.Problem("bfloat16", 8, 2, 128, 128, "gpu", device.device_kind)
+    passed = True
+    for name in ("mosaic", "triton"):
+        why = core.unsupported(name, problem)
+        if why is not None:
+            terminal.say(f"{name}: not checked: {why}")
+            continue
+        verdict = trust.check(name, device.device_kind)
+        passed &= verdict.passed
+        terminal.say(f"{name}: {'ok' if verdict.passed else 'FAILED'}: {verdict.reason}")
+    return 0 if passed else 1
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:

@@ -54,9 +54,10 @@ def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1
     return MemoryEstimate(
         state=12.0 * model.params / split.tp / shards,
         kept=sum(kind.num_layers * _kept(kind, split, t) for kind in kinds),
-        hidden=4 * 2.0 * t * model.hidden_size,
+        # Those of each depth of multi-token prediction live beside the model's own.
+        hidden=(1 + model.mtp_depths) * 4 * 2.0 * t * model.hidden_size,
         vocabulary=_vocabulary(model, split, t),
-        gradients=4.0 * (model.layers_params / split.tp) / shards,
+        gradients=4.0 * (model.held_params / split.tp) / shards,
         layer=max(_layer(kind, split, t) for kind in kinds),
     )
 
@@ -108,5 +109,5 @@ def _layer(model: ModelShape, split: Split, t: float) -> float:
     attention = t * (heads * (4 * 2 + 2 * 4) + kv * ring * (2 * 2 + 4 * 2))
     width = (model.mlp_products + 1) * model.intermediate_size / split.tp
     mlp = 2.0 * t * (width + 4 * model.hidden_size)
-    weights = 6.0 * model.layer_params / split.tp
+    weights = 6.0 * (model.layer_params + model.idle_params) / split.tp
     return max(attention, mlp, 2 * _recurrent(model, split, t)) + weights

@@ -32,6 +32,7 @@ class LayerKind:
         intermediate_size: of their MLP.
         head_size: H; 0 for layers that do not attend.
         sliding_window: number of tokens that a query sees; None for all earlier tokens.
+        idle_params: as in `ModelShape`.
         recurrence: the recurrence of layers that do not attend; None for attention.
     """
 
@@ -39,6 +40,7 @@ class LayerKind:
     intermediate_size: int
     head_size: int
     sliding_window: int | None
+    idle_params: int = 0
     recurrence: Recurrence | None = None
 
 
@@ -50,7 +52,13 @@ class ModelShape:
         head_size: H; 0 for layers that do not attend.
         mlp_products: number of matrices of an MLP: 3 with a gate, 2 without.
         recurrence: the recurrence of layers that do not attend; None for attention.
-        kinds: the kinds of layers, if there are several; they replace the sizes above.
+        mtp_depths: depths of multi-token prediction. Each has a projection from twice the hidden
+            size, one more layer as the last one, and a use of the output head.
+        idle_params: weights of a layer beside those that one token is multiplied by: of other
+            experts, and of the router. `intermediate_size` is then the sum over a token's experts.
+        moe_intermediate_size: size of each expert, which tp cuts; 0 without experts.
+        kinds: the kinds of layers, if there are several; they replace the sizes above. The layers
+            of depths are counted in theirs.
     """
 
     vocab_size: int
@@ -65,28 +73,38 @@ class ModelShape:
     loss_chunk: int = 1024
     mlp_products: int = 3
     recurrence: Recurrence | None = None
+    mtp_depths: int = 0
+    idle_params: int = 0
+    moe_intermediate_size: int = 0
     kinds: tuple[LayerKind, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
         """Return the shape of a `ModelConfig`."""
         counted = collections.Counter(
-            (layer.ffn.intermediate_size, *layer.mixer.cost) for layer in config.specs
+            (layer.ffn.width, layer.mixer.cost, layer.ffn.idle_params)
+            for layer in (config.specs[number] for number in config.computed_layers)
         )
-        kinds = tuple(LayerKind(count, *sizes) for sizes, count in counted.items())
+        kinds = tuple(
+            LayerKind(count, width, head_size, window, idle, recurrence)
+            for (width, (head_size, window, recurrence), idle), count in counted.items()
+        )
         one = dict(vars(next((kind for kind in kinds if kind.head_size), kinds[0])))
         del one["count"]
-        ours = {"mlp_products", "kinds", *one}
+        ours = {"mlp_products", "kinds", "moe_intermediate_size", *one}
         named = {
             f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name not in ours
         }
-        return cls(**named, **one, kinds=kinds if len(kinds) > 1 else ())
+        expert = 0 if config.moe is None else config.moe.moe_intermediate_size
+        return cls(
+            **named, **one, moe_intermediate_size=expert, kinds=kinds if len(kinds) > 1 else ()
+        )
 
     @property
     def by_kind(self) -> "tuple[ModelShape, ...]":
         """The shape of a decoder of each kind of layers alone; its `num_layers` is their number."""
         if not self.kinds:
-            return (self,)
+            return (dataclasses.replace(self, num_layers=self.computed_layers, mtp_depths=0),)
         return tuple(
             dataclasses.replace(
                 self,
@@ -95,6 +113,8 @@ class ModelShape:
                 head_size=kind.head_size,
                 sliding_window=kind.sliding_window,
                 recurrence=kind.recurrence,
+                idle_params=kind.idle_params,
+                mtp_depths=0,
                 kinds=(),
             )
             for kind in self.kinds
@@ -104,8 +124,13 @@ class ModelShape:
     def tp_sizes(self) -> tuple[int, ...]:
         """Sizes that tp must divide."""
         recurrent = [kind.recurrence.tp_sizes for kind in self.by_kind if kind.recurrence]
-        widths = [kind.intermediate_size for kind in self.by_kind]
-        return (self.num_kv_heads, self.vocab_size, *widths, *itertools.chain(*recurrent))
+        mlp = self.moe_intermediate_size or self.intermediate_size
+        return (self.num_kv_heads, self.vocab_size, mlp, *itertools.chain(*recurrent))
+
+    @property
+    def computed_layers(self) -> int:
+        """Number of layers with those of multi-token prediction."""
+        return self.num_layers + self.mtp_depths
 
     @property
     def query_width(self) -> int:
@@ -127,8 +152,14 @@ class ModelShape:
 
     @property
     def layers_params(self) -> int:
-        """Number of weights of the matrix products of all layers."""
-        return sum(kind.num_layers * kind.layer_params for kind in self.by_kind)
+        """Number of weights of the matrix products of all layers, with those of depths."""
+        projections = 2 * self.mtp_depths * self.hidden_size**2
+        return projections + sum(kind.num_layers * kind.layer_params for kind in self.by_kind)
+
+    @property
+    def held_params(self) -> int:
+        """Number of weights of all layers, with those that a token is not multiplied by."""
+        return self.layers_params + sum(k.num_layers * k.idle_params for k in self.by_kind)
 
     @property
     def head_params(self) -> int:
@@ -137,15 +168,18 @@ class ModelShape:
 
     @property
     def product_params(self) -> int:
-        """Number of weights that every token is multiplied by: all layers and the output head."""
-        return self.layers_params + self.head_params
+        """Number of weights that every token is multiplied by: all layers and the output head.
+
+        The head counts once for the next token, and once more for each depth.
+        """
+        return self.layers_params + (1 + self.mtp_depths) * self.head_params
 
     @property
     def params(self) -> int:
         """Number of all parameters, with norms."""
         embeddings = self.head_params * (1 if self.tie_embeddings else 2)
-        norms = (2 * self.num_layers + 1) * self.hidden_size
-        return self.layers_params + embeddings + norms
+        norms = (2 * self.num_layers + 1 + 5 * self.mtp_depths) * self.hidden_size
+        return self.held_params + embeddings + norms
 
 
 def step_flops(model: ModelShape, tokens: float, pairs: float) -> float:

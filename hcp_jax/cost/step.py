@@ -198,7 +198,7 @@ def estimate(
     ]
     again = 0 if split.remat == "none" else 1
     layers = model.layers_params / split.tp
-    head = model.head_params / split.tp
+    head = (1 + model.mtp_depths) * model.head_params / split.tp
     # The output head is always recomputed in backward: its logits are never kept.
     products = 2.0 * t * (layers * (3 + again) + head * 4)
     bandwidth = cluster.gpu.memory_bandwidth
@@ -434,7 +434,7 @@ def _tensor_parallel(model: ModelShape, split: Split, cluster: Cluster, t: int) 
     link, rate, latency = path(cluster, split, ("tp",), "all-reduce")
     again = 0 if split.remat == "none" else 1
     # The second sum of a recomputed layer is not needed in backward.
-    sums = model.num_layers * (4 + again)
+    sums = model.computed_layers * (4 + again)
     sent = sums * sent_bytes("all-reduce", 2.0 * t * model.hidden_size, split.tp)
     seconds = sent / rate + sums * latency
     return [Transfer("activations summed over tp", ("tp",), link, sent, seconds, seconds)]
@@ -453,7 +453,7 @@ def _weights_and_gradients(
     if not split.fsdp:
         seconds = sent / rate + latency
         return [Transfer("gradients summed", axes, link, sent, seconds, seconds)]
-    calls = model.num_layers * (gathers + 1)
+    calls = model.computed_layers * (gathers + 1)
     seconds = sent / rate + calls * latency
     exposed = max(0.0, seconds - compute_s)
     what = "weights gathered, gradients scattered"

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from hcp_jax.dynamic.cost import Cost as Cost
     from hcp_jax.dynamic.cost import TimedMicrobatch as TimedMicrobatch
     from hcp_jax.dynamic.cost import model_cost as model_cost
-    from hcp_jax.dynamic.gantt import draw as draw
     from hcp_jax.dynamic.menu import choose_menu as choose_menu
     from hcp_jax.dynamic.menu import schedule_batches as schedule_batches
     from hcp_jax.dynamic.plan import Schedule as Schedule
@@ -34,7 +33,6 @@ _HOME = {
     "Schedule": "dynamic.plan",
     "TimedMicrobatch": "dynamic.cost",
     "choose_menu": "dynamic.menu",
-    "draw": "dynamic.gantt",
     "max_runs": "sequence.packing",
     "model_cost": "dynamic.cost",
     "pack": "sequence.packing",

@@ -133,7 +133,7 @@ class TimedMicrobatch(NamedTuple):
 def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
     """Return the parameters of `Cost` for a model, in bfloat16 and without recomputation."""
     forward, backward = (on.attention_rate("triton", d).value for d in ("forward", "backward"))
-    kinds = [(kind.num_layers, kind) for kind in model.by_kind]
+    kinds = [(kind.computed_layers, kind) for kind in model.by_kind]
     query_width = sum(n * kind.query_width for n, kind in kinds)
     kv_width = sum(n * kind.kv_width for n, kind in kinds)
     attending = sum(n for n, kind in kinds if kind.query_width)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from hcp_jax.kernels import tiles
+from hcp_jax.kernels import tiles, trust
 from hcp_jax.kernels.merge import Partial
 from hcp_jax.kernels.tiles import Tiles
 from hcp_jax.sequence.layout import KeyRuns
@@ -28,9 +28,10 @@ from hcp_jax.sequence.mask import Intervals
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic")
 
-# What `implementation=None` tries on GPUs, in this order. "mosaic" has never run on a GPU. Put it
-# first for Hopper once `pytest -m gpu` has passed there.
-_BEST_ON_GPUS = ("triton", "blockwise")
+# What `implementation=None` tries on GPUs, in this order, and which of them it takes only after a
+# check on the GPU at hand (`trust.py`): Mosaic's kernels have not run on many.
+_BEST_ON_GPUS = ("mosaic", "triton", "blockwise")
+_TO_BE_CHECKED = ("mosaic",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,12 @@ def resolve(implementation: str | None, problem: Problem) -> str:
     """
     if implementation is None:
         best = _BEST_ON_GPUS if problem.platform in ("gpu", "cuda") else ("blockwise",)
-        return next(name for name in best if _module(name).unsupported(problem) is None)
+        return next(
+            name
+            for name in best
+            if unsupported(name, problem) is None
+            and (name not in _TO_BE_CHECKED or trust.trusted(name, problem.device_kind))
+        )
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(implementation, IMPLEMENTATIONS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -161,14 +167,20 @@ def resolve(implementation: str | None, problem: Problem) -> str:
             f"unknown implementation {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}"
             f"{hint}"
         )
-    reason = _module(implementation).unsupported(problem)
+    reason = unsupported(implementation, problem)
     if reason is not None:
-        can = [n for n in IMPLEMENTATIONS if _module(n).unsupported(problem) is None]
+        can = [n for n in IMPLEMENTATIONS if unsupported(n, problem) is None]
         raise NotImplementedError(
             f"implementation={implementation!r} cannot do this call: {reason}. "
             f"These can: {', '.join(can)} (or implementation=None for the best of them)."
         )
     return implementation
+
+
+def unsupported(implementation: str, problem: Problem) -> str | None:
+    """Return why an implementation does not support a call, or None."""
+    reason: str | None = _module(implementation).unsupported(problem)
+    return reason
 
 
 def describe(platform: str, device_kind: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from hcp_jax.base.settings import MOST, check, fixed, fixed_later, free, numbers
 from hcp_jax.models import pattern, specs
 from hcp_jax.models.layers.rope_scaling import RopeScaling
+from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.pattern import LayerConfig, MixerKind
 from hcp_jax.models.recurrent_specs import (
     GatedDeltaConfig,
@@ -21,9 +22,11 @@ from hcp_jax.models.recurrent_specs import (
 from hcp_jax.models.specs import (
     Activation,
     AttentionSpec,
+    FeedForward,
     LayerSpec,
     Mixer,
     MLPSpec,
+    MoESpec,
     Norms,
     NormSpec,
     QKNorm,
@@ -77,6 +80,10 @@ class ModelConfig:
         norm_shifted: the parameter of every RMSNorm is its scale minus 1 (Gemma).
         embedding_scale: factor of the embeddings; 1 if None (Gemma: sqrt(hidden_size)).
         final_soft_cap: soft cap of the output logits; None for no cap.
+        mtp_depths: number of tokens predicted beyond the next one, each by a depth of its own
+            (multi-token prediction, DeepSeek-V3: `models/mtp.py`).
+        mtp_loss_weight: weight of their losses' mean, beside 1 for the main loss.
+        moe: mixture of experts in place of the MLP; None for none (see `MoEConfig`).
         mixer: what mixes tokens: "attention", or a recurrence: "mamba2" (Mamba-2), "gated_delta"
             (gated delta net, as in Qwen3-Next) or "kda" (Kimi delta attention).
         mamba2: sizes of the Mamba-2 layers; None if there are none.
@@ -133,6 +140,9 @@ class ModelConfig:
     norm_shifted: bool = field(default=False, metadata=numbers())
     embedding_scale: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
     final_soft_cap: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
+    mtp_depths: int = field(default=0, metadata=fixed_later(least=0, most=64))
+    mtp_loss_weight: float = field(default=0.3, metadata=numbers(least=0, most=1e6))
+    moe: MoEConfig | None = field(default=None, metadata=fixed_later())
     mixer: MixerKind = field(default="attention", metadata=fixed_later())
     mamba2: Mamba2Config | None = field(default=None, metadata=numbers())
     gated_delta: GatedDeltaConfig | None = field(default=None, metadata=numbers())
@@ -185,6 +195,14 @@ class ModelConfig:
         return _specs(self)
 
     @property
+    def computed_layers(self) -> tuple[int, ...]:
+        """The number of every layer that is computed; the last layer's again for each MTP depth.
+
+        The layer of a depth has the spec and the comm type of the last layer.
+        """
+        return (*range(self.num_layers), *[self.num_layers - 1] * self.mtp_depths)
+
+    @property
     def widest_window(self) -> int | None:
         """The widest window of an attention layer; None if one sees all earlier tokens."""
         windows = [layer.mixer.window for layer in self.specs if layer.mixer.pair_width]
@@ -197,8 +215,9 @@ class ModelConfig:
         Empty if no layer attends.
         """
         widths: dict[int | None, int] = {}
-        for mixer in (layer.mixer for layer in self.specs if layer.mixer.pair_width):
-            widths[mixer.window] = widths.get(mixer.window, 0) + mixer.pair_width
+        for mixer in (self.specs[layer].mixer for layer in self.computed_layers):
+            if mixer.pair_width:
+                widths[mixer.window] = widths.get(mixer.window, 0) + mixer.pair_width
         total = sum(widths.values())
         return {window: width / total for window, width in widths.items()}
 
@@ -239,10 +258,10 @@ def _plan(config: ModelConfig) -> specs.Plan:
 @functools.lru_cache(maxsize=64)
 def _specs(config: ModelConfig) -> tuple[LayerSpec, ...]:
     found = pattern.overrides(config.layers, config.num_layers, config.sliding_window)
-    return tuple(_layer(config, own) for own in found)
+    return tuple(_layer(config, own, number) for number, own in enumerate(found))
 
 
-def _layer(config: ModelConfig, own: Mapping[str, Any]) -> LayerSpec:
+def _layer(config: ModelConfig, own: Mapping[str, Any], number: int) -> LayerSpec:
     """Return the spec of a layer with settings of its own."""
 
     def get(name: str) -> Any:
@@ -257,17 +276,48 @@ def _layer(config: ModelConfig, own: Mapping[str, Any]) -> LayerSpec:
         )
     return LayerSpec(
         mixer=_MIXERS[kind](config, get),
-        ffn=MLPSpec(
+        ffn=_feed_forward(config, get, number),
+        norms=get("norms"),
+        norm=config.norm_spec,
+    )
+
+
+def _feed_forward(config: ModelConfig, get: Callable[[str], Any], number: int) -> FeedForward:
+    def mlp(size: int) -> MLPSpec:
+        return MLPSpec(
             hidden_size=config.hidden_size,
-            intermediate_size=get("intermediate_size"),
+            intermediate_size=size,
             activation=get("activation"),
             bias=get("mlp_bias"),
             depth=config.num_layers,
             dtype=config.compute_dtype,
             chunk=config.mlp_chunk,
-        ),
-        norms=get("norms"),
-        norm=config.norm_spec,
+        )
+
+    moe = config.moe
+    if moe is None or not moe.has_experts(number):
+        return mlp(get("intermediate_size"))
+    if get("mlp_bias"):
+        raise NotImplementedError(
+            "mlp_bias with model.moe is not supported: experts have no biases here."
+        )
+    shared = moe.shared_expert_intermediate_size
+    return MoESpec(
+        hidden_size=config.hidden_size,
+        num_experts=moe.num_experts,
+        top_k=moe.num_experts_per_tok,
+        intermediate_size=moe.moe_intermediate_size,
+        router=moe.router,
+        norm_topk=moe.norm_topk_prob,
+        scaling=moe.routed_scaling_factor,
+        groups=moe.n_group,
+        topk_groups=moe.topk_group,
+        correction=moe.score_correction,
+        shared=mlp(shared) if shared else None,
+        shared_gate=moe.shared_expert_gate,
+        activation=get("activation"),
+        depth=config.num_layers,
+        dtype=config.compute_dtype,
     )
 
 

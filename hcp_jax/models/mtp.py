@@ -3,217 +3,131 @@
     depth d at token i:   h_i^d = layer_d(projection([norm(embedding of t_(i+d)), norm(h_i^(d-1))]))
     predicts              t_(i+d+1), by the model's own output matrix
 
-with h^0 the hidden states of the main model. The embedding and the output matrix are the model's;
-each depth has its own norms, projection and layer. The tokens `d` places on come with the batch
-(`look_ahead` on the host), or from `look_ahead` with `cp`, which sends d tokens at each border.
+with h^0 the hidden states of the model, after its last norm. The embedding and the output matrix
+are the model's; each depth has its own norms, projection and layer. Its layer sees the same tokens
+as the model's layers do, at the same positions.
+
+The targets of all depths come with the batch: the host reads them from the documents, so a stream
+may be cut in any layout or into groups. Depth d embeds what the depth before it predicts, so no
+other array is needed. `look_ahead` is for batches that have been made without them.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from hcp_jax.base import checks
-from hcp_jax.models.layers.loss import summed_cross_entropy
+from hcp_jax.models import rules
+from hcp_jax.models.layers import decoder
+from hcp_jax.models.layers.moe_router import RouterSums
+from hcp_jax.models.layers.norm import make_norm
+from hcp_jax.models.specs import LayerSpec
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.parallel.placing import Gathered
-
-
-class Ahead(NamedTuple):
-    """The tokens, targets and weights `depth` places further on in each token's own document.
-
-    Where that place is past the document's end, the weight is 0 and token and target are 0.
-
-    Attributes:
-        tokens: what depth `depth` embeds.
-        targets: what it predicts.
-        weights: float32 weight of its loss.
-    """
-
-    tokens: Any
-    targets: Any
-    weights: Any
-
-
-def look_ahead(
-    tokens: Int32[Array | np.ndarray, "B T"] | Gathered,
-    targets: Int32[Array | np.ndarray, "B T"] | Gathered,
-    weights: Float[Array | np.ndarray, "B T"],
-    positions: Int32[Array | np.ndarray, "B1 T"],
-    depth: int,
-    *,
-    cp: ContextParallel | None = None,
-) -> Ahead:
-    """Return what stands `depth` places further on, never over a document's end.
-
-    Args:
-        tokens: token ids.
-        targets: token to predict at each position.
-        weights: weight of each position.
-        positions: number of tokens of the same document before each token.
-        depth: number of places, 1 or more.
-        cp: None for a batch in natural order, such as host arrays before `cp.shard_batch`; a
-            context for arrays in its layout, which are rolled across devices.
-
-    Raises:
-        ValueError: if `depth` is less than 1.
-
-    >>> ids = np.array([[10, 11, 12, 20, 21]])
-    >>> next_ids = np.array([[11, 12, 0, 21, 0]])
-    >>> ahead = look_ahead(ids, next_ids, np.ones((1, 5)), np.array([[0, 1, 2, 0, 1]]), 1)
-    >>> ahead.tokens.tolist(), ahead.targets.tolist(), ahead.weights.tolist()
-    ([[11, 12, 0, 21, 0]], [[12, 0, 0, 0, 0]], [[1.0, 1.0, 0.0, 1.0, 0.0]])
-    """
-    depth = checks.integer("depth", depth, least=1)
-
-    def further(x: Any) -> Any:
-        if cp is not None:
-            return cp.roll(x, -depth, dim=1)
-        return jnp.roll(x, -depth, axis=1) if isinstance(x, jax.Array) else np.roll(x, -depth, 1)
-
-    # Positions begin at 0 in each document, so after a border, or around the end of the stream,
-    # they are less than here.
-    inside = further(positions) == positions + depth
-
-    def kept(x: Any) -> Any:
-        if isinstance(x, Gathered):
-            return x._replace(places=kept(x.places))
-        moved = further(x)
-        return moved * inside.astype(moved.dtype)
-
-    return Ahead(kept(tokens), kept(targets), kept(weights))
 
 
 class MTPDepth(nnx.Module):
     """One depth: norms, projection and layer.
 
-    Attributes:
-        layer: the depth's own decoder layer, as `make_layer` of `MTP` returned it.
+    Args:
+        spec: the layer.
+        rngs: of the parameters.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        layer: nnx.Module,
-        *,
-        norm_eps: float,
-        compute_dtype: str,
-        rngs: nnx.Rngs,
-    ):
-        def norm() -> nnx.RMSNorm:
-            return nnx.RMSNorm(hidden_size, epsilon=norm_eps, dtype=compute_dtype, rngs=rngs)
-
-        self.enorm, self.hnorm = norm(), norm()
+    def __init__(self, spec: LayerSpec, *, rngs: nnx.Rngs):
+        size = spec.mixer.hidden_size
+        self.enorm, self.hnorm = (make_norm(spec.norm, size, rngs) for _ in range(2))
         self.eh_proj = nnx.Linear(
-            2 * hidden_size,
-            hidden_size,
+            2 * size,
+            size,
             use_bias=False,
             kernel_init=nnx.initializers.variance_scaling(1.0, "fan_in", "normal"),
-            dtype=compute_dtype,
+            dtype=spec.norm.dtype,
             rngs=rngs,
         )
-        self.layer = layer
-        self.norm = norm()
+        self.layer = decoder.DecoderLayer(spec, rngs=rngs)
+        self.norm = make_norm(spec.norm, size, rngs)
 
     def __call__(
         self,
         hidden: Float[Array, "B T D"],
         embedded: Float[Array, "B T D"],
-        apply: Callable[[Any, Any], Any],
-    ) -> Float[Array, "B T D"]:
-        """Return this depth's hidden states, before its last norm."""
-        both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
-        return apply(self.layer, self.eh_proj(both))
-
-
-class MTP(nnx.Module):
-    """Depths of multi-token prediction.
-
-    >>> def make_layer(rngs):
-    ...     return nnx.Linear(8, 8, rngs=rngs)
-    >>> mtp = MTP(8, 2, make_layer, rngs=nnx.Rngs(0))
-    >>> hidden = jnp.ones((1, 4, 8))
-    >>> outputs = mtp(hidden, [hidden, hidden], lambda layer, x: layer(x))
-    >>> [x.shape for x in outputs]
-    [(1, 4, 8), (1, 4, 8)]
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        depths: int,
-        make_layer: Callable[[nnx.Rngs], nnx.Module],
-        *,
-        norm_eps: float = 1e-5,
-        compute_dtype: str = "float32",
-        rngs: nnx.Rngs,
-    ):
-        depths = checks.integer("depths", depths, least=1)
-        self.depths = nnx.List(
-            MTPDepth(
-                hidden_size,
-                make_layer(rngs),
-                norm_eps=norm_eps,
-                compute_dtype=compute_dtype,
-                rngs=rngs,
-            )
-            for _ in range(depths)
-        )
-
-    def __call__(
-        self,
-        hidden: Float[Array, "B T D"],
-        embedded: Sequence[Float[Array, "B T D"]],
-        apply: Callable[[Any, Any], Any],
-    ) -> list[Float[Array, "B T D"]]:
-        """Return the hidden states of each depth after its norm, ready for the output matrix.
+        shared: Any,
+        real: Bool[Array, "B T"] | None,
+        cp: ContextParallel | None,
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        """Return this depth's hidden states, before its last norm, and the sums of its router.
 
         Args:
-            hidden: hidden states of the main model.
-            embedded: for each depth, the embeddings of `Ahead.tokens`.
-            apply: called as `apply(layer, x)` to apply a depth's layer, with whatever mask,
-                positions and context it needs.
-
-        Raises:
-            ValueError: if there are embeddings for another number of depths.
+            hidden: those of the depth before.
+            embedded: embeddings of the tokens that the depth before predicts.
+            shared: what the mixer's `share` returned.
+            real: False for padding; needed by a router only.
+            cp: context with one comm type; None for one device.
         """
-        if len(embedded) != len(self.depths):
-            raise ValueError(
-                f"MTP has {len(self.depths)} depths, but there are embeddings for {len(embedded)}."
-            )
-        outputs = []
-        for depth, further in zip(self.depths, embedded, strict=True):
-            hidden = depth(hidden, further, apply)
-            outputs.append(depth.norm(hidden))
-        return outputs
+        both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
+        return self.layer(self.eh_proj(both), shared, real, cp)
 
 
-def losses_by_depth(
-    outputs: Sequence[Float[Array, "B T D"]],
-    unembedding: Float[Array, "V D"],
-    aheads: Sequence[Ahead],
+def make_depths(spec: LayerSpec, depths: int, rngs: nnx.Rngs) -> MTPDepth:
+    """Return depths with stacked parameters: a leading dim of `depths`."""
+    made: MTPDepth = nnx.vmap(lambda rngs: MTPDepth(spec, rngs=rngs))(rngs.split(depths))
+    return made
+
+
+def rule(path: tuple[str, ...]) -> rules.Rule:
+    """Return the rule of a depth's parameter by its path inside the depth."""
+    return decoder.rule(path[1:]) if path[0] == "layer" else rules.find({}, path)
+
+
+def look_ahead(
+    targets: Int32[Array | np.ndarray, "B T"],
+    weights: Float[Array | np.ndarray, "B T"],
+    positions: Int32[Array | np.ndarray, "B1 T"],
+    depths: int,
     *,
     cp: ContextParallel | None = None,
-    chunk: int = 1024,
-) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
-    """Return each depth's summed cross entropy in nats, and the sum of its weights.
+) -> tuple[Int32[Array | np.ndarray, "B T n"], Float[Array | np.ndarray, "B T n"]]:
+    """Return the targets 1 to `depths` places further on in each token's document, and weights.
 
-    Sums of microbatches can be added. A depth's mean loss is the one divided by the other, taken
-    over the whole global batch; DeepSeek-V3 adds the mean of these means, times 0.3 (later 0.1).
+    They are the batch's `mtp_targets` and `mtp_weights`. Past the end of the document, or of its
+    part in this stream, both are 0.
 
     Args:
-        outputs: of `MTP`.
-        unembedding: the model's output matrix.
-        aheads: of `look_ahead`, for depths 1, 2, ….
-        cp: context; None for one device.
-        chunk: number of tokens per device whose logits exist at one time.
+        targets: token to predict at each position.
+        weights: weight of each position.
+        positions: number of tokens of the same document before each token.
+        depths: number of depths n, 1 or more.
+        cp: None for a batch in natural order, such as host arrays before `cp.shard_batch`; a
+            context for arrays in its layout, which `cp.roll` moves across devices.
+
+    Raises:
+        ValueError: if there is no depth.
+        NotImplementedError: if `cp` has groups: their targets come with the batch.
+
+    >>> targets, positions = np.array([[11, 12, 0, 21, 0]]), np.array([[0, 1, 2, 0, 1]])
+    >>> further, weights = look_ahead(targets, np.ones((1, 5)), positions, 2)
+    >>> further[..., 0].tolist(), further[..., 1].tolist()
+    ([[12, 0, 0, 0, 0]], [[0, 0, 0, 0, 0]])
+    >>> weights[..., 0].tolist()
+    [[1.0, 1.0, 0.0, 1.0, 0.0]]
     """
-    sums = [
-        summed_cross_entropy(hidden, unembedding, ahead.targets, ahead.weights, cp=cp, chunk=chunk)
-        for hidden, ahead in zip(outputs, aheads, strict=True)
-    ]
-    return jnp.stack(sums), jnp.stack([jnp.sum(ahead.weights) for ahead in aheads])
+    depths = checks.integer("depths", depths, least=1)
+    xp: Any = jnp if isinstance(targets, jax.Array) else np
+
+    def moved(x: Any, depth: int) -> Any:
+        return xp.roll(x, -depth, 1) if cp is None else cp.roll(x, -depth, dim=1)
+
+    def further(x: Any) -> Any:
+        # Positions begin at 0 in each document, so after a border, or around the end of the
+        # stream, they are less than here.
+        kept = [
+            moved(x, d) * (moved(positions, d) == positions + d).astype(x.dtype)
+            for d in range(1, depths + 1)
+        ]
+        return xp.stack(kept, axis=-1)
+
+    return further(targets), further(weights)

@@ -17,12 +17,18 @@ class Rule(NamedTuple):
             store last; None if the parameter is stored as it is.
         fsdp: whether FSDP cuts it; norms, biases and sinks are too small to be worth a collective.
         decay: whether weight decay applies.
+        signal: whether its gradient is a signal whose sign alone counts: each step moves it by a
+            fixed amount against the sign, apart from the optimizer.
+        stacked: whether its first dim counts equal matrices, such as experts; `inputs` does not
+            count it, and each is a tensor of its own in Hugging Face's folders.
     """
 
     tp: int | None = None
     inputs: int | None = None
     fsdp: bool = False
     decay: bool = False
+    signal: bool = False
+    stacked: bool = False
 
 
 Rules = dict[tuple[str, ...], Rule]

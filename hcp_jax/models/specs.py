@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from hcp_jax.cost.recurrence import Recurrence
 from hcp_jax.cost.traffic import ITEM_BYTES, Remat, Traffic, layer_traffic
 from hcp_jax.models.layers.rope_scaling import RopeScaling
+from hcp_jax.models.moe_config import Router
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
 
 if TYPE_CHECKING:
@@ -171,13 +172,100 @@ class MLPSpec:
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def width(self) -> int:
+        """Width of the activations between the products."""
+        return self.intermediate_size
+
+    @property
+    def idle_params(self) -> int:
+        """Number of weights that are held beside those of the gated products of one token."""
+        return 0
+
+    @property
     def tp_sizes(self) -> dict[str, int]:
         """Sizes that tp must divide, by the name of their setting."""
         return {"intermediate_size": self.intermediate_size}
 
 
+@dataclasses.dataclass(frozen=True)
+class MoESpec:
+    """Mixture of experts: Σ weight · expert(x) over the top k experts of each token.
+
+    Each expert is a gated MLP as in `MLPSpec`, without biases.
+
+    Attributes:
+        hidden_size: D.
+        num_experts: E.
+        top_k: k, experts of each token.
+        intermediate_size: F, of each expert.
+        router: what scores experts, "softmax" or "sigmoid".
+        norm_topk: divide the scores of a token's experts by their sum.
+        scaling: factor of these weights.
+        groups: number of equal groups of experts.
+        topk_groups: number of groups that a token's experts are from.
+        correction: a bias on the scores that choose experts, without gradient.
+        shared: an MLP that all tokens go through, too; None for none.
+        shared_gate: multiply its output by a learnt sigmoid per token.
+        activation: as in `MLPSpec`.
+        depth: as in `MLPSpec`.
+        dtype: as in `MLPSpec`; the router computes in float32.
+    """
+
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    router: Router
+    norm_topk: bool
+    scaling: float
+    groups: int
+    topk_groups: int
+    correction: bool
+    shared: MLPSpec | None
+    shared_gate: bool
+    activation: Activation
+    depth: int
+    dtype: str
+
+    @property
+    def product_params(self) -> int:
+        """Number of weights of the matrix products that one token goes through."""
+        return self.top_k * self._expert_params + self._other_params
+
+    @property
+    def width(self) -> int:
+        """Width of the activations between the products, over all experts of a token."""
+        shared = 0 if self.shared is None else self.shared.width
+        return self.top_k * self.intermediate_size + shared
+
+    @property
+    def idle_params(self) -> int:
+        """Number of weights that are held beside those of the gated products of one token.
+
+        They are those of the experts that it does not go through, and the router's.
+        """
+        held = self.num_experts * self._expert_params + self._other_params
+        return held - 3 * self.hidden_size * self.width
+
+    @property
+    def tp_sizes(self) -> dict[str, int]:
+        """Sizes that tp must divide, by the name of their setting."""
+        shared = {} if self.shared is None else self.shared.tp_sizes
+        named = {f"shared_expert_{name}": size for name, size in shared.items()}
+        return {"moe_intermediate_size": self.intermediate_size} | named
+
+    @property
+    def _expert_params(self) -> int:
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def _other_params(self) -> int:
+        shared = 0 if self.shared is None else self.shared.product_params
+        return self.hidden_size * (self.num_experts + int(self.shared_gate)) + shared
+
+
 Mixer = AttentionSpec | Mamba2Spec | GatedDeltaSpec | KDASpec
-FeedForward = MLPSpec
+FeedForward = MLPSpec | MoESpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +287,7 @@ class LayerSpec:
 
     @property
     def product_params(self) -> int:
-        """Number of weights of the layer's matrix products."""
+        """Number of weights of the matrix products that a token goes through."""
         return self.mixer.product_params + self.ffn.product_params
 
     @property

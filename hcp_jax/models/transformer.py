@@ -20,15 +20,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from hcp_jax.attention.local import RESIDUALS
-from hcp_jax.models import rules
+from hcp_jax.models import mtp, rules
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.layers import decoder
+from hcp_jax.models.layers import decoder, moe_router
 from hcp_jax.models.layers.decoder import MIXERS, DecoderLayer
 from hcp_jax.models.layers.embedding import live_tp, lookup
 from hcp_jax.models.layers.loss import soft_capped
+from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.layers.norm import make_norm
 from hcp_jax.models.specs import LayerSpec, Plan
 from hcp_jax.parallel import spmd
@@ -72,6 +73,8 @@ class Transformer(nnx.Module):
         self.layers = stacks[0] if len(stacks) == 1 else Stacks(stacks)
         self.norm = make_norm(config.norm_spec, config.hidden_size, rngs)
         self.lm_head = None if config.tie_embeddings else _embedding(config, rngs)
+        if config.mtp_depths:
+            self.mtp = mtp.make_depths(config.specs[-1], config.mtp_depths, rngs)
 
     def __call__(
         self,
@@ -94,6 +97,25 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: if cp has comm types for another number of layers.
         """
+        return self.hidden_and_sums(tokens, positions, mask=mask, cp=cp)[0]
+
+    def hidden_and_sums(
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        *,
+        mask: Mask | PlacedMask | None = None,
+        cp: ContextParallel | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        """Return the hidden states, and the sums of all routers; None if there are no experts.
+
+        The arguments are those of a call. Queries whose interval of the mask is empty are padding,
+        which is not routed. Inside a `shard_map` over dp or cp axes, the sums cover the tokens
+        given there.
+
+        Raises:
+            ValueError: as a call.
+        """
         config = self.config
         live_tp(cp)
         mask = config.mask() if mask is None else mask
@@ -104,7 +126,92 @@ class Transformer(nnx.Module):
         def hidden(params: Any, tokens: Any, positions: Any, mask: Mask | PlacedMask) -> Any:
             return nnx.merge(graphdef, params)._hidden(tokens, positions, mask, cp)
 
-        return spmd.run(mesh, axes, hidden, spec, params, tokens, positions, mask)
+        specs = spec, self._sums_spec
+        out: tuple[Any, RouterSums | None] = spmd.run(
+            mesh, axes, hidden, specs, params, tokens, positions, mask
+        )
+        return out
+
+    def further(
+        self,
+        hidden: Float[Array, "B T D"],
+        targets: Int32[Array, "B T n"],
+        positions: Int32[Array, "B T"],
+        *,
+        mask: Mask | PlacedMask | None = None,
+        cp: ContextParallel | None = None,
+    ) -> tuple[list[Float[Array, "B T D"]], RouterSums | None]:
+        """Return the hidden states of each depth of multi-token prediction, after its norm.
+
+        The sums of their routers come with them, as from `hidden_and_sums`. Those of depth d
+        predict the token d + 1 places further on than the model's own.
+
+        Args:
+            hidden: what the model returned for the tokens.
+            targets: for each of the n depths, the target of the depth before (the model's own
+                targets for the first): the token that it embeds.
+            positions: as for the model.
+            mask: as for the model.
+            cp: as for the model.
+
+        Raises:
+            ValueError: if there are targets for another number of depths.
+        """
+        config, depths = self.config, self.config.mtp_depths
+        if targets.shape[2:] != (depths,):
+            raise ValueError(
+                f"the model has mtp_depths={depths}, but the targets {targets.shape} are for "
+                f"{targets.shape[2:] or 'no'} depths."
+            )
+        live_tp(cp)
+        mask = config.mask() if mask is None else mask
+        mesh, axes = (None, ()) if cp is None else (cp.mesh, cp.axes)
+        spec = PartitionSpec(*spmd.explicit_spec(hidden)) if cp is None else cp.spec(3)
+        graphdef, params = nnx.split(self)
+
+        def further(params: Any, hidden: Any, targets: Any, positions: Any, mask: Any) -> Any:
+            model = nnx.merge(graphdef, params)
+            return model._further(hidden, targets, positions, mask, cp)
+
+        arrays = params, hidden, targets, positions, mask
+        specs = [spec] * depths, self._sums_spec
+        found: tuple[list[Any], RouterSums | None] = spmd.run(mesh, axes, further, specs, *arrays)
+        return found
+
+    @property
+    def _sums_spec(self) -> Any:
+        return None if self.config.moe is None else moe_router.WHOLE
+
+    def _further(self, hidden: Any, targets: Any, positions: Any, mask: Any, cp: Any) -> Any:
+        config = self.config
+        total = None if config.moe is None else moe_router.no_sums()
+        real = None if total is None else real_tokens(mask, positions.shape, cp)
+        last = config.specs[-1].mixer
+        shared = MIXERS[type(last)].share(last, positions, mask, config.widest_window)
+        layer_cp = None if cp is None else cp.for_layer(config.num_layers - 1)
+        graphdef, params = nnx.split(self.mtp)
+
+        def depth(params: Any, hidden: Any, embedded: Any) -> Any:
+            hidden = checkpoint_name(hidden, _INPUT)
+            depth = nnx.merge(graphdef, params)
+            hidden, sums = depth(hidden, embedded, shared, real, layer_cp)
+            return _cut(hidden, cp), sums
+
+        depth = _remat(depth, config, 1)
+        outputs = []
+        for number in range(config.mtp_depths):
+            own = jax.tree.map(operator.itemgetter(number), params)
+            hidden, sums = depth(own, hidden, self._embedded(targets[..., number], cp))
+            total = total if sums is None else jax.tree.map(jnp.add, total, sums)
+            outputs.append(nnx.merge(graphdef, own).norm(hidden))
+        return outputs, total
+
+    def _embedded(self, tokens: Any, cp: ContextParallel | None) -> Any:
+        config = self.config
+        x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        return x
 
     def _hidden(
         self, tokens: Any, positions: Any, mask: Mask | PlacedMask, cp: ContextParallel | None
@@ -116,9 +223,9 @@ class Transformer(nnx.Module):
             )
             for stack in plan.stacks
         ]
-        x = lookup(self.embed_tokens.embedding[...], tokens, config.compute_dtype, cp)
-        if config.embedding_scale is not None:
-            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        routed = config.moe is not None
+        real = real_tokens(mask, tokens.shape, cp) if routed else None
+        x = self._embedded(tokens, cp)
         whole = len(plan.stacks) == 1
         modules = (
             [self.layers]
@@ -129,12 +236,14 @@ class Transformer(nnx.Module):
 
         def layer(stack: int, cp: ContextParallel | None, x: Any, params: dict[str, Any]) -> Any:
             x = checkpoint_name(x, _INPUT)
-            return _cut(nnx.merge(split[stack][0], params)(x, shared[stack], cp), cp)
+            x, sums = nnx.merge(split[stack][0], params)(x, shared[stack], real, cp)
+            return _cut(x, cp), sums
 
         params = [nnx.to_pure_dict(state) for _, state in split]
+        total = moe_router.no_sums() if routed else None
         for stretch in _stretches(plan, cp, config.num_layers):
-            x = _scan(layer, stretch, x, params, config)
-        return self.norm(x)
+            x, total = _scan(layer, stretch, (x, total), params, config)
+        return self.norm(x), total
 
     @property
     def unembedding(self) -> Float[Array, "V D"]:
@@ -179,8 +288,15 @@ def rule(path: tuple[str, ...]) -> rules.Rule:
     >>> rule(("layers", "self_attn", "q_proj", "kernel")).tp
     1
     """
+    if path[0] == "mtp":
+        return mtp.rule(path[1:])
     stack, inside = inside_layer(path)
     return rules.find(_RULES, path) if stack is None else decoder.rule(inside)
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Return whether a parameter's first dim counts layers, or depths of multi-token prediction."""
+    return path[0] in ("layers", "mtp")
 
 
 def inside_layer(path: tuple[str, ...]) -> tuple[int | None, tuple[str, ...]]:
@@ -250,9 +366,17 @@ def _repeats(turns: list[Any]) -> list[tuple[int, int, tuple[Any, ...]]]:
 
 
 def _scan(
-    layer: Callable, stretch: _Stretch, x: Any, params: list[dict], config: ModelConfig
+    layer: Callable, stretch: _Stretch, carry: Any, params: list[dict], config: ModelConfig
 ) -> Any:
-    """Apply the layers of a stretch in order; one step of the scan computes one period."""
+    """Apply the layers of a stretch in order; one step of the scan computes one period.
+
+    Args:
+        layer: applies one layer of a stack.
+        stretch: the layers.
+        carry: activations, and the sums of the routers so far.
+        params: of each stack.
+        config: of the model.
+    """
     stacks, first, last, period = stretch
     steps = (last - first) // len(period)
     layers = [
@@ -263,24 +387,52 @@ def _scan(
         for cps in period
     ]
 
-    def turn(x: Any, layers: list[Callable], params: list[dict]) -> Any:
+    def turn(carry: Any, layers: list[Callable], params: list[dict]) -> Any:
+        x, total = carry
         for one, p in zip(layers, params, strict=True):
-            x = one(x, p)
-        return x
+            x, sums = one(x, p)
+            total = total if sums is None else jax.tree.map(jnp.add, total, sums)
+        return x, total
 
     def cut(p: Array) -> Array:
         p = p[first:last]
         # Without the reshape where it is not needed: for it, XLA copies all gradients once more.
         return p if len(period) == 1 else p.reshape(steps, len(period), *p.shape[1:])
 
-    def step(x: Any, params: list[dict]) -> tuple[Any, None]:
+    def step(carry: Any, params: list[dict]) -> tuple[Any, None]:
         if len(period) == 1:
-            return turn(x, layers[0], params), None
+            return turn(carry, layers[0], params), None
         for i, one in enumerate(layers):
-            x = turn(x, one, jax.tree.map(operator.itemgetter(i), params))
-        return x, None
+            carry = turn(carry, one, jax.tree.map(operator.itemgetter(i), params))
+        return carry, None
 
-    return jax.lax.scan(step, x, jax.tree.map(cut, [params[i] for i in stacks]))[0]
+    return jax.lax.scan(step, carry, jax.tree.map(cut, [params[i] for i in stacks]))[0]
+
+
+def real_tokens(
+    mask: Mask | PlacedMask, shape: tuple[int, ...], cp: ContextParallel | None
+) -> Bool[Array, "B T"]:
+    """Return which tokens are no padding: those that see a key, if only themselves.
+
+    Args:
+        mask: the batch's mask.
+        shape: B and T of the tokens here; inside a `shard_map` they are a device's own part.
+        cp: context; None for one device.
+    """
+    rows, here = shape
+    inside = cp is not None and cp.on_device
+    if isinstance(mask, PlacedMask):
+        start, end = mask.intervals
+    else:
+        times = cp.size if cp is not None and inside else 1
+        start, end = mask.intervals(here * times, xp=jnp)
+        if cp is not None:
+            start, end = (cp.placement.to_layout(x, 1) for x in (start, end))
+    real = jnp.asarray(end > start)
+    if cp is not None and inside and real.shape[1] != here:
+        own = jax.lax.axis_index(cp.cp_axes)
+        real = jax.lax.dynamic_slice_in_dim(real, own * here, here, axis=1)
+    return jnp.broadcast_to(real, (rows, here))
 
 
 def _remat(layer: Callable, config: ModelConfig, turns: int) -> Callable:

@@ -13,6 +13,7 @@ from hcp_jax.base.names import LAYOUTS, require_known
 from hcp_jax.base.settings import MOST, check, free
 from hcp_jax.cost.traffic import COMM_TYPES
 from hcp_jax.dynamic.config import DynamicConfig
+from hcp_jax.parallel.expert_axes import innermost_axes
 
 if TYPE_CHECKING:
     import jax
@@ -43,8 +44,11 @@ class ParallelConfig:
         layout: "zigzag" or "contiguous".
         fsdp: shard parameters and optimizer state over dp and cp.
         head_groups: as in `ContextParallel`.
+        ep: number of devices that experts are cut over, those of the innermost of dp, cp_outer and
+            cp_inner: they are the same devices that cut tokens, and not a part of their product.
         dynamic: dynamic context parallelism: each document uses as many of the dp * cp devices as
             it needs.
+        expert_model_parallel_size: Megatron's word for ep.
         context_parallel_size: Megatron's word for cp_outer * cp_inner.
         cp_comm_type: Megatron's word for comm_type.
         hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
@@ -68,7 +72,9 @@ class ParallelConfig:
     layout: str = field(default="zigzag", metadata=free())
     fsdp: bool = field(default=False, metadata=free())
     head_groups: int = field(default=1, metadata=free(least=1, most=MOST))
+    ep: int = field(default=1, metadata=free(least=1, most=MOST))
     dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    expert_model_parallel_size: int | None = field(default=None, metadata=free(least=1, most=MOST))
     context_parallel_size: int | None = field(default=None, metadata=free(least=1, most=MOST))
     cp_comm_type: str | list[str] | None = field(default=None, metadata=free())
     hierarchical_context_parallel_sizes: list[int] | None = field(
@@ -135,6 +141,12 @@ class ParallelConfig:
             ValueError: if the two sets of words contradict each other.
         """
         sizes = _cp_sizes(self)
+        ep = self.expert_model_parallel_size or self.ep
+        if self.ep not in (1, ep):
+            raise ValueError(
+                f"ep={self.ep} is given together with Megatron's expert_model_parallel_size={ep}; "
+                "use one of the two."
+            )
         comm_type = self.comm_type
         if self.cp_comm_type is not None:
             comm_type = self.cp_comm_type
@@ -145,6 +157,8 @@ class ParallelConfig:
             comm_type=comm_type,
             context_parallel_size=None,
             cp_comm_type=None,
+            ep=ep,
+            expert_model_parallel_size=None,
             hierarchical_context_parallel_sizes=None,
         )
 
@@ -169,15 +183,18 @@ class ParallelConfig:
                 f"comm_type lists {len(r.comm_type)} layers, but the model has "
                 f"{model.num_layers}; give one comm type, or one per layer."
             )
-        sizes = {"vocab_size": model.vocab_size}
-        for stack in model.plan.stacks:
-            sizes |= stack.spec.tp_sizes
-        for name, size in sizes.items():
+        by_layer = {name: n for s in model.plan.stacks for name, n in s.spec.tp_sizes.items()}
+        for name, size in (by_layer | {"vocab_size": model.vocab_size}).items():
             if size % r.tp:
                 up = -(-size // r.tp) * r.tp
                 raise ValueError(
                     f"tp={r.tp} cannot cut {name}={size}; use a tp that divides it, or {name} {up}."
                 )
+        innermost_axes({"dp": r.dp, "cp_outer": r.cp_outer, "cp_inner": r.cp_inner}, r.ep)
+        experts = 1 if model.moe is None else model.moe.num_experts
+        if experts % r.ep:
+            why = "the model has no experts" if model.moe is None else f"num_experts={experts}"
+            raise ValueError(f"ep={r.ep} cannot cut experts: {why}; use ep 1, or one that divides.")
         if r.dynamic.enabled:
             return  # each grouping exchanges heads among as many devices as the heads allow
         heads, kv_heads = model.num_heads // r.tp, model.num_kv_heads // r.tp
@@ -216,7 +233,7 @@ class ParallelConfig:
             )
         mesh = make_mesh(r.dp, r.tp, r.cp_outer, r.cp_inner, devices=devices)
         return ContextParallel(
-            mesh, comm_type=comm_type, layout=r.layout, head_groups=r.head_groups
+            mesh, comm_type=comm_type, layout=r.layout, head_groups=r.head_groups, ep=r.ep
         )
 
 

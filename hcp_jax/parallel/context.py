@@ -20,7 +20,9 @@ from hcp_jax.base import checks
 from hcp_jax.base.names import require_known
 from hcp_jax.cost.traffic import STRATEGIES, Strategy
 from hcp_jax.parallel import placing, spmd
+from hcp_jax.parallel.buffers import map_buffers
 from hcp_jax.parallel.describe import collapse, describe
+from hcp_jax.parallel.expert_axes import innermost_axes
 from hcp_jax.parallel.mesh import as_tuple
 from hcp_jax.parallel.placing import Gathered
 from hcp_jax.sequence.layout import LAYOUTS
@@ -54,6 +56,8 @@ class ContextParallel:
             cp axes, of the widest group that a microbatch may have. Which devices form groups, and
             which documents they have, is data of the batch (`hcp.place_microbatch`). None: one
             stream over the cp axes for each dp device.
+        ep: number of devices over which a model cuts its experts: those of the innermost of the
+            axes dp, cp_outer, cp_inner (`expert_axes`).
 
     Raises:
         ValueError: for an axis that the mesh lacks or that has two roles, for an unknown comm type
@@ -74,6 +78,7 @@ class ContextParallel:
     cp_inner: str | None = "cp_inner"
     head_groups: int = 1
     widest_group: int | None = None
+    ep: int = 1
 
     def __post_init__(self) -> None:
         _require_mesh(self.mesh)
@@ -90,6 +95,7 @@ class ContextParallel:
         require_known("layout", self.layout, LAYOUTS)
         head_groups = checks.integer("head_groups", self.head_groups, least=1)
         object.__setattr__(self, "head_groups", head_groups)
+        innermost_axes({axis: self.mesh.shape[axis] for axis in self.flat_axes}, self.ep)
         if self.widest_group is not None:
             self._check_widest_group()
             return
@@ -105,6 +111,11 @@ class ContextParallel:
     def flat_axes(self) -> tuple[str, ...]:
         """The mesh axes that groups span: dp and `cp_axes`."""
         return (*as_tuple(self.dp), *self.cp_axes)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """The mesh axes that experts are cut over, the slowest first."""
+        return innermost_axes({axis: self.mesh.shape[axis] for axis in self.flat_axes}, self.ep)
 
     @property
     def size(self) -> int:
@@ -251,6 +262,41 @@ class ContextParallel:
         """
         self.placement.require_streams("cp.unshard")
         return placing.unshard(self, x, dim, length)
+
+    def shard_buffers(self, tree: Any, seq_dims: Any) -> Any:
+        """Apply `shard` to every array of a tree, each along its own sequence dim.
+
+        Token ids, labels, activations and positions (`np.arange(T)`, RoPE tables) of one stream
+        then lie on the devices in the same order. Arrays whose seq_dim is not 0 have the batch as
+        dim 0.
+
+        Args:
+            tree: arrays in natural order, in any containers; all of one length, a whole layout.
+            seq_dims: one dim for all arrays, or the same containers with a dim for each array (or
+                for a container of arrays). None: has no sequence dim, and is returned as it is.
+
+        Raises:
+            ValueError: if `seq_dims` does not fit the tree, an array lacks its dim, or the lengths
+                differ or need padding; names the array.
+
+        >>> import hcp_jax as hcp, numpy as np
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> batch = {"x": np.ones((2, 64, 8)), "positions": np.arange(64), "rate": 0.1}
+        >>> dims = {"x": 1, "positions": 0, "rate": None}
+        >>> back = cp.unshard_buffers(cp.shard_buffers(batch, dims), dims)
+        >>> back["positions"].tolist() == list(range(64))
+        True
+        """
+        self.placement.require_streams("cp.shard_buffers")
+        return map_buffers(self.shard, tree, seq_dims, self.padded_length)
+
+    def unshard_buffers(self, tree: Any, seq_dims: Any) -> Any:
+        """Reorder every array of a tree back to natural order; undo `shard_buffers`.
+
+        Args and errors are those of `shard_buffers`. Works on results and gradients, too.
+        """
+        self.placement.require_streams("cp.unshard_buffers")
+        return map_buffers(self.unshard, tree, seq_dims, self.padded_length)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Put a batch of host arrays in natural order on the devices, in the layout.

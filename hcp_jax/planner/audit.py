@@ -148,26 +148,34 @@ def audit_step(
         accumulation=config.accumulation,
     )
     seq_len = cp.padded_length(config.seq_len)
-    batch = _abstract_batch(cp, config.batch_size, seq_len)
+    batch = _abstract_batch(cp, config.batch_size, seq_len, config.model.mtp_depths)
     begin = time.perf_counter()
     compiled = compile_for(step, state, batch, flags=flags)
     return read_model(compiled, cp, cluster, config.model, seq_len, time.perf_counter() - begin)
 
 
-def _abstract_batch(cp: ContextParallel, rows: int, seq_len: int) -> dict[str, Any]:
+def _abstract_batch(
+    cp: ContextParallel, rows: int, seq_len: int, mtp_depths: int = 0
+) -> dict[str, Any]:
     """Return the shapes of a batch after `cp.shard_batch` (or `place_microbatch`)."""
-    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-    if isinstance(cp.placement, Groups):
-        return abstract_microbatch(cp, seq_len // cp.size, dtypes)
+    dtypes: dict[str, Any] = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
 
-    def array(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=cp.sharding(2))
+    grouped = isinstance(cp.placement, Groups)
+    rows = cp.axis_size(cp.dp) if grouped else rows
 
+    def array(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        shape = (rows, seq_len, *more)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=cp.sharding(len(shape)))
+
+    further = {"mtp_targets": np.int32, "mtp_weights": np.float32} if mtp_depths else {}
+    ahead = {name: array(dtype, mtp_depths) for name, dtype in further.items()}
+    if grouped:
+        return abstract_microbatch(cp, seq_len // cp.size, dtypes) | ahead
     whole = NamedSharding(cp.mesh, PartitionSpec(cp.dp, None))
     number: Any = jax.ShapeDtypeStruct((rows, seq_len), np.int32, sharding=whole)
     mask = PlacedMask(Intervals(number, number), None, cp.placement, seq_len)
     dtypes["positions"] = np.int32
-    return {name: array(dtype) for name, dtype in dtypes.items()} | {"mask": mask}
+    return {name: array(dtype) for name, dtype in dtypes.items()} | ahead | {"mask": mask}
 
 
 def read_model(

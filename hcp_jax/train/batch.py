@@ -1,10 +1,13 @@
 """Define the data of a step: batches, and the microbatches on the devices that make up a step."""
 
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 
 class Batch(TypedDict):
     """Packed streams with their targets, in host memory or on the devices.
+
+    With multi-token prediction of D depths, entry d of a token's `mtp_targets` is the target
+    d + 1 places further on in its document. What depth d embeds is the target of the depth before.
 
     Attributes:
         tokens: int32[R, T].
@@ -12,6 +15,8 @@ class Batch(TypedDict):
         positions: int32[R, T], of each token in its document.
         weights: float32[R, T], 0 where the target does not count.
         mask: `hcp_jax.Mask`.
+        mtp_targets: int32[R, T, D]; only with multi-token prediction.
+        mtp_weights: float32[R, T, D], 0 past the end of the document; as `mtp_targets`.
 
     A batch is a plain dict, so that `jax.jit` and `ContextParallel.shard_batch` take it. In host
     memory an array may be `Gathered`: not read yet.
@@ -22,6 +27,8 @@ class Batch(TypedDict):
     positions: Any
     weights: Any
     mask: Any
+    mtp_targets: NotRequired[Any]
+    mtp_weights: NotRequired[Any]
 
 
 class PlacedMicrobatch(NamedTuple):

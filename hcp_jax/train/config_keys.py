@@ -14,6 +14,13 @@ from typing import Any
 
 import docstring_parser
 
+_ELSEWHERE = {
+    "num_nextn_predict_layers": "model.mtp_depths",  # DeepSeek-V3's config.json
+    "mtp_num_layers": "model.mtp_depths",  # Megatron-LM, as the next
+    "mtp_loss_scaling_factor": "model.mtp_loss_weight",
+}
+"""The keys of this config for words of other programs, by their last part."""
+
 _SHOWN = 100  # characters of a key or value in a message
 
 
@@ -130,6 +137,8 @@ def nearest(key: str, cls: type) -> str:
     ]
     near = difflib.get_close_matches(key, known, 1, cutoff=0.75)
     last = key.rsplit(".", 1)[-1]
+    if last in _ELSEWHERE:
+        return f"; did you mean {_ELSEWHERE[last]!r}?"
     near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
     near = near or difflib.get_close_matches(key, known, 1)
     return f"; did you mean {near[0]!r}?" if near else "."

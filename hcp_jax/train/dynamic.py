@@ -33,6 +33,7 @@ from hcp_jax.parallel.microbatch import own_devices, place_microbatch
 from hcp_jax.sequence.packing import Microbatch, pack
 from hcp_jax.train.batch import Batch, PlacedMicrobatch, PlacedStep
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.data.batches import read, token_arrays
 from hcp_jax.train.data.corpus import Corpus
 from hcp_jax.train.data.documents import Limits, PlannedStep, PlannedSteps, check_longest
 from hcp_jax.train.data.streams import Segments
@@ -141,11 +142,7 @@ class DynamicProgram(Program):
                 index = packed.end[begin:end] - (borders[0] + devices.start) * self._tokens
                 inside = packed.document[begin:end] >= 0
                 refs[begin:end] = np.where(inside, stream[np.where(inside, index, 1) - 1], 0)
-        arrays = {
-            "tokens": self._corpus.tokens_at(refs),
-            "targets": self._corpus.targets_at(refs),
-            "weights": (refs > 0).astype(np.float32),
-        }
+        arrays = read(token_arrays(self._corpus, refs, self._config.model.mtp_depths))
         window = self._config.model.widest_window
         key = next(width for width in self._planned.menu if width >= microbatch.widest)
         placed: Any = place_microbatch(

@@ -72,10 +72,10 @@ class RunFolder:
                 _log.warning(str(also))
         if self._recorder is not None:
             self._recorder.close()
-            from hcp_jax.train.metrics import figures  # matplotlib takes a second to import
+            from hcp_jax.viz import runs  # matplotlib takes a second to import
 
             try:
-                figures.draw_run(self.path, self._title)
+                runs.draw_run(self.path, self._title)
             except OSError as also:  # the disk is full; lost numbers have been reported
                 _log.warning(f"the pictures of {self.path} cannot be drawn: {also}")
 

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.batch import Batch, PlacedMicrobatch
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.losses import Mean, mean_names
 from hcp_jax.train.portions import Sums
 from hcp_jax.train.sharding import jit_on_mesh
 from hcp_jax.train.step import (
@@ -156,7 +157,7 @@ class Menu:
     def _compile_ends(self, abstract: TrainState) -> Sums:
         """Compile what begins and ends a step; return shapes and shardings of the sums."""
         cp = next(iter(self.contexts.values()))
-        like = abstract_sums(abstract.params, cp)
+        like = abstract_sums(abstract.params, cp, mean_names(self._config.model))
 
         def zeros() -> Sums:
             sums: Sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
@@ -169,16 +170,17 @@ class Menu:
         return like
 
 
-def abstract_sums(params: Any, cp: ContextParallel) -> Sums:
+def abstract_sums(params: Any, cp: ContextParallel, means: Sequence[str] = ()) -> Sums:
     """Return shapes and shardings of the sums; gradients are sharded like the parameters.
 
     Args:
         params: shapes and shardings of the parameters.
         cp: their context parallelism.
+        means: names of the means, from `mean_names`.
     """
     whole = NamedSharding(cp.mesh, PartitionSpec())
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    return Sums(params, scalar, scalar)
+    return Sums(params, scalar, scalar, {name: Mean(scalar, scalar) for name in means})
 
 
 def make_accumulate(config: TrainConfig, cp: ContextParallel, like: Sums) -> jax.stages.Wrapped:

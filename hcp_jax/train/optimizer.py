@@ -64,9 +64,34 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         optax.add_decayed_weights(config.weight_decay, is_decayed),
         optax.scale_by_learning_rate(make_schedule(config, num_steps)),
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return _following_signals(adamw, config.score_correction_rate)
+
+
+def without_signals(grads: Any) -> Any:
+    """Return gradients with zeros for parameters that follow the sign of a signal (`Rule`)."""
+    return _by_signal(lambda g: jnp.zeros_like(g), lambda g: g, grads)
+
+
+def _by_signal(signals: Any, others: Any, *trees: Any) -> Any:
+    def one(path: Any, *leaves: Any) -> Any:
+        return (signals if rule(tuple(k.key for k in path)).signal else others)(*leaves)
+
+    return jax.tree_util.tree_map_with_path(one, *trees)
+
+
+def _following_signals(
+    inner: optax.GradientTransformation, rate: float
+) -> optax.GradientTransformation:
+    """Return `inner` for all parameters but those that move by `rate` against a signal's sign."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(without_signals(grads), state, params)
+        moved = _by_signal(lambda _, g: -rate * jnp.sign(g), lambda u, _: u, updates, grads)
+        return moved, state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def farthest(params: Any, rate: Float[Array, ""], weight_decay: float) -> Float[Array, ""]:

@@ -21,11 +21,13 @@ class Sums(NamedTuple):
         grads: gradients of `loss`, a tree like the parameters.
         loss: Σ weight · loss over all tokens, in nats.
         weight: Σ weight.
+        means: `Losses.means`.
     """
 
     grads: Any
     loss: Any
     weight: Any
+    means: Any
 
 
 def split_portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any:
@@ -81,7 +83,10 @@ def reduced_once(
 
 
 def sum_portions(
-    gradients: Callable[[Any, Batch, Any], Sums], params: Any, portions: Any, weight: Any
+    gradients: Callable[[Any, Batch, Any], Sums],
+    params: Any,
+    portions: Any,
+    weight: Any,
 ) -> Sums:
     """Return the sums over the portions (`split_portions`), computed one after the other."""
     number = jax.tree.leaves(portions)[0].shape[0]
@@ -91,7 +96,8 @@ def sum_portions(
     def add(total: Sums, portion: Any) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, gradients(params, portion, weight)), None
 
-    nothing = jnp.zeros((), jnp.float32)
-    zeros = Sums(jax.tree.map(jnp.zeros_like, params), nothing, nothing)
+    first = jax.tree.map(lambda x: x[0], portions)
+    shapes = jax.eval_shape(gradients, params, first, weight)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total: Sums = jax.lax.scan(add, zeros, portions)[0]
     return total

@@ -129,6 +129,7 @@ class FixedProgram(Program):
             seed=config.seed,
             mask=config.model.mask,
             packing=config.data.packing,
+            mtp_depths=config.model.mtp_depths,
         )
         menu = Menu(config, {self._KEY: cp}, one_program=True)
         super().__init__(config, menu, batches.map(self._put), console)

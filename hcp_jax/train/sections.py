@@ -105,6 +105,7 @@ class OptimizerConfig:
             stochastically rounded: round-to-nearest would discard every update below 1/256 of the
             value.
         offload: whether to keep the two means in host memory between steps.
+        score_correction_rate: how far each step moves the biases of `model.moe.score_correction`.
         max_skipped: steps in a row that may be skipped because their loss or gradient is not
             finite; after more of them, training stops.
     """
@@ -122,6 +123,7 @@ class OptimizerConfig:
     clip_norm: float | None = field(default=1.0, metadata=numbers(above=0, most=1e18))
     moments_dtype: MomentsDtype = field(default="float32", metadata=fixed())
     offload: bool = field(default=False, metadata=free())
+    score_correction_rate: float = field(default=1e-3, metadata=numbers(least=0, most=1))
     max_skipped: int = field(default=10, metadata=free(least=1, most=MOST))
 
     def __post_init__(self) -> None:

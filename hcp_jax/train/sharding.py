@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import live_axes
-from hcp_jax.models.transformer import inside_layer, rule
+from hcp_jax.models.transformer import is_stacked, rule
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.host_memory import on_host
@@ -59,16 +59,20 @@ def param_specs(params: Any, cp: ContextParallel, *, fsdp: bool = False) -> Any:
 
     def spec(path: tuple[Any, ...], shape: Any) -> PartitionSpec:
         keys = tuple(key.key for key in path)
-        stacked, needs = int(inside_layer(keys)[0] is not None), rule(keys)
+        stacked, needs = int(is_stacked(keys)), rule(keys)
         cut: list[Any] = [None] * len(shape.shape)
+        free = axes
+        if needs.stacked and cp.ep > 1:
+            cut[stacked] = cp.expert_axes
+            free = tuple(axis for axis in axes if axis not in cp.expert_axes)
         if needs.tp is not None and tp:
             cut[stacked + needs.tp] = tp
-        if axes and needs.fsdp:
+        if free and needs.fsdp:
             # Not the dim of layers: a scan over it would fetch each layer from another device.
             whole = [d for d in range(stacked, len(cut)) if cut[d] is None]
-            fits = [d for d in whole if shape.shape[d] % cp.axis_size(axes) == 0]
+            fits = [d for d in whole if shape.shape[d] % cp.axis_size(free) == 0]
             if fits:
-                cut[fits[0]] = axes
+                cut[fits[0]] = free
         return PartitionSpec(*cut)
 
     return jax.tree_util.tree_map_with_path(spec, params)

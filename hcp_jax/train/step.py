@@ -19,20 +19,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.attention import layer_masks
-from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.transformer import abstract_model, init_params
-from hcp_jax.parallel import host_memory, spmd
+from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.train.batch import Batch
-from hcp_jax.train.optimizer import farthest, fetched, make_optimizer, make_schedule, put_back
+from hcp_jax.train.losses import nonzero, summed_losses, values
+from hcp_jax.train.optimizer import (
+    farthest,
+    fetched,
+    make_optimizer,
+    make_schedule,
+    put_back,
+    without_signals,
+)
 from hcp_jax.train.portions import Sums, reduced_once, split_portions, sum_portions
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, jit_on_mesh, state_shardings
@@ -137,8 +143,8 @@ def make_train_step(
             in portion r mod A.
 
     Returns:
-        The function; it donates the given state. Its metrics are those of `apply_gradients`, and
-        "pairs", the number of visible (query, key) pairs of the batch.
+        The function; it donates the given state. Its metrics are those of `apply_gradients` and the
+        means of `mean_names`, and "pairs", the number of visible (query, key) pairs of the batch.
 
     Raises:
         ValueError: if tp cannot cut the model; when called, if the rows of a batch cannot be cut
@@ -150,7 +156,8 @@ def make_train_step(
         sum_portions, summed_gradients(model, like.params, cp)
     )
     # With FSDP no device has room for all gradients: each microbatch's are reduce-scattered.
-    if cp is not None and accumulation > 1 and not fsdp:
+    # Experts that are cut are no one's whole gradients either.
+    if cp is not None and accumulation > 1 and not fsdp and cp.ep == 1:
         summed = reduced_once(summed, cp)
     schedule = make_schedule(optimizer, num_steps)
 
@@ -159,13 +166,12 @@ def make_train_step(
         # the sum of the weights. Devices of several CPU processes that began two collectives in
         # different orders would wait for each other.
         tokens = jnp.sum(batch["weights"])
-        grads, loss, _ = summed(
-            state.params, split_portions(batch, accumulation, cp), _nonzero(tokens)
-        )
+        sums = summed(state.params, split_portions(batch, accumulation, cp), nonzero(tokens))
         state, metrics = apply_gradients(
-            state, grads, loss, tokens, transform, schedule, optimizer.weight_decay
+            state, sums.grads, sums.loss, tokens, transform, schedule, optimizer.weight_decay
         )
-        return state, metrics | {"pairs": _visible_pairs(batch, model)}
+        pairs = {"pairs": _visible_pairs(batch, model)}
+        return state, metrics | values(sums.means) | pairs
 
     return jit_on_mesh(step, cp, (like, None), (like, None), donate=0)
 
@@ -175,7 +181,7 @@ def summed_gradients(
 ) -> Callable[[Any, Batch, Any], Sums]:
     """Return a function `(params, batch, weight) -> Sums` of one microbatch; to be traced.
 
-    It divides the loss, and so its gradients, by `weight`.
+    It divides the loss, and so its gradients, by `weight`; the sums of means it does not divide.
 
     Args:
         model: the model.
@@ -183,19 +189,20 @@ def summed_gradients(
         cp: the context parallelism of the microbatch; None for one device.
 
     Raises:
-        NotImplementedError: as `summed_loss`.
+        NotImplementedError: as `summed_losses`.
     """
-    loss_sum = summed_loss(model, cp)
+    losses = summed_losses(model, cp)
 
-    def divided(params: Any, batch: Batch, weight: Any) -> Float[Array, ""]:
-        return loss_sum(params, batch) / weight
+    def divided(params: Any, batch: Batch, weight: Any) -> tuple[Float[Array, ""], Any]:
+        found = losses(params, batch)
+        return found.total / weight, (found.main / weight, found.means)
 
     def gradients(params: Any, batch: Batch, weight: Any) -> Sums:
-        loss, grads = jax.value_and_grad(divided)(params, batch, weight)
+        grads, (loss, means) = jax.grad(divided, has_aux=True)(params, batch, weight)
         if cp is not None:
             constrain = functools.partial(spmd.constrain, mesh=cp.mesh, axes=cp.axes)
             grads = jax.tree.map(lambda g, x: constrain(g, spec=x.sharding.spec), grads, like)
-        return Sums(grads, loss, jnp.sum(batch["weights"]))
+        return Sums(grads, loss, jnp.sum(batch["weights"]), means)
 
     return gradients
 
@@ -210,17 +217,18 @@ def make_update(
         num_steps: as in `make_train_step`.
 
     Returns:
-        The function; its metrics are those of `apply_gradients`.
+        The function; its metrics are those of `apply_gradients` and the means of `mean_names`.
     """
     schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
 
     def update(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Array]]:
-        weight = _nonzero(sums.weight)
+        weight = nonzero(sums.weight)
         grads = jax.tree.map(lambda g: g / weight, sums.grads)
         loss = sums.loss / weight
-        return apply_gradients(
+        state, metrics = apply_gradients(
             state, grads, loss, sums.weight, transform, schedule, optimizer.weight_decay
         )
+        return state, metrics | values(sums.means)
 
     return update
 
@@ -253,7 +261,7 @@ def apply_gradients(
         The new state, and metrics, which are scalars on the device: "loss", "grad_norm" (before
         clipping), "learning_rate", "tokens", and "skipped" (1 if the step was skipped, else 0).
     """
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = optax.tree.norm(without_signals(grads))
     rate = jnp.asarray(schedule(updates_made(state)), jnp.float32)
     reach = farthest(state.params, rate, weight_decay)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(reach)
@@ -282,51 +290,6 @@ def updates_made(state: TrainState) -> Any:
     )
 
 
-def make_eval_loss(
-    model: ModelConfig, cp: ContextParallel | None = None
-) -> Callable[[Any, Batch], dict[str, Float[Array, ""]]]:
-    """Return a jitted function `(params, batch) -> {"loss", "tokens"}`: the loss without a step.
-
-    To average over batches, weight each loss with its "tokens".
-    """
-    loss_sum = summed_loss(model, cp)
-
-    def eval_loss(params: Any, batch: Batch) -> dict[str, Float[Array, ""]]:
-        tokens = jnp.sum(batch["weights"])
-        return {"loss": loss_sum(params, batch) / _nonzero(tokens), "tokens": tokens}
-
-    return jax.jit(eval_loss)
-
-
-def summed_loss(
-    model: ModelConfig, cp: ContextParallel | None = None
-) -> Callable[[Any, Batch], Float[Array, ""]]:
-    """Return a function `(params, batch) -> Σ weight · loss`, in nats; to be traced.
-
-    Raises:
-        NotImplementedError: if activations are offloaded and the devices do not support it.
-    """
-    if model.offload_activations and cp is not None:
-        host_memory.require(cp.mesh)
-    graphdef, _ = abstract_model(model)
-
-    def loss_sum(params: Any, batch: Batch) -> Float[Array, ""]:
-        transformer = nnx.merge(graphdef, params)
-        hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
-        return summed_cross_entropy(
-            hidden,
-            transformer.unembedding,
-            batch["targets"],
-            batch["weights"],
-            cp=cp,
-            chunk=model.loss_chunk,
-            soft_cap=model.final_soft_cap,
-            z_loss=model.z_loss,
-        )
-
-    return loss_sum
-
-
 def _visible_pairs(batch: Batch, model: ModelConfig) -> Float[Array, ""]:
     """Return the visible pairs of one head of one layer: the mean over the layers by width."""
     rows, length = batch["tokens"].shape
@@ -347,8 +310,3 @@ def _visible_pairs(batch: Batch, model: ModelConfig) -> Float[Array, ""]:
 
 def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _nonzero(tokens: Float[Array, ""]) -> Float[Array, ""]:
-    """Return `tokens`, or 1 if it is 0, so that a batch without weight has loss 0, not NaN."""
-    return jnp.where(tokens > 0, tokens, 1)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import rich.console
 
+from hcp_jax.base.records import averaged_steps
 from hcp_jax.train.checkpoint.save_clock import SaveClock
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluator
@@ -158,7 +159,8 @@ class Steps:
             return True
 
     def _conclude(self, start: int, done: int, seconds: float) -> None:
-        path, losses, last = self._run.path, self._losses, self._losses[-10:]
+        path, losses = self._run.path, self._losses
+        last = losses[-averaged_steps(done) :]  # what loss.png ends with
         learnt = (
             f"loss {losses[0]:.3f} at step {start}, {sum(last) / len(last):.3f} over the last "
             f"{len(last)} steps"

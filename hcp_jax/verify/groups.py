@@ -41,13 +41,14 @@ from hcp_jax.sequence.packing import Microbatch, PackedMicrobatch
 from hcp_jax.train import data, evaluation
 from hcp_jax.train.batch import PlacedMicrobatch, PlacedStep
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.data.batches import read, token_arrays
 from hcp_jax.train.data.streams import Segments
 from hcp_jax.train.dynamic import DynamicProgram
+from hcp_jax.train.losses import make_eval_loss
 from hcp_jax.train.optimizer import make_optimizer
 from hcp_jax.train.step import (
     abstract_state,
     init_state,
-    make_eval_loss,
     make_train_step,
 )
 from hcp_jax.verify import measures, recurrences
@@ -348,11 +349,7 @@ def _placed(
     """Put a microbatch into the buffers of its groups, as input for a program of the menu."""
     packed, index = text.held.packed(config.parallel.dynamic.tokens)
     corpus_index = _in_buffers(text.corpus_index, index, 0)
-    arrays = {
-        "tokens": corpus.tokens_at(corpus_index),
-        "targets": corpus.targets_at(corpus_index),
-        "weights": (corpus_index > 0).astype(np.float32),
-    }
+    arrays = read(token_arrays(corpus, corpus_index, config.model.mtp_depths))
     window = config.model.widest_window
     widest = text.held.microbatch.widest
     placed: Any = place_microbatch(contexts[widest], packed, arrays, sliding_window=window)
@@ -372,9 +369,7 @@ def _stacked(
         positions[row, :used] = np.arange(used) - np.repeat(begins, held.lengths)
         whole_index[row, :used] = corpus_index
     return {
-        "tokens": corpus.tokens_at(whole_index),
-        "targets": corpus.targets_at(whole_index),
-        "weights": (whole_index > 0).astype(np.float32),
+        **read(token_arrays(corpus, whole_index, config.model.mtp_depths)),
         "positions": positions.astype(np.int32),
         "mask": config.model.mask(ids.astype(np.int32)),
     }
@@ -436,8 +431,8 @@ def _traffic(
 def _needed_bytes(model: ModelConfig, cp: ContextParallel, tokens: int) -> dict[str, int]:
     """Return the bytes that a device puts into each scope's collectives in a float32 forward."""
     needed = dict.fromkeys(SCOPES, 0)
-    for layer, spec in enumerate(model.specs):
-        for moved in _listed(spec.mixer, cp.for_layer(layer), tokens):
+    for layer in model.computed_layers:
+        for moved in _listed(model.specs[layer].mixer, cp.for_layer(layer), tokens):
             if moved.direction == "forward":
                 needed[moved.scope] += moved.count * moved.bytes
     return needed

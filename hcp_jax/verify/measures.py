@@ -163,7 +163,8 @@ def relative(got: np.ndarray, exact: np.ndarray) -> float:
 
 def same_step(many: Mapping[str, Any], single: Mapping[str, Any]) -> Iterator[Check]:
     """Compare the metrics of a step on all devices with those on one device."""
-    for name in ("loss", "grad_norm"):
+    by_depth = sorted(name for name in many if name.startswith("mtp_loss_"))
+    for name in ("loss", *by_depth, "grad_norm"):
         here, alone = float(many[name]), float(single[name])
         error = abs(here - alone) / abs(alone)
         cells = {

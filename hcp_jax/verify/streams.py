@@ -21,11 +21,12 @@ from hcp_jax.compiled import hlo
 from hcp_jax.cost.traffic import RECURRENT_SCOPES, SCOPES
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.parallel.placing import Gathered
 from hcp_jax.train import data
 from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.data.batches import read
+from hcp_jax.train.losses import make_eval_loss
 from hcp_jax.train.optimizer import make_optimizer
-from hcp_jax.train.step import init_state, make_eval_loss, make_train_step
+from hcp_jax.train.step import init_state, make_train_step
 from hcp_jax.verify import measures, recurrences
 from hcp_jax.verify.measures import EXACT, Check
 
@@ -41,6 +42,7 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
             seed=small.seed,
             mask=small.model.mask,
             prefetch=1,
+            mtp_depths=small.model.mtp_depths,
         )
     )
     yield (
@@ -106,7 +108,7 @@ def _attention(cp: ContextParallel, model: ModelConfig, length: int) -> Iterator
 def _one_step(config: TrainConfig, cp: ContextParallel, batch: dict[str, Any]) -> Iterator[Check]:
     optimizer = make_optimizer(config.optimizer, config.steps)
     metrics = []
-    whole = {n: x.whole() if isinstance(x, Gathered) else x for n, x in batch.items()}
+    whole = read(batch)
     for one, placed in ((cp, cp.shard_batch(batch)), (None, whole)):
         fsdp = config.parallel.fsdp and one is not None
         state = init_state(config.model, optimizer, config.seed, one, fsdp=fsdp)
@@ -147,7 +149,7 @@ def _needed_bytes(
 ) -> collections.Counter[str]:
     """Return the bytes that one device puts into each scope's collectives in a float32 forward."""
     needed: collections.Counter[str] = collections.Counter()
-    for layer, spec in enumerate(model.specs):
+    for layer in model.computed_layers:
         layer_cp, tokens = cp.for_layer(layer), cp.padded_length(shape[1])
-        needed += measures.needed_bytes(spec.mixer, layer_cp, shape[0], tokens)
+        needed += measures.needed_bytes(model.specs[layer].mixer, layer_cp, shape[0], tokens)
     return needed

@@ -4,7 +4,6 @@ import json
 import pytest
 
 from hcp_jax.commands import dynamic
-from hcp_jax.dynamic import gantt, schedule
 
 
 def run(*words) -> int:
@@ -83,14 +82,3 @@ def test_a_file_that_holds_no_cost_is_told(tmp_path):
 def test_batches_must_be_some():
     with pytest.raises(SystemExit):
         run(*ARGUMENTS, "--batches", 0)
-
-
-def test_the_picture_has_a_box_for_every_document_and_ends_when_the_schedule_does():
-    plan = schedule([3000, 700, 900, 100, 100], 4, 1024)
-    axes = gantt.draw(plan)
-    documents = axes.collections[0]
-    assert len(documents.get_paths()) == len(plan.lengths)
-    assert len({tuple(colour) for colour in documents.get_facecolor()}) == len(plan.lengths)
-    assert axes.get_xlim()[1] == pytest.approx(plan.modelled_seconds)
-    ends = max(path.vertices[:, 0].max() for c in axes.collections for path in c.get_paths())
-    assert ends == pytest.approx(plan.modelled_seconds)

@@ -46,6 +46,12 @@ YARN = {
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
 
 ROTARY, OTHER = LayerConfig(), LayerConfig(rope_theta=3e3)
+QWEN3_MOE = {
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
 GEMMA3 = {
     "num_hidden_layers": 5,
     "head_dim": 16,
@@ -78,6 +84,9 @@ MODELS = {
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}, {}),
     "qwen2-upper": ("Qwen2", WINDOW | {"num_hidden_layers": 4, "max_window_layers": 2}, {"sliding_window": 9}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}, {"sliding_window": None}),
+    "qwen3-moe": ("Qwen3Moe", QWEN3_MOE, {}),
+    "qwen3-moe-dense": ("Qwen3Moe", QWEN3_MOE | {"num_hidden_layers": 3, "mlp_only_layers": [0], "norm_topk_prob": True, "attention_bias": True}, {}),
     "gemma3": ("Gemma3Text", GEMMA3, {"embedding_scale": None}),
     "gemma3-plain": ("Gemma3Text", GEMMA3 | {"final_logit_softcapping": None, "rope_parameters": None, "attention_bias": False, "num_hidden_layers": 6, "layer_types": None}, {"attention_scale": None}),
     "olmo2": ("Olmo2", {}, {}),
@@ -167,6 +176,8 @@ def test_logits_over_eight_devices_are_those_of_transformers(folder_of, name):
         "olmo2-gqa",
         "smollm3-biases",
         "llama-biases",
+        "mixtral",
+        "qwen3-moe-dense",
     ],
 )
 def test_transformers_reads_what_is_written(folder_of, tmp_path, name):

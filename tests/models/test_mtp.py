@@ -1,5 +1,6 @@
-"""Multi-token prediction against its definition, token by token, and on every mesh."""
+"""Multi-token prediction against its definition, document by document, and on every mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,145 +10,209 @@ import pytest
 from flax import nnx
 
 import hcp_jax as hcp
-from hcp_jax.models.mtp import MTP, look_ahead, losses_by_depth
-from hcp_jax.parallel.halo import short_conv
-from hcp_jax.parallel.placing import Gathered
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf import config_json, loading
+from hcp_jax.models.mtp import look_ahead
+from hcp_jax.models.transformer import abstract_model, init_params, rule
+from hcp_jax.train import config as configuration
+from hcp_jax.train.data import Corpus
+from hcp_jax.train.data.batches import read, token_arrays
+from hcp_jax.train.losses import summed_losses
+from hcp_jax.train.sharding import param_specs
 
-T, D, V, DEPTHS = 29, 8, 12, 2
+T, DEPTHS = 29, 2
 SIZES = [(1, 2, 7, 12), (T,)]  # the documents of each row; the first row ends with padding
+MODEL = ModelConfig(
+    vocab_size=260,
+    num_layers=2,
+    hidden_size=8,
+    intermediate_size=16,
+    num_heads=2,
+    num_kv_heads=2,
+    compute_dtype="float32",
+    loss_chunk=8,
+    mtp_depths=DEPTHS,
+    mtp_loss_weight=0.5,
+)
 
 
-def batch(seed=0):
-    rng = np.random.default_rng(seed)
-    tokens, targets = rng.integers(1, V, (2, 2, T)).astype(np.int32)
-    positions, weights = np.zeros((2, T), np.int32), np.zeros((2, T), np.float32)
+@functools.cache
+def corpus():
+    rng = np.random.default_rng(0)
+    return Corpus([rng.bytes(size - 1) for row in SIZES for size in row], "a test")
+
+
+@functools.cache
+def batch():
+    """The documents in rows, as the data pipeline makes a batch of their references."""
+    refs, ids, positions = np.zeros((3, 2, T), np.int64)
+    number = 0
     for row, sizes in enumerate(SIZES):
-        positions[row, : sum(sizes)] = np.concatenate([np.arange(n) for n in sizes])
-        weights[row, : sum(sizes)] = 1
-    return tokens, targets, weights, positions
-
-
-def expected(depth):
-    """Token by token: the place further on if it is in the same document."""
-    tokens, targets, weights, _ = batch()
-    found = np.zeros((3, 2, T))
-    for row, sizes in enumerate(SIZES):
-        first = 0
+        at = 0
         for size in sizes:
-            for i in range(first, first + size - depth):
-                found[:, row, i] = [x[row, i + depth] for x in (tokens, targets, weights)]
-            first += size
-    return found
+            here = slice(at, at := at + size)
+            refs[row, here] = corpus().refs(number, 0, size)
+            positions[row, here], ids[row, here] = np.arange(size), number + 1
+            number += 1
+    arrays = read(token_arrays(corpus(), refs, DEPTHS))
+    return arrays | {
+        "positions": positions.astype(np.int32),
+        "mask": MODEL.mask(ids.astype(np.int32)),
+    }
 
 
-@pytest.mark.parametrize("depth", [1, 2, 8])
-def test_places_further_on_are_of_the_same_document(depth):
-    got = look_ahead(*batch(), depth)
-    np.testing.assert_array_equal(np.stack(got), expected(depth))
-    tokens, *others = batch()
-    lazy = look_ahead(Gathered(tokens, lambda places: 10 * places), *others, depth)
-    np.testing.assert_array_equal(lazy.tokens.whole(), 10 * expected(depth)[0])
+def places():
+    """(row, slot, ids of the document from the token at this slot on) of every token."""
+    number = 0
+    for row, sizes in enumerate(SIZES):
+        at = 0
+        for size in sizes:
+            ids = [corpus().separator, *corpus()[number].tolist(), corpus().end]
+            yield from ((row, at + i, ids[i:]) for i in range(size))
+            at, number = at + size, number + 1
+
+
+def test_targets_are_those_further_on_in_the_document_and_of_no_other():
+    made = batch()
+    further, weights = look_ahead(
+        made["targets"], made["weights"], made["positions"], depths=DEPTHS
+    )
+    np.testing.assert_array_equal(made["mtp_targets"], further)
+    np.testing.assert_array_equal(made["mtp_weights"], weights)
+    want = np.zeros((2, T, DEPTHS + 1))
+    for row, slot, ids in places():
+        want[row, slot, : len(ids) - 1] = ids[1 : DEPTHS + 2]
+    counted = np.concatenate([made["weights"][..., None], made["mtp_weights"]], axis=-1)
+    targets = np.concatenate([made["targets"][..., None], made["mtp_targets"]], axis=-1)
+    np.testing.assert_array_equal(targets, want)
+    lengths = np.array([size for row in SIZES for size in row])
+    for depth in range(DEPTHS + 1):
+        assert counted[..., depth].sum() == np.maximum(lengths - depth, 0).sum()
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_on_devices_they_are_rolled_across_borders(layout):
     cp = hcp.ContextParallel(hcp.make_mesh(dp=2, cp_outer=2, cp_inner=2), "p2p", layout=layout)
-    placed = [cp.shard(x) for x in batch()]
-    got = jax.jit(lambda *x: [look_ahead(*x, depth, cp=cp) for depth in (1, 5)])(*placed)
-    for ahead, depth in zip(got, (1, 5), strict=True):
-        np.testing.assert_array_equal(
-            np.stack([cp.unshard(x, length=T) for x in ahead]), expected(depth)
-        )
-
-
-class Layer(nnx.Module):
-    """A convolution along the stream, so that documents and borders count."""
-
-    def __init__(self, rngs):
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (3, 1, D)))
-
-    def __call__(self, x, positions, cp):
-        (y,) = short_conv([x[:, :, None]], [self.weight[...]], positions, cp=cp)
-        return x + jnp.tanh(y[:, :, 0])
-
-
-class Model(nnx.Module):
-    """Embedding and depths."""
-
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (V, D)))
-        self.mtp = MTP(D, DEPTHS, Layer, rngs=rngs)
-
-    def losses(self, hidden, aheads, positions, cp):
-        table = self.embedding[...]
-        embedded = [table[ahead.tokens] for ahead in aheads]
-        outputs = self.mtp(
-            hidden, embedded, lambda layer, x: x + layer(x, positions=positions, cp=cp)
-        )
-        return losses_by_depth(outputs, table, aheads, cp=cp, chunk=4), outputs
+    arrays = [batch()[name] for name in ("targets", "weights", "positions")]
+    got = jax.jit(lambda *x: look_ahead(*x, 5, cp=cp))(*map(cp.shard, arrays))
+    for here, want in zip(got, look_ahead(*arrays, 5), strict=True):
+        np.testing.assert_array_equal(cp.unshard(here, length=T), want)
 
 
 @functools.cache
-def model():
-    graph, state = nnx.split(Model())
-    return graph, nnx.to_pure_dict(state)
+def params():
+    made = init_params(MODEL, jax.random.key(1))
+    # Norms that do nothing would hide one that is left out.
+    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(made))))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), made)
 
 
+def by_definition():
+    """Σ loss of each depth, each document alone, from the ids of the document."""
+    model = nnx.merge(abstract_model(MODEL)[0], params())
+    graph, stacked = nnx.split(model.mtp)
+    losses = np.zeros(DEPTHS + 1)
+    for ids in [ids for _, _, ids in places() if ids[0] == corpus().separator]:
+        tokens, here = np.array(ids[:-1])[None], np.arange(len(ids) - 1, dtype=np.int32)[None]
+        hidden = model(jnp.asarray(tokens, jnp.int32), jnp.asarray(here))
+        layer_mask = MODEL.mask()
+        for depth in range(DEPTHS + 1):
+            count = len(ids) - 1 - depth  # tokens that have a target
+            if depth:
+                own = nnx.merge(graph, jax.tree.map(lambda x, d=depth: x[d - 1], stacked))
+                # The ids that this depth embeds; behind the last one anything may stand.
+                embedded = model.embed_tokens.embedding[...][
+                    np.array((ids[depth:] + [0] * depth)[: len(ids) - 1])[None]
+                ]
+                both = [_rms(embedded, own.enorm), _rms(hidden, own.hnorm)]
+                x = np.concatenate(both, -1) @ np.asarray(own.eh_proj.kernel[...])
+                mixer = type(own.layer.self_attn)
+                spec = MODEL.specs[-1].mixer
+                shared = mixer.share(spec, jnp.asarray(here), layer_mask, None)
+                hidden = own.layer(jnp.asarray(x), shared, None)
+                logits = _rms(hidden, own.norm) @ np.asarray(model.unembedding).T
+            else:
+                logits = np.asarray(hidden) @ np.asarray(model.unembedding).T
+            logits = logits.astype(np.float64)[0, : max(count, 0)]
+            targets = np.array(ids[depth + 1 :], int)
+            log_z = np.log(np.exp(logits).sum(-1))
+            losses[depth] += (log_z - logits[np.arange(len(targets)), targets]).sum()
+    return losses
+
+
+def _rms(x, norm):
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + MODEL.norm_eps) * np.asarray(norm.scale)
+
+
+@functools.cache
 def run(cp):
-    graph, params = model()
-    hidden = np.random.default_rng(3).standard_normal((2, T, D), np.float32)
-    tokens, targets, weights, positions = batch()
-    aheads = [look_ahead(tokens, targets, weights, positions, d) for d in range(1, DEPTHS + 1)]
-    put = (lambda x: x) if cp is None else cp.shard
-    arrays = jax.tree.map(put, (hidden, aheads, positions))
+    """Losses and gradients of the batch."""
+    placed = batch() if cp is None else cp.shard_batch(batch())
 
-    @jax.jit
-    def step(params, hidden, aheads, positions):
-        def mean(params, hidden):
-            (sums, counts), outputs = nnx.merge(graph, params).losses(hidden, aheads, positions, cp)
-            return jnp.mean(sums / counts), (sums, counts, outputs)
+    def total(params, placed):
+        found = summed_losses(MODEL, cp)(params, placed)
+        return found.total, found
 
-        return jax.value_and_grad(mean, (0, 1), has_aux=True)(params, hidden)
-
-    (loss, (sums, counts, outputs)), (dparams, dhidden) = step(params, *arrays)
-    if cp is not None:
-        outputs, dhidden = jax.tree.map(lambda x: cp.unshard(x, length=T), (outputs, dhidden))
-    return loss, sums, counts, outputs, dparams, dhidden
-
-
-@functools.cache
-def alone():
-    return run(None)
+    return jax.jit(jax.grad(total, has_aux=True))(params(), placed)
 
 
 def test_losses_are_those_of_the_definition():
-    _, sums, counts, outputs, *_ = alone()
-    table = np.asarray(model()[1]["embedding"], np.float64)
-    for depth, (got, count, output) in enumerate(zip(sums, counts, outputs, strict=True), 1):
-        _, targets, weights = expected(depth)
-        logits = np.asarray(output, np.float64) @ table.T
-        log_z = np.log(np.exp(logits).sum(-1))
-        target = np.take_along_axis(logits, targets[..., None].astype(int), -1)[..., 0]
-        np.testing.assert_allclose(got, ((log_z - target) * weights).sum(), rtol=1e-5)
-        assert count == weights.sum()
-
-
-def test_every_depth_feeds_the_next():
-    # The last depth's loss has gradients in all depths' parameters.
-    _, _, _, _, dparams, _ = alone()
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(dparams["mtp"]))
+    grads, found = run(None)
+    want = by_definition()
+    np.testing.assert_allclose([found.main, *found.depths[0]], want, rtol=1e-5)
+    np.testing.assert_array_equal(found.depths[1], batch()["mtp_weights"].sum((0, 1)))
+    np.testing.assert_allclose(found.total, want[0] + 0.5 * want[1:].mean(), rtol=1e-5)
+    # Every depth is trained, and feeds the next.
+    for x in jax.tree.leaves(grads["mtp"]):
+        assert (np.abs(x).reshape(DEPTHS, -1).max(axis=1) > 0).all()
 
 
 def test_losses_and_gradients_are_the_same_on_devices():
     cp = hcp.ContextParallel(hcp.make_mesh(tp=2, cp_outer=2, cp_inner=2), "p2p")
-    for got, want in zip(jax.tree.leaves(run(cp)), jax.tree.leaves(alone()), strict=True):
+    for got, want in zip(jax.tree.leaves(run(cp)), jax.tree.leaves(run(None)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
+def test_parameters_are_cut_and_decayed_as_those_of_layers():
+    cp = hcp.ContextParallel(hcp.make_mesh(tp=2, cp_outer=2, cp_inner=2))
+    specs = param_specs(abstract_model(MODEL)[1], cp, fsdp=True)
+    axes = ("cp_outer", "cp_inner")
+    assert specs["mtp"]["layer"] == specs["layers"]
+    assert tuple(specs["mtp"]["eh_proj"]["kernel"]) == (None, axes, None)
+    assert rule(("mtp", "eh_proj", "kernel")).decay
+    assert not rule(("mtp", "enorm", "scale")).decay
+
+
 def test_wrong_calls_are_refused():
-    with pytest.raises(ValueError, match="depth"):
-        look_ahead(*batch(), 0)
-    mtp = MTP(4, 2, lambda rngs: nnx.Linear(4, 4, rngs=rngs), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="MTP has 2 depths, but there are embeddings for 1"):
-        mtp(jnp.ones((1, 2, 4)), [jnp.ones((1, 2, 4))], lambda layer, x: layer(x))
+    made = batch()
+    losses = summed_losses(MODEL)
+    with pytest.raises(ValueError, match="mtp_depths=2, so a batch needs .* has none: make_b"):
+        losses(params(), {n: x for n, x in made.items() if n != "mtp_targets"})
+    with pytest.raises(ValueError, match="has those of 1"):
+        losses(params(), made | {"mtp_targets": made["mtp_targets"][..., :1]})
+    model = nnx.merge(abstract_model(MODEL)[0], params())
+    with pytest.raises(ValueError, match="mtp_depths=2, but the targets"):
+        model.further(jnp.ones((2, T, 8)), made["mtp_targets"][..., :1], made["positions"])
+    arrays = [made[name] for name in ("targets", "weights", "positions")]
+    with pytest.raises(ValueError, match="depths"):
+        look_ahead(*arrays, 0)
+    groups = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), widest_group=8)
+    with pytest.raises(NotImplementedError, match=r"cp.roll .* shifted targets"):
+        look_ahead(*map(jnp.asarray, arrays), 1, cp=groups)
+
+
+def test_folders_of_hugging_face_are_refused_by_name():
+    with pytest.raises(NotImplementedError, match="mtp_depths=2: Hugging Face folders"):
+        loading.slots(MODEL)
+    with pytest.raises(NotImplementedError, match="mtp_depths=2: Hugging Face folders"):
+        config_json.raw_config(MODEL, 64, "float32")
+    raw = config_json.raw_config(dataclasses.replace(MODEL, mtp_depths=0), 64, "float32")
+    with pytest.raises(NotImplementedError, match="num_nextn_predict_layers=1 is not supported"):
+        config_json.model_config(raw | {"num_nextn_predict_layers": 1})
+
+
+@pytest.mark.parametrize("word", ["num_nextn_predict_layers", "mtp_num_layers"])
+def test_words_of_other_programs_are_understood(word):
+    with pytest.raises(ValueError, match=f"{word}.*did you mean 'model.mtp_depths'"):
+        configuration.load(None, [(f"model.{word}", "1")])

@@ -21,6 +21,7 @@ from hcp_jax.train import data, dynamic, loop
 from hcp_jax.train.batch import PlacedMicrobatch
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.dynamic import DynamicProgram
+from hcp_jax.train.losses import summed_losses
 from hcp_jax.train.metrics import metrics
 from hcp_jax.train.sections import LogConfig
 from hcp_jax.train.step import (
@@ -29,7 +30,6 @@ from hcp_jax.train.step import (
     init_state,
     make_optimizer,
     make_train_step,
-    summed_loss,
 )
 
 MODEL = ModelConfig(
@@ -168,7 +168,7 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
 @functools.cache
 def _static_gradients():
     def loss_of(params, batch):
-        return summed_loss(MODEL)(params, batch) / jnp.sum(batch["weights"])
+        return summed_losses(MODEL)(params, batch).total / jnp.sum(batch["weights"])
 
     return jax.jit(jax.value_and_grad(loss_of))
 

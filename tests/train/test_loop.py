@@ -15,6 +15,7 @@ import pytest
 import rich.console
 from matplotlib.image import imread
 
+from hcp_jax import viz
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train import config as configuration
@@ -105,6 +106,8 @@ def test_a_run_leaves_all_it_promises_and_says_so(config, whole):
     assert outcome == Outcome(pathlib.Path(config.run_dir, "tiny-001"), STEPS)
     assert configuration.load(outcome.folder / "config.yaml") == config
     assert imread(outcome.folder / "loss.png").shape[0] > 400
+    tags = [text.get_text() for text in viz.draw_loss(viz.read_run(outcome.folder)).axes[0].texts]
+    assert f"loss {tags[0]} at step 0, {tags[1]} over the last 10 steps" in printed
     assert list((outcome.folder / "tensorboard").glob("events.*"))
     assert [p.name for p in (outcome.folder / "checkpoints").iterdir()] == [str(STEPS)]
     [told] = (line for line in printed.splitlines() if line.startswith(f"{outcome.folder}: "))

@@ -10,13 +10,13 @@ import hcp_jax as hcp
 from hcp_jax.compiled import hlo
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.train import step as train_step
+from hcp_jax.train.losses import make_eval_loss
 from hcp_jax.train.step import (
     OptimizerConfig,
     TrainState,
     abstract_state,
     apply_gradients,
     init_state,
-    make_eval_loss,
     make_optimizer,
     make_schedule,
     make_train_step,

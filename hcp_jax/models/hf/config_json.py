@@ -43,6 +43,7 @@ SHAPES = (
     "mamba2",
     "gated_delta",
     "kda",
+    "moe",
 )
 """Fields that determine a model's parameters; weights fit only if all of them are equal."""
 
@@ -71,7 +72,7 @@ _SIZES = {
 
 _HEADS = json_fields.SIZES["num_key_value_heads"]
 # Settings that a pattern of layers may give by layer; the specs of all layers are compared instead.
-_BY_LAYER = {field.name for field in dataclasses.fields(LayerConfig)} | {"layers"}
+_BY_LAYER = {field.name for field in dataclasses.fields(LayerConfig)} | {"layers", "moe"}
 
 
 def read_raw(folder: pathlib.Path) -> dict[str, Any]:
@@ -167,6 +168,20 @@ def _specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
     return plain.specs
 
 
+def refuse_depths(config: ModelConfig) -> None:
+    """Refuse a model with multi-token prediction, whose depths have no tensors in a folder.
+
+    Raises:
+        NotImplementedError: if the model has depths.
+    """
+    if config.mtp_depths:
+        raise NotImplementedError(
+            f"model.mtp_depths={config.mtp_depths}: Hugging Face folders are neither read nor "
+            "written with depths of multi-token prediction. Set model.mtp_depths=0 to start from "
+            "such a folder; a run with depths keeps its weights in its checkpoints."
+        )
+
+
 def raw_config(
     model: ModelConfig, max_positions: int, dtype: str, like: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -182,6 +197,7 @@ def raw_config(
         NotImplementedError: if no supported family can describe the model.
         ValueError: if the weights of `like` have other shapes.
     """
+    refuse_depths(model)
     recurrent = [i for i, layer in enumerate(model.specs) if layer.mixer.recurrence is not None]
     if recurrent:
         raise NotImplementedError(
@@ -231,6 +247,10 @@ def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> N
             not raw.get("quantization_config"),
             "weights are read as float32, bfloat16 or float16; take the folder that was quantised",
         ),
+        **{
+            key: (not raw.get(key), "depths of multi-token prediction are not read")
+            for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+        },
         "auto_map": (
             not any("Model" in str(name) for name in _iterable(raw.get("auto_map"))),
             "the model is code of the folder's own, which is never run",

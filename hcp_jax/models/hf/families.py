@@ -1,13 +1,15 @@
 """List the supported model families, and what each reads from and writes into config.json."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hcp_jax.base.terminal import printable
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.hf import rope_json
 from hcp_jax.models.hf.json_fields import Fields
+from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.pattern import LayerConfig
 from hcp_jax.models.specs import AttentionSpec
 
@@ -47,6 +49,8 @@ class Family(NamedTuple):
         activation: of the MLP.
         read: returns fields of `ModelConfig` from the file and the number of layers.
         write: writes the same fields into a config.json.
+        renamed: name in its folders of each module or tensor of a mixture of experts that has
+            another name there.
     """
 
     architecture: str
@@ -55,10 +59,13 @@ class Family(NamedTuple):
     activation: ActivationKey
     read: Callable[[Fields, int], dict[str, Any]]
     write: Callable[[dict[str, Any], ModelConfig], None]
+    renamed: Mapping[str, str] = MappingProxyType({"correction": "e_score_correction_bias"})
 
 
 def family_of(model: ModelConfig) -> str:
     """Return the family whose parameters and layers are most like the model's."""
+    if model.moe is not None:
+        return "qwen3_moe" if model.qk_norm else "mixtral"
     if model.norms != "before" or model.norm_shifted:
         return "gemma3_text" if model.norms == "both" or model.norm_shifted else "olmo2"
     mixers = _attention(model)
@@ -141,13 +148,86 @@ def _qwen_windows(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 def _write_qwen(raw: dict[str, Any], model: ModelConfig) -> None:
     _write_rope(raw, model)
-    if raw["model_type"] == "qwen3":
+    if raw["model_type"].startswith("qwen3"):
         raw["attention_bias"] = model.o_bias
     windows = [mixer.window for mixer in _attention(model)]
     window = next((w for w in windows if w is not None), None)
     raw["use_sliding_window"], raw["sliding_window"] = window is not None, window
     raw["max_window_layers"] = windows.index(window) if window else model.num_layers
     raw["layer_types"] = [_FULL if w is None else _SLIDING for w in windows]
+
+
+def _read_mixtral(fields: Fields, num_layers: int) -> dict[str, Any]:
+    if fields.number_or_none("router_jitter_noise", 0, 1):
+        raise NotImplementedError(
+            f"{fields.place}: router_jitter_noise={fields.values['router_jitter_noise']} is not "
+            "supported; routers have no noise here. Set it to 0."
+        )
+    moe = MoEConfig(
+        num_experts=_whole_or("num_local_experts", 8, fields),
+        num_experts_per_tok=_whole_or("num_experts_per_tok", 2, fields),
+        moe_intermediate_size=fields.size("intermediate_size"),
+        router_aux_loss_coef=_balance(fields),
+    )
+    window = fields.whole_or_none("sliding_window")
+    return _rope(fields, 1_000_000.0) | {"sliding_window": window, "moe": moe}
+
+
+def _write_mixtral(raw: dict[str, Any], model: ModelConfig) -> None:
+    _write_mistral(raw, model)
+    if model.moe is not None:
+        raw["num_local_experts"] = model.moe.num_experts
+        raw["intermediate_size"] = model.moe.moe_intermediate_size
+        raw["num_experts_per_tok"] = model.moe.num_experts_per_tok
+        raw["router_aux_loss_coef"] = model.moe.router_aux_loss_coef
+
+
+def _read_qwen3_moe(fields: Fields, num_layers: int) -> dict[str, Any]:
+    if fields.flag("use_sliding_window", False):
+        raise NotImplementedError(
+            f"{fields.place}: use_sliding_window of qwen3_moe is not supported; set it to false."
+        )
+    dense = fields.values.get("mlp_only_layers") or []
+    if dense != list(range(len(dense))):
+        raise NotImplementedError(
+            f"{fields.place}: mlp_only_layers={printable(repr(dense), 80)} is not supported; only "
+            "the first layers may have an MLP alone: 0, 1, 2 and so on."
+        )
+    number = "num_experts" if "num_experts" in fields.values else "num_local_experts"
+    moe = MoEConfig(
+        num_experts=_whole_or(number, 128, fields),
+        num_experts_per_tok=_whole_or("num_experts_per_tok", 8, fields),
+        moe_intermediate_size=_whole_or("moe_intermediate_size", 768, fields),
+        norm_topk_prob=fields.flag("norm_topk_prob", False),
+        router_aux_loss_coef=_balance(fields),
+        first_k_dense_replace=len(dense),
+        decoder_sparse_step=_whole_or("decoder_sparse_step", 1, fields),
+    )
+    return _rope(fields) | _biases(fields) | {"qk_norm": True, "moe": moe}
+
+
+def _write_qwen3_moe(raw: dict[str, Any], model: ModelConfig) -> None:
+    _write_rope(raw, model)
+    raw["attention_bias"] = model.o_bias
+    raw["use_sliding_window"], raw["sliding_window"] = False, None
+    moe = model.moe
+    if moe is not None:
+        raw.pop("num_local_experts", None)
+        raw["num_experts"] = moe.num_experts
+        raw["mlp_only_layers"] = list(range(moe.first_k_dense_replace))
+        for name in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
+            raw[name] = getattr(moe, name)
+        for name in ("router_aux_loss_coef", "decoder_sparse_step"):
+            raw[name] = getattr(moe, name)
+
+
+def _whole_or(key: str, usual: int, fields: Fields) -> int:
+    return fields.whole(key, 2**22) if key in fields.values else usual
+
+
+def _balance(fields: Fields) -> float:
+    found = fields.number_or_none("router_aux_loss_coef", 0, 1e6)
+    return 1e-3 if found is None else found
 
 
 def _read_olmo2(fields: Fields, num_layers: int) -> dict[str, Any]:
@@ -301,6 +381,23 @@ FAMILIES = {
         _SWIGLU,
         _read_qwen3,
         _write_qwen,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        "Mixtral 8x7B, 8x22B and others of their shape",
+        Usual(kv_heads=8, epsilon=1e-5),
+        _SWIGLU,
+        _read_mixtral,
+        _write_mixtral,
+        {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        "Qwen3 with experts: 30B-A3B, 235B-A22B and others of their shape",
+        Usual(kv_heads=4),
+        _SWIGLU,
+        _read_qwen3_moe,
+        _write_qwen3_moe,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",

@@ -24,7 +24,11 @@ from safetensors import SafetensorError, safe_open
 
 from hcp_jax.base.terminal import printable
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf.config_json import refuse_depths
+from hcp_jax.models.hf.families import FAMILIES, family_of
 from hcp_jax.models.hf.model_folder import Stored, some, stored_tensors
+from hcp_jax.models.layers.moe import MoE
+from hcp_jax.models.specs import MoESpec
 from hcp_jax.models.transformer import abstract_model, inside_layer, rule
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -42,6 +46,8 @@ class Slot(NamedTuple):
         shape: shape of its part of the parameter, without the layer dim.
         inputs: number of these dims that are inputs of a matrix; None if the tensor is stored
             untransposed.
+        expert: number of the expert, if the parameter has a dim of experts after that of layers;
+            `shape` is without it.
     """
 
     name: str
@@ -49,6 +55,12 @@ class Slot(NamedTuple):
     layer: int | None
     shape: tuple[int, ...]
     inputs: int | None
+    expert: int | None = None
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Where the tensor lies in the parameter: its layer and its expert, if it has them."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -66,6 +78,7 @@ def slots(config: ModelConfig) -> list[Slot]:
 
 @functools.lru_cache(maxsize=4)
 def _slots(config: ModelConfig) -> tuple[Slot, ...]:
+    refuse_depths(config)
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])
     found = []
     for keys, leaf in leaves:
@@ -79,9 +92,16 @@ def _slots(config: ModelConfig) -> tuple[Slot, ...]:
             name = ".".join([*root, *modules, suffix])
             found.append(Slot(name, path, None, tuple(leaf.shape), inputs))
             continue
+        routed = isinstance(config.plan.stacks[stack].spec.ffn, MoESpec) and inside[0] == MoE.NAME
+        renamed = FAMILIES[family_of(config)].renamed if routed else {}
+        experts: list[int | None] = list(range(leaf.shape[1])) if rule(path).stacked else [None]
+        shape = tuple(leaf.shape[1:] if experts == [None] else leaf.shape[2:])
         for index, layer in enumerate(config.plan.stacks[stack].layers):
-            name = ".".join(["model", "layers", str(layer), *modules, suffix])
-            found.append(Slot(name, path, index, tuple(leaf.shape[1:]), inputs))
+            for expert in experts:
+                parts = [*modules, suffix] if expert is None else [*modules, expert, kind, "weight"]
+                parts = [renamed.get(str(part), str(part)) for part in parts]
+                name = ".".join(["model", "layers", str(layer), *parts])
+                found.append(Slot(name, path, index, shape, inputs, expert))
     return tuple(found)
 
 
@@ -146,11 +166,11 @@ def load_params(config: ModelConfig, folder: pathlib.Path, shardings: Any = None
         if slot.layer is None:
             parent[key] = _placed(slot, stored, sharding)
             continue
-        if slot.layer == 0:
+        if not any(slot.at):
             parent[key] = _zeros(parent[key].shape, sharding)
-        one = _placed(slot, stored, _layer_sharding(sharding))
+        one = _placed(slot, stored, _part_sharding(sharding, len(slot.at)))
         # Wait, because until then the tensor is in the host's memory.
-        parent[key] = jax.block_until_ready(_put_layer(sharding)(parent[key], one, slot.layer))
+        parent[key] = jax.block_until_ready(_put_part(sharding)(parent[key], one, slot.at))
     return params
 
 
@@ -256,17 +276,24 @@ def _zeros(shape: tuple[int, ...], sharding: Any) -> jax.Array:
     return jax.jit(functools.partial(jnp.zeros, shape, jnp.float32), out_shardings=sharding)()
 
 
-def _layer_sharding(sharding: Any) -> Any:
+def _part_sharding(sharding: Any, dims: int) -> Any:
+    """Return the sharding of one index of the first dims."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    spec = PartitionSpec(*sharding.spec[1:])
+    spec = PartitionSpec(*sharding.spec[dims:])
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 @functools.cache
-def _put_layer(sharding: Any) -> Any:
-    """Return a jitted (all layers, one layer, its index) -> all layers that updates in place."""
-    put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+def _put_part(sharding: Any) -> Any:
+    """Return a jitted (parameter, one part, its index) -> parameter that updates in place."""
+
+    def put(whole: Any, part: Any, index: tuple[Any, ...]) -> Any:
+        start = [*index, *[0] * part.ndim]
+        return jax.lax.dynamic_update_slice(
+            whole, part.reshape(*[1] * len(index), *part.shape), start
+        )
+
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 

@@ -6,7 +6,7 @@ To add a mixer, write its spec in `specs.py`, its module beside this file, and l
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from hcp_jax.models import rules
 from hcp_jax.models.layers.attention import Attention
@@ -14,9 +14,11 @@ from hcp_jax.models.layers.gated_delta import GatedDeltaNet
 from hcp_jax.models.layers.kda import KDA
 from hcp_jax.models.layers.mamba2 import Mamba2
 from hcp_jax.models.layers.mlp import MLP
+from hcp_jax.models.layers.moe import MoE
+from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.layers.norm import make_norm
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
-from hcp_jax.models.specs import AttentionSpec, LayerSpec, MLPSpec, Norms
+from hcp_jax.models.specs import AttentionSpec, LayerSpec, MLPSpec, MoESpec, Norms
 from hcp_jax.parallel.context import ContextParallel
 
 MIXERS: dict[type, Any] = {
@@ -27,7 +29,7 @@ MIXERS: dict[type, Any] = {
 }
 """Module of each kind of mixer."""
 
-FEED_FORWARDS: dict[type, Any] = {MLPSpec: MLP}
+FEED_FORWARDS: dict[type, Any] = {MLPSpec: MLP, MoESpec: MoE}
 """Module of each kind of feed-forward."""
 
 # Names of the norms before and after the mixer, and before and after the feed-forward, as in
@@ -57,19 +59,25 @@ class DecoderLayer(nnx.Module):
         setattr(self, ffn.NAME, ffn(spec.ffn, rngs=rngs))
 
     def __call__(
-        self, x: Float[Array, "B T D"], shared: Any, cp: ContextParallel | None
-    ) -> Float[Array, "B T D"]:
-        """Apply the layer.
+        self,
+        x: Float[Array, "B T D"],
+        shared: Any,
+        real: Bool[Array, "B T"] | None,
+        cp: ContextParallel | None,
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        """Apply the layer; return the sums of its router as well, None if it has none.
 
         Args:
             x: activations, in cp's layout order.
             shared: what the mixer's `share` returned.
+            real: False for padding; needed by a router only.
             cp: context with one comm type; None for one device.
         """
         mixer, ffn = (getattr(self, name) for name in self.names)
         before, after, before_ffn, after_ffn = _NORM_NAMES[self.spec.norms]
         x = x + self._norm(after, mixer(self._norm(before, x), shared, cp))
-        return x + self._norm(after_ffn, ffn(self._norm(before_ffn, x), cp))
+        out, sums = ffn.treat(self._norm(before_ffn, x), real, cp)
+        return x + self._norm(after_ffn, out), sums
 
     def _norm(self, name: str | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x if name is None else getattr(self, name)(x)

@@ -24,10 +24,11 @@ from hcp_jax.models.specs import Activation, MLPSpec
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 
-_ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": nnx.silu,
     "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
 }
+"""Function of each activation."""
 
 
 class MLP(nnx.Module):
@@ -69,8 +70,14 @@ class MLP(nnx.Module):
         chunked = spmd.shard_map(cp.mesh, cp.axes, local, (param_specs, cp.spec(3)), cp.spec(3))
         return spmd.run(cp.mesh, cp.axes, chunked, cp.spec(3), params, x)
 
+    def treat(
+        self, x: Float[Array, "B T D"], real: Any, cp: ContextParallel | None
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Apply the MLP to all tokens, padding included; there are no sums of a router."""
+        return self(x, cp), None
+
     def _at_once(self, x: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
-        activation = _ACTIVATIONS[self.spec.activation]
+        activation = ACTIVATIONS[self.spec.activation]
         return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
 
 

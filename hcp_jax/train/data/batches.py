@@ -9,7 +9,7 @@ number of processes. A batch holds references to tokens; `ContextParallel.shard_
 those tokens that belong on a process's own devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -114,6 +114,7 @@ def make_batches(
     prefetch: int = 2,
     put: Callable[[Batch], Any] = lambda batch: batch,
     packing: Packing = "whole",
+    mtp_depths: int = 0,
 ) -> grain.DatasetIterator[Any]:
     """Return an iterator over the batches of `packed_batches`, prepared ahead by a thread.
 
@@ -126,9 +127,16 @@ def make_batches(
         prefetch: batches that the thread prepares ahead.
         put: called by that thread with each batch, such as `ContextParallel.shard_batch`.
         packing: as in `packed_batches`.
+        mtp_depths: as in `packed_batches`.
     """
     batches = packed_batches(
-        corpus, batch_size=batch_size, seq_len=seq_len, seed=seed, mask=mask, packing=packing
+        corpus,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        seed=seed,
+        mask=mask,
+        packing=packing,
+        mtp_depths=mtp_depths,
     )
     return iter(prefetched(batches.map(put), prefetch))
 
@@ -141,6 +149,7 @@ def packed_batches(
     seed: int,
     mask: Callable[[Int32[np.ndarray, "B T"]], Mask] = _in_documents,
     packing: Packing = "whole",
+    mtp_depths: int = 0,
 ) -> grain.IterDataset[Batch]:
     """Return batches of packed streams, in natural order, without end.
 
@@ -152,9 +161,40 @@ def packed_batches(
         mask: returns the model's mask for streams whose documents have these segment ids
             (`ModelConfig.mask`).
         packing: whether documents stay whole or every slot is filled; see `DataConfig`.
+        mtp_depths: number of depths of multi-token prediction to give targets for.
     """
     streams = Streams(Segments(corpus, seq_len), seed, packing=packing)
-    return streams.batch(batch_size).map(lambda rows: _batch(corpus, rows, mask))
+    return streams.batch(batch_size).map(lambda rows: _batch(corpus, rows, mask, mtp_depths))
+
+
+def token_arrays(
+    corpus: Corpus, refs: Int64[np.ndarray, "R T"], mtp_depths: int = 0
+) -> dict[str, Any]:
+    """Return the entries of a `Batch` that are read from the corpus, and their weights.
+
+    Targets further on are those of the document itself, so they do not depend on how documents are
+    cut over streams and devices.
+
+    Args:
+        corpus: the documents.
+        refs: references of the tokens; 0 for padding.
+        mtp_depths: number of depths of multi-token prediction; without any, they have no entries.
+    """
+    arrays = {
+        "tokens": Gathered(refs, corpus.tokens_at),
+        "targets": Gathered(refs, corpus.targets_at),
+        "weights": (refs > 0).astype(np.float32),
+    }
+    if mtp_depths:
+        further = np.stack([corpus.further(refs, d + 1) for d in range(mtp_depths)], axis=-1)
+        arrays["mtp_targets"] = Gathered(further, corpus.targets_at)
+        arrays["mtp_weights"] = (further > 0).astype(np.float32)
+    return arrays
+
+
+def read(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays of a batch, with those that are not read yet read as a whole."""
+    return {name: x.whole() if isinstance(x, Gathered) else x for name, x in arrays.items()}
 
 
 def prefetched(dataset: grain.IterDataset[Any], number: int) -> grain.IterDataset[Any]:
@@ -162,11 +202,12 @@ def prefetched(dataset: grain.IterDataset[Any], number: int) -> grain.IterDatase
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=number)
 
 
-def _batch(corpus: Corpus, rows: Stream, mask: Callable[[Int32[np.ndarray, "B T"]], Mask]) -> Batch:
-    return {
-        "tokens": Gathered(rows.refs, corpus.tokens_at),
-        "targets": Gathered(rows.refs, corpus.targets_at),
-        "positions": rows.positions,
-        "weights": (rows.segment_ids > 0).astype(np.float32),
-        "mask": mask(rows.segment_ids),
-    }
+def _batch(
+    corpus: Corpus,
+    rows: Stream,
+    mask: Callable[[Int32[np.ndarray, "B T"]], Mask],
+    mtp_depths: int = 0,
+) -> Batch:
+    others = {"positions": rows.positions, "mask": mask(rows.segment_ids)}
+    batch: Any = token_arrays(corpus, rows.refs, mtp_depths) | others
+    return batch

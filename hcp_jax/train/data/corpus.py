@@ -169,6 +169,30 @@ class Corpus:
         """Return the targets at these references, 0 for padding; no other id is read."""
         return self._read(refs // 4 - 1, refs & 1 > 0, self.end, refs)
 
+    def further(self, refs: Int64[np.ndarray, "..."], places: int) -> Int64[np.ndarray, "..."]:
+        """Return the references `places` tokens further on in the same document, 0 past its end.
+
+        Where a document is cut, they go on behind the cut, as targets do.
+
+        Args:
+            refs: references; 0 for padding.
+            places: number of tokens, 1 or more.
+
+        >>> corpus = Corpus([b"abcd", b"xy"], "two texts")
+        >>> refs = corpus.refs(0, 0, 5)
+        >>> corpus.targets_at(corpus.further(refs, 2)).tolist()
+        [99, 100, 256, 0, 0]
+        """
+        # The target of a last token is the end, which is no id: only there may the index be that
+        # of the next document's first id.
+        index = refs // 4 - 1
+        inside = (refs > 0) & (refs & 1 == 0)
+        ends = self._offsets[
+            np.searchsorted(self._offsets, np.where(inside, index, -1), side="right")
+        ]
+        left = np.where(inside, ends - index, 0)
+        return np.where(left >= places, 4 * (1 + index + places) + (left == places), 0)
+
     def documents_at(self, refs: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
         """Return the numbers of the documents of these references; none may be padding.
 

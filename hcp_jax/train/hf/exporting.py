@@ -104,7 +104,7 @@ class _CheckpointReader:
         if slot.path != self._path:
             self._values = np.zeros(())  # Free the memory of the one before first.
             self._values, self._path = self._restore(slot.path), slot.path
-        return self._values if slot.layer is None else self._values[slot.layer]
+        return self._values[slot.at]
 
     def _restore(self, path: tuple[str, ...]) -> np.ndarray:
         name = ".".join(("params", *path))

@@ -1,8 +1,8 @@
 """Write and read the record of a run: steps in metrics.jsonl, evaluations in eval.jsonl.
 
-TensorBoard gets the same numbers, and pictures are drawn from these files (`figures.py`). A resumed
-run first removes the lines of steps after its checkpoint, so that the record has every step, and
-every evaluation, exactly once.
+TensorBoard gets the same numbers, and pictures are drawn from these files (`viz/runs.py`). A
+resumed run first removes the lines of steps after its checkpoint, so that the record has every
+step, and every evaluation, exactly once.
 """
 
 import collections
@@ -15,8 +15,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hcp_jax.base import reading
-from hcp_jax.base.terminal import printable
+from hcp_jax.base.records import read, read_evaluations
 
 if TYPE_CHECKING:
     from hcp_jax.train.evaluation import Evaluation
@@ -125,37 +124,6 @@ def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
             with contextlib.suppress(OSError):
                 file.truncate(before)
             raise
-
-
-def read(folder: pathlib.Path) -> list[dict[str, float]]:
-    """Return the metrics of all steps of a run, in order.
-
-    A last line that was cut off because a process died is left out.
-    """
-    return _read_lines(folder / "metrics.jsonl")
-
-
-def read_evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Return all evaluations of a run, in order, each as from `Evaluation.to_json`; see `read`."""
-    return _read_lines(folder / "eval.jsonl")
-
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [_record(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
-
-
-def _record(line: str, where: str) -> dict[str, Any]:
-    values = reading.parse_json(line, where)
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must hold keys and values, got {type(values).__name__}.")
-    for key in ("step", "loss"):
-        if type(values.get(key)) not in (int, float):
-            got = printable(repr(values.get(key)), 80)
-            raise ValueError(f"{where}: {key} must be a number, got {got}.")
-    return values
 
 
 def _rewrite(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:

@@ -63,6 +63,8 @@ def describe(
         layers.setdefault((how, moved), []).append(layer)
     for (how, moved), numbers in layers.items():
         yield f"{_ranges(numbers)} ({how}), each: {_moved(moved)}"
+    if model.mtp_depths:
+        yield f"each depth of multi-token prediction: as layer {model.num_layers - 1}"
     copies = cp.size * cp.axis_size(cp.dp)
     if copies == 1:
         return

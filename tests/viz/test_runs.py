@@ -9,8 +9,8 @@ import yaml
 from matplotlib.image import imread
 
 from hcp_jax.commands import plot
-from hcp_jax.train.metrics import figures
-from hcp_jax.train.metrics.figures import Run
+from hcp_jax.viz import runs as figures
+from hcp_jax.viz.runs import Run
 
 
 def evaluation(step, losses, stderr=0.1):
@@ -47,7 +47,7 @@ def test_the_loss_is_drawn_across_the_picture(tmp_path):
     [picture] = figures.draw_run(folder, "a test")
     image = imread(picture)[..., :3]
     assert image.shape[:2] == (675, 1200)
-    blue = np.abs(image - np.array([0x11, 0x56, 0x8C]) / 255).max(-1) < 0.02
+    blue = np.abs(image - np.array([0x00, 0x72, 0xB2]) / 255).max(-1) < 0.02
     assert blue.any(axis=0).mean() > 0.7  # the line crosses most of the width
 
 
@@ -110,7 +110,7 @@ def test_hcp_plot_writes_the_picture_it_names(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     plot.add_arguments(parser)
     out = tmp_path / "x.png"
-    assert figures.run(parser.parse_args([str(folder), "--out", str(out)])) == 0
+    assert plot.run(parser.parse_args([str(folder), "--out", str(out)])) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert imread(out).shape[0] > 400
 
@@ -122,9 +122,23 @@ def test_what_is_no_run_is_told(tmp_path):
         figures.read_run(run_folder(tmp_path / "new", number=0))
 
 
-def test_the_running_mean_is_the_mean_of_the_finite_values_around():
+def test_the_running_mean_is_of_the_values_before_and_starts_where_the_data_do():
     values = np.asarray([0.0, 3.0, 6.0, 0.0])
-    np.testing.assert_allclose(figures.running_mean(values, 1), [1.5, 3, 3, 3])
-    np.testing.assert_array_equal(figures.running_mean(values, 0), values)
-    values[1] = np.nan  # a step that was skipped
-    np.testing.assert_allclose(figures.running_mean(values, 1), [0, 3, 3, 3])
+    np.testing.assert_allclose(figures.running_mean(values, 2), [0, 1.5, 4.5, 3])
+    np.testing.assert_array_equal(figures.running_mean(values, 1), values)
+
+
+def test_steps_that_were_skipped_do_not_count_in_the_mean():
+    lines = [{"step": i, "loss": loss} for i, loss in enumerate([4.0, 9.0, float("nan"), 2.0])]
+    lines[1]["skipped"] = 1.0
+    [axes] = figures.draw_loss(Run("", {}, lines, [])).axes
+    step, mean = axes.lines[1].get_data()
+    assert (step.tolist(), mean.tolist()) == ([0, 3], [4.0, 3.0])
+    lines = [{"step": 0, "loss": float("nan")}]
+    [axes] = figures.draw_loss(Run("", {}, lines, [])).axes
+    assert [line.get_label() for line in axes.lines] == ["each step"]
+
+
+def test_runs_without_evaluations_are_told():
+    with pytest.raises(ValueError, match=r"no evaluations to draw; set eval\.every"):
+        figures.draw_by_position([])

@@ -4,24 +4,25 @@ The upper panel shows the whole program; the lower one shows a part of its middl
 single transfers and the kernels that hide them are visible. Waiting time is hatched.
 """
 
-import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from hcp_jax.compiled.clock import Schedule, Span
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from hcp_jax.viz import style
 
 _COLORS = {
-    "attention": "#4c78a8",
-    "product": "#54a24b",
-    "other": "#bab0ac",
-    "collective-permute": "#f58518",
-    "all-to-all": "#b279a2",
-    "all-gather": "#e45756",
-    "reduce-scatter": "#ff9da6",
-    "all-reduce": "#9d755d",
+    "attention": style.BLUE,
+    "product": style.GREEN,
+    "other": "#bbbbbb",
+    "collective-permute": style.YELLOW_ORANGE,
+    "all-to-all": style.PINK,
+    "all-gather": style.SKY,
+    "reduce-scatter": style.YELLOW,
+    "all-reduce": "#666666",
 }
 _WORDS = {
     "attention": "attention kernels",
@@ -33,25 +34,14 @@ _LANES = ("compute", "inside a host", "between hosts")
 _ZOOM_TRANSFERS = 12
 
 
-def draw(schedule: Schedule, file: pathlib.Path, title: str) -> None:
-    """Draw a schedule and write it to a file.
+def draw_timeline(schedule: Schedule, title: str = "") -> Figure:
+    """Draw the kernels and transfers of a program over time.
 
     Args:
-        schedule: result of `clock.simulate`.
-        file: file to write; its suffix gives the format, .png or .svg.
+        schedule: modelled times of a compiled program (`hcp audit`; `compiled.clock.simulate`).
         title: title of the picture.
-
-    Raises:
-        ValueError: if the suffix is neither .png nor .svg.
     """
-    if file.suffix not in (".png", ".svg"):
-        raise ValueError(f"the picture must be a .png or .svg file, got {str(file)!r}.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.figure(13, 5.4)
     above, below = figure.subplots(2, 1)
     lanes = [name for name in _LANES if any(span.lane == name for span in schedule.spans)]
     last = max((span.end for span in schedule.spans), default=0.0)
@@ -62,9 +52,9 @@ def draw(schedule: Schedule, file: pathlib.Path, title: str) -> None:
     below.set_title("part of it", loc="left", size=10)
     kinds = [kind for kind in _COLORS if any(span.kind == kind for span in schedule.spans)]
     entries = [Patch(color=_COLORS[kind], label=_WORDS.get(kind, kind)) for kind in kinds]
-    entries.append(Patch(facecolor="none", edgecolor="red", hatch="///", label="waiting"))
+    entries.append(Patch(facecolor="none", edgecolor=style.WAITING, hatch="///", label="waiting"))
     figure.legend(handles=entries, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(file, dpi=130)
+    return figure
 
 
 def waiting(spans: Sequence[Span]) -> list[tuple[float, float]]:
@@ -93,7 +83,7 @@ def zoom(spans: Sequence[Span]) -> tuple[float, float]:
 
 
 def _lanes(
-    axes: "Axes",
+    axes: Axes,
     spans: Sequence[Span],
     waits: Sequence[tuple[float, float]],
     lanes: list[str],
@@ -118,7 +108,9 @@ def _lanes(
     if zoomed:
         _names(axes, shown, lanes, window, scale)
     gaps = [(a * scale, (b - a) * scale) for a, b in waits if b - a > pixel and a < end]
-    axes.broken_barh(gaps, (-0.4, 0.8), facecolors="none", edgecolor="red", hatch="///", lw=0.3)
+    axes.broken_barh(
+        gaps, (-0.4, 0.8), facecolors="none", edgecolor=style.WAITING, hatch="///", lw=0.3
+    )
     axes.set_yticks(range(len(lanes)), lanes)
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     axes.set_xlim(begin * scale, end * scale)
@@ -127,7 +119,7 @@ def _lanes(
 
 
 def _names(
-    axes: "Axes",
+    axes: Axes,
     spans: Sequence[Span],
     lanes: list[str],
     window: tuple[float, float],
@@ -139,4 +131,6 @@ def _names(
         if right - left > 0.05 * (end - begin):
             name = span.name if span.lane == "compute" else span.kind.split("-")[-1]
             at = ((left + right) / 2 * scale, lanes.index(span.lane))
-            axes.text(*at, name, ha="center", va="center", size=7, color="white")
+            light = span.kind in ("other", "collective-permute", "all-gather", "reduce-scatter")
+            ink = "black" if light else "white"
+            axes.text(*at, name, ha="center", va="center", size=7, color=ink)

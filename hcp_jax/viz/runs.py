@@ -1,9 +1,5 @@
-"""Draw pictures of runs from their records, for `hcp plot` and for run folders.
+"""Draw runs from their records: loss, held-out loss by position, several runs side by side."""
 
-(`hcp_jax/plot.py` draws which tokens each device of a mesh holds and sees.)
-"""
-
-import argparse
 import dataclasses
 import itertools
 import pathlib
@@ -11,20 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
 
-from hcp_jax.base import reading, terminal
-from hcp_jax.train.metrics import metrics
+from hcp_jax.base import reading, records
+from hcp_jax.viz import style
 
-_INK, _PALE = "#11568c", "#9ec5e8"
-_HELD_OUT = "#c2410c"
-# Okabe and Ito's colours, which colour-blind people tell apart; without the yellow, on white.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_PALE = "#9ec5e8"
 _LOSS = "loss (nats per token)"
 _MOST_CURVES = 6
 _UNLABELLED = ("name", "run_dir", "log", "checkpoint")
@@ -50,30 +42,29 @@ class Run:
         """Return a metric of all steps."""
         return np.asarray([line[name] for line in self.steps])
 
-
-def run(args: argparse.Namespace) -> int:
-    """Run `hcp plot`."""
-    runs = [read_run(folder) for folder in args.runs]
-    draw_runs(runs, args.against).savefig(args.out)
-    terminal.say(args.out)
-    return 0
+    @property
+    def counts(self) -> Bool[np.ndarray, "S"]:
+        """Whether a step counts in means of the loss: its loss is finite, its update was made."""
+        skipped = [bool(line.get("skipped", 0)) for line in self.steps]
+        return np.isfinite(self.column("loss")) & ~np.asarray(skipped, bool)
 
 
-def read_run(folder: pathlib.Path) -> Run:
-    """Read a run folder.
+def read_run(folder: str | pathlib.Path) -> Run:
+    """Read the record of a run from its folder.
 
     Raises:
         ValueError: if it is not a run folder, or has no steps.
     """
+    folder = pathlib.Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml.")
-    steps = metrics.read(folder)
+    steps = records.read(folder)
     if not steps:
         raise ValueError(f"{folder} has no steps yet: there is nothing to draw.")
     config = reading.read_yaml(folder / "config.yaml")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.yaml'} must hold keys and values.")
-    return Run(folder.resolve().name, _flat(config), steps, metrics.read_evaluations(folder))
+    return Run(folder.resolve().name, _flat(config), steps, records.read_evaluations(folder))
 
 
 def draw_run(folder: pathlib.Path, title: str) -> list[pathlib.Path]:
@@ -81,44 +72,58 @@ def draw_run(folder: pathlib.Path, title: str) -> list[pathlib.Path]:
 
     Return their paths; none if the run has no steps yet.
     """
-    steps, evaluations = metrics.read(folder), metrics.read_evaluations(folder)
+    steps, evaluations = records.read(folder), records.read_evaluations(folder)
     drawn = {}
     if steps:
-        drawn["loss.png"] = draw_loss(steps, evaluations, title)
+        drawn["loss.png"] = draw_loss(Run("", {}, steps, evaluations), title)
     if evaluations:
         drawn["eval_by_position.png"] = draw_by_position(evaluations, title)
     for name, figure in drawn.items():
-        figure.savefig(folder / name)
+        figure.savefig(folder / name, dpi=150)
     return [folder / name for name in drawn]
 
 
-def draw_loss(
-    steps: list[dict[str, float]], evaluations: list[dict[str, Any]], title: str
-) -> Figure:
-    """Draw the loss over the steps, its mean over about a fifteenth of them, and held-out loss."""
-    step = np.asarray([line["step"] for line in steps])
-    loss = np.asarray([line["loss"] for line in steps])
-    smooth = running_mean(loss, len(loss) // 30)
+def draw_loss(one: Run, title: str = "") -> Figure:
+    """Draw the loss over the steps, its mean over the last of them, and held-out loss.
+
+    The last mean is the number that the console ends with.
+    """
+    step, loss, counts = one.column("step"), one.column("loss"), one.counts
+    width = records.averaged_steps(int(step[-1]) + 1)
     figure, (axes,) = _panels(1, title)
     axes.plot(step, loss, color=_PALE, linewidth=1, label="each step")
-    axes.plot(step, smooth, color=_INK, linewidth=2, label="running mean")
-    if evaluations:
-        _held_out(axes, evaluations, None, fmt="o", color=_HELD_OUT, label="held out", zorder=3)
-    _label(axes, "step", _LOSS)
+    if counts.any():
+        label = f"mean of {width} steps, up to each"
+        smooth = running_mean(loss[counts], width)
+        axes.plot(step[counts], smooth, color=style.BLUE, linewidth=2, label=label)
+        _tag(axes, step[counts][0], smooth[0], offset=(6, 4))
+        _tag(axes, step[counts][-1], smooth[-1], offset=(4, 14) if one.evaluations else (7, -4))
+    if one.evaluations:
+        style_of = {"color": style.ORANGE, "label": "held out", "zorder": 3}
+        _held_out(axes, one.evaluations, None, "s", **style_of)
+    style.whole_ticks(axes)
+    style.finish(axes, "step", _LOSS, grid=True)
     axes.legend(frameon=False, loc="upper right")
-    _tag(axes, step[0], loss[0], offset=(6, 4))
-    _tag(axes, step[-1], smooth[-1], offset=(4, 14) if evaluations else (7, -4))
-    axes.margins(x=0.07)
+    axes.margins(x=0.09)
     return figure
 
 
-def draw_by_position(evaluations: list[dict[str, Any]], title: str) -> Figure:
+def draw_by_position(evaluations: list[dict[str, Any]], title: str = "") -> Figure:
     """Draw held-out loss over the position in the document, one curve per evaluation.
 
     Where later tokens are predicted no better than earlier ones, context is not used. The band is
     one standard error to each side of the last curve. The other curves have similar errors, mostly
     the same one, since all are of the same tokens: curves differ by far less than the band.
+
+    Args:
+        evaluations: those of a run, as `read_run(folder).evaluations` has them.
+        title: title of the picture.
+
+    Raises:
+        ValueError: if there are none.
     """
+    if not evaluations:
+        raise ValueError("there are no evaluations to draw; set eval.every in the config.")
     number = min(len(evaluations), _MOST_CURVES)
     chosen = np.linspace(0, len(evaluations) - 1, number).round().astype(int)
     shown = [evaluations[i] for i in chosen]
@@ -138,7 +143,8 @@ def draw_by_position(evaluations: list[dict[str, Any]], title: str) -> Figure:
     every = 1 if len(borders) <= 13 else 2
     axes.set_xticks(range(0, len(borders), every), [_short(b) for b in borders[::every]])
     axes.set_xlim(-0.2, len(borders) - 0.8)
-    _label(axes, "tokens of the document before the one predicted", f"held-out {_LOSS}")
+    x_label = "tokens of the document before the one predicted"
+    style.finish(axes, x_label, f"held-out {_LOSS}", grid=True)
     axes.legend(
         title="steps", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True
     )
@@ -148,7 +154,8 @@ def draw_by_position(evaluations: list[dict[str, Any]], title: str) -> Figure:
 def draw_runs(runs: Sequence[Run], against: str = "step") -> Figure:
     """Draw the loss, the tokens per second and, if any, the held-out loss of several runs.
 
-    The legend says how their configs differ.
+    Thick lines are means over the last steps, which begin at the first value. The legend says how
+    the configs differ.
 
     Args:
         runs: at least one.
@@ -157,21 +164,23 @@ def draw_runs(runs: Sequence[Run], against: str = "step") -> Figure:
     evaluated = [one for one in runs if one.evaluations]
     columns = 3 if evaluated else 2
     figure, panels = _panels(columns, "", legend_lines=len(runs))
-    for one, colour, label in zip(runs, _colours(len(runs)), labels(runs), strict=True):
+    for one, colour, label in zip(runs, style.line_colours(len(runs)), labels(runs), strict=True):
         x = one.column("step")
         if against == "tokens":
             x = np.cumsum(one.column("tokens"))
-        width = len(x) // 30
+        width = records.averaged_steps(len(x))
         for axes, name in zip(panels, ("loss", "tokens_per_second"), strict=False):
             values = one.column(name)
+            of = one.counts if name == "loss" else np.full(len(x), True)
+            smooth = running_mean(values[of], width)
             axes.plot(x, values, color=colour, linewidth=0.8, alpha=0.25)
-            axes.plot(x, running_mean(values, width), color=colour, linewidth=1.8, label=label)
+            axes.plot(x[of], smooth, color=colour, linewidth=1.8, label=label)
         if one.evaluations:
             x_by_step = None if against == "step" else np.concatenate([[0], x])
             _held_out(panels[2], one.evaluations, x_by_step, color=colour)
     x_label = {"step": "step", "tokens": "tokens"}[against]
     for axes, text in zip(panels, (_LOSS, "tokens per second", f"held-out {_LOSS}"), strict=False):
-        _label(axes, x_label, text)
+        style.finish(axes, x_label, text, grid=True)
     for axes in panels:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[1].set_ylim(bottom=0)
@@ -200,17 +209,15 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def running_mean(values: Float[np.ndarray, "n"], width: int) -> Float[np.ndarray, "n"]:
-    """Return for each value the mean of it and up to `width` values before and after it.
+    """Return the mean of each value and the `width - 1` values before it, as far as there are.
 
-    Values that are not finite are left out.
+    >>> running_mean(np.asarray([4.0, 2.0, 0.0]), 2).tolist()
+    [4.0, 3.0, 1.0]
     """
-    finite = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    count = np.concatenate([[0], np.cumsum(finite)])
-    index = np.arange(values.size)
-    begin, end = np.maximum(index - width, 0), np.minimum(index + width + 1, values.size)
-    with np.errstate(invalid="ignore"):
-        return (total[end] - total[begin]) / (count[end] - count[begin])
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    end = np.arange(1, values.size + 1)
+    begin = np.maximum(end - width, 0)
+    return (total[end] - total[begin]) / (end - begin)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -264,33 +271,17 @@ def _held_out(
 
 
 def _panels(columns: int, title: str, legend_lines: int = 0) -> tuple[Figure, list[Axes]]:
-    # Not pyplot: it would keep the figure in process-wide state.
     size = (8, 4.5) if columns == 1 else (4.6 * columns, 3.6 + 0.22 * legend_lines)
-    figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12))
+    figure = style.figure(*size)
     panels = list(figure.subplots(1, columns, squeeze=False)[0])
     if title:
         panels[0].set_title(title, loc="left", fontsize=12, fontweight="bold")
     return figure, panels
 
 
-def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y)
-    if not axes.get_xticklabels() or x == "step":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _tag(axes: Axes, x: float, y: float, offset: tuple[int, int]) -> None:
-    axes.annotate(f"{y:.2f}", (x, y), offset, textcoords="offset points", color=_INK)
-    axes.plot([x], [y], "o", color=_INK, markersize=4)
-
-
-def _colours(number: int) -> list[Any]:
-    if number <= len(_COLOURS):
-        return list(_COLOURS[:number])
-    return list(colormaps["turbo"](np.linspace(0.05, 0.95, number)))
+    axes.annotate(f"{y:.3f}", (x, y), offset, textcoords="offset points", color=style.BLUE)
+    axes.plot([x], [y], "o", color=style.BLUE, markersize=4)
 
 
 def _short(number: int) -> str:

@@ -1,0 +1,184 @@
+"""Compute a mixture of experts without dropping tokens.
+
+A device sorts its tokens by expert, computes the experts one group of rows after the other
+(`ragged_dot`), and adds up each token's rows. So an expert may get all tokens, or none. All of it
+is written per device (`shard_map`): the counts of the load-balance loss cross devices, and rows, if
+experts are cut over devices (`moe_dispatch.py`).
+"""
+
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from hcp_jax.models.layers import moe_order, moe_router
+from hcp_jax.models.layers.embedding import live_axes, live_tp
+from hcp_jax.models.layers.mlp import ACTIVATIONS, MLP
+from hcp_jax.models.layers.moe_dispatch import Dispatch
+from hcp_jax.models.layers.moe_router import RouterSums
+from hcp_jax.models.rules import Rule, Rules, find, matrix
+from hcp_jax.models.specs import MoESpec
+from hcp_jax.parallel import spmd
+from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.mesh import as_tuple
+
+
+class Gate(nnx.Module):
+    """The parameters of a router."""
+
+    def __init__(self, spec: MoESpec, *, rngs: nnx.Rngs):
+        shape = spec.hidden_size, spec.num_experts
+        init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        correction = jnp.zeros(spec.num_experts, jnp.float32)
+        self.correction = nnx.Param(correction) if spec.correction else None
+
+
+class Experts(nnx.Module):
+    """The weights of all experts, stacked; they have no module each."""
+
+    def __init__(self, spec: MoESpec, *, rngs: nnx.Rngs):
+        inner, outer, number = spec.intermediate_size, spec.hidden_size, spec.num_experts
+
+        def weights(inputs: int, outputs: int, gain: float) -> Any:
+            init = nnx.initializers.variance_scaling(gain, "fan_in", "normal", batch_axis=0)
+            return nnx.Param(init(rngs.params(), (number, inputs, outputs), jnp.float32))
+
+        self.gate_proj = weights(outer, inner, 1.0)
+        self.up_proj = weights(outer, inner, 1.0)
+        self.down_proj = weights(inner, outer, 0.5 / spec.depth)
+
+
+class MoE(nnx.Module):
+    """Mixture of experts, as `MoESpec` describes it; each expert is a gated MLP."""
+
+    NAME: ClassVar[str] = "mlp"
+    RULES: ClassVar[Rules] = {
+        ("gate", "kernel"): matrix(),  # [D, E]
+        ("gate", "correction"): Rule(signal=True),  # [E]
+        ("experts", "gate_proj"): matrix(tp=2)._replace(stacked=True),  # [E, D, F]
+        ("experts", "up_proj"): matrix(tp=2)._replace(stacked=True),  # [E, D, F]
+        ("experts", "down_proj"): matrix(tp=1)._replace(stacked=True),  # [E, F, D]
+        ("shared_expert_gate", "kernel"): matrix(),  # [D, 1]
+    } | {("shared_experts", *path): rule for path, rule in MLP.RULES.items()}
+
+    def __init__(self, spec: MoESpec, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.gate = Gate(spec, rngs=rngs)
+        self.experts = Experts(spec, rngs=rngs)
+        shared = spec.shared
+        self.shared_experts = None if shared is None else MLP(shared, rngs=rngs)
+        self.shared_expert_gate = (
+            nnx.Linear(spec.hidden_size, 1, use_bias=False, dtype=spec.dtype, rngs=rngs)
+            if spec.shared_gate
+            else None
+        )
+
+    def treat(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], cp: ContextParallel | None
+    ) -> tuple[Float[Array, "B T D"], RouterSums]:
+        """Apply each token's experts to it; return the router's sums as well.
+
+        Inside a `shard_map` over dp or cp axes, the sums cover the tokens given there.
+
+        Args:
+            x: activations, in cp's layout order.
+            real: False for padding, which gets zeros from the experts.
+            cp: says how tokens and weights are cut; None for one device.
+        """
+        gate, experts = (nnx.to_pure_dict(nnx.state(m)) for m in (self.gate, self.experts))
+        # Cast here, so that weights travel to the devices in the compute dtype.
+        experts = jax.tree.map(lambda p: p.astype(self.spec.dtype), experts)
+        tp = live_tp(cp)
+        if cp is None:
+            local = functools.partial(_on_device, self.spec, None, (), ())
+            out, sums = local(gate, experts, x, real)
+        else:
+            everywhere = tuple(a for a in cp.flat_axes if cp.mesh.shape[a] > 1)
+            live = live_axes(cp, cp.flat_axes)
+            if cp.ep > 1 and spmd.manual_axes(cp.mesh_in_context, cp.expert_axes):
+                raise NotImplementedError(
+                    f"the model was called inside a shard_map over axes that experts are cut over "
+                    f"({', '.join(cp.expert_axes)}); use ep=1 there."
+                )
+            local = functools.partial(_on_device, self.spec, cp, everywhere, live)
+            specs = {
+                name: _cut(("experts", name), p.ndim, tp, cp.expert_axes)
+                for name, p in experts.items()
+            }
+            whole = jax.tree.map(lambda _: PartitionSpec(), gate)
+            out_specs = (cp.spec(3), moe_router.WHOLE)
+            mapped = spmd.shard_map(
+                cp.mesh, cp.axes, local, (whole, specs, cp.spec(3), cp.spec(2)), out_specs
+            )
+            out, sums = spmd.run(cp.mesh, cp.axes, mapped, out_specs, gate, experts, x, real)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(x, cp)
+            if self.shared_expert_gate is not None:
+                shared = shared * jax.nn.sigmoid(self.shared_expert_gate(x))
+            out = out + shared
+        return out, sums
+
+
+def _cut(
+    path: tuple[str, ...], ndim: int, tp: tuple[str, ...], experts: tuple[str, ...]
+) -> PartitionSpec:
+    dim = find(MoE.RULES, path).tp
+    by_dim = {dim: tp or None, 0: experts or None}
+    return PartitionSpec(*(by_dim.get(d) for d in range(ndim)))
+
+
+def _on_device(
+    spec: MoESpec,
+    cp: ContextParallel | None,
+    everywhere: tuple[str, ...],
+    live: tuple[str, ...],
+    gate: dict[str, Array],
+    experts: dict[str, Array],
+    x: Float[Array, "b t D"],
+    real: Bool[Array, "b t"],
+) -> tuple[Array, RouterSums]:
+    """Compute the tokens of one device.
+
+    Args:
+        spec: of the layer.
+        cp: says how experts are cut; None for one device.
+        everywhere: all axes that tokens are cut over.
+        live: those of them that no `shard_map` around the model has taken.
+        gate: parameters of the router.
+        experts: weights of the experts.
+        x: activations.
+        real: False for padding.
+    """
+    flat, real = x.reshape(-1, x.shape[-1]), real.reshape(-1)
+    routing = moe_router.route(spec, flat, gate["kernel"], gate.get("correction"))
+    order = moe_order.by_expert(routing.expert, real, spec.num_experts)
+    counts = order.sizes.astype(jnp.float32)
+    counts = jax.lax.psum(counts, everywhere) if everywhere else counts
+    load = counts * (spec.num_experts / jnp.maximum(jnp.sum(counts), 1))
+    sums = moe_router.router_sums(spec, routing, real, load, gate.get("correction"))
+    rows = moe_order.spread(spec.top_k, flat, order)
+    weight = routing.weight.reshape(-1, 1)
+    weight = moe_order.spread(1, weight, order)
+    compute = functools.partial(_experts, spec, experts)
+    tp = () if cp is None else tuple(a for a in as_tuple(cp.tp) if cp.mesh.shape[a] > 1)
+    if cp is None or cp.ep == 1:
+        out = compute(rows, order.sizes)
+    else:
+        dispatch = Dispatch(cp.expert_axes, cp.ep, rows.shape[0])
+        out = dispatch.through(rows, order.sizes, compute, (*everywhere, *tp))
+    out = out * weight.astype(rows.dtype)
+    out = moe_order.collect(spec.top_k, out, order).reshape(x.shape)
+    out = jax.lax.psum(out, tp) if tp else out
+    return out, jax.lax.psum(sums, live) if live else sums
+
+
+def _experts(spec: MoESpec, weights: dict[str, Array], rows: Array, sizes: Array) -> Array:
+    """Apply each expert to its rows; rows behind those of the last expert become zero."""
+    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+    inner = ACTIVATIONS[spec.activation](product(rows, weights["gate_proj"]))
+    return product(inner * product(rows, weights["up_proj"]), weights["down_proj"])

@@ -1,0 +1,85 @@
+"""Steps of models with experts: one device and meshes make the same step, losses included."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import hcp_jax as hcp
+from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.moe_config import MoEConfig
+from hcp_jax.train.losses import summed_losses, values
+from hcp_jax.train.sections import OptimizerConfig
+from hcp_jax.train.step import init_state, make_optimizer, make_train_step
+
+MODEL = ModelConfig(
+    vocab_size=32,
+    num_layers=2,
+    hidden_size=16,
+    intermediate_size=16,
+    num_heads=4,
+    num_kv_heads=2,
+    compute_dtype="float32",
+    moe=MoEConfig(
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        router="sigmoid",
+        score_correction=True,
+        first_k_dense_replace=1,
+        router_aux_loss_coef=0.5,
+        router_z_loss_coef=0.1,
+    ),
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
+ROWS, T = 4, 32
+
+
+@functools.cache
+def batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 32, (ROWS, T + 1)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 4, (ROWS, T)), axis=1).astype(np.int32)
+    segments[2, 20:] = 0  # padding
+    starts = np.where(np.diff(segments, axis=1, prepend=-1) != 0, np.arange(T), 0)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": (np.arange(T) - np.maximum.accumulate(starts, axis=1)).astype(np.int32),
+        "weights": ((segments > 0) & (rng.random((ROWS, T)) < 0.8)).astype(np.float32),
+        "mask": hcp.causal() & hcp.documents(segments, padding_id=0),
+    }
+
+
+@functools.cache
+def step(accumulation, sizes=None):
+    """Return the state after one step, and its metrics."""
+    cp = None if sizes is None else hcp.ContextParallel(hcp.make_mesh(**dict(sizes)))
+    state = init_state(MODEL, make_optimizer(OPTIMIZER, 10), 0, cp)
+    make = make_train_step(MODEL, OPTIMIZER, 10, cp, accumulation=accumulation)
+    return jax.device_get(make(state, batch() if cp is None else cp.shard_batch(batch())))
+
+
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_mesh_makes_the_step_of_one_device(accumulation):
+    one, alone = step(accumulation)
+    many, meshed = step(accumulation, (("dp", 2), ("cp_outer", 2), ("cp_inner", 2)))
+    assert {"load_balance", "router_z", "router_entropy", "max_load"} <= set(meshed)
+    for name in alone:
+        assert meshed[name] == pytest.approx(alone[name], rel=2e-6), name
+    moved = [state.params["layers"]["1"]["mlp"]["gate"]["correction"] for state in (one, many)]
+    assert np.array_equal(*moved)
+    assert set(np.abs(np.unique(moved[0]))) <= {np.float32(0), np.float32(1e-3)}
+    assert np.any(moved[0] > 0)
+
+
+def test_the_losses_of_the_router_are_means_over_tokens_times_the_weight():
+    params = init_state(MODEL, make_optimizer(OPTIMIZER, 10), 0).params
+    total, main, means = jax.jit(summed_losses(MODEL))(params, batch())
+    real = batch()["mask"].intervals(T)
+    real = np.asarray(real[1] > real[0])
+    assert means["load_balance"].tokens == real.sum() == ROWS * T - 12
+    found = values(means)
+    added = (0.5 * found["load_balance"] + 0.1 * found["router_z"]) * batch()["weights"].sum()
+    assert total - main == pytest.approx(float(added), rel=1e-5)
