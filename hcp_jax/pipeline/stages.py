@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.base import checks
@@ -113,7 +114,8 @@ def stage_params(stages: Stages, params: Any) -> Any:
 
     Args:
         stages: how the model is cut.
-        params: the model's parameters, or a tree like them (gradients, moments).
+        params: the model's parameters, or a tree like them (gradients, moments), on the host or on
+            devices.
 
     >>> model = ModelConfig(vocab_size=64, num_layers=4, hidden_size=16, intermediate_size=32,
     ...                     num_heads=4, num_kv_heads=2)
@@ -126,8 +128,10 @@ def stage_params(stages: Stages, params: Any) -> Any:
     def cut(x: Any) -> Any:
         fill = pp * v * turns - x.shape[0]
         if fill:
-            x = jnp.concatenate([x, jnp.zeros((fill, *x.shape[1:]), x.dtype)])
-        return jnp.swapaxes(x.reshape(v, pp, turns, *x.shape[1:]), 0, 1)
+            # Arrays of the host stay there: no device needs room for all layers.
+            xp: Any = np if isinstance(x, np.ndarray) else jnp
+            x = xp.concatenate([x, xp.zeros((fill, *x.shape[1:]), x.dtype)])
+        return x.reshape(v, pp, turns, *x.shape[1:]).swapaxes(0, 1)
 
     return _map_layers(cut, params)
 
@@ -141,12 +145,31 @@ def whole_params(stages: Stages, params: Any) -> Any:
     """
 
     def join(x: Any) -> Any:
-        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])[: stages.periods]
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])[: stages.periods]
 
     return _map_layers(join, params)
 
 
-def stage_shardings(stages: Stages, cp: ContextParallel, params: Any, axis: str = "pp") -> Any:
+def without_empty(stages: Stages, grads: Any) -> Any:
+    """Return gradients that are zero for layers of zeros, so that an update leaves them zero.
+
+    Args:
+        stages: how the model is cut.
+        grads: a tree from `stage_params`, or of its shapes.
+    """
+    pp, v, turns = stages.num_stages, stages.virtual_stages, stages.turns
+    if stages.periods == pp * v * turns:
+        return grads
+    stage, chunk, turn = jnp.indices((pp, v, turns))
+    live = (chunk * pp + stage) * turns + turn < stages.periods
+    return _map_layers(
+        lambda x: jnp.where(live.reshape(*live.shape, *[1] * (x.ndim - 3)), x, 0), grads
+    )
+
+
+def stage_shardings(
+    stages: Stages, cp: ContextParallel, params: Any, *, axis: str = "pp", fsdp: bool = False
+) -> Any:
     """Return the shardings of `stage_params`: layers and vocabulary over pp, and all over tp.
 
     Args:
@@ -154,12 +177,14 @@ def stage_shardings(stages: Stages, cp: ContextParallel, params: Any, axis: str 
         cp: the context parallelism inside a stage.
         params: the model's parameters, or their shapes.
         axis: the mesh axis of the stages.
+        fsdp: whether to cut matrices over dp and cp as well, along their first dim that fits.
     """
-    tp = live_axes(cp, cp.tp)
+    tp, flat = live_axes(cp, cp.tp), live_axes(cp, cp.flat_axes) if fsdp else ()
 
     def one(path: tuple[Any, ...], x: Any) -> NamedSharding:
         keys = tuple(key.key for key in path)
-        layered, cut = inside_layer(keys)[0] is not None, rule(keys).tp
+        layered, needs = inside_layer(keys)[0] is not None, rule(keys)
+        cut = needs.tp
         dims: list[Any] = [None] * (x.ndim + (2 if layered else 0))
         if cut is not None and tp:
             dims[cut + (3 if layered else 0)] = tp
@@ -167,6 +192,13 @@ def stage_shardings(stages: Stages, cp: ContextParallel, params: Any, axis: str 
             dims[0] = axis
         elif keys[-1] == "embedding":
             dims[0] = (axis, *tp)
+        if flat and needs.fsdp:
+            sizes = [0, 0, 0, *x.shape[1:]] if layered else x.shape
+            fits = [
+                d for d, n in enumerate(sizes) if not dims[d] and n and n % cp.axis_size(flat) == 0
+            ]
+            if fits:
+                dims[fits[0]] = flat
         return NamedSharding(cp.mesh, PartitionSpec(*dims))
 
     return jax.tree_util.tree_map_with_path(one, params)

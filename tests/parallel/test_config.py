@@ -44,6 +44,21 @@ def test_invalid_parallel_configs_are_refused(words, message):
 
 
 @pytest.mark.parametrize(
+    "word",
+    [
+        "pp",
+        "virtual_stages",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+    ],
+)
+def test_several_stages_are_refused_by_the_word_that_asks_for_them(word):
+    assert ParallelConfig(**{word: 1}) == ParallelConfig()
+    with pytest.raises(NotImplementedError, match=rf"parallel\.{word} is 2"):
+        ParallelConfig(**{word: 2})
+
+
+@pytest.mark.parametrize(
     "words",
     [
         {"dynamic_context_parallel": True},
