@@ -9,7 +9,8 @@ or backward. In a tick
     head        what the last chunk has made is broadcast; all stages compute the loss together,
                 each with its own part of the vocabulary
     backward    each stage computes a chunk again from the kept input, with `jax.vjp`, and adds to
-                its sums of gradients; the gradients of inputs move to the previous stages
+                its sums of gradients; the gradients of inputs move to the previous stages at the
+                start of the next tick
 
 Which microbatch a stage computes, with which grouping, is data, so all stages run the same program
 with the same collectives, also while they have nothing to compute. No gradient crosses a tick other
@@ -34,6 +35,7 @@ from jaxtyping import Array, Float
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import lookup
 from hcp_jax.models.layers.loss import summed_cross_entropy
+from hcp_jax.models.specs import AttentionSpec, MLPSpec
 from hcp_jax.models.transformer import abstract_model, apply_layers
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
@@ -52,14 +54,14 @@ class Carry(NamedTuple):
         loss: sums of the loss of each device, [dp · C].
         kept: inputs of chunks until their backward pass, [pp, slots, B, T, D].
         arriving: what the previous stages have computed, [pp, B, T, D].
-        returning: gradients from the next stages, [pp, B, T, D].
+        leaving: gradients for the stages before, not sent yet, [pp, B, T, D].
     """
 
     grads: Any
     loss: Any
     kept: Any
     arriving: Any
-    returning: Any
+    leaving: Any
 
 
 class Pipeline:
@@ -76,7 +78,8 @@ class Pipeline:
     Raises:
         ValueError: if the mesh lacks the axis, or the axis has a role in `cp`, or the model cannot
             be cut (`Stages`).
-        NotImplementedError: for comm types by layer, offloaded activations, and models whose layers
+        NotImplementedError: for comm types by layer, offloaded activations, Explicit axes, layers
+            other than attention with a dense MLP, multi-token prediction, and models whose layers
             do not repeat in whole periods.
 
     >>> import numpy as np, hcp_jax as hcp
@@ -173,8 +176,10 @@ class Pipeline:
                 lambda x: jax.ShapeDtypeStruct((pp, *x.shape), x.dtype), staged["norm"]
             )
             return Carry(
-                jax.tree.map(lambda x: jnp.zeros((devices, *x.shape)), staged | {"norm": norm}),
-                jnp.zeros(devices),
+                jax.tree.map(
+                    lambda x: jnp.zeros((devices, *x.shape), x.dtype), staged | {"norm": norm}
+                ),
+                jnp.zeros(devices, jnp.float32),
                 jnp.zeros((pp, self._num_slots, *shape), dtype),
                 jnp.zeros((pp, *shape), dtype),
                 jnp.zeros((pp, *shape), dtype),
@@ -261,7 +266,11 @@ class Pipeline:
         last = self.stages.num_stages - 1
         mine, f, b = jax.lax.axis_index(self.axis), f_work, b_work
         carry = jax.tree.map(lambda x: x[0], carry)
-        grads, dy = carry.grads, jnp.zeros_like(carry.returning)
+        grads, dy = carry.grads, jnp.zeros_like(carry.leaving)
+        if backward:
+            # Sent at the start of the tick that needs it last, so that it is hidden behind the
+            # forward pass, or behind computing the chunk again.
+            returned = self._send(carry.leaving, -1)
         if forward:
             x = self._embed(params["embed_tokens"], ends["in"])
             x = jnp.where((mine == 0) & (f[mine, CHUNK] == 0), x, carry.arriving)
@@ -278,12 +287,12 @@ class Pipeline:
             grads = _add(grads, of_head)
         if backward:
             to_last = (mine == last) & (b[mine, CHUNK] == self.stages.virtual_stages - 1)
-            dy = jnp.where(to_last, dy, carry.returning)
+            dy = jnp.where(to_last, dy, returned)
             dy = jnp.where(b[mine, LIVE], dy, 0)
             chunk = _chunk(params["layers"], b[mine, CHUNK])
             apply = functools.partial(self._apply, batch=feed.backward)
             dlayers, dx = jax.vjp(apply, chunk, carry.kept[b[mine, SLOT]])[1](dy)
-            carry = carry._replace(returning=self._send(dx, -1))
+            carry = carry._replace(leaving=dx)
             first = (mine == 0) & (b[mine, CHUNK] == 0)
             grads = grads | {"layers": _add_chunk(grads["layers"], dlayers, b[mine, CHUNK])}
             dx = jax.lax.psum(jnp.where(first, dx, 0), self.axis)
@@ -293,7 +302,8 @@ class Pipeline:
 
     def _apply(self, layers: Any, x: Any, batch: Any) -> Any:
         """Apply a chunk of layers to this stage's activations."""
-        positions, mask = jax.tree.map(lambda x: x[0], batch)
+        stage = jax.lax.axis_index(self.axis)
+        positions, mask = jax.tree.map(lambda x: x[stage], batch)
         modules = nnx.merge(self._layers, layers)
         model, plan = self.stages.model, self.stages.chunk
         return apply_layers(modules, model, x, positions, mask, self.cp, plan)
@@ -351,17 +361,20 @@ class Pipeline:
         return stage_params(self.stages, params)
 
     def _feed_specs(self, own: Any, rows: int) -> Any:
-        """Return the specs of positions and mask of each stage."""
+        """Return the specs of positions and masks; each stage has those of all, and takes its own.
+
+        They are small, and so nothing is sent between stages.
+        """
         positions, mask = own
-        cp, axis = self.cp, self.axis
+        cp = self.cp
 
         def cut(x: Any) -> str | tuple[str, ...] | None:
             return cp.dp if x.shape[1] == rows else None
 
         # The devices of a row see all intervals of its mask.
-        intervals = jax.tree.map(lambda x: PartitionSpec(axis, cut(x)), mask.intervals)
-        runs = jax.tree.map(lambda _: PartitionSpec(axis), mask.runs)
-        in_row = PartitionSpec(axis, cut(positions), cp.cp_axes or None)
+        intervals = jax.tree.map(lambda x: PartitionSpec(None, cut(x)), mask.intervals)
+        runs = jax.tree.map(lambda _: PartitionSpec(), mask.runs)
+        in_row = PartitionSpec(None, cut(positions), cp.cp_axes or None)
         return in_row, dataclasses.replace(mask, intervals=intervals, runs=runs)
 
     @property
@@ -421,6 +434,10 @@ def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(tuple(a for a in as_tuple(dim) if a in axes) or None for dim in spec))
 
 
+_PARTS = {"embed_tokens", "layers", "norm", "lm_head"}
+"""Parts of a model that a pipeline computes."""
+
+
 def _check(model: ModelConfig, cp: ContextParallel, axis: str) -> None:
     mesh = cp.mesh
     if axis not in mesh.axis_names:
@@ -441,6 +458,19 @@ def _check(model: ModelConfig, cp: ContextParallel, axis: str) -> None:
         raise NotImplementedError(
             "all stages of a pipeline run one program, so all layers need one comm_type; got "
             f"{cp.comm_type}."
+        )
+    kinds = {
+        type(part) for stack in model.plan.stacks for part in (stack.spec.mixer, stack.spec.ffn)
+    }
+    if unknown := sorted(kind.__name__ for kind in kinds - {AttentionSpec, MLPSpec}):
+        raise NotImplementedError(
+            "pipelines support layers of attention and a dense MLP, but this model has "
+            f"{', '.join(unknown)}: they are not proven inside stages yet."
+        )
+    if further := sorted(set(abstract_model(model)[1]) - _PARTS):
+        raise NotImplementedError(
+            f"pipelines have no place for the model's {', '.join(further)} (such as depths of "
+            "multi-token prediction); train them without a pipeline."
         )
     if model.offload_activations:
         raise NotImplementedError(
