@@ -13,7 +13,7 @@ import numpy as np
 
 from hcp_jax.dynamic import schedule
 from hcp_jax.dynamic.lengths import draw_lengths, mean_length
-from hcp_jax.pipeline.schedule import make_schedule, order, ratio_to_ideal, seconds
+from hcp_jax.dynamic.pipeline import make_schedule, order, ratio_to_ideal, seconds
 from hcp_jax.sequence import groupings
 
 DISTRIBUTIONS = {
@@ -58,14 +58,13 @@ def planned(spec: str, tokens: int, devices: int, number: int):
 
 def picture(path: str) -> None:
     """Draw the ticks of a step on four stages of eight devices."""
-    from hcp_jax.pipeline.gantt import draw
+    from hcp_jax import viz
 
     plan = planned("mix:0.90@2048,0.09@32768,0.01@65536", 8192, 8, 10)
     times = np.array(plan.microbatch_seconds)
     chosen = order(times, 4)
     names = [groupings.describe(plan.microbatches[i].grouping) for i in chosen]
-    axes = draw(make_schedule(times.size, 4), times[chosen], names)
-    axes.figure.savefig(path, dpi=100)
+    viz.draw_ticks(make_schedule(times.size, 4), times[chosen], names).savefig(path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from hcp_jax.pipeline.schedule import Row
+from hcp_jax.dynamic.pipeline import Row
 from hcp_jax.sequence.placed_mask import PlacedMask
 
 LIVE, CHUNK, SLOT = range(3)

@@ -1,8 +1,8 @@
 """Run microbatches through the stages of a pipeline, tick by tick, and sum loss and gradients.
 
 The mesh has an axis `pp` besides those of the `ContextParallel`; every stage has all devices of the
-other axes. The host calls one program for each tick (`schedule.py`): forward, forward and backward,
-or backward. In a tick
+other axes. The host calls one program for each tick (`dynamic/pipeline.py`): forward, forward and
+backward, or backward. In a tick
 
     forward     the first stage looks its tokens up; each stage keeps its input and applies a chunk
                 of layers; the results move to the next stages
@@ -32,6 +32,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from hcp_jax.dynamic.pipeline import make_schedule
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import lookup
 from hcp_jax.models.layers.loss import summed_cross_entropy
@@ -41,7 +42,6 @@ from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import as_tuple
 from hcp_jax.pipeline.feed import CHUNK, LIVE, SLOT, Feed, check_alike, stacked, work_numbers
-from hcp_jax.pipeline.schedule import make_schedule
 from hcp_jax.pipeline.stages import Stages, stage_params, stage_shardings, without_empty
 
 
@@ -139,7 +139,7 @@ class Pipeline:
             params: parameters of the stages (`shard_params`).
             batches: microbatches of equal shapes, from `cp.shard_batch` or `hcp.place_microbatch`,
                 with "tokens", "targets", "positions", "weights" and a placed "mask". They run in
-                this order; `schedule.order` finds a good one.
+                this order; `dynamic.pipeline.order` finds a good one.
 
         Returns:
             Gradients of the loss, a tree like `params`, in float32 and reduced over all devices;
@@ -306,7 +306,7 @@ class Pipeline:
         positions, mask = jax.tree.map(lambda x: x[stage], batch)
         modules = nnx.merge(self._layers, layers)
         model, plan = self.stages.model, self.stages.chunk
-        return apply_layers(modules, model, x, positions, mask, self.cp, plan)
+        return apply_layers(modules, model, x, positions, mask, self.cp, plan)[0]
 
     def _embed_part(self, embed: Any, tokens: Any) -> Any:
         """Return the embeddings of the tokens that are in this stage's part, else zero."""

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hcp_jax.pipeline.schedule import (
+from hcp_jax.dynamic.pipeline import (
     make_schedule,
     order,
     ratio_to_ideal,
