@@ -295,7 +295,7 @@ class Pipeline:
             carry = carry._replace(leaving=dx)
             first = (mine == 0) & (b[mine, CHUNK] == 0)
             grads = grads | {"layers": _add_chunk(grads["layers"], dlayers, b[mine, CHUNK])}
-            dx = jax.lax.psum(jnp.where(first, dx, 0), self.axis)
+            dx = self._sum_stages(jnp.where(first, dx, 0))
             embed = functools.partial(self._embed_part, tokens=ends["out"])
             grads = _add(grads, {"embed_tokens": jax.vjp(embed, params["embed_tokens"])[1](dx)[0]})
         return jax.tree.map(lambda x: x[None], carry._replace(grads=grads))
@@ -319,13 +319,13 @@ class Pipeline:
         return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
     def _embed(self, embed: Any, tokens: Any) -> Any:
-        return jax.lax.psum(self._embed_part(embed, tokens), self.axis)
+        return self._sum_stages(self._embed_part(embed, tokens))
 
     def _head(self, params: Any, y: Any, targets: Any, weights: Any) -> tuple[Any, Any, Any]:
         """Return the loss of the last stage's results, gradients of parameters, and of results."""
         model, pp = self.stages.model, self.stages.num_stages
         name = "embed_tokens" if model.tie_embeddings else "lm_head"
-        y = jax.lax.psum(jnp.where(jax.lax.axis_index(self.axis) == pp - 1, y, 0), self.axis)
+        y = self._sum_stages(jnp.where(jax.lax.axis_index(self.axis) == pp - 1, y, 0))
 
         def loss(used: Any, y: Any) -> Any:
             return summed_cross_entropy(
@@ -345,7 +345,14 @@ class Pipeline:
         # as well, so every device has its share of the gradients if each begins with a share of 1.
         grads, dy = back(jnp.full_like(total, 1 / pp))
         grads["norm"] = jax.tree.map(lambda x: x[None], grads["norm"])
-        return total, grads, jax.lax.psum(dy, self.axis)
+        return total, grads, self._sum_stages(dy)
+
+    def _sum_stages(self, x: Any) -> Any:
+        """Sum activations over the stages."""
+        # With every axis Manual: XLA for CPUs aborts on a sum in bfloat16 while some are Auto.
+        spec = self.cp.spec(3)
+        total = functools.partial(jax.lax.psum, axis_name=self.axis)
+        return spmd.shard_map(self.cp.mesh, self.cp.axes, total, spec, spec)(x)
 
     def _send(self, x: Any, by: int) -> Any:
         """Send to the next stage (1) or to the one before (-1); around if stages are virtual."""

@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec
 
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.transformer import abstract_model
-from hcp_jax.pipeline import ticks
 from hcp_jax.pipeline.stages import (
     Stages,
     stage_params,
@@ -108,23 +108,26 @@ def test_what_cannot_be_cut_is_refused_with_what_can(changes, pp, v, error, mess
             NotImplementedError,
             "offload_activations",
         ),
+        (
+            {"pp": 2, "cp_outer": 4},
+            {},
+            {"mtp_depths": 1},
+            NotImplementedError,
+            "no place for the model's mtp",
+        ),
+        (
+            {"pp": 2, "cp_outer": 4},
+            {},
+            {"moe": MoEConfig(4, 2, 8)},
+            NotImplementedError,
+            "but this model has MoESpec",
+        ),
     ],
 )
 def test_what_a_pipeline_does_not_support_is_refused(mesh, words, changes, error, message):
     cp = hcp.ContextParallel(hcp.make_mesh(**mesh), **{"comm_type": "p2p"} | words)
     with pytest.raises(error, match=message):
         Pipeline(dataclasses.replace(MODEL, **changes), cp)
-
-
-def test_layers_and_parts_that_are_not_proven_inside_stages_are_refused(monkeypatch):
-    cp = hcp.ContextParallel(hcp.make_mesh(pp=2, cp_outer=4), "p2p")
-    with monkeypatch.context() as patch:
-        patch.setattr(ticks, "_PARTS", ticks._PARTS - {"lm_head"})
-        with pytest.raises(NotImplementedError, match="no place for the model's lm_head"):
-            Pipeline(MODEL, cp)
-    monkeypatch.setattr(ticks, "MLPSpec", type("Other", (), {}))
-    with pytest.raises(NotImplementedError, match="but this model has MLPSpec"):
-        Pipeline(MODEL, cp)
 
 
 def test_microbatches_that_are_not_alike_are_refused():
