@@ -120,7 +120,7 @@ def test_a_misspelt_command_or_option_names_the_nearest(error):
     ("argv", "message"),
     [
         (["train"], "needs a config"),
-        (["train", "gone.yaml"], "gone.yaml: No such file"),
+        (["train", "gone.yaml"], "there is no config 'gone.yaml'"),
         (["train", QUICKSTART, "--steps", "many"], "steps must be int, got 'many'"),
         (["train", QUICKSTART, "--steps"], "argument --steps: expected one argument"),
         (["train", QUICKSTART, "--parallel.comm_type", "p2q"], "unknown comm_type 'p2q'"),

@@ -25,6 +25,7 @@ FLOORS = [
     ["verify", "support", "program_cache"],
     ["planner"],
     ["train"],
+    ["pipeline"],
     ["models"],
     ["attention", "recurrence"],
     ["viz"],

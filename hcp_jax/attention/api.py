@@ -244,7 +244,7 @@ def _require_divisible(q: Any, k: Any, cp: ContextParallel | OneDevice) -> None:
         raise ValueError(f"q has a batch of B={q.shape[0]}, which dp={dp} does not divide.")
     times = cp.size if cp.on_device else 1
     for name, x in (("q", q), ("k", k)):
-        cp.placement.require_tokens(name, tuple(x.shape), times, dp)
+        cp.placement.require_tokens(name, tuple(x.shape), times, dp, cp.size // times)
     for name, heads in (("q has N", q.shape[2]), ("k and v have K", k.shape[2])):
         if heads % tp:
             raise ValueError(

@@ -94,7 +94,11 @@ def console(**options: Any) -> Any:
     """
     import rich.console
 
-    made = rich.console.Console(**{"highlight": False, "markup": False, "emoji": False} | options)
+    settings: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    if not (options.get("file") or sys.stdout).isatty():
+        # FORCE_COLOR, which Jupyter and CI services set, would let Rich move the cursor in a pipe.
+        settings["force_terminal"] = False
+    made = rich.console.Console(**settings | options)
     made.push_render_hook(_hook())
     return made
 

@@ -230,7 +230,8 @@ class MoESpec:
     @property
     def product_params(self) -> int:
         """Number of weights of the matrix products that one token goes through."""
-        return self.top_k * self._expert_params + self._other_params
+        one = 3 * self.hidden_size * self.intermediate_size
+        return self.top_k * one + self._other_params
 
     @property
     def width(self) -> int:
@@ -244,8 +245,7 @@ class MoESpec:
 
         They are those of the experts that it does not go through, and the router's.
         """
-        held = self.num_experts * self._expert_params + self._other_params
-        return held - 3 * self.hidden_size * self.width
+        return self.expert_params + self._other_params - 3 * self.hidden_size * self.width
 
     @property
     def tp_sizes(self) -> dict[str, int]:
@@ -255,8 +255,9 @@ class MoESpec:
         return {"moe_intermediate_size": self.intermediate_size} | named
 
     @property
-    def _expert_params(self) -> int:
-        return 3 * self.hidden_size * self.intermediate_size
+    def expert_params(self) -> int:
+        """Number of weights of all experts but the shared one."""
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
 
     @property
     def _other_params(self) -> int:

@@ -216,33 +216,8 @@ class Transformer(nnx.Module):
     def _hidden(
         self, tokens: Any, positions: Any, mask: Mask | PlacedMask, cp: ContextParallel | None
     ) -> Any:
-        config, plan = self.config, self.config.plan
-        shared = [
-            MIXERS[type(stack.spec.mixer)].share(
-                stack.spec.mixer, positions, mask, config.widest_window
-            )
-            for stack in plan.stacks
-        ]
-        routed = config.moe is not None
-        real = real_tokens(mask, tokens.shape, cp) if routed else None
         x = self._embedded(tokens, cp)
-        whole = len(plan.stacks) == 1
-        modules = (
-            [self.layers]
-            if whole
-            else [getattr(self.layers, str(i)) for i in range(len(plan.stacks))]
-        )
-        split = [nnx.split(module) for module in modules]
-
-        def layer(stack: int, cp: ContextParallel | None, x: Any, params: dict[str, Any]) -> Any:
-            x = checkpoint_name(x, _INPUT)
-            x, sums = nnx.merge(split[stack][0], params)(x, shared[stack], real, cp)
-            return _cut(x, cp), sums
-
-        params = [nnx.to_pure_dict(state) for _, state in split]
-        total = moe_router.no_sums() if routed else None
-        for stretch in _stretches(plan, cp, config.num_layers):
-            x, total = _scan(layer, stretch, (x, total), params, config)
+        x, total = apply_layers(self.layers, self.config, x, positions, mask, cp)
         return self.norm(x), total
 
     @property
@@ -264,6 +239,54 @@ class Transformer(nnx.Module):
 
         spec = PartitionSpec(*spmd.explicit_spec(hidden)[:2], None)
         return spmd.run(None, (), logits, spec, hidden, self.unembedding)
+
+
+def apply_layers(
+    layers: DecoderLayer | Stacks,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    mask: Mask | PlacedMask,
+    cp: ContextParallel | None,
+    plan: Plan | None = None,
+) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+    """Apply stacked layers to activations; inside `spmd.run`.
+
+    Args:
+        layers: `Transformer.layers`.
+        config: the model.
+        x: activations, in cp's layout order.
+        positions: as in `Transformer.__call__`.
+        mask: the batch's mask, with the window of the model's widest layer.
+        cp: as in `Transformer.__call__`; with comm types for the layers of the plan.
+        plan: how these layers are stacked; None for all layers of the model.
+
+    Returns:
+        The activations, and the sums of the layers' routers; None if there are no experts.
+    """
+    plan = config.plan if plan is None else plan
+    shared = [
+        MIXERS[type(stack.spec.mixer)].share(
+            stack.spec.mixer, positions, mask, config.widest_window
+        )
+        for stack in plan.stacks
+    ]
+    routed = config.moe is not None
+    real = real_tokens(mask, x.shape[:2], cp) if routed else None
+    whole = len(plan.stacks) == 1
+    modules = [layers] if whole else [getattr(layers, str(i)) for i in range(len(plan.stacks))]
+    split = [nnx.split(module) for module in modules]
+
+    def layer(stack: int, cp: ContextParallel | None, x: Any, params: dict[str, Any]) -> Any:
+        x = checkpoint_name(x, _INPUT)
+        x, sums = nnx.merge(split[stack][0], params)(x, shared[stack], real, cp)
+        return _cut(x, cp), sums
+
+    params = [nnx.to_pure_dict(state) for _, state in split]
+    total = moe_router.no_sums() if routed else None
+    for stretch in _stretches(plan, cp, sum(len(stack.layers) for stack in plan.stacks)):
+        x, total = _scan(layer, stretch, (x, total), params, config)
+    return x, total
 
 
 def abstract_model(config: ModelConfig) -> tuple[Any, dict[str, Any]]:

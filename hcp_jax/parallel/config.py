@@ -29,6 +29,7 @@ _DYNAMIC_WORDS = (
     "max_seqlen_per_dp_cp_rank",
     "min_dynamic_context_parallel_size",
 )
+_PIPELINE_WORDS = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,14 @@ class ParallelConfig:
         max_seqlen_per_dp_cp_rank: Megatron's word for dynamic.max_tokens_per_device.
         min_dynamic_context_parallel_size: Megatron's word for dynamic.min_cp_size.
         hybrid_context_parallel: Megatron's older word for dynamic CP; refused, with what to write.
+        pp: stages of a pipeline; only 1, because runs do not train in pipelines yet.
+        virtual_stages: chunks of layers on each stage; only 1.
+        pipeline_model_parallel_size: Megatron's word for pp.
+        virtual_pipeline_model_parallel_size: Megatron's word for virtual_stages.
 
     Raises:
         ValueError: for unknown or contradicting values.
-        NotImplementedError: for sequence_packing_scheduler "dp_balanced".
+        NotImplementedError: for sequence_packing_scheduler "dp_balanced", and for several stages.
     """
 
     dp: int = field(default=1, metadata=free(least=1, most=MOST))
@@ -88,13 +93,33 @@ class ParallelConfig:
         default=None, metadata=free(least=1, most=MOST)
     )
     hybrid_context_parallel: bool | None = field(default=None, metadata=free())
+    pp: int = field(default=1, metadata=free(least=1, most=MOST))
+    virtual_stages: int = field(default=1, metadata=free(least=1, most=MOST))
+    pipeline_model_parallel_size: int | None = field(
+        default=None, metadata=free(least=1, most=MOST)
+    )
+    virtual_pipeline_model_parallel_size: int | None = field(
+        default=None, metadata=free(least=1, most=MOST)
+    )
 
     def __post_init__(self) -> None:
         check(self, "parallel.")
+        self._refuse_pipelines()
         self._take_words_of_dynamic_cp()
         for one in (*_listed(self.comm_type), *_listed(self.cp_comm_type or ())):
             require_known("comm_type", one, COMM_TYPES)
         require_known("layout", self.layout, LAYOUTS)
+
+    def _refuse_pipelines(self) -> None:
+        for word in ("pp", "virtual_stages", *_PIPELINE_WORDS):
+            if getattr(self, word) not in (None, 1):
+                raise NotImplementedError(
+                    f"parallel.{word} is {getattr(self, word)}, but hcp's own commands do not run "
+                    "pipelines yet; hcp_jax.pipeline.ticks.Pipeline computes loss and gradients of "
+                    "one (docs/pipeline.md). Use 1, with tp, fsdp or more context parallelism."
+                )
+        for word in _PIPELINE_WORDS:
+            object.__setattr__(self, word, None)
 
     def _take_words_of_dynamic_cp(self) -> None:
         """Write Megatron's words for dynamic CP into `dynamic`, and forget them."""

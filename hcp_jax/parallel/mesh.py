@@ -1,4 +1,4 @@
-"""Build the device mesh with its four named axes, and tell which links each axis uses.
+"""Build the device mesh with its named axes, and tell which links each axis uses.
 
 Devices are ordered dp, cp_outer, cp_inner, tp from the slowest to the fastest. So the axes that
 communicate most (tp: every layer's products; cp_inner: the all-to-alls) stay inside a host. The
@@ -9,7 +9,8 @@ ring of cp_outer crosses hosts; it is hidden behind attention:
     inner 0  inner 1            inner 0  inner 1
     ------ outer 0 ------       ------ outer 1 ------
 
-In the mesh itself the axes are in the order ("dp", "tp", "cp_outer", "cp_inner").
+In the mesh itself the axes are in the order ("dp", "tp", "cp_outer", "cp_inner"). A pipeline's axis
+"pp" stands before them, and is the slowest of all: its stages are on different hosts.
 """
 
 import difflib
@@ -35,15 +36,17 @@ def make_mesh(
     cp_outer: int = 1,
     cp_inner: int = 1,
     *,
+    pp: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Return a mesh with axes ("dp", "tp", "cp_outer", "cp_inner"), each of any size.
+    """Return a mesh with axes ("dp", "tp", "cp_outer", "cp_inner"), each of any size; maybe "pp".
 
     Args:
         dp: data parallelism.
         tp: tensor parallelism: attention heads and weight matrices.
         cp_outer: P, the ring between hosts.
         cp_inner: A, the all-to-all inside a host.
+        pp: stages of a pipeline; the mesh has an axis "pp" if there are several.
         devices: devices of the mesh; all of `jax.devices()` if None.
 
     Returns:
@@ -59,6 +62,8 @@ def make_mesh(
     for name, size in sizes.items():
         sizes[name] = checks.integer(name, size, least=1)
     devices = list(jax.devices() if devices is None else devices)
+    pp = checks.integer("pp", pp, least=1)
+    sizes = sizes if pp == 1 else {"pp": pp, **sizes}
     needed = math.prod(sizes.values())
     if needed != len(devices):
         product = " * ".join(f"{name}={size}" for name, size in sizes.items())
@@ -68,8 +73,9 @@ def make_mesh(
             f"jax.config.update('jax_num_cpu_devices', {needed}) before jax starts."
         )
     ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
-    grid = np.array(ordered).reshape(dp, cp_outer, cp_inner, tp).transpose(0, 3, 1, 2)
-    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.array(ordered).reshape(pp, dp, cp_outer, cp_inner, tp).transpose(0, 1, 4, 2, 3)
+    names = AXES if pp == 1 else ("pp", *AXES)
+    mesh = Mesh(grid if pp > 1 else grid[0], names, axis_types=(AxisType.Auto,) * len(names))
     for axis in ("tp", "cp_inner"):
         if axis_link(mesh, axis) == "between hosts":
             _log.warning(

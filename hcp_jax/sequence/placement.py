@@ -68,7 +68,9 @@ class Streams:
     def require_streams(self, what: str) -> None:
         """Do nothing: there are streams."""
 
-    def require_tokens(self, name: str, shape: tuple[int, ...], times: int, dp: int) -> None:
+    def require_tokens(
+        self, name: str, shape: tuple[int, ...], times: int, dp: int, size: int
+    ) -> None:
         """Check that an array's tokens are a whole layout.
 
         Args:
@@ -76,6 +78,7 @@ class Streams:
             shape: `[B, T, …]`; T may be one device's part.
             times: number of devices whose parts make up the stream.
             dp: devices that the batch is cut over.
+            size: devices that the array's tokens are cut over.
 
         Raises:
             ValueError: if they are not.
@@ -163,9 +166,10 @@ class Groups:
             "and everything that belongs to their tokens (such as shifted targets) on the devices."
         )
 
-    def require_tokens(self, name: str, shape: tuple[int, ...], times: int, dp: int) -> None:
+    def require_tokens(
+        self, name: str, shape: tuple[int, ...], times: int, dp: int, size: int
+    ) -> None:
         """Check that each device has one buffer; see `Streams.require_tokens`."""
-        size = self.num_devices // dp
         if shape[0] != dp or shape[1] % size:
             raise ValueError(
                 f"with groups, {name} must be [dp={dp}, a multiple of {size}, ...] as "

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from hcp_jax.base import reading
+from hcp_jax.base import reading, shipped
 from hcp_jax.base.arguments import parse_length
 from hcp_jax.base.settings import MOST, check, fixed, free, numbers
 from hcp_jax.models.config import ModelConfig
@@ -142,7 +142,12 @@ class TrainConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the config file, and one option for each of its keys, to a command's parser."""
-    parser.add_argument("config", nargs="?", type=pathlib.Path, help="a YAML file (see configs/)")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=pathlib.Path,
+        help="a YAML file, or the name of one that comes with hcp_jax, such as quickstart",
+    )
     parser.usage = "%(prog)s [config] [--key value ...]"  # a list of all keys would fill a page
     keys = parser.add_argument_group(
         "configuration",
@@ -170,7 +175,8 @@ def load(
     """Read a config.
 
     Args:
-        path: a YAML file; None for the defaults.
+        path: a YAML file, or the name of a config that comes with the package, such as
+            "quickstart"; None for the defaults.
         overrides: (dotted key, text) pairs that replace values of the file, such as
             `("model.num_layers", "4")`.
 
@@ -181,6 +187,7 @@ def load(
     """
     values: dict[str, Any] = {}
     if path is not None:
+        path = shipped.find(path)
         values = {"name": pathlib.Path(path).stem, **_read_yaml(path)}
         config_keys.require_known(values, TrainConfig, str(path))
     kinds = {key: kind for key, kind, _ in config_keys.keys(TrainConfig)}

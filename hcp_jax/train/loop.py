@@ -254,10 +254,11 @@ def _introduction(
 ) -> str:
     model = config.model
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    depths = f" and {model.mtp_depths} of multi-token prediction" if model.mtp_depths else ""
     return "\n".join(
         [
             cp.describe(),
-            f"model: {model.num_layers} layers, {num_params / 1e6:,.2f} M parameters, "
+            f"model: {model.num_layers} layers{depths}, {num_params / 1e6:,.2f} M parameters, "
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
             f"data: {corpus}",
             *_describe_warmup(config),

@@ -82,21 +82,22 @@ def summed_losses(
                 z_loss=model.z_loss,
             )
 
+        further = _further(batch, model.mtp_depths) if model.mtp_depths else None
         hidden, sums = transformer.hidden_and_sums(batch["tokens"], positions, mask=mask, cp=cp)
         main = summed(hidden, batch["targets"], batch["weights"])
-        if not model.mtp_depths:
+        if further is None:
             return _with_routers(model, cp, Losses(main, main, {}), sums, batch)
-        targets, weights = _further(batch, model.mtp_depths)
+        targets, weights = further
         # Depth d embeds the targets of the depth before.
         before = jnp.concatenate([batch["targets"][..., None], targets[..., :-1]], axis=-1)
-        outputs, further = transformer.further(hidden, before, positions, mask=mask, cp=cp)
+        outputs, more = transformer.further(hidden, before, positions, mask=mask, cp=cp)
         by_depth = jnp.stack(
             [summed(x, targets[..., d], weights[..., d]) for d, x in enumerate(outputs)]
         )
         total = main + model.mtp_loss_weight * jnp.mean(by_depth)
         counts = jnp.sum(weights, axis=(0, 1))
         means = {f"mtp_loss_{d + 1}": Mean(by_depth[d], counts[d]) for d in range(len(outputs))}
-        sums = None if sums is None else jax.tree.map(jnp.add, sums, further)
+        sums = None if sums is None else jax.tree.map(jnp.add, sums, more)
         return _with_routers(model, cp, Losses(total, main, means), sums, batch)
 
     return losses

@@ -161,10 +161,13 @@ def relative(got: np.ndarray, exact: np.ndarray) -> float:
     return float(np.abs(got[finite] - exact[finite]).max() / np.abs(exact[finite]).max())
 
 
+_OF_ROUTERS = ("load_balance", "router_z", "router_entropy", "max_load")
+
+
 def same_step(many: Mapping[str, Any], single: Mapping[str, Any]) -> Iterator[Check]:
     """Compare the metrics of a step on all devices with those on one device."""
-    by_depth = sorted(name for name in many if name.startswith("mtp_loss_"))
-    for name in ("loss", *by_depth, "grad_norm"):
+    beside = sorted(n for n in many if n.startswith("mtp_loss_") or n in _OF_ROUTERS)
+    for name in ("loss", *beside, "grad_norm"):
         here, alone = float(many[name]), float(single[name])
         error = abs(here - alone) / abs(alone)
         cells = {

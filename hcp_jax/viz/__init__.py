@@ -13,6 +13,7 @@
 | `draw_traffic` | what a device sends in a layer, for each comm type |
 | `draw_timeline` | kernels and transfers of a compiled program over time |
 | `draw_schedule` | documents on groups of devices over time (dynamic context parallelism) |
+| `draw_ticks` | passes of microbatches through the stages of a pipeline over time |
 | `draw_loss`, `draw_by_position` | the loss of a run, and held-out loss by position |
 | `draw_runs` | several runs side by side |
 | `draw_rates` | TFLOP/s of attention kernels |
@@ -27,6 +28,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hcp_jax.viz.pipelines import draw_ticks as draw_ticks
     from hcp_jax.viz.rates import draw_rates as draw_rates
     from hcp_jax.viz.runs import Run as Run
     from hcp_jax.viz.runs import draw_by_position as draw_by_position
@@ -49,6 +51,7 @@ _HOME = {
     "draw_rates": "rates",
     "draw_runs": "runs",
     "draw_schedule": "schedules",
+    "draw_ticks": "pipelines",
     "draw_timeline": "timeline",
     "draw_traffic": "traffic",
     "draw_work": "tokens",

@@ -25,7 +25,7 @@ def figure(width: float, height: float) -> Figure:
 
     It is made without pyplot, which would keep it in process-wide state; notebooks still show it.
     """
-    return Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12))
+    return Figure(figsize=(width, height), dpi=90, layout=ConstrainedLayoutEngine(w_pad=0.12))
 
 
 def panels(

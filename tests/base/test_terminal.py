@@ -161,3 +161,12 @@ def test_hostile_tensors_keys_and_values_of_a_folder_are_printed_safe(tmp_path, 
     assert captured.out == ""
     assert captured.err.count("\n") == 3
     assert is_safe(captured.err)
+
+
+def test_a_pipe_is_no_terminal_even_where_colour_is_forced(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    file = io.StringIO()
+    made = terminal.console(file=file)
+    made.print("text", style="bold")
+    assert not made.is_terminal
+    assert file.getvalue() == "text\n"

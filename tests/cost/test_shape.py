@@ -25,6 +25,23 @@ def test_parameters_are_those_that_the_model_has(tie_embeddings):
     assert ModelShape.from_config(config).params == made
 
 
+def test_depths_of_multi_token_prediction_are_counted():
+    sizes = {"vocab_size": 64, "num_layers": 3, "hidden_size": 32, "intermediate_size": 80}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "sliding_window": 8}
+    plain, ahead, windows = (
+        ModelConfig(**sizes, **heads, mtp_depths=depths, layers=layers)
+        for depths, layers in ((0, None), (2, None), (2, "WAW"))
+    )
+    for config in (ahead, windows):
+        made = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(config)[1]))
+        assert ModelShape.from_config(config).params == made
+    one, more = map(ModelShape.from_config, (plain, ahead))
+    products = one.layer_params + 2 * 32 * 32 + one.head_params
+    assert step_flops(more, 7, 11) - step_flops(one, 7, 11) == 2 * (6 * products * 7 + 12 * 32 * 11)
+    # Two of three layers have a window, and so have those of the depths.
+    assert windows.window_shares == {8: 0.8, None: 0.2}
+
+
 def test_short_streams_cost_six_flops_per_weight_and_token_and_long_ones_attention():
     weights = LLAMA3_8B.params - LLAMA3_8B.head_params  # the embedding multiplies nothing
     short, long = 128, 2**20

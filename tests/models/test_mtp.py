@@ -8,20 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.hf import config_json, loading
+from hcp_jax.models.layers.attention import Attention
 from hcp_jax.models.mtp import look_ahead
 from hcp_jax.models.transformer import abstract_model, init_params, rule
 from hcp_jax.train import config as configuration
 from hcp_jax.train.data import Corpus
 from hcp_jax.train.data.batches import read, token_arrays
 from hcp_jax.train.losses import summed_losses
+from hcp_jax.train.portions import Sums, reduced_once, split_portions, sum_portions
 from hcp_jax.train.sharding import param_specs
+from hcp_jax.train.step import summed_gradients
 
-T, DEPTHS = 29, 2
-SIZES = [(1, 2, 7, 12), (T,)]  # the documents of each row; the first row ends with padding
+T, DEPTHS, LONGEST = 28, 2, 12
+SIZES = [(1, 2, 12, 12), (12, 12), (2, 12), (1, 1, 2, 12)]
+"""The documents of each row; most rows end with padding."""
 MODEL = ModelConfig(
     vocab_size=260,
     num_layers=2,
@@ -45,7 +50,7 @@ def corpus():
 @functools.cache
 def batch():
     """The documents in rows, as the data pipeline makes a batch of their references."""
-    refs, ids, positions = np.zeros((3, 2, T), np.int64)
+    refs, ids, positions = np.zeros((3, len(SIZES), T), np.int64)
     number = 0
     for row, sizes in enumerate(SIZES):
         at = 0
@@ -79,7 +84,7 @@ def test_targets_are_those_further_on_in_the_document_and_of_no_other():
     )
     np.testing.assert_array_equal(made["mtp_targets"], further)
     np.testing.assert_array_equal(made["mtp_weights"], weights)
-    want = np.zeros((2, T, DEPTHS + 1))
+    want = np.zeros((len(SIZES), T, DEPTHS + 1))
     for row, slot, ids in places():
         want[row, slot, : len(ids) - 1] = ids[1 : DEPTHS + 2]
     counted = np.concatenate([made["weights"][..., None], made["mtp_weights"]], axis=-1)
@@ -110,31 +115,31 @@ def params():
 def by_definition():
     """Σ loss of each depth, each document alone, from the ids of the document."""
     model = nnx.merge(abstract_model(MODEL)[0], params())
-    graph, stacked = nnx.split(model.mtp)
+    table, unembedding = (np.asarray(x.embedding) for x in (model.embed_tokens, model.lm_head))
+    here, layer = np.arange(LONGEST, dtype=np.int32)[None], MODEL.specs[-1]
+    shared = Attention.share(layer.mixer, jnp.asarray(here), MODEL.mask(), None)
+    apply = jax.jit(lambda layer, x: layer(x, shared, None, None)[0])
+    alone = jax.jit(model)
+    depths = [
+        nnx.merge(graph, jax.tree.map(lambda x, d=d: x[d], stacked))
+        for graph, stacked in [nnx.split(model.mtp)]
+        for d in range(DEPTHS)
+    ]
     losses = np.zeros(DEPTHS + 1)
     for ids in [ids for _, _, ids in places() if ids[0] == corpus().separator]:
-        tokens, here = np.array(ids[:-1])[None], np.arange(len(ids) - 1, dtype=np.int32)[None]
-        hidden = model(jnp.asarray(tokens, jnp.int32), jnp.asarray(here))
-        layer_mask = MODEL.mask()
+        # Tokens behind the document are not seen.
+        padded = np.array(ids + [0] * (LONGEST + DEPTHS), np.int32)
+        hidden = normed = alone(padded[None, :LONGEST], here)
         for depth in range(DEPTHS + 1):
-            count = len(ids) - 1 - depth  # tokens that have a target
             if depth:
-                own = nnx.merge(graph, jax.tree.map(lambda x, d=depth: x[d - 1], stacked))
-                # The ids that this depth embeds; behind the last one anything may stand.
-                embedded = model.embed_tokens.embedding[...][
-                    np.array((ids[depth:] + [0] * depth)[: len(ids) - 1])[None]
-                ]
+                own = depths[depth - 1]
+                embedded = table[padded[depth : depth + LONGEST]][None]
                 both = [_rms(embedded, own.enorm), _rms(hidden, own.hnorm)]
-                x = np.concatenate(both, -1) @ np.asarray(own.eh_proj.kernel[...])
-                mixer = type(own.layer.self_attn)
-                spec = MODEL.specs[-1].mixer
-                shared = mixer.share(spec, jnp.asarray(here), layer_mask, None)
-                hidden = own.layer(jnp.asarray(x), shared, None)
-                logits = _rms(hidden, own.norm) @ np.asarray(model.unembedding).T
-            else:
-                logits = np.asarray(hidden) @ np.asarray(model.unembedding).T
-            logits = logits.astype(np.float64)[0, : max(count, 0)]
-            targets = np.array(ids[depth + 1 :], int)
+                x = np.concatenate(both, -1) @ np.asarray(own.eh_proj.kernel)
+                hidden = apply(own.layer, jnp.asarray(x, jnp.float32))
+                normed = _rms(hidden, own.norm)
+            targets = np.array(ids[depth + 1 :], int)  # as many tokens have a target
+            logits = (np.asarray(normed, np.float64) @ unembedding.T)[0, : len(targets)]
             log_z = np.log(np.exp(logits).sum(-1))
             losses[depth] += (log_z - logits[np.arange(len(targets)), targets]).sum()
     return losses
@@ -146,32 +151,47 @@ def _rms(x, norm):
 
 
 @functools.cache
-def run(cp):
-    """Losses and gradients of the batch."""
-    placed = batch() if cp is None else cp.shard_batch(batch())
+def alone():
+    """Losses and gradients of the batch on one device."""
 
-    def total(params, placed):
-        found = summed_losses(MODEL, cp)(params, placed)
+    def total(params, batch):
+        found = summed_losses(MODEL)(params, batch)
         return found.total, found
 
-    return jax.jit(jax.grad(total, has_aux=True))(params(), placed)
+    return jax.jit(jax.grad(total, has_aux=True))(params(), batch())
 
 
 def test_losses_are_those_of_the_definition():
-    grads, found = run(None)
+    grads, found = alone()
     want = by_definition()
-    np.testing.assert_allclose([found.main, *found.depths[0]], want, rtol=1e-5)
-    np.testing.assert_array_equal(found.depths[1], batch()["mtp_weights"].sum((0, 1)))
+    by_depth = [found.means[f"mtp_loss_{d + 1}"] for d in range(DEPTHS)]
+    np.testing.assert_allclose([found.main, *(x.total for x in by_depth)], want, rtol=1e-5)
+    counts = [x.tokens for x in by_depth]
+    np.testing.assert_array_equal(counts, batch()["mtp_weights"].sum((0, 1)))
     np.testing.assert_allclose(found.total, want[0] + 0.5 * want[1:].mean(), rtol=1e-5)
     # Every depth is trained, and feeds the next.
     for x in jax.tree.leaves(grads["mtp"]):
         assert (np.abs(x).reshape(DEPTHS, -1).max(axis=1) > 0).all()
 
 
-def test_losses_and_gradients_are_the_same_on_devices():
-    cp = hcp.ContextParallel(hcp.make_mesh(tp=2, cp_outer=2, cp_inner=2), "p2p")
-    for got, want in zip(jax.tree.leaves(run(cp)), jax.tree.leaves(run(None)), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+def test_losses_and_gradients_are_the_same_on_devices_and_in_portions():
+    cp = hcp.ContextParallel(hcp.make_mesh(dp=2, tp=2, cp_outer=2), "p2p")
+    specs = param_specs(params(), cp)
+    like = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(cp.mesh, spec)
+        ),
+        params(),
+        specs,
+    )
+    summed = reduced_once(functools.partial(sum_portions, summed_gradients(MODEL, like, cp)), cp)
+    got = jax.jit(lambda params, batch: summed(params, split_portions(batch, 2, cp), 1.0))(
+        params(), cp.shard_batch(batch())
+    )
+    grads, found = alone()
+    want = Sums(grads, found.main, batch()["weights"].sum(), found.means)
+    for here, there in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5 * np.abs(there).max())
 
 
 def test_parameters_are_cut_and_decayed_as_those_of_layers():
@@ -193,7 +213,7 @@ def test_wrong_calls_are_refused():
         losses(params(), made | {"mtp_targets": made["mtp_targets"][..., :1]})
     model = nnx.merge(abstract_model(MODEL)[0], params())
     with pytest.raises(ValueError, match="mtp_depths=2, but the targets"):
-        model.further(jnp.ones((2, T, 8)), made["mtp_targets"][..., :1], made["positions"])
+        model.further(jnp.ones((len(SIZES), T, 8)), made["mtp_targets"][..., :1], made["positions"])
     arrays = [made[name] for name in ("targets", "weights", "positions")]
     with pytest.raises(ValueError, match="depths"):
         look_ahead(*arrays, 0)

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from hcp_jax.dynamic.config import DynamicConfig
+from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.parallel.config import ParallelConfig
+from hcp_jax.train.config import SMALL_MODEL
 
 
 def test_megatrons_words_map_to_the_mesh():
@@ -41,6 +43,21 @@ def test_megatrons_words_map_to_the_mesh():
 def test_invalid_parallel_configs_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**words).context_parallel(num_layers=3)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "pp",
+        "virtual_stages",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+    ],
+)
+def test_several_stages_are_refused_by_the_word_that_asks_for_them(word):
+    assert ParallelConfig(**{word: 1}) == ParallelConfig()
+    with pytest.raises(NotImplementedError, match=rf"parallel\.{word} is 2"):
+        ParallelConfig(**{word: 2})
 
 
 @pytest.mark.parametrize(
@@ -85,3 +102,28 @@ def test_megatron_s_words_for_dynamic_cp_are_those_of_dynamic(words):
 def test_megatron_s_words_that_contradict_are_refused(words, error, message):
     with pytest.raises(error, match=message):
         ParallelConfig(**words)
+
+
+MOE = MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=8)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "moe", "words"),
+    [
+        ({"cp_outer": 2, "cp_inner": 2, "ep": 3}, MOE, "use one of 1, 2, 4"),
+        ({"dp": 4, "cp_inner": 4, "ep": 16}, MOE, "num_experts=8"),
+        ({"cp_inner": 2, "ep": 2}, None, "the model has no experts"),
+        ({"cp_inner": 2, "ep": 2, "expert_model_parallel_size": 4}, MOE, "use one of the two"),
+        ({"tp": 16}, MOE, "moe_intermediate_size=8"),
+    ],
+)
+def test_experts_are_cut_over_whole_axes_or_refused(parallel, moe, words):
+    model = dataclasses.replace(SMALL_MODEL, num_heads=16, num_kv_heads=16, vocab_size=256, moe=moe)
+    with pytest.raises(ValueError, match=words):
+        ParallelConfig(**parallel).check_model(model)
+
+
+def test_megatron_s_word_for_ep():
+    config = ParallelConfig(dp=2, cp_outer=2, cp_inner=2, expert_model_parallel_size=4)
+    config.check_model(dataclasses.replace(SMALL_MODEL, moe=MOE))
+    assert (config.resolve().ep, config.num_devices) == (4, 8)

@@ -19,6 +19,20 @@ def test_tp_is_innermost_then_cp_inner_then_cp_outer_then_dp():
     assert ids["cp_outer"] == [[0, 4], [2, 6], [1, 5], [3, 7]]
 
 
+def test_stages_of_a_pipeline_are_outside_of_all_other_axes():
+    mesh = hcp.make_mesh(pp=2, cp_outer=2, cp_inner=2)
+    assert mesh.axis_names == ("pp", *AXES)
+    assert [[d.id for d in group] for group in axis_groups(mesh, "pp")] == [
+        [0, 4],
+        [1, 5],
+        [2, 6],
+        [3, 7],
+    ]
+    assert hcp.ContextParallel(mesh).size == 4
+    with pytest.raises(ValueError, match=r"pp=2 \* dp=1.*needs 2 devices, but there are 8"):
+        hcp.make_mesh(pp=2)
+
+
 def test_axes_are_auto_whatever_jax_makes_by_default():
     assert set(hcp.make_mesh(cp_outer=8).axis_types) == {jax.sharding.AxisType.Auto}
 

@@ -31,6 +31,7 @@ def summed_cross_entropy(
     chunk: int = 1024,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
+    vocab_axes: tuple[str, ...] = (),
 ) -> Float[Array, ""]:
     """Return Σ weight · (cross entropy in nats + z_loss · logZ²) over all tokens, in float32.
 
@@ -47,13 +48,15 @@ def summed_cross_entropy(
         chunk: number of tokens per device whose logits exist at one time.
         z_loss: weight of the squared log-partition.
         soft_cap: soft cap of the logits; None for no cap.
+        vocab_axes: mesh axes that a `shard_map` around the call has made Manual, along which
+            `unembedding` is a device's own rows; each of these devices returns the whole sum.
     """
     local = functools.partial(_on_device, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap)
     if cp is None:
         return local(hidden, unembedding, targets, weights, sum_over=(), tp=())
     tokens, tp = cp.spec(2), live_tp(cp)
     sum_over = live_axes(cp, cp.dp) + live_axes(cp, cp.cp_axes)
-    on_each_device = functools.partial(local, sum_over=sum_over, tp=tp)
+    on_each_device = functools.partial(local, sum_over=sum_over, tp=(*vocab_axes, *tp))
     in_specs = (cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens)
     summed = spmd.shard_map(cp.mesh, cp.axes, on_each_device, in_specs, PartitionSpec())
     arrays = hidden, unembedding, targets, weights

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from hcp_jax.cost import traffic
 from hcp_jax.cost.traffic import (
     EXCHANGE_HEADS,
+    EXPERT_DISPATCH,
     GATHER_KV,
     HALO,
     ITEM_BYTES,
@@ -17,7 +18,8 @@ from hcp_jax.cost.traffic import (
     Traffic,
 )
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.specs import Mixer
+from hcp_jax.models.layers.moe_dispatch import Dispatch
+from hcp_jax.models.specs import Mixer, MoESpec
 from hcp_jax.parallel.context import ContextParallel
 
 
@@ -65,13 +67,45 @@ def describe(
         yield f"{_ranges(numbers)} ({how}), each: {_moved(moved)}"
     if model.mtp_depths:
         yield f"each depth of multi-token prediction: as layer {model.num_layers - 1}"
+    if model.moe is not None and cp.ep > 1:
+        yield f"layers with experts, each: {_experts(cp, model, batch_size, seq_len)}"
     copies = cp.size * cp.axis_size(cp.dp)
     if copies == 1:
         return
     share = num_params // cp.axis_size(cp.tp)
-    sent = traffic.state_bytes(share, copies, ITEM_BYTES[model.compute_dtype], fsdp=fsdp)
+    # Each expert is on as many devices as there are of them over ep.
+    experts = _expert_params(model) // cp.axis_size(cp.tp)
+    sent = sum(
+        traffic.state_bytes(part, over, ITEM_BYTES[model.compute_dtype], fsdp=fsdp)
+        for part, over in ((share - experts, copies), (experts // cp.ep, copies // cp.ep))
+    )
     what = "parameters, gathered twice, and gradients, summed" if fsdp else "gradients, summed"
     yield f"{what} over {copies} devices: {_bytes(sent)}"
+
+
+def _expert_params(model: ModelConfig) -> int:
+    layers = (model.specs[number].ffn for number in model.computed_layers)
+    return sum(layer.expert_params for layer in layers if isinstance(layer, MoESpec))
+
+
+def expert_traffic(
+    cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: int
+) -> tuple[Traffic, ...]:
+    """List what one layer's experts move if the load is about even, as `layer_traffic` does."""
+    if model.moe is None or cp.ep == 1:
+        return ()
+    tokens = batch_size // cp.axis_size(cp.dp) * cp.padded_length(seq_len) // cp.size
+    dispatch = Dispatch(cp.expert_axes, cp.ep, tokens * model.moe.num_experts_per_tok)
+    return dispatch.traffic(model.hidden_size, ITEM_BYTES[model.compute_dtype])
+
+
+def _experts(cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: int) -> str:
+    moved = expert_traffic(cp, model, batch_size, seq_len)
+    forward, backward = (
+        _bytes(traffic.total(moved, (EXPERT_DISPATCH,), direction))
+        for direction in ("forward", "backward")
+    )
+    return f"rows {forward} forward, {backward} backward to {cp.ep} devices, if the load is even"
 
 
 _WHAT = (

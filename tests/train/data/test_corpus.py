@@ -214,6 +214,31 @@ def test_places_know_their_documents(corpus):
         assert set(corpus.documents_at(places).tolist()) == {i}
 
 
+def test_targets_further_on_never_pass_the_end_of_their_document(corpus):
+    some = corpus.select(np.array([31, 3, 30]))
+    empty = Corpus([b"", b"abc", b""], "a test")
+    for held, places in itertools.product((corpus, some, empty), (1, 2, 7, 300)):
+        for number in range(len(held)):
+            refs = held.refs(number, 0, held[number].size + 1)
+            targets, further = held.targets_at(refs), held.further(refs, places)
+            left = max(targets.size - places, 0)
+            np.testing.assert_array_equal(held.targets_at(further)[:left], targets[places:])
+            np.testing.assert_array_equal(further > 0, np.arange(targets.size) < left)
+    assert not corpus.further(np.zeros(3, np.int64), 1).any()  # padding
+
+
+@pytest.mark.parametrize("packing", ["whole", "dense"])
+def test_batches_bring_the_targets_of_depths(corpus, packing):
+    batch = next(batches_of(corpus, packing=packing, mtp_depths=2))
+    further, weights = batch["mtp_targets"].whole(), batch["mtp_weights"]
+    same = batch["positions"][:, 1:] == batch["positions"][:, :-1] + 1
+    np.testing.assert_array_equal(further[:, :-1, 0][same], batch["targets"][:, 1:][same])
+    np.testing.assert_array_equal(further[:, :-1, 1][same], further[:, 1:, 0][same])
+    assert weights[:, :-1][same, 0].all()
+    # Behind a cut they go on: as many as the documents have.
+    assert (weights[..., 0] == (batch["targets"] != SEPARATOR) * batch["weights"]).all()
+
+
 @pytest.mark.parametrize("sizes", [{"dp": 2, "cp_outer": 4}, {"dp": 8}])
 def test_devices_read_their_own_tokens_once_and_no_others(corpus, sizes):
     cp = hcp.ContextParallel(hcp.make_mesh(**sizes), comm_type="p2p")

@@ -1,0 +1,58 @@
+"""Make the pages of the site that are generated: the front page, the Python and command references.
+
+mkdocs calls these functions; `mkdocs.yml` names this file.
+"""
+
+import contextlib
+import io
+import pathlib
+import re
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+import hcp_jax
+from hcp_jax import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated pages."""
+    for name, text in (("index", front()), ("api", api()), ("commands", commands())):
+        files.append(File.generated(config, f"{name}.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Turn links to files that are not of the site into their names."""
+    return re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", markdown)
+
+
+def front() -> str:
+    """Return the README, with links as the site has them."""
+    text = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#|[\w-]+\.(?:md|png))[^)]*\)", r"\1", text)
+
+
+def api() -> str:
+    """Return a page with every public name."""
+    names = [f"::: hcp_jax.{hcp_jax._HOME[n]}.{n}" for n in hcp_jax.__all__ if n in hcp_jax._HOME]
+    for room in hcp_jax._ROOMS:
+        names.append(f"::: hcp_jax.{room}\n    options: {{members: false}}")
+        inside = getattr(hcp_jax, room)._HOME
+        homes = {n: h if "." in h else f"{room}.{h}" for n, h in inside.items()}
+        names += [f"::: hcp_jax.{home}.{name}" for name, home in homes.items()]
+    return "\n\n".join(["# Python", "`import hcp_jax as hcp`", *names])
+
+
+def commands() -> str:
+    """Return a page with the help of every command; that of train lists all config keys."""
+    parts = ["# Commands", "Keys of a config are options of `hcp train`: `model.num_layers: 4` is "]
+    parts[-1] += "`--model.num_layers 4`."
+    for name in cli.COMMANDS:
+        told = io.StringIO()
+        with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+            cli.main([name, "--help"])
+        parts += [f"## hcp {name}", f"```text\n{told.getvalue().strip()}\n```"]
+    return "\n\n".join(parts)

@@ -1,0 +1,1 @@
+"""Cut a model's layers over the stages of a pp axis, and run microbatches through them in ticks."""
