@@ -71,7 +71,7 @@ def test_the_output_shown_is_of_the_quickstart():
     run = config.load(ROOT / "configs" / "quickstart.yaml")
     cp = run.parallel.context_parallel(run.model.num_layers)
     assert cp.describe() in README
-    moved = traffic.attention_traffic(cp, run.model, run.batch_size, run.seq_len)
+    moved = traffic.layer_traffic(cp, run.model.specs[0].mixer, run.batch_size, run.seq_len)
     assert total(moved, (EXCHANGE_HEADS,), "forward") == 320 * 1024
     assert "heads 320 KiB forward, 320 KiB backward" in README
     assert f"step  {run.steps - 1}  loss" in README

@@ -17,12 +17,18 @@ from hcp_jax.compiled import clock, hlo
 from hcp_jax.cost.pairs import pairs_by_hop
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.step import stream_pairs
-from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, RING_HOP
+from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, HALO, RING_HOP, STATE_SCAN
 from hcp_jax.hardware import Cluster, Path
 
 # A transfer counts as hidden if the device waits for at most this share of its duration.
 _TOLERANCE = 0.01
-_NAMES = {RING_HOP: "ring", EXCHANGE_HEADS: "heads", GATHER_KV: "gather"}
+_NAMES = {
+    RING_HOP: "ring",
+    EXCHANGE_HEADS: "heads",
+    GATHER_KV: "gather",
+    STATE_SCAN: "states",
+    HALO: "halo",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,8 @@ class Moved:
 
     Attributes:
         kind: kind of collective, as HLO names it.
-        what: "ring", "heads" or "gather" for attention; "" for other collectives.
+        what: "ring", "heads" or "gather" for attention, "states" or "halo" for recurrent layers;
+            "" for other collectives.
         axes: mesh axes that they run over.
         link: "inside a host" or "between hosts".
         bytes: bytes that one device puts in, each time.

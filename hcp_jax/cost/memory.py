@@ -66,7 +66,7 @@ def _kept(model: ModelShape, split: Split, t: float) -> float:
     """Return the bytes that a layer keeps for its backward pass over t tokens."""
     heads = model.query_width / split.tp
     inputs = 2.0 * t * model.hidden_size
-    outputs = t * (2.0 * heads + 4.0 * heads / model.head_size)
+    outputs = t * (2.0 * heads + 4.0 * _lse_heads(model) / split.tp)
     if split.remat == "full":
         return inputs
     if split.remat == "attention":
@@ -74,7 +74,20 @@ def _kept(model: ModelShape, split: Split, t: float) -> float:
     # These counts come from compiled programs: norms and rotations also keep float32 copies.
     kv_heads = 2.0 * t * 2 * _kv_width(model, split)
     mlp = 2.0 * t * (model.mlp_products + 1) * model.intermediate_size / split.tp
-    return 14 * inputs + 2.0 * t * 10 * heads + kv_heads + mlp
+    return 14 * inputs + 2.0 * t * 10 * heads + kv_heads + mlp + _recurrent(model, split, t)
+
+
+def _lse_heads(model: ModelShape) -> int:
+    """Return the heads that keep a log-sum-exp: none in layers that do not attend."""
+    return model.num_heads if model.head_size else 0
+
+
+def _recurrent(model: ModelShape, split: Split, t: float) -> float:
+    """Return the bytes of a recurrent layer's chunks and of its convolved arrays."""
+    if model.recurrence is None:
+        return 0.0
+    convolved = 3 * 2.0 * model.recurrence.channels
+    return t * (model.recurrence.chunk_bytes + convolved) / split.tp
 
 
 def _kv_width(model: ModelShape, split: Split) -> float:
@@ -97,4 +110,4 @@ def _layer(model: ModelShape, split: Split, t: float) -> float:
     width = (model.mlp_products + 1) * model.intermediate_size / split.tp
     mlp = 2.0 * t * (width + 4 * model.hidden_size)
     weights = 6.0 * (model.layer_params + model.idle_params) / split.tp
-    return max(attention, mlp) + weights
+    return max(attention, mlp, 2 * _recurrent(model, split, t)) + weights

@@ -8,13 +8,17 @@ Backward counts as twice forward (PaLM: Chowdhery et al., 2022, appendix B):
 
     matrix products   6 · weights · tokens           with the output head, without embedding lookup
     attention         12 · heads · H · pairs         per layer: two products of 2 FLOPs, times 3
+    recurrences       3 · FLOPs of a token · tokens  per layer (`recurrence.py`)
 
 The planner, the memory model, the scheduler of dynamic CP and the trainer's MFU all use this shape.
 """
 
 import collections
 import dataclasses
+import itertools
 from typing import Any
+
+from hcp_jax.cost.recurrence import Recurrence
 
 BACKWARD = 2.5  # FLOPs of an attention kernel's backward over its forward: five products to two
 
@@ -26,9 +30,10 @@ class LayerKind:
     Attributes:
         count: number of these layers.
         intermediate_size: of their MLP.
-        head_size: H.
+        head_size: H; 0 for layers that do not attend.
         sliding_window: number of tokens that a query sees; None for all earlier tokens.
         idle_params: as in `ModelShape`.
+        recurrence: the recurrence of layers that do not attend; None for attention.
     """
 
     count: int
@@ -36,6 +41,7 @@ class LayerKind:
     head_size: int
     sliding_window: int | None
     idle_params: int = 0
+    recurrence: Recurrence | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,9 @@ class ModelShape:
     """Sizes that determine the cost of a decoder; the names are those of `ModelConfig`.
 
     Attributes:
+        head_size: H; 0 for layers that do not attend.
         mlp_products: number of matrices of an MLP: 3 with a gate, 2 without.
+        recurrence: the recurrence of layers that do not attend; None for attention.
         mtp_depths: depths of multi-token prediction. Each has a projection from twice the hidden
             size, one more layer as the last one, and a use of the output head.
         idle_params: weights of a layer beside those that one token is multiplied by: of other
@@ -64,6 +72,7 @@ class ModelShape:
     sliding_window: int | None = None
     loss_chunk: int = 1024
     mlp_products: int = 3
+    recurrence: Recurrence | None = None
     mtp_depths: int = 0
     idle_params: int = 0
     moe_intermediate_size: int = 0
@@ -73,22 +82,19 @@ class ModelShape:
     def from_config(cls, config: Any) -> "ModelShape":
         """Return the shape of a `ModelConfig`."""
         counted = collections.Counter(
-            (
-                layer.ffn.width,
-                layer.mixer.head_size,
-                layer.mixer.window,
-                layer.ffn.idle_params,
-            )
+            (layer.ffn.width, layer.mixer.cost, layer.ffn.idle_params)
             for layer in (config.specs[number] for number in config.computed_layers)
         )
-        kinds = tuple(LayerKind(count, *sizes) for sizes, count in counted.items())
-        of_layers = {"intermediate_size", "head_size", "sliding_window", "idle_params"}
-        ours = {"mlp_products", "kinds", "moe_intermediate_size"} | of_layers
+        kinds = tuple(
+            LayerKind(count, width, head_size, window, idle, recurrence)
+            for (width, (head_size, window, recurrence), idle), count in counted.items()
+        )
+        one = dict(vars(next((kind for kind in kinds if kind.head_size), kinds[0])))
+        del one["count"]
+        ours = {"mlp_products", "kinds", "moe_intermediate_size", *one}
         named = {
             f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name not in ours
         }
-        one = dataclasses.asdict(kinds[0])
-        del one["count"]
         expert = 0 if config.moe is None else config.moe.moe_intermediate_size
         return cls(
             **named, **one, moe_intermediate_size=expert, kinds=kinds if len(kinds) > 1 else ()
@@ -106,12 +112,20 @@ class ModelShape:
                 intermediate_size=kind.intermediate_size,
                 head_size=kind.head_size,
                 sliding_window=kind.sliding_window,
+                recurrence=kind.recurrence,
                 idle_params=kind.idle_params,
                 mtp_depths=0,
                 kinds=(),
             )
             for kind in self.kinds
         )
+
+    @property
+    def tp_sizes(self) -> tuple[int, ...]:
+        """Sizes that tp must divide."""
+        recurrent = [kind.recurrence.tp_sizes for kind in self.by_kind if kind.recurrence]
+        mlp = self.moe_intermediate_size or self.intermediate_size
+        return (self.num_kv_heads, self.vocab_size, mlp, *itertools.chain(*recurrent))
 
     @property
     def computed_layers(self) -> int:
@@ -132,7 +146,9 @@ class ModelShape:
     def layer_params(self) -> int:
         """Number of weights of the matrix products of one layer, of the first kind."""
         mlp = self.mlp_products * self.intermediate_size
-        return self.hidden_size * (2 * self.query_width + 2 * self.kv_width + mlp)
+        attention = 2 * self.query_width + 2 * self.kv_width
+        mixer = 0 if self.recurrence is None else self.recurrence.product_params
+        return self.hidden_size * (attention + mlp) + mixer
 
     @property
     def layers_params(self) -> int:
@@ -179,5 +195,9 @@ def step_flops(model: ModelShape, tokens: float, pairs: float) -> float:
     >>> step_flops(tiny, 5, 15) == 6 * (4 * (12 + 24) + 40) * 5 + 12 * 2 * 2 * 15
     True
     """
-    per_pair = sum(kind.num_layers * kind.query_width for kind in model.by_kind)
-    return 6.0 * model.product_params * tokens + 12.0 * per_pair * pairs
+    kinds = model.by_kind
+    per_pair = sum(kind.num_layers * kind.query_width for kind in kinds)
+    recurrent = sum(
+        kind.num_layers * kind.recurrence.token_flops for kind in kinds if kind.recurrence
+    )
+    return (6.0 * model.product_params + 3.0 * recurrent) * tokens + 12.0 * per_pair * pairs

@@ -8,6 +8,7 @@ sum of gradients without FSDP are fully exposed. `traffic.py` lists what attenti
 
 A step on one device, with t = T / C tokens of each of its rows:
 
+    recurrence    chunks' matrix products, and their arrays read and written
     matmul        2 · parameters · t forward, twice that backward, once more where recomputed
     attention     4 · H · heads · pairs forward, 2.5 times that backward
     memory-bound  reads and writes of norms, activations, merging of partials, optimizer
@@ -21,10 +22,13 @@ import math
 import numpy as np
 
 from hcp_jax.cost.pairs import causal_chunk_pairs, pairs_by_hop
+from hcp_jax.cost.recurrence import Recurrence
 from hcp_jax.cost.shape import BACKWARD, ModelShape, step_flops
 from hcp_jax.cost.traffic import (
     GATHER_KV,
+    HALO,
     RING_HOP,
+    STATE_SCAN,
     STRATEGIES,
     CommType,
     Remat,
@@ -185,6 +189,12 @@ def estimate(
     attention = [
         (kind.num_layers, _Attention(kind, split, cluster, seq_len, rows, implementation))
         for kind in model.by_kind
+        if kind.recurrence is None
+    ]
+    recurrent = [
+        (kind.num_layers, _Recurrent(kind.recurrence, split, cluster, t, rows))
+        for kind in model.by_kind
+        if kind.recurrence is not None
     ]
     again = 0 if split.remat == "none" else 1
     layers = model.layers_params / split.tp
@@ -200,10 +210,12 @@ def estimate(
             kind.num_layers * _elementwise_bytes(kind, split, t) / bandwidth
             for kind in model.by_kind
         ),
+        **({"recurrence": sum(n * one.compute_s for n, one in recurrent)} if recurrent else {}),
         "optimizer": 28 * model.params / split.tp / shards / bandwidth,
     }
     transfers = [
         *(x.times(n) for n, one in attention for x in one.transfers),
+        *(x.times(n) for n, one in recurrent for x in one.transfers),
         *_tensor_parallel(model, split, cluster, t),
         *_weights_and_gradients(model, split, cluster, sum(compute.values())),
     ]
@@ -247,7 +259,7 @@ def mean_pairs(model: ModelShape, seq_len: int) -> float:
     kinds = model.by_kind
     widths = [kind.num_layers * kind.query_width for kind in kinds]
     pairs = [float(stream_pairs(kind, seq_len, 1).sum()) for kind in kinds]
-    if len(kinds) == 1:
+    if len(kinds) == 1 or not sum(widths):
         return pairs[0]
     return sum(w * p for w, p in zip(widths, pairs, strict=True)) / sum(widths)
 
@@ -333,28 +345,78 @@ class _Attention:
         return [Transfer(what, first.axes, link, first.count * size, first.count * one, exposed)]
 
     def _alone(self, what: str, moves: list[Traffic], starts: int | None) -> list[Transfer]:
-        """Return transfers that nothing hides.
-
-        Args:
-            what: description in words.
-            moves: traffic over the same axes.
-            starts: number of latencies per execution; None for one per array.
-        """
+        """Return transfers that nothing hides; arguments as in the function of this name."""
         if not moves:
             return []
-        axes = moves[0].axes
-        sent = sum(move.count * move.sent_bytes for move in moves)
-        seconds = 0.0
-        for move in moves:
-            link, rate, latency = path(self.cluster, self.split, axes, move.kind)
-            calls = move.count * (starts or move.arrays)
-            seconds += move.count * move.sent_bytes / rate + calls * latency
-        return [Transfer(what, axes, link, sent, seconds, seconds)]
+        alone = _alone(self.cluster, self.split, moves, starts)
+        return [Transfer(what, moves[0].axes, *alone)]
+
+
+# Fitted to audits of 4-layer hybrids (gated delta net, Mamba-2) on 2 x 8 H200 at 128K tokens: how
+# often each array of a chunk is read or written, and by how much products of float32 are slower
+# than those of bfloat16 (some, of delta rules, are at the highest precision).
+_PASSES = 7
+_SLOWER_NUMBERS, _SLOWER_MATRICES = 4, 12
+
+
+class _Recurrent:
+    """Cost of one layer's recurrence, forward and backward, without its projections."""
+
+    def __init__(
+        self, recurrence: Recurrence, split: Split, cluster: Cluster, t: int, rows: int
+    ) -> None:
+        self.split, self.cluster = split, cluster
+        again = 0 if split.remat == "none" else 1
+        gpu = cluster.gpu
+        each = t / split.tp * (3 + again)
+        slower = _SLOWER_MATRICES if recurrence.matrix else _SLOWER_NUMBERS
+        products = slower * each * recurrence.chunk_flops / gpu.product_rate.value
+        moved = _PASSES * each * recurrence.chunk_bytes / gpu.memory_bandwidth
+        self.compute_s = products + moved
+        self.traffic = recurrence.traffic(
+            ("cp_outer", "cp_inner"),
+            {"cp_outer": split.cp_outer, "cp_inner": split.cp_inner},
+            runs=2,
+            rows=rows,
+            tp=split.tp,
+            item_bytes=2,
+            remat=split.remat,
+        )
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        return [
+            Transfer(what, moves[0].axes, *_alone(self.cluster, self.split, moves))
+            for what, scope in (("states passed on", STATE_SCAN), ("halos of convolutions", HALO))
+            if (moves := [move for move in self.traffic if move.scope == scope])
+        ]
+
+
+def _alone(
+    cluster: Cluster, split: Split, moves: list[Traffic], starts: int | None = None
+) -> tuple[str, float, float, float]:
+    """Return link, bytes, seconds and exposed seconds of transfers that nothing hides.
+
+    Args:
+        cluster: the cluster.
+        split: its split.
+        moves: traffic over the same axes.
+        starts: number of latencies per execution; None for one per array.
+    """
+    sent = sum(move.count * move.sent_bytes for move in moves)
+    seconds = 0.0
+    for move in moves:
+        link, rate, latency = path(cluster, split, move.axes, move.kind)
+        calls = move.count * (starts or move.arrays)
+        seconds += move.count * move.sent_bytes / rate + calls * latency
+    return link, sent, seconds, seconds
 
 
 def _elementwise_bytes(model: ModelShape, split: Split, t: int) -> float:
     """Return the bytes read and written by a layer's norms, rotations and activations."""
     heads = (model.num_heads + model.num_kv_heads) * model.head_size / split.tp
+    if model.recurrence is not None:
+        heads = model.recurrence.channels / split.tp
     forward = (
         2.0
         * t

@@ -38,7 +38,7 @@ import numpy as np
 
 from hcp_jax.base import checks
 from hcp_jax.cost.models import model_shape
-from hcp_jax.cost.shape import BACKWARD, ModelShape
+from hcp_jax.cost.shape import BACKWARD, ModelShape, step_flops
 from hcp_jax.cost.traffic import GRADIENT_BYTES, ITEM_BYTES
 from hcp_jax.hardware import GPU, gpu
 from hcp_jax.sequence import groupings
@@ -133,17 +133,21 @@ class TimedMicrobatch(NamedTuple):
 def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:
     """Return the parameters of `Cost` for a model, in bfloat16 and without recomputation."""
     forward, backward = (on.attention_rate("triton", d).value for d in ("forward", "backward"))
-    pair_flops = 4 * model.computed_layers * model.query_width / tp
-    linear_flops = 6 * model.product_params / tp
+    kinds = [(kind.computed_layers, kind) for kind in model.by_kind]
+    query_width = sum(n * kind.query_width for n, kind in kinds)
+    kv_width = sum(n * kind.kv_width for n, kind in kinds)
+    attending = sum(n for n, kind in kinds if kind.query_width)
+    pair_flops = 4 * query_width / tp
+    linear_flops = step_flops(model, 1, 0) / tp
     return {
         "seconds_per_pair": pair_flops * (1 / forward + BACKWARD / backward),
         "seconds_per_token": linear_flops / (LINEAR_SHARE * on.product_rate.value),
         "seconds_per_microbatch": MICROBATCH_SECONDS,
-        "kv_bytes_per_token": 2 * _ITEM_BYTES * model.computed_layers * model.kv_width / tp,
-        "q_bytes_per_token": _ITEM_BYTES * model.computed_layers * model.query_width / tp,
+        "kv_bytes_per_token": 2 * _ITEM_BYTES * kv_width / tp,
+        "q_bytes_per_token": _ITEM_BYTES * query_width / tp,
         "seconds_per_byte_inside": 1 / on.nvlink.rate.value,
         "seconds_per_byte_across": 1 / on.network.rate.value,
-        "seconds_per_hop": model.computed_layers * on.nvlink.latency,
+        "seconds_per_hop": attending * on.nvlink.latency,
     }
 
 

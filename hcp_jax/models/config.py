@@ -10,12 +10,21 @@ from hcp_jax.base.settings import MOST, check, fixed, fixed_later, free, numbers
 from hcp_jax.models import pattern, specs
 from hcp_jax.models.layers.rope_scaling import RopeScaling
 from hcp_jax.models.moe_config import MoEConfig
-from hcp_jax.models.pattern import LayerConfig
+from hcp_jax.models.pattern import LayerConfig, MixerKind
+from hcp_jax.models.recurrent_specs import (
+    GatedDeltaConfig,
+    GatedDeltaSpec,
+    KDAConfig,
+    KDASpec,
+    Mamba2Config,
+    Mamba2Spec,
+)
 from hcp_jax.models.specs import (
     Activation,
     AttentionSpec,
     FeedForward,
     LayerSpec,
+    Mixer,
     MLPSpec,
     MoESpec,
     Norms,
@@ -75,6 +84,11 @@ class ModelConfig:
             (multi-token prediction, DeepSeek-V3: `models/mtp.py`).
         mtp_loss_weight: weight of their losses' mean, beside 1 for the main loss.
         moe: mixture of experts in place of the MLP; None for none (see `MoEConfig`).
+        mixer: what mixes tokens: "attention", or a recurrence: "mamba2" (Mamba-2), "gated_delta"
+            (gated delta net, as in Qwen3-Next) or "kda" (Kimi delta attention).
+        mamba2: sizes of the Mamba-2 layers; None if there are none.
+        gated_delta: sizes of the gated delta nets; None if there are none.
+        kda: sizes of the KDA layers; None if there are none.
         remat: what a layer's backward pass recomputes: "none", "attention" (everything except
             attention, whose outputs are kept) or "full" (the whole layer).
         offload_activations: keep what a layer needs for its backward pass (its input, and what
@@ -129,6 +143,10 @@ class ModelConfig:
     mtp_depths: int = field(default=0, metadata=fixed_later(least=0, most=64))
     mtp_loss_weight: float = field(default=0.3, metadata=numbers(least=0, most=1e6))
     moe: MoEConfig | None = field(default=None, metadata=fixed_later())
+    mixer: MixerKind = field(default="attention", metadata=fixed_later())
+    mamba2: Mamba2Config | None = field(default=None, metadata=numbers())
+    gated_delta: GatedDeltaConfig | None = field(default=None, metadata=numbers())
+    kda: KDAConfig | None = field(default=None, metadata=numbers())
 
     def __post_init__(self):
         check(self, "model.")
@@ -149,6 +167,7 @@ class ModelConfig:
                     f"got {getattr(self, name)!r}."
                 )
         _plan(self)  # reads the layers, and checks each of them
+        _check_used(self)
         if self.offload_activations and self.remat == "none":
             raise ValueError(
                 "offload_activations needs remat 'attention' or 'full', which name what is kept; "
@@ -185,18 +204,20 @@ class ModelConfig:
 
     @property
     def widest_window(self) -> int | None:
-        """The widest window of a layer; None if one sees all earlier tokens."""
-        windows = [layer.mixer.window for layer in self.specs]
-        return None if None in windows else max(w for w in windows if w is not None)
+        """The widest window of an attention layer; None if one sees all earlier tokens."""
+        windows = [layer.mixer.window for layer in self.specs if layer.mixer.pair_width]
+        return None if None in windows else max((w for w in windows if w is not None), default=None)
 
     @property
     def window_shares(self) -> dict[int | None, float]:
-        """The share of all layers' attention width (heads times head size) by window."""
+        """The share of all layers' attention width (heads times head size) by window.
+
+        Empty if no layer attends.
+        """
         widths: dict[int | None, int] = {}
-        for layer in self.computed_layers:
-            mixer = self.specs[layer].mixer
-            width = mixer.num_heads * mixer.head_size
-            widths[mixer.window] = widths.get(mixer.window, 0) + width
+        for mixer in (self.specs[layer].mixer for layer in self.computed_layers):
+            if mixer.pair_width:
+                widths[mixer.window] = widths.get(mixer.window, 0) + mixer.pair_width
         total = sum(widths.values())
         return {window: width / total for window, width in widths.items()}
 
@@ -220,6 +241,7 @@ class ModelConfig:
 
 
 _CHOICES: dict[str, Any] = {
+    "mixer": MixerKind,
     "remat": Remat,
     "compute_dtype": ComputeDtype,
     "qk_norm_over": QKNorm,
@@ -245,26 +267,15 @@ def _layer(config: ModelConfig, own: Mapping[str, Any], number: int) -> LayerSpe
     def get(name: str) -> Any:
         return own.get(name, getattr(config, name))
 
-    head_size = own.get("head_size", config.head_dim)
+    kind = get("mixer")
+    unused = sorted(pattern.ATTENTION_SETTINGS & set(own)) if kind != "attention" else []
+    if unused:
+        raise ValueError(
+            f"model.layers: a layer with mixer={kind!r} has no {', '.join(unused)}, which only "
+            "attention has; leave it out, or give it to another layer."
+        )
     return LayerSpec(
-        mixer=AttentionSpec(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_size=head_size,
-            window=get("sliding_window"),
-            rotary=_rotary(get, head_size),
-            scale=get("attention_scale"),
-            soft_cap=get("logits_soft_cap"),
-            sinks=get("attention_sinks"),
-            qk_norm=config.qk_norm_over if get("qk_norm") else None,
-            qkv_bias=get("qkv_bias"),
-            o_bias=get("o_bias"),
-            norm=config.norm_spec,
-            depth=config.num_layers,
-            dtype=config.compute_dtype,
-            implementation=config.implementation,
-        ),
+        mixer=_MIXERS[kind](config, get),
         ffn=_feed_forward(config, get, number),
         norms=get("norms"),
         norm=config.norm_spec,
@@ -308,6 +319,77 @@ def _feed_forward(config: ModelConfig, get: Callable[[str], Any], number: int) -
         depth=config.num_layers,
         dtype=config.compute_dtype,
     )
+
+
+def _attention(config: ModelConfig, get: Callable[[str], Any]) -> AttentionSpec:
+    head_size = get("head_size") or config.head_dim
+    return AttentionSpec(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_size=head_size,
+        window=get("sliding_window"),
+        rotary=_rotary(get, head_size),
+        scale=get("attention_scale"),
+        soft_cap=get("logits_soft_cap"),
+        sinks=get("attention_sinks"),
+        qk_norm=config.qk_norm_over if get("qk_norm") else None,
+        qkv_bias=get("qkv_bias"),
+        o_bias=get("o_bias"),
+        norm=config.norm_spec,
+        depth=config.num_layers,
+        dtype=config.compute_dtype,
+        implementation=config.implementation,
+    )
+
+
+def _recurrent(name: str, spec: type, config: ModelConfig, get: Callable[[str], Any]) -> Mixer:
+    sizes = getattr(config, name)
+    if sizes is None:
+        raise ValueError(
+            f"a layer has mixer={name!r}, but model.{name} is null; give its sizes there, such as "
+            f"{_EXAMPLES[name]}."
+        )
+    made: Mixer = spec(
+        **vars(sizes),
+        hidden_size=config.hidden_size,
+        norm_eps=config.norm_eps,
+        depth=config.num_layers,
+        dtype=config.compute_dtype,
+    )
+    return made
+
+
+_MIXERS: dict[MixerKind, Callable[[ModelConfig, Callable[[str], Any]], Mixer]] = {
+    "attention": _attention,
+    "mamba2": functools.partial(_recurrent, "mamba2", Mamba2Spec),
+    "gated_delta": functools.partial(_recurrent, "gated_delta", GatedDeltaSpec),
+    "kda": functools.partial(_recurrent, "kda", KDASpec),
+}
+"""What makes the spec of each kind of mixer."""
+
+_EXAMPLES = {
+    "mamba2": "{num_heads: 8, head_size: 64}",
+    "gated_delta": "{num_key_heads: 4, num_value_heads: 8}",
+    "kda": "{num_heads: 8}",
+}
+
+
+def _check_used(config: ModelConfig) -> None:
+    """Refuse sizes and windows that no layer uses: the pattern is not what the user means."""
+    kinds = {type(layer.mixer) for layer in config.specs}
+    sections = {"mamba2": Mamba2Spec, "gated_delta": GatedDeltaSpec, "kda": KDASpec}
+    for name, spec in sections.items():
+        if getattr(config, name) is not None and spec not in kinds:
+            raise ValueError(
+                f"model.{name} is given, but no layer has mixer={name!r}; write it in "
+                f"model.layers or model.mixer, or leave model.{name} out."
+            )
+    if config.sliding_window is not None and AttentionSpec not in kinds:
+        raise ValueError(
+            f"model.sliding_window={config.sliding_window} is given, but no layer attends; leave "
+            "it out."
+        )
 
 
 def _rotary(get: Callable[[str], Any], head_size: int) -> Rotary | None:

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, Literal
 
 from hcp_jax.base.settings import MOST, check, fixed, numbers
 from hcp_jax.models.layers.rope_scaling import RopeScaling
 from hcp_jax.models.specs import Activation, Norms
+
+MixerKind = Literal["attention", "mamba2", "gated_delta", "kda"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class LayerConfig:
         activation: likewise.
         mlp_bias: likewise.
         norms: likewise.
+        mixer: likewise.
     """
 
     intermediate_size: int | None = field(default=None, metadata=fixed(above=0, most=MOST))
@@ -52,6 +55,7 @@ class LayerConfig:
     activation: Activation | None = field(default=None, metadata=numbers())
     mlp_bias: bool | None = field(default=None, metadata=fixed())
     norms: Norms | None = field(default=None, metadata=fixed())
+    mixer: MixerKind | None = field(default=None, metadata=fixed())
 
     def __post_init__(self) -> None:
         check(self, "model.layers: ")
@@ -66,8 +70,30 @@ class LayerConfig:
 Layers = str | tuple[LayerConfig, ...] | None
 """A pattern: letters, or settings by layer; None if all layers are as the model's config says."""
 
-LETTERS: dict[str, dict[str, Any]] = {"A": {"sliding_window": None}, "W": {}}
+LETTERS: dict[str, dict[str, Any]] = {
+    "A": {"mixer": "attention", "sliding_window": None},
+    "W": {"mixer": "attention"},
+    "M": {"mixer": "mamba2"},
+    "G": {"mixer": "gated_delta"},
+    "K": {"mixer": "kda"},
+}
 """Settings that a letter replaces: A is attention without a window, W is attention with it."""
+
+ATTENTION_SETTINGS = {
+    "head_size",
+    "sliding_window",
+    "rotary",
+    "rotary_share",
+    "rope_theta",
+    "rope_scaling",
+    "attention_scale",
+    "logits_soft_cap",
+    "attention_sinks",
+    "qk_norm",
+    "qkv_bias",
+    "o_bias",
+}
+"""Settings that only attention has."""
 
 
 def overrides(layers: Layers, num_layers: int, window: int | None) -> list[Mapping[str, Any]]:
@@ -82,8 +108,8 @@ def overrides(layers: Layers, num_layers: int, window: int | None) -> list[Mappi
         ValueError: for an empty pattern, one longer than the model, or unknown letters; or if a
             pattern of letters and `sliding_window` do not go together.
 
-    >>> overrides("WA", 3, 8)
-    [{}, {'sliding_window': None}, {}]
+    >>> overrides("MMA", 4, None)[2:]
+    [{'mixer': 'attention', 'sliding_window': None}, {'mixer': 'mamba2'}]
     """
     if layers is None:
         return [{}] * num_layers
@@ -106,7 +132,8 @@ def _check_letters(layers: str, window: int | None) -> None:
     if unknown:
         raise ValueError(
             f"model.layers={layers!r} has the unknown letters {', '.join(unknown)}; known are A "
-            "(attention) and W (attention with sliding_window). For other differences, give a list "
+            "(attention), W (attention with sliding_window), M (Mamba-2), G (gated delta net) and "
+            "K (KDA). For other differences, give a list "
             "with the settings of each layer."
         )
     if "W" in layers and window is None:

@@ -12,10 +12,16 @@ and one full attention) has one stack for each position of the period.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+from hcp_jax.cost.recurrence import Recurrence
+from hcp_jax.cost.traffic import ITEM_BYTES, Remat, Traffic, layer_traffic
 from hcp_jax.models.layers.rope_scaling import RopeScaling
 from hcp_jax.models.moe_config import Router
+from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
+
+if TYPE_CHECKING:
+    from hcp_jax.parallel.context import ContextParallel
 
 Activation = Literal["silu", "gelu_tanh"]
 Norms = Literal["before", "after", "both"]
@@ -91,6 +97,19 @@ class AttentionSpec:
     dtype: str
     implementation: str | None
 
+    kind: ClassVar[str] = "attention"
+    recurrence: ClassVar[Recurrence | None] = None
+
+    @property
+    def pair_width(self) -> int:
+        """Width that each visible pair of a query and a key costs: heads times head size."""
+        return self.num_heads * self.head_size
+
+    @property
+    def cost(self) -> tuple[int, int | None, Recurrence | None]:
+        """Head size of the attention, its window and the recurrence, as `LayerKind` has them."""
+        return self.head_size, self.window, None
+
     @property
     def product_params(self) -> int:
         """Number of weights of the matrix products."""
@@ -100,6 +119,29 @@ class AttentionSpec:
     def tp_sizes(self) -> dict[str, int]:
         """Sizes that tp must divide, by the name of their setting."""
         return {"num_kv_heads": self.num_kv_heads, "num_heads": self.num_heads}
+
+    def traffic(
+        self, cp: "ContextParallel", *, rows: int, tokens: int, remat: Remat = "none"
+    ) -> tuple[Traffic, ...]:
+        """List the collectives of this mixer in one step.
+
+        Args:
+            cp: context of the layer.
+            rows: rows of the batch, over all dp devices.
+            tokens: tokens of a row, with padding.
+            remat: what backward recomputes.
+        """
+        tp = cp.axis_size(cp.tp)
+        return layer_traffic(
+            cp.strategy,
+            cp.mesh.shape,
+            tokens=rows // cp.axis_size(cp.dp) * tokens // cp.size,
+            heads=self.num_heads // tp,
+            kv_heads=self.num_kv_heads // tp,
+            head_size=self.head_size,
+            item_bytes=ITEM_BYTES[self.dtype],
+            remat=remat,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +265,7 @@ class MoESpec:
         return self.hidden_size * (self.num_experts + int(self.shared_gate)) + shared
 
 
-Mixer = AttentionSpec
+Mixer = AttentionSpec | Mamba2Spec | GatedDeltaSpec | KDASpec
 FeedForward = MLPSpec | MoESpec
 
 

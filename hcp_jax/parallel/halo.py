@@ -8,6 +8,7 @@ gradients to where they came from.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from jaxtyping import Array, Float, Int32
 from hcp_jax.cost.traffic import HALO
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.grouped import block_of, block_order, padded
+from hcp_jax.parallel.peers import Peers
 from hcp_jax.parallel.stream import StreamOrder, stream_order
 
 
@@ -50,6 +53,7 @@ def short_conv(
     positions: Int32[Array, "B1 T"],
     *,
     cp: ContextParallel | None = None,
+    order: Int32[Array, "B1 T"] | None = None,
     biases: Sequence[Float[Array, "H D"]] | None = None,
 ) -> list[Float[Array, "B T H D"]]:
     """Convolve arrays along the stream, channel by channel: y_i = Σ_w weight[W-1-w] x[i-w].
@@ -61,6 +65,8 @@ def short_conv(
         weights: one for each array; the last row belongs to the token itself.
         positions: number of tokens of the same document before each token.
         cp: the context whose layout the arrays are in; None for one device.
+        order: with groups, `mask.intervals.end` of `hcp.place_microbatch`: one past the global
+            index of each token, and 0 for empty slots.
         biases: one for each array, or None.
 
     Returns:
@@ -68,13 +74,13 @@ def short_conv(
 
     Raises:
         ValueError: if shapes do not fit each other or the context.
-        NotImplementedError: if the context has groups.
 
     >>> x, weight = jnp.arange(1.0, 5).reshape(1, 4, 1, 1), jnp.array([10.0, 1]).reshape(2, 1, 1)
     >>> short_conv([x], [weight], jnp.array([[0, 1, 0, 1]]))[0][0, :, 0, 0]
     Array([ 1., 12.,  3., 34.], dtype=float32)
     """
-    stream = stream_order(cp)
+    block = block_of(cp, order)
+    stream = stream_order(cp) if block is None else StreamOrder()
     rows, tokens = arrays[0].shape[:2]
     if positions.shape not in ((rows, tokens), (1, tokens)):
         raise ValueError(
@@ -107,6 +113,11 @@ def short_conv(
         for cut, (_, bias) in zip(heads, taps, strict=True)
     ]
     position_spec = PartitionSpec(cp.dp if positions.shape[0] > 1 else None, cp.cp_axes or None)
+    if block is not None:
+        in_block = functools.partial(_convolve_in_block, block)
+        in_specs = (specs, tap_specs, position_spec, position_spec)
+        mapped = spmd.shard_map(cp.mesh, cp.axes, in_block, in_specs, specs)
+        return spmd.run(cp.mesh, cp.axes, mapped, specs, list(arrays), taps, positions, order)
     mapped = spmd.shard_map(cp.mesh, cp.axes, local, (specs, tap_specs, position_spec), specs)
     return spmd.run(cp.mesh, cp.axes, mapped, specs, list(arrays), taps, positions)
 
@@ -128,3 +139,27 @@ def _convolve(stream: StreamOrder, arrays: list[Array], taps: list[Any], positio
             y += bias.astype(jnp.float32)[None, None, None]
         results.append(jnp.moveaxis(y, 0, 1).reshape(x.shape).astype(x.dtype))
     return results
+
+
+def _convolve_in_block(
+    block: Peers, arrays: list[Array], taps: list[Any], positions: Array, order: Array
+) -> list[Array]:
+    """Convolve all tokens of a block, for this device's share of the channels."""
+    now = block_order(block, order, positions)
+
+    def flat(x: Array | None, lead: int) -> Any:  # [..., H, D] -> [..., channels, 1]
+        if x is None:
+            return None
+        x = x.reshape(*x.shape[:lead], -1, 1)
+        return padded(x, lead, -(-x.shape[lead] // block.size) * block.size)
+
+    mine = [now.to_stream(flat(x, 2)) for x in arrays]
+    own = [
+        (now.own(flat(weight, 1), 1), None if bias is None else now.own(flat(bias, 0), 0))
+        for weight, bias in taps
+    ]
+    found = [now.from_stream(y) for y in _convolve(StreamOrder(), mine, own, now.positions)]
+    return [
+        y[:, :, : math.prod(x.shape[2:])].reshape(x.shape)
+        for y, x in zip(found, arrays, strict=True)
+    ]

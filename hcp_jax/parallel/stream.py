@@ -82,7 +82,8 @@ def stream_order(cp: "ContextParallel | None") -> StreamOrder:
     """Return the order of the streams of `cp` over its devices; one run on one device if None.
 
     Raises:
-        NotImplementedError: if `cp` has groups, whose documents lie in another order.
+        NotImplementedError: if `cp` has groups, whose documents lie in another order
+            (`grouped.py`).
     """
     if cp is None:
         return StreamOrder()

@@ -252,6 +252,11 @@ _ABOUT = {
         "The gather of K and V is not hidden; it takes",
         'Use comm_type "p2p" or "a2a+p2p", which hide it.',
     ),
+    "states": (
+        "The passing of states of recurrent layers is not hidden; it takes",
+        "Its bytes do not depend on the length: use fewer devices along cp for short sequences, or "
+        "more tokens per GPU.",
+    ),
     "": (
         "Waiting for weights, gradients and activations takes",
         "Use less tp, more tokens per GPU, or parallel.fsdp=false if the weights fit.",

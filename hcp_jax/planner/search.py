@@ -117,8 +117,7 @@ def plan(
 def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
     """Yield every split of `gpus` devices that is valid for the model's heads and the sequence."""
     for tp in _divisors(gpus):
-        mlp = model.moe_intermediate_size or model.intermediate_size
-        if model.num_kv_heads % tp or mlp % tp or model.vocab_size % tp:
+        if any(size % tp for size in model.tp_sizes):
             continue
         for cp in _divisors(gpus // tp):
             dp = gpus // tp // cp

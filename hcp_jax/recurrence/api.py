@@ -22,6 +22,8 @@ from jaxtyping import Array, Float, Int32
 from hcp_jax.base import checks
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.grouped import block_of, block_order, padded, shares, whole_groups
+from hcp_jax.parallel.peers import Peers
 from hcp_jax.parallel.stream import StreamOrder, stream_order
 from hcp_jax.recurrence import chunks
 from hcp_jax.recurrence.scan import states_before
@@ -35,6 +37,7 @@ def state_space(
     positions: Int32[Array, "B1 T"],
     *,
     cp: ContextParallel | None = None,
+    order: Int32[Array, "B1 T"] | None = None,
     chunk: int = 128,
 ) -> Float[Array, "B T H V"]:
     """Compute the recurrence of Mamba-2: S_i = exp(log_decay_i) S_(i-1) + k_i v_iᵀ, o_i = S_iᵀ q_i.
@@ -47,6 +50,8 @@ def state_space(
         positions: number of tokens of the same document before each token; the state is zero before
             a token with position 0.
         cp: the context whose layout the arrays are in; None for one device.
+        order: with groups, `mask.intervals.end` of `hcp.place_microbatch`: one past the global
+            index of each token, and 0 for empty slots.
         chunk: tokens per chunk; work inside a chunk grows with its square.
 
     Returns:
@@ -54,7 +59,6 @@ def state_space(
 
     Raises:
         ValueError: if shapes do not fit each other or the context.
-        NotImplementedError: if the context has groups.
 
     >>> ones = jnp.ones((1, 4, 1, 1))
     >>> state_space(ones, ones, ones, 0 * ones[..., 0], jnp.array([[0, 1, 0, 1]]))[0, :, 0, 0]
@@ -68,7 +72,7 @@ def state_space(
     _require_heads(q, v)
     chunk = checks.integer("chunk", chunk, least=1)
     local = functools.partial(_state_space, chunk=chunk)
-    return _on_devices(local, cp, positions, v, (q, k, v, log_decay))
+    return _on_devices(local, cp, positions, order, (q, k, v, log_decay))
 
 
 def delta_rule(
@@ -80,6 +84,7 @@ def delta_rule(
     positions: Int32[Array, "B1 T"],
     *,
     cp: ContextParallel | None = None,
+    order: Int32[Array, "B1 T"] | None = None,
     chunk: int = 64,
 ) -> Float[Array, "B T H V"]:
     """Compute the gated delta rule, with one decay per head or one per channel of the keys.
@@ -92,6 +97,7 @@ def delta_rule(
         log_decay: 0 or less, for each head, `[B, T, H]`, or for each channel, `[B, T, H, K]`.
         positions: as in `state_space`.
         cp: as in `state_space`.
+        order: as in `state_space`.
         chunk: tokens per chunk, a power of two.
 
     Returns:
@@ -100,7 +106,6 @@ def delta_rule(
     Raises:
         ValueError: if shapes do not fit each other or the context, or if `chunk` is not a power of
             two.
-        NotImplementedError: if the context has groups.
 
     >>> ones = jnp.ones((1, 3, 1, 1))  # beta 1 replaces what the state holds for the key
     >>> decay, positions = 0 * ones[..., 0], jnp.arange(3)[None]
@@ -121,27 +126,28 @@ def delta_rule(
     chunk = checks.integer("chunk", chunk, least=1)
     _require(chunk & (chunk - 1) == 0, f"chunk must be a power of two, got {chunk}")
     local = functools.partial(_delta_rule, chunk=chunk)
-    return _on_devices(local, cp, positions, v, (q, k, v, beta, log_decay))
+    return _on_devices(local, cp, positions, order, (q, k, v, beta, log_decay))
 
 
 def _on_devices(
-    local: Callable, cp: ContextParallel | None, positions: Array, v: Array, arrays: Any
+    local: Callable, cp: ContextParallel | None, positions: Array, order: Any, arrays: Any
 ) -> Any:
     """Call `local(*arrays, starts, stream)` on every device, with its own heads and tokens."""
-    rows, tokens = v.shape[:2]
+    rows, tokens, heads = arrays[2].shape[:3]
+    block = block_of(cp, order)
     for x in arrays:
         _require(
-            x.shape[:2] == (rows, tokens), f"arrays must begin with {v.shape[:2]}, got {x.shape}"
+            x.shape[:2] == (rows, tokens), f"arrays must begin with {(rows, tokens)}, got {x.shape}"
         )
     _require(
         positions.shape in ((rows, tokens), (1, tokens)),
         f"positions must have the shape {(rows, tokens)} or {(1, tokens)}, got {positions.shape}",
     )
-    stream = stream_order(cp)
+    stream = stream_order(cp) if block is None else StreamOrder()
     on_device = functools.partial(_flagged, local, stream)
     if cp is None:
         return on_device(positions, *arrays)
-    arrays = _whole_groups(cp, arrays, v.shape[2])
+    arrays = _whole_groups(cp, arrays, heads)
     length = tokens * (cp.size if cp.on_device else 1)
     _require(
         length == cp.padded_length(length),
@@ -153,6 +159,11 @@ def _on_devices(
     ]
     position_spec = PartitionSpec(cp.dp if positions.shape[0] > 1 else None, cp.cp_axes or None)
     out_spec = PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp, None)
+    if block is not None:
+        in_block = functools.partial(_in_block, on_device, block)
+        in_specs = (position_spec, position_spec, *specs)
+        mapped = spmd.shard_map(cp.mesh, cp.axes, in_block, in_specs, out_spec)
+        return spmd.run(cp.mesh, cp.axes, mapped, out_spec, order, positions, *arrays)
     mapped = spmd.shard_map(cp.mesh, cp.axes, on_device, (position_spec, *specs), out_spec)
     return spmd.run(cp.mesh, cp.axes, mapped, out_spec, positions, *arrays)
 
@@ -163,10 +174,29 @@ def _whole_groups(cp: ContextParallel, arrays: Any, heads: int) -> Any:
     _require(heads % tp == 0, f"tp={tp} cannot cut {heads} heads; use a tp that divides them")
     q, k, *rest = arrays
     groups = q.shape[2]
-    times = next(m for m in range(1, heads // groups + 1) if groups * m % tp == 0)
+    times = whole_groups(groups, heads, tp)
     if times > 1:
         q, k = (jnp.repeat(x, times, axis=2) for x in (q, k))
     return (q, k, *rest)
+
+
+def _in_block(
+    on_device: Callable, block: Peers, order: Array, positions: Array, *arrays: Array
+) -> Array:
+    """Call `on_device` on all tokens of a block, for this device's share of its heads."""
+    now = block_order(block, order, positions)
+    q, k, v, *by_head = arrays
+    heads, columns = v.shape[2:]
+    parts, width = shares(heads, columns, block.size)
+    v = padded(v, 3, parts * width).reshape(*v.shape[:2], heads * parts, width)
+    times = whole_groups(q.shape[2], heads * parts, block.size)
+    cut = [
+        *(jnp.repeat(x, times, axis=2) for x in (q, k)),
+        v,
+        *(jnp.repeat(x, parts, axis=2) for x in by_head),
+    ]
+    out = now.from_stream(on_device(now.positions, *map(now.to_stream, cut)))
+    return out.reshape(*out.shape[:2], heads, -1)[..., :columns]
 
 
 def _flagged(local: Callable, stream: StreamOrder, positions: Array, *arrays: Array) -> Array:

@@ -303,7 +303,7 @@ def _visible_pairs(batch: Batch, model: ModelConfig) -> Float[Array, ""]:
         return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
 
     masks = layer_masks(model, batch["mask"])
-    if len(masks) == 1:
+    if len(masks) <= 1:  # none: no layer attends, and no pair counts
         return pairs(batch["mask"])
     return jnp.sum(jnp.stack([share * pairs(mask) for share, mask in masks]))
 

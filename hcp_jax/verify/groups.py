@@ -16,6 +16,7 @@ fails its row. In the programs of check 1, which contain attention only, all col
 examined.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -30,8 +31,9 @@ from jaxtyping import Int64, Shaped
 from hcp_jax import dynamic
 from hcp_jax.attention.strategy import compose, lanes_for, microbatch_lanes
 from hcp_jax.compiled import hlo
-from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES
+from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES, Traffic
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.specs import AttentionSpec, Mixer
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.microbatch import flat_devices, place_microbatch
 from hcp_jax.sequence import groupings
@@ -49,7 +51,7 @@ from hcp_jax.train.step import (
     init_state,
     make_train_step,
 )
-from hcp_jax.verify import measures
+from hcp_jax.verify import measures, recurrences
 from hcp_jax.verify.measures import EXACT, Attended, Check
 
 _FILL = 2  # number of microbatches that the documents of each program fill
@@ -109,6 +111,12 @@ def checks(
         f"{EXACT:.0e};\n{measures.describe(model)}; strays: collectives that leave their block)",
         _attention(contexts, model, tokens),
     )
+    if any(layer.mixer.recurrence for layer in model.specs):
+        yield (
+            "recurrent layers against one token after the other in float64, largest error over "
+            f"largest value\n(in float32; at most {recurrences.EXACT:.0e})",
+            _recurrent(contexts, model, tokens),
+        )
     with contextlib.closing(DynamicProgram(small, cp, corpus, console)) as program:
         optimizer = make_optimizer(small.optimizer, small.steps)
         abstract = abstract_state(model, optimizer, cp, fsdp=small.parallel.fsdp)
@@ -181,6 +189,39 @@ def _attention(
                 "strays": str(strays),
             }
             yield Check(cells, max(errors.values()) <= EXACT and strays == 0)
+
+
+def _recurrent(
+    contexts: dict[int, ContextParallel], model: ModelConfig, tokens: int
+) -> Iterator[Check]:
+    rng = np.random.default_rng(0)
+    mixers = dict.fromkeys(spec.mixer for spec in model.specs if spec.mixer.recurrence)
+    for (widest, cp), mixer in itertools.product(contexts.items(), mixers):
+        recurrence = mixer.recurrence
+        assert recurrence is not None
+        errors: dict[str, float] = collections.defaultdict(float)
+        tried = _groupings(cp, widest, 1)
+        for grouping in tried:
+            held = _random_documents(grouping, 1, tokens, rng)
+            packed, index = held.packed(tokens)
+            positions = np.concatenate([np.arange(n) for n in (*held.lengths, 0)])[None]
+            inputs = recurrences.random_inputs(rng, recurrence, positions.shape)
+            exact = recurrences.sequential(recurrence, inputs, positions == 0)
+            buffers = {
+                name: _in_buffers(x[0].astype(np.float32), index, 0.0 if name == "dout" else 1.0)
+                for name, x in inputs.items()
+            }
+            batch = place_microbatch(cp, packed, buffers)
+            order = batch.pop("mask").intervals.end
+            found = recurrences.computed(cp, recurrence, batch, batch.pop("positions"), order)
+            for name, want in exact.items():
+                got = np.asarray(found[name], np.float64).reshape(*index.shape, *want.shape[2:])
+                error = measures.relative(got[index >= 0], want[0][index[index >= 0]])
+                errors[name] = max(errors[name], error)
+        cells = {"mixer": mixer.kind, "widest": str(widest)}
+        cells["groupings"] = ", ".join(map(groupings.describe, tried))
+        cells |= {name: f"{error:.1e}" for name, error in errors.items()}
+        yield Check(cells, max(errors.values()) <= recurrences.EXACT)
 
 
 def _groupings(cp: ContextParallel, widest: int, lanes: int) -> list[groupings.Grouping]:
@@ -389,20 +430,26 @@ def _traffic(
 
 def _needed_bytes(model: ModelConfig, cp: ContextParallel, tokens: int) -> dict[str, int]:
     """Return the bytes that a device puts into each scope's collectives in a float32 forward."""
-    tp = cp.axis_size(cp.tp)
     needed = dict.fromkeys(SCOPES, 0)
     for layer in model.computed_layers:
-        listed = compose(cp.for_layer(layer), model.num_heads // tp).traffic(
-            tokens=tokens,
-            heads=model.num_heads // tp,
-            kv_heads=model.num_kv_heads // tp,
-            head_size=model.head_dim,
-            item_bytes=ITEM_BYTES["float32"],
-        )
-        for moved in listed:
+        for moved in _listed(model.specs[layer].mixer, cp.for_layer(layer), tokens):
             if moved.direction == "forward":
                 needed[moved.scope] += moved.count * moved.bytes
     return needed
+
+
+def _listed(mixer: Mixer, cp: ContextParallel, tokens: int) -> Sequence[Traffic]:
+    """List the collectives of a layer's mixer, of float32 values and `tokens` slots a device."""
+    if not isinstance(mixer, AttentionSpec):
+        return mixer.traffic(cp, rows=cp.axis_size(cp.dp), tokens=tokens * cp.size)
+    tp = cp.axis_size(cp.tp)
+    return compose(cp, mixer.num_heads // tp).traffic(
+        tokens=tokens,
+        heads=mixer.num_heads // tp,
+        kv_heads=mixer.num_kv_heads // tp,
+        head_size=mixer.head_size,
+        item_bytes=ITEM_BYTES["float32"],
+    )
 
 
 def _moved(found: Sequence[hlo.Collective], cp: ContextParallel) -> Int64[np.ndarray, "D"]:

@@ -1,5 +1,6 @@
 """Measure errors and traffic for `hcp verify`, with their tolerances, for streams and groups."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -12,8 +13,10 @@ import numpy as np
 
 from hcp_jax.attention.api import dot_product_attention
 from hcp_jax.compiled import hlo
-from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES, Strategy, layer_traffic
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.pattern import LayerConfig
+from hcp_jax.models.recurrent_specs import shrunk
+from hcp_jax.models.specs import Mixer
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.config import TrainConfig
@@ -34,21 +37,29 @@ class Check(NamedTuple):
 def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, ContextParallel]:
     """Return a float32 config of a model small enough for any machine; mesh and heads are kept.
 
-    A large model keeps one layer for each of its comm types, and its text is read as bytes.
+    A large model keeps one layer for each of its comm types and mixers, and its text is read as
+    bytes.
     """
     model = dataclasses.replace(config.model, compute_dtype="float32")
     shapes = jax.tree.leaves(abstract_model(config.model)[1])
     if sum(math.prod(x.shape) for x in shapes) > _LARGE:
-        comm_types = tuple(
-            dict.fromkeys(str(cp.for_layer(i).comm_type) for i in range(model.num_layers))
+        kept = dict.fromkeys(
+            (str(cp.for_layer(i).comm_type), layer.mixer.kind)
+            for i, layer in enumerate(model.specs)
         )
+        comm_types = tuple(comm_type for comm_type, _ in kept)
         cp = dataclasses.replace(cp, comm_type=comm_types)
         tp = cp.axis_size(cp.tp)
         model = dataclasses.replace(
             model,
-            num_layers=len(comm_types),
-            layers=None,  # a pattern may be longer than this model; its widest window stays
-            sliding_window=model.widest_window,
+            num_layers=len(kept),
+            # A pattern may be longer than this model; the mixers and the widest window stay.
+            mixer="attention",
+            layers=tuple(_layer(kind, model.widest_window) for _, kind in kept),
+            sliding_window=None,
+            mamba2=shrunk(model.mamba2, 32),
+            gated_delta=shrunk(model.gated_delta, 32),
+            kda=shrunk(model.kda, 32),
             hidden_size=64 * tp,
             intermediate_size=128 * tp,
             head_size=min(model.head_dim, 32),
@@ -62,6 +73,10 @@ def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
     return dataclasses.replace(config, model=model), cp
 
 
+def _layer(kind: Any, window: int | None) -> LayerConfig:
+    return LayerConfig(mixer=kind, sliding_window=window if kind == "attention" else None)
+
+
 def describe(model: ModelConfig) -> str:
     """Return a description of the model's layers and heads."""
     heads = f"{model.num_heads} query heads, {model.num_kv_heads} kv heads of {model.head_dim}"
@@ -69,9 +84,9 @@ def describe(model: ModelConfig) -> str:
 
 
 def layers_by_comm_type(cp: ContextParallel, model: ModelConfig) -> dict[ContextParallel, str]:
-    """Return the context of each comm type with its layer numbers, such as "0, 1"."""
+    """Return the context of each comm type with the attention layers' numbers, such as "0, 1"."""
     layers: dict[ContextParallel, list[int]] = {}
-    for layer in range(model.num_layers):
+    for layer in (i for i, x in enumerate(model.specs) if x.mixer.recurrence is None):
         layers.setdefault(cp.for_layer(layer), []).append(layer)
     return {context: ", ".join(map(str, numbers)) for context, numbers in layers.items()}
 
@@ -166,27 +181,18 @@ def same_step(many: Mapping[str, Any], single: Mapping[str, Any]) -> Iterator[Ch
 
 
 def needed_bytes(
-    model: ModelConfig, tp: int, tokens: int, strategy: Strategy, sizes: Mapping[str, int]
-) -> dict[str, int]:
+    mixer: Mixer, cp: ContextParallel, rows: int, tokens: int
+) -> collections.Counter[str]:
     """Return the bytes that one device puts into a layer's forward collectives, by scope.
 
     Args:
-        model: gives the heads; values are float32.
-        tp: number of devices that the heads are cut over.
-        tokens: tokens of the device, over all its rows.
-        strategy: which axes exchange heads and which move K and V.
-        sizes: number of devices along each axis.
+        mixer: spec of the layer's mixer.
+        cp: context of the layer.
+        rows: rows of the batch, over all dp devices.
+        tokens: tokens of a row, with padding.
     """
-    needed = dict.fromkeys(SCOPES, 0)
-    for moved in layer_traffic(
-        strategy,
-        sizes,
-        tokens=tokens,
-        heads=model.num_heads // tp,
-        kv_heads=model.num_kv_heads // tp,
-        head_size=model.head_dim,
-        item_bytes=ITEM_BYTES["float32"],
-    ):
+    needed: collections.Counter[str] = collections.Counter()
+    for moved in mixer.traffic(cp, rows=rows, tokens=tokens):
         if moved.direction == "forward":
             needed[moved.scope] += moved.count * moved.bytes
     return needed

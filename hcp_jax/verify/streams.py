@@ -1,13 +1,15 @@
 """Check streams that are cut over the mesh against one device, for a config without groups.
 
 1. outputs and gradients of attention, for every comm type of the config's layers and with the
-   config's own masks, against dense attention in float64;
+   config's own masks, against dense attention in float64; and of recurrent layers, for every kind,
+   against one token after the other in float64;
 2. loss and gradient norm of one training step, against the same step on one device;
 3. bytes that the compiled programs move, against the bytes that the algorithm must move. A program
    that moves less attends to less than it should: throughput looks better, but the model is wrong
    (a fault that other systems have shipped).
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,7 @@ import jax
 import numpy as np
 
 from hcp_jax.compiled import hlo
-from hcp_jax.cost.traffic import SCOPES
+from hcp_jax.cost.traffic import RECURRENT_SCOPES, SCOPES
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train import data
@@ -25,7 +27,7 @@ from hcp_jax.train.data.batches import read
 from hcp_jax.train.losses import make_eval_loss
 from hcp_jax.train.optimizer import make_optimizer
 from hcp_jax.train.step import init_state, make_train_step
-from hcp_jax.verify import measures
+from hcp_jax.verify import measures, recurrences
 from hcp_jax.verify.measures import EXACT, Check
 
 
@@ -48,6 +50,13 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
         f"(T={small.seq_len}, {measures.describe(small.model)}; at most {EXACT:.0e})",
         _attention(cp, small.model, small.seq_len),
     )
+    if any(layer.mixer.recurrence for layer in small.model.specs):
+        yield (
+            "recurrent layers in float32 against one token after the other in float64, largest "
+            "error over largest value\n"
+            f"(T={small.seq_len}, packed; at most {recurrences.EXACT:.0e})",
+            recurrences.checks(cp, small.model, small.seq_len),
+        )
     yield "one training step in float32 against one device", _one_step(small, cp, batch)
     yield (
         "bytes that each device puts into collectives, and what the algorithm needs",
@@ -125,7 +134,7 @@ def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict[str, Any]) ->
     needed = _needed_bytes(config.model, cp, batch["positions"].shape)
     for program, (compiled, times) in programs.items():
         found = hlo.collectives(compiled.as_text())
-        for scope in SCOPES:
+        for scope in (*SCOPES, *RECURRENT_SCOPES):
             if not needed[scope]:
                 continue
             scoped = [c for c in found if scope in c.op_name]
@@ -137,14 +146,10 @@ def _traffic(config: TrainConfig, cp: ContextParallel, batch: dict[str, Any]) ->
 
 def _needed_bytes(
     model: ModelConfig, cp: ContextParallel, shape: tuple[int, ...]
-) -> dict[str, int]:
+) -> collections.Counter[str]:
     """Return the bytes that one device puts into each scope's collectives in a float32 forward."""
-    tokens = shape[0] // cp.axis_size(cp.dp) * cp.padded_length(shape[1]) // cp.size
-    needed = dict.fromkeys(SCOPES, 0)
+    needed: collections.Counter[str] = collections.Counter()
     for layer in model.computed_layers:
-        strategy = cp.for_layer(layer).strategy
-        layer_needs = measures.needed_bytes(
-            model, cp.axis_size(cp.tp), tokens, strategy, cp.mesh.shape
-        )
-        needed = {scope: needed[scope] + layer_needs[scope] for scope in SCOPES}
+        layer_cp, tokens = cp.for_layer(layer), cp.padded_length(shape[1])
+        needed += measures.needed_bytes(model.specs[layer].mixer, layer_cp, shape[0], tokens)
     return needed

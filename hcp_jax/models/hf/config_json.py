@@ -39,6 +39,10 @@ SHAPES = (
     "activation",
     "norms",
     "norm_shifted",
+    "mixer",
+    "mamba2",
+    "gated_delta",
+    "kda",
     "moe",
 )
 """Fields that determine a model's parameters; weights fit only if all of them are equal."""
@@ -194,6 +198,12 @@ def raw_config(
         ValueError: if the weights of `like` have other shapes.
     """
     refuse_depths(model)
+    recurrent = [i for i, layer in enumerate(model.specs) if layer.mixer.recurrence is not None]
+    if recurrent:
+        raise NotImplementedError(
+            f"layer {recurrent[0]} is recurrent, and no supported family of Hugging Face models "
+            "has such layers; keep the model as a checkpoint of hcp."
+        )
     raw = _fresh(model) if like is None else dict(like)
     came = Fields(raw, CONFIG).whole_or_none("max_position_embeddings")
     positions = max(max_positions, came or 0)

@@ -11,6 +11,7 @@ from hcp_jax.models.hf import rope_json
 from hcp_jax.models.hf.json_fields import Fields
 from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.pattern import LayerConfig
+from hcp_jax.models.specs import AttentionSpec
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -67,12 +68,17 @@ def family_of(model: ModelConfig) -> str:
         return "qwen3_moe" if model.qk_norm else "mixtral"
     if model.norms != "before" or model.norm_shifted:
         return "gemma3_text" if model.norms == "both" or model.norm_shifted else "olmo2"
-    mixers = [layer.mixer for layer in model.specs]
+    mixers = _attention(model)
     if any(mixer.rotary is None for mixer in mixers):
         return "smollm3"
     if model.qk_norm or (model.qkv_bias and not model.o_bias):
         return "qwen3" if model.qk_norm else "qwen2"
     return "mistral" if any(mixer.window for mixer in mixers) else "llama"
+
+
+def _attention(model: ModelConfig) -> list[AttentionSpec]:
+    """Return the mixers of all layers; every supported family has attention alone."""
+    return [layer.mixer for layer in model.specs if isinstance(layer.mixer, AttentionSpec)]
 
 
 def _rope(fields: Fields, theta: float = 10_000.0) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def _write_qwen(raw: dict[str, Any], model: ModelConfig) -> None:
     _write_rope(raw, model)
     if raw["model_type"].startswith("qwen3"):
         raw["attention_bias"] = model.o_bias
-    windows = [layer.mixer.window for layer in model.specs]
+    windows = [mixer.window for mixer in _attention(model)]
     window = next((w for w in windows if w is not None), None)
     raw["use_sliding_window"], raw["sliding_window"] = window is not None, window
     raw["max_window_layers"] = windows.index(window) if window else model.num_layers
@@ -259,7 +265,7 @@ def _read_smollm3(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 
 def _write_smollm3(raw: dict[str, Any], model: ModelConfig) -> None:
-    rotary = [layer.mixer.rotary is not None for layer in model.specs]
+    rotary = [mixer.rotary is not None for mixer in _attention(model)]
     _write_llama(raw, model)
     raw["no_rope_layers"] = [int(r) for r in rotary]
     raw.setdefault("pad_token_id", None)  # the usual one may be past a smaller vocabulary
@@ -311,7 +317,7 @@ def _gemma_ropes(fields: Fields) -> tuple[rope_json.Rope, rope_json.Rope]:
 
 
 def _write_gemma3(raw: dict[str, Any], model: ModelConfig) -> None:
-    mixers = [layer.mixer for layer in model.specs]
+    mixers = _attention(model)
     near = next((m for m in mixers if m.window is not None), mixers[0])
     far = next((m for m in mixers if m.window is None), mixers[0])
     for key, rope in (("rope_local_base_freq", near.rotary), ("rope_theta", far.rotary)):

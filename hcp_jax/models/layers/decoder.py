@@ -10,14 +10,23 @@ from jaxtyping import Array, Bool, Float
 
 from hcp_jax.models import rules
 from hcp_jax.models.layers.attention import Attention
+from hcp_jax.models.layers.gated_delta import GatedDeltaNet
+from hcp_jax.models.layers.kda import KDA
+from hcp_jax.models.layers.mamba2 import Mamba2
 from hcp_jax.models.layers.mlp import MLP
 from hcp_jax.models.layers.moe import MoE
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.layers.norm import make_norm
+from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
 from hcp_jax.models.specs import AttentionSpec, LayerSpec, MLPSpec, MoESpec, Norms
 from hcp_jax.parallel.context import ContextParallel
 
-MIXERS: dict[type, Any] = {AttentionSpec: Attention}
+MIXERS: dict[type, Any] = {
+    AttentionSpec: Attention,
+    Mamba2Spec: Mamba2,
+    GatedDeltaSpec: GatedDeltaNet,
+    KDASpec: KDA,
+}
 """Module of each kind of mixer."""
 
 FEED_FORWARDS: dict[type, Any] = {MLPSpec: MLP, MoESpec: MoE}

@@ -1,72 +1,50 @@
 """Parts that the recurrent mixers (Mamba-2, gated delta net, KDA) share."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from hcp_jax.cost.traffic import ITEM_BYTES, Remat, Traffic, halo_traffic, state_scan_traffic
+from hcp_jax.models.specs import Mixer
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.halo import short_conv
-from hcp_jax.parallel.stream import stream_order
+from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
+from hcp_jax.sequence.placement import Groups
 
 
-def mixer_traffic(
-    cp: ContextParallel,
-    *,
-    rows: int,
-    heads: int,
-    state: tuple[int, int],
-    matrix: bool,
-    convolved: tuple[tuple[int, int], ...],
-    conv_size: int,
-    compute_dtype: str,
-    remat: Remat,
-) -> tuple[Traffic, ...]:
-    """List the collectives of one mixer in one step.
+class Tokens(NamedTuple):
+    """What all recurrent layers share.
 
-    Args:
-        cp: the context.
-        rows: rows of the batch, over all dp devices.
-        heads: heads with a state, over all tp devices.
-        state: K and V, the size of a head's state.
-        matrix: as in `state_scan_traffic`.
-        convolved: heads and their size, for each array that is convolved.
-        conv_size: tokens that the convolution sees, the current one included.
-        compute_dtype: dtype in which halos are sent.
-        remat: as in `state_scan_traffic`.
+    Attributes:
+        positions: number of tokens of the same document before each token.
+        order: with groups, one past each token's global index; None for streams.
     """
-    stream, tp = stream_order(cp), cp.axis_size(cp.tp)
-    rows //= cp.axis_size(cp.dp)
-    halos = halo_traffic(
-        stream.axes,
-        cp.mesh.shape,
-        runs=stream.runs,
-        rows=rows,
-        halo=conv_size - 1,
-        channels=tuple((h if h % tp else h // tp) * size for h, size in convolved),
-        item_bytes=ITEM_BYTES[compute_dtype],
-        remat=remat,
-    )
-    states = state_scan_traffic(
-        stream.axes,
-        cp.mesh.shape,
-        runs=stream.runs,
-        rows=rows,
-        heads=heads // tp,
-        key_size=state[0],
-        value_size=state[1],
-        matrix=matrix,
-        remat=remat,
-    )
-    return halos + states
+
+    positions: Int32[Array, "B1 T"]
+    order: Int32[Array, "B1 T"] | None = None
+
+
+def share(
+    spec: Mixer, positions: Int32[Array, "B1 T"], mask: Mask | PlacedMask, widest: int | None
+) -> Tokens:
+    """Return what recurrent layers share; arguments as in `Attention.share`.
+
+    Of the mask they need nothing but the order of the tokens of groups: positions tell where
+    documents begin.
+    """
+    if isinstance(mask, PlacedMask) and isinstance(mask.placement, Groups):
+        return Tokens(positions, jnp.asarray(mask.intervals.end))
+    return Tokens(positions)
 
 
 def convolved(
     mixer: nnx.Module,
     names: tuple[str, ...],
     x: Float[Array, "B T D"],
-    positions: Int32[Array, "B1 T"],
+    tokens: Tokens,
     cp: ContextParallel | None,
 ) -> list[Float[Array, "B T G K"]]:
     """Return silu(short convolution of a projection of `x`), for each name.
@@ -75,15 +53,16 @@ def convolved(
         mixer: has `NAME_proj`, `NAME_conv` and, if it convolves with biases, `NAME_conv_bias`.
         names: of the projections.
         x: hidden states.
-        positions: number of tokens of the same document before each token.
+        tokens: what `share` returned.
         cp: context; None for one device.
     """
     biased = hasattr(mixer, f"{names[0]}_conv_bias")
     found = short_conv(
         [getattr(mixer, f"{name}_proj")(x) for name in names],
         [getattr(mixer, f"{name}_conv")[...] for name in names],
-        positions,
+        tokens.positions,
         cp=cp,
+        order=tokens.order,
         biases=[getattr(mixer, f"{name}_conv_bias")[...] for name in names] if biased else None,
     )
     return [jax.nn.silu(y) for y in found]

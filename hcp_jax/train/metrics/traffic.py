@@ -11,37 +11,30 @@ from hcp_jax.cost.traffic import (
     EXCHANGE_HEADS,
     EXPERT_DISPATCH,
     GATHER_KV,
+    HALO,
     ITEM_BYTES,
     RING_HOP,
+    STATE_SCAN,
     Traffic,
 )
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.moe_dispatch import Dispatch
-from hcp_jax.models.specs import MoESpec
+from hcp_jax.models.specs import Mixer, MoESpec
 from hcp_jax.parallel.context import ContextParallel
 
 
-def attention_traffic(
-    cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: int
+def layer_traffic(
+    cp: ContextParallel, mixer: Mixer, batch_size: int, seq_len: int
 ) -> tuple[Traffic, ...]:
-    """List what one layer's attention moves, without what a remat policy repeats.
+    """List what one layer's mixer moves, without what a remat policy repeats.
 
     Args:
         cp: the context parallelism, with the layer's own comm type.
-        model: the decoder.
+        mixer: spec of the layer's mixer.
         batch_size: streams per step, over all of dp.
         seq_len: tokens per stream.
     """
-    tp = cp.axis_size(cp.tp)
-    return traffic.layer_traffic(
-        cp.strategy,
-        cp.mesh.shape,
-        tokens=batch_size // cp.axis_size(cp.dp) * cp.padded_length(seq_len) // cp.size,
-        heads=model.num_heads // tp,
-        kv_heads=model.num_kv_heads // tp,
-        head_size=model.head_dim,
-        item_bytes=ITEM_BYTES[model.compute_dtype],
-    )
+    return mixer.traffic(cp, rows=batch_size, tokens=cp.padded_length(seq_len))
 
 
 def describe(
@@ -63,12 +56,15 @@ def describe(
         num_params: number of parameters of the model.
         fsdp: whether parameters and optimizer state are cut over dp and cp.
     """
-    layers: dict[ContextParallel, list[int]] = {}
-    for layer in range(model.num_layers):
-        layers.setdefault(cp.for_layer(layer), []).append(layer)
-    for layer_cp, numbers in layers.items():
-        moved = attention_traffic(layer_cp, model, batch_size, seq_len)
-        yield f"{_ranges(numbers)} ({layer_cp.comm_type}), each: {_attention(moved)}"
+    layers: dict[tuple[str, tuple[Traffic, ...]], list[int]] = {}
+    for layer, spec in enumerate(model.specs):
+        layer_cp = cp.for_layer(layer)
+        moved = layer_traffic(layer_cp, spec.mixer, batch_size, seq_len)
+        attends = spec.mixer.recurrence is None
+        how = str(layer_cp.comm_type) if attends else spec.mixer.kind
+        layers.setdefault((how, moved), []).append(layer)
+    for (how, moved), numbers in layers.items():
+        yield f"{_ranges(numbers)} ({how}), each: {_moved(moved)}"
     if model.mtp_depths:
         yield f"each depth of multi-token prediction: as layer {model.num_layers - 1}"
     if model.moe is not None and cp.ep > 1:
@@ -112,10 +108,18 @@ def _experts(cp: ContextParallel, model: ModelConfig, batch_size: int, seq_len: 
     return f"rows {forward} forward, {backward} backward to {cp.ep} devices, if the load is even"
 
 
-def _attention(moved: tuple[Traffic, ...]) -> str:
-    """Return a phrase that says what a layer's attention sends."""
+_WHAT = (
+    ((EXCHANGE_HEADS,), "heads"),
+    ((RING_HOP, GATHER_KV), "K/V"),
+    ((HALO,), "halos"),
+    ((STATE_SCAN,), "states"),
+)
+
+
+def _moved(moved: tuple[Traffic, ...]) -> str:
+    """Return a phrase that says what a layer's mixer sends."""
     parts = []
-    for scopes, name in (((EXCHANGE_HEADS,), "heads"), ((RING_HOP, GATHER_KV), "K/V")):
+    for scopes, name in _WHAT:
         found = [t for t in moved if t.scope in scopes]
         if not found:
             continue
@@ -127,7 +131,7 @@ def _attention(moved: tuple[Traffic, ...]) -> str:
 
 
 def _how(first: Traffic) -> str:
-    if first.scope == EXCHANGE_HEADS:
+    if first.scope in (EXCHANGE_HEADS, STATE_SCAN, HALO):
         return ""
     if first.scope == GATHER_KV:
         return " in one gather"

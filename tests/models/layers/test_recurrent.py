@@ -11,23 +11,39 @@ from flax import nnx
 
 import hcp_jax as hcp
 from hcp_jax.compiled.hlo import collectives
-from hcp_jax.models.layers.gated_delta import GatedDeltaConfig, GatedDeltaNet
-from hcp_jax.models.layers.kda import KDA, KDAConfig
-from hcp_jax.models.layers.mamba2 import Mamba2, Mamba2Config
+from hcp_jax.models.layers.gated_delta import GatedDeltaNet
+from hcp_jax.models.layers.kda import KDA
+from hcp_jax.models.layers.mamba2 import Mamba2
+from hcp_jax.models.layers.recurrent import Tokens
+from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
 
 B, T, D = 2, 45, 16
 MIXERS = {
     "mamba2": (
         Mamba2,
-        Mamba2Config(
-            D, 4, head_size=4, state_size=3, num_groups=2, chunk=8, compute_dtype="float32"
+        Mamba2Spec(
+            hidden_size=D,
+            num_heads=4,
+            head_size=4,
+            state_size=3,
+            num_groups=2,
+            chunk=8,
+            dtype="float32",
         ),
     ),
     "gated_delta": (
         GatedDeltaNet,
-        GatedDeltaConfig(D, 2, 4, key_size=4, value_size=3, chunk=8, compute_dtype="float32"),
+        GatedDeltaSpec(
+            hidden_size=D,
+            num_key_heads=2,
+            num_value_heads=4,
+            key_size=4,
+            value_size=3,
+            chunk=8,
+            dtype="float32",
+        ),
     ),
-    "kda": (KDA, KDAConfig(D, 4, head_size=4, chunk=8, compute_dtype="float32")),
+    "kda": (KDA, KDASpec(hidden_size=D, num_heads=4, head_size=4, chunk=8, dtype="float32")),
 }
 POSITIONS = np.stack(
     [np.concatenate([np.arange(n) for n in (1, 2, 20, 1, 21)]), np.arange(T)]
@@ -58,7 +74,7 @@ def run(name, cp, specs=None):
     @jax.jit
     def step(params, x, positions, dy):
         def mix(params, x):
-            return nnx.merge(graph, params)(x, positions=positions, cp=cp)
+            return nnx.merge(graph, params)(x, Tokens(positions), cp=cp)
 
         y, vjp = jax.vjp(mix, params, x)
         return y, *vjp(dy)
@@ -96,7 +112,7 @@ def test_packed_documents_come_out_as_if_alone(name):
     graph, params = new(name)
     x, _ = inputs()
     y = alone(name)[0]
-    mix = jax.jit(lambda x: nnx.merge(graph, params)(x, positions=jnp.arange(x.shape[1])[None]))
+    mix = jax.jit(lambda x: nnx.merge(graph, params)(x, Tokens(jnp.arange(x.shape[1])[None])))
     np.testing.assert_allclose(mix(x[:1, 3:23]), y[:1, 3:23], rtol=1e-4, atol=1e-5)
 
 
@@ -112,11 +128,11 @@ def test_the_list_of_what_a_mixer_moves_is_what_its_program_moves(name, sizes, l
     graph, params = new(name)
     x = jax.ShapeDtypeStruct((B, 64, D), jnp.float32, sharding=cp.sharding(3))
     positions = jax.ShapeDtypeStruct((B, 64), jnp.int32, sharding=cp.sharding(2))
-    mix = jax.jit(lambda x, positions: nnx.merge(graph, params)(x, positions=positions, cp=cp))
+    mix = jax.jit(lambda x, positions: nnx.merge(graph, params)(x, Tokens(positions), cp=cp))
     found, listed = Counter(), Counter()
     for c in collectives(mix.lower(x, positions).compile().as_text()):
         found[c.kind] += c.count * c.bytes
-    for t in MIXERS[name][1].traffic(cp, rows=B):
+    for t in MIXERS[name][1].traffic(cp, rows=B, tokens=64):
         if t.direction == "forward":
             listed[t.kind] += t.count * t.bytes
     found.pop("all-reduce", None)  # the projections' sums over tp
@@ -125,8 +141,10 @@ def test_the_list_of_what_a_mixer_moves_is_what_its_program_moves(name, sizes, l
 
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="num_heads=3 must be a multiple of num_groups=2"):
-        Mamba2Config(8, 3, num_groups=2)
+        Mamba2Spec(hidden_size=8, num_heads=3, num_groups=2)
     with pytest.raises(ValueError, match="num_value_heads=3 must be a multiple of num_key_heads=2"):
-        GatedDeltaConfig(8, 2, 3)
+        GatedDeltaSpec(hidden_size=8, num_key_heads=2, num_value_heads=3)
     with pytest.raises(ValueError, match="head_size"):
-        KDAConfig(8, 2, head_size=0)
+        KDASpec(hidden_size=8, num_heads=2, head_size=0)
+    with pytest.raises(ValueError, match="chunk must be a power of two, got 24"):
+        KDASpec(hidden_size=8, num_heads=2, chunk=24)

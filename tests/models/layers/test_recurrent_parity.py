@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hcp_jax.models.layers.gated_delta import GatedDeltaConfig, GatedDeltaNet
-from hcp_jax.models.layers.kda import KDA, KDAConfig
-from hcp_jax.models.layers.mamba2 import Mamba2, Mamba2Config
+from hcp_jax.models.layers.gated_delta import GatedDeltaNet
+from hcp_jax.models.layers.kda import KDA
+from hcp_jax.models.layers.mamba2 import Mamba2
+from hcp_jax.models.layers.recurrent import Tokens
+from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
 
 NEEDED = "compares with transformers on torch; pip install 'hcp_jax[parity]'"
 torch = pytest.importorskip("torch", reason=NEEDED)
@@ -44,7 +46,7 @@ def check(mixer, params, layer):
     with torch.no_grad():
         expected = layer(torch.from_numpy(x)).numpy()
     positions = jnp.arange(T)[None]
-    got = jax.jit(lambda params, x: nnx.merge(graph, params)(x, positions=positions))(params, x)
+    got = jax.jit(lambda params, x: nnx.merge(graph, params)(x, Tokens(positions)))(params, x)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
 
 
@@ -91,14 +93,14 @@ def test_mamba2_is_that_of_nemotron_h():
     for name, size, weight, bias in parts:
         params |= {f"{name}_conv": taps(weight, *size), f"{name}_conv_bias": bias.reshape(size)}
     mixer = Mamba2(
-        Mamba2Config(
-            D,
-            H,
+        Mamba2Spec(
+            hidden_size=D,
+            num_heads=H,
             head_size=P,
             state_size=N,
             num_groups=G,
             chunk=8,
-            compute_dtype="float32",
+            dtype="float32",
             norm_eps=config.layer_norm_epsilon,
         ),
         rngs=nnx.Rngs(0),
@@ -142,14 +144,14 @@ def test_the_gated_delta_net_is_that_of_qwen3_next():
         "out_proj": {"kernel": w["out_proj.weight"].T.reshape(*values, D)},
     }
     mixer = GatedDeltaNet(
-        GatedDeltaConfig(
-            D,
-            G,
-            H,
+        GatedDeltaSpec(
+            hidden_size=D,
+            num_key_heads=G,
+            num_value_heads=H,
             key_size=K,
             value_size=V,
             chunk=8,
-            compute_dtype="float32",
+            dtype="float32",
             norm_eps=config.rms_norm_eps,
         ),
         rngs=nnx.Rngs(0),
@@ -186,8 +188,13 @@ def test_kda_is_that_of_kimi_linear():
         "out_proj": {"kernel": w["o_proj.weight"].T.reshape(H, K, D)},
     }
     mixer = KDA(
-        KDAConfig(
-            D, H, head_size=K, chunk=8, compute_dtype="float32", norm_eps=config.rms_norm_eps
+        KDASpec(
+            hidden_size=D,
+            num_heads=H,
+            head_size=K,
+            chunk=8,
+            dtype="float32",
+            norm_eps=config.rms_norm_eps,
         ),
         rngs=nnx.Rngs(0),
     )

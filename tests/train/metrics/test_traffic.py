@@ -40,7 +40,7 @@ def sent_by(program, *args):
 @pytest.mark.parametrize("comm_type", ["a2a+p2p", "a2a+all_gather", "p2p", "a2a"])
 def test_attention_sends_what_is_told(comm_type):
     cp = ContextParallel(make_mesh(dp=1, cp_outer=4, cp_inner=2), comm_type)
-    moved = traffic.attention_traffic(cp, MODEL, batch_size=2, seq_len=T)
+    moved = traffic.layer_traffic(cp, MODEL.specs[0].mixer, batch_size=2, seq_len=T)
 
     def told(direction):
         exchange, kv = (EXCHANGE_HEADS,), (RING_HOP, GATHER_KV)
