@@ -9,6 +9,7 @@ import pytest
 import hcp_jax as hcp
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.hf.config_json import raw_config
 from hcp_jax.models.recurrent_specs import GatedDeltaConfig, KDAConfig, Mamba2Config
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.train.optimizer import make_optimizer
@@ -124,3 +125,8 @@ def test_patterns_that_mean_nothing_are_refused(settings, message):
         settings = settings | {"layers": tuple(LayerConfig(**x) for x in settings["layers"])}
     with pytest.raises(ValueError, match=message):
         ModelConfig(**SIZES, num_layers=2, **settings)
+
+
+def test_a_hybrid_is_not_written_as_a_model_of_another_kind():
+    with pytest.raises(NotImplementedError, match="layer 0 is recurrent, and no supported family"):
+        raw_config(MODEL, 128, "float32")

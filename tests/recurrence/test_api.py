@@ -267,7 +267,7 @@ def test_what_a_context_cannot_do_is_refused():
     with pytest.raises(ValueError, match="tp=8 cannot cut 4 heads"):
         state_space(ones, ones, ones, ones[..., 0], flat, cp=context({"tp": 8}))
     cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=8), "p2p", widest_group=4)
-    with pytest.raises(NotImplementedError, match="a recurrent layer.*widest_group=4"):
+    with pytest.raises(ValueError, match=r"give order=mask\.intervals\.end"):
         state_space(ones, ones, ones, ones[..., 0], flat, cp=cp)
     with pytest.raises(ValueError, match=r"8 tokens are not a whole layout over 8 devices"):
         state_space(ones, ones, ones, ones[..., 0], flat, cp=context({"cp_outer": 8}))
