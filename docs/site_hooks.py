@@ -17,6 +17,15 @@ from hcp_jax import cli
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def on_config(config: Any) -> Any:
+    """Put pages that the navigation does not name under "Use it"."""
+    named = str(config.nav)
+    others = [p.name for p in sorted(pathlib.Path(config.docs_dir).glob("*.md"))]
+    [pages] = (section["Use it"] for section in config.nav if "Use it" in section)
+    pages += [name for name in others if f"'{name}'" not in named]
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages."""
     for name, text in (("index", front()), ("api", api()), ("commands", commands())):

@@ -27,8 +27,3 @@ def test_the_examples_run_from_top_to_bottom(page):
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
-
-
-def test_the_site_names_every_page():
-    known = (ROOT / "mkdocs.yml").read_text()
-    assert [page.name for page in PAGES if f" {page.name}\n" not in known] == []

@@ -230,11 +230,18 @@ class ModelConfig:
             segment_ids: int32 `[B, T]`, equal for the tokens of one document; None if each stream
                 is one document.
         """
+        return self._mask(segment_ids, None)
+
+    def packed_mask(self, segment_ids) -> "Mask":
+        """Return the same for packed streams, where tokens with segment id 0 are padding."""
+        return self._mask(segment_ids, 0)
+
+    def _mask(self, segment_ids, padding_id: int | None) -> "Mask":
         from hcp_jax.sequence.mask import causal, documents, sliding_window
 
         mask = causal()
         if segment_ids is not None:
-            mask = mask & documents(segment_ids)
+            mask = mask & documents(segment_ids, padding_id=padding_id)
         if self.widest_window is not None:
             mask = mask & sliding_window(self.widest_window)
         return mask

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hcp_jax.base import checks
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import live_axes
-from hcp_jax.models.specs import Plan, Section
+from hcp_jax.models.specs import AttentionSpec, Plan, Section
 from hcp_jax.models.transformer import inside_layer, rule
 from hcp_jax.parallel.context import ContextParallel
 
@@ -39,7 +39,8 @@ class Stages:
 
     Raises:
         ValueError: if a chunk would have no layer, or pp does not divide the vocabulary.
-        NotImplementedError: if the model's layers do not repeat in whole periods.
+        NotImplementedError: if the model's layers do not repeat in whole periods, or recurrent ones
+            do not divide by the chunks.
 
     >>> model = ModelConfig(vocab_size=64, num_layers=7, hidden_size=16, intermediate_size=32,
     ...                     num_heads=4, num_kv_heads=2)
@@ -75,6 +76,13 @@ class Stages:
                 f"virtual_stages={self.virtual_stages}: {chunks - filled} of {chunks} chunks would "
                 f"have no layer. {filled} chunks take no more time: use a pp x virtual_stages of "
                 f"at most {filled}."
+            )
+        mixers = {type(stack.spec.mixer) for stack in self.model.plan.stacks}
+        if self._empty and mixers != {AttentionSpec}:
+            raise NotImplementedError(
+                f"{self.periods} periods of layers do not divide by pp={pp} x "
+                f"virtual_stages={self.virtual_stages}, and chunks are filled with layers of zeros "
+                "for attention only; use a pp x virtual_stages that divides them."
             )
         if self.model.vocab_size % pp:
             raise ValueError(

@@ -29,19 +29,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from hcp_jax.dynamic.pipeline import make_schedule
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import lookup
 from hcp_jax.models.layers.loss import summed_cross_entropy
-from hcp_jax.models.specs import AttentionSpec, MLPSpec
 from hcp_jax.models.transformer import abstract_model, apply_layers
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import as_tuple
 from hcp_jax.pipeline.feed import CHUNK, LIVE, SLOT, Feed, check_alike, stacked, work_numbers
+from hcp_jax.pipeline.refusals import require_supported
 from hcp_jax.pipeline.stages import Stages, stage_params, stage_shardings, without_empty
 
 
@@ -79,8 +79,8 @@ class Pipeline:
         ValueError: if the mesh lacks the axis, or the axis has a role in `cp`, or the model cannot
             be cut (`Stages`).
         NotImplementedError: for comm types by layer, offloaded activations, Explicit axes, layers
-            other than attention with a dense MLP, multi-token prediction, and models whose layers
-            do not repeat in whole periods.
+            other than attention or Mamba-2 with a dense MLP, Mamba-2 in groups, multi-token
+            prediction, and models whose layers do not repeat in whole periods.
 
     >>> import numpy as np, hcp_jax as hcp
     >>> from hcp_jax.models.transformer import init_params
@@ -106,7 +106,7 @@ class Pipeline:
         virtual_stages: int = 1,
         fsdp: bool = False,
     ):
-        _check(model, cp, axis)
+        require_supported(model, cp, axis)
         self.cp, self.axis = cp, axis
         self.stages = Stages(model, cp.mesh.shape[axis], virtual_stages)
         # Along these axes each device sums its own gradients. With FSDP no device has room for all
@@ -439,48 +439,3 @@ def _add(sums: dict[str, Any], some: dict[str, Any]) -> dict[str, Any]:
 
 def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(tuple(a for a in as_tuple(dim) if a in axes) or None for dim in spec))
-
-
-_PARTS = {"embed_tokens", "layers", "norm", "lm_head"}
-"""Parts of a model that a pipeline computes."""
-
-
-def _check(model: ModelConfig, cp: ContextParallel, axis: str) -> None:
-    mesh = cp.mesh
-    if axis not in mesh.axis_names:
-        raise ValueError(
-            f"the mesh has no axis {axis!r} for the stages, but {mesh.axis_names}: use "
-            "hcp.make_mesh(pp=...), or name the mesh's own axis."
-        )
-    if axis in cp.axes:
-        raise ValueError(
-            f"the mesh axis {axis!r} has a role in cp; stages need an axis of their own."
-        )
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise NotImplementedError(
-            "pipelines need a mesh whose axes are of type Auto (hcp.make_mesh makes one), got "
-            f"{mesh.axis_types}."
-        )
-    if not isinstance(cp.comm_type, str):
-        raise NotImplementedError(
-            "all stages of a pipeline run one program, so all layers need one comm_type; got "
-            f"{cp.comm_type}."
-        )
-    kinds = {
-        type(part) for stack in model.plan.stacks for part in (stack.spec.mixer, stack.spec.ffn)
-    }
-    if unknown := sorted(kind.__name__ for kind in kinds - {AttentionSpec, MLPSpec}):
-        raise NotImplementedError(
-            "pipelines support layers of attention and a dense MLP, but this model has "
-            f"{', '.join(unknown)}: they are not proven inside stages yet."
-        )
-    if further := sorted(set(abstract_model(model)[1]) - _PARTS):
-        raise NotImplementedError(
-            f"pipelines have no place for the model's {', '.join(further)} (such as depths of "
-            "multi-token prediction); train them without a pipeline."
-        )
-    if model.offload_activations:
-        raise NotImplementedError(
-            "offload_activations is not supported in a pipeline: stages keep little besides the "
-            "inputs of their chunks. Use remat='full', or more stages."
-        )

@@ -173,7 +173,7 @@ class Evaluator:
         self._cp = cp
         self.borders = borders(seq_len)
         self._batches = held_out_batches(
-            held_out, batch_size=batch_size, seq_len=seq_len, tokens=tokens, mask=model.mask
+            held_out, batch_size=batch_size, seq_len=seq_len, tokens=tokens, mask=model.packed_mask
         )
         self._program: Any = make_sums_by_position(model, self.borders, cp)
 

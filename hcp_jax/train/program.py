@@ -127,7 +127,7 @@ class FixedProgram(Program):
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             seed=config.seed,
-            mask=config.model.mask,
+            mask=config.model.packed_mask,
             packing=config.data.packing,
             mtp_depths=config.model.mtp_depths,
         )

@@ -371,7 +371,7 @@ def _stacked(
     return {
         **read(token_arrays(corpus, whole_index, config.model.mtp_depths)),
         "positions": positions.astype(np.int32),
-        "mask": config.model.mask(ids.astype(np.int32)),
+        "mask": config.model.packed_mask(ids.astype(np.int32)),
     }
 
 
@@ -386,7 +386,10 @@ def _one_step(
     state = init_state(model, optimizer, config.seed, cp, fsdp=config.parallel.fsdp)
     _, many = program.step(state, PlacedStep(tuple(placed), documents=(), facts={}))
     state = init_state(model, optimizer, config.seed)
-    _, single = make_train_step(model, config.optimizer, config.steps)(state, whole)
+    # Each microbatch by itself: a router's losses count the tokens of a microbatch.
+    portions = len(placed)
+    step = make_train_step(model, config.optimizer, config.steps, accumulation=portions)
+    _, single = step(state, whole)
     yield from measures.same_step(jax.device_get(many), jax.device_get(single))
 
 

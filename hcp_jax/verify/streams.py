@@ -40,7 +40,7 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
             batch_size=cp.axis_size(cp.dp),
             seq_len=small.seq_len,
             seed=small.seed,
-            mask=small.model.mask,
+            mask=small.model.packed_mask,
             prefetch=1,
             mtp_depths=small.model.mtp_depths,
         )

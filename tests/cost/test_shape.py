@@ -1,5 +1,6 @@
 """FLOPs of a step: what MFU counts."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from hcp_jax.cost.shape import ModelShape, step_flops
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.transformer import abstract_model
 
 LLAMA3_8B = ModelShape(128256, 32, 4096, 14336, 32, 8, 128)
@@ -59,3 +61,18 @@ def test_documents_packed_into_a_stream_have_fewer_flops_than_one_document():
     whole, halves = (step_flops(LLAMA3_8B, 4096, n * (4096 // n) ** 2 / 2) for n in (1, 2))
     of_pairs = step_flops(LLAMA3_8B, 0, 4096**2 / 4)
     assert whole - halves == of_pairs
+
+
+def test_a_token_goes_through_some_of_the_experts_and_all_are_held():
+    moe = MoEConfig(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
+    qwen3 = ModelConfig(151936, 48, 2048, 6144, 32, 4, head_size=128, moe=moe)
+    shape = ModelShape.from_config(qwen3)
+    assert shape.params == pytest.approx(30.53e9, rel=1e-3)  # as published, without norms of heads
+    embedding = shape.head_params
+    assert shape.product_params + embedding == pytest.approx(3.34e9, rel=3e-3)  # its "A3B"
+    own = {"first_k_dense_replace": 1, "shared_expert_intermediate_size": 8}
+    small = dataclasses.replace(
+        qwen3, num_layers=3, hidden_size=16, vocab_size=8, moe=MoEConfig(4, 2, 8, **own)
+    )
+    made = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(small)[1]))
+    assert ModelShape.from_config(small).params == made

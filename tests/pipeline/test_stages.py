@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
+from hcp_jax.models.recurrent_specs import Mamba2Config
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.pipeline.stages import (
     Stages,
@@ -82,6 +83,13 @@ def test_stages_and_fsdp_cut_every_matrix():
             "whole periods.*num_layers=6 or 8",
         ),
         ({}, 0, 1, ValueError, "num_stages"),
+        (
+            {"layers": "M", "mamba2": Mamba2Config(num_heads=4)},
+            2,
+            1,
+            NotImplementedError,
+            "zeros for attention only",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_what_can(changes, pp, v, error, message):
@@ -128,6 +136,13 @@ def test_what_a_pipeline_does_not_support_is_refused(mesh, words, changes, error
     cp = hcp.ContextParallel(hcp.make_mesh(**mesh), **{"comm_type": "p2p"} | words)
     with pytest.raises(error, match=message):
         Pipeline(dataclasses.replace(MODEL, **changes), cp)
+
+
+def test_mamba2_in_groups_is_refused():
+    cp = hcp.ContextParallel(hcp.make_mesh(pp=2, cp_outer=4), "p2p", widest_group=4)
+    model = dataclasses.replace(MODEL, layers="M", mamba2=Mamba2Config(num_heads=4))
+    with pytest.raises(NotImplementedError, match="use streams"):
+        Pipeline(model, cp)
 
 
 def test_microbatches_that_are_not_alike_are_refused():

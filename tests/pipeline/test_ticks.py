@@ -14,6 +14,7 @@ from hcp_jax import dynamic
 from hcp_jax.dynamic import Microbatch
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.loss import summed_cross_entropy
+from hcp_jax.models.recurrent_specs import Mamba2Config
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.pipeline.stages import whole_params
 from hcp_jax.pipeline.ticks import Pipeline
@@ -94,6 +95,17 @@ CASES = [
         ),
         marks=pytest.mark.slow,
         id="groups over dp, two kinds of layers",
+    ),
+    pytest.param(
+        case(
+            {"pp": 2, "cp_outer": 4},
+            numbers=(3,),
+            num_layers=4,
+            layers="MA",
+            mamba2=Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),
+        ),
+        marks=pytest.mark.slow,
+        id="recurrent layers",
     ),
     pytest.param(
         case({"pp": 2, "dp": 2, "cp_outer": 2}, numbers=(3,), fsdp=True),

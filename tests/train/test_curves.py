@@ -102,10 +102,11 @@ def test_the_quickstart_s_curve_is_the_same_on_every_mesh(mesh):
 @pytest.mark.slow
 def test_the_quickstart_with_experts_has_one_curve_too():
     config = configuration.load(QUICKSTART.with_name("quickstart-moe.yaml"))
+    config = dataclasses.replace(config, seq_len=128)
     assert (config.parallel.ep, config.parallel.num_devices) == (4, 8)
     batches = first_batches(config, data.open_corpus(config.data), 20)
     alone = curve(dataclasses.replace(config, parallel=ParallelConfig()), 20, batches)
-    assert alone[-1] < alone[0] - 2
+    assert alone[-1] < alone[0] - 1.5
     assert curve(config, 20, batches) == pytest.approx(alone, abs=TOLERANCE)
 
 

@@ -9,6 +9,8 @@ import pytest
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
+from hcp_jax.models.transformer import real_tokens
+from hcp_jax.train import data
 from hcp_jax.train.losses import summed_losses, values
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.step import init_state, make_optimizer, make_train_step
@@ -83,3 +85,16 @@ def test_the_losses_of_the_router_are_means_over_tokens_times_the_weight():
     found = values(means)
     added = (0.5 * found["load_balance"] + 0.1 * found["router_z"]) * batch()["weights"].sum()
     assert total - main == pytest.approx(float(added), rel=1e-5)
+
+
+def test_the_padding_of_packed_streams_is_not_routed():
+    segments = np.array([[1, 1, 2, 0], [3, 0, 0, 0]], np.int32)
+    real = real_tokens(MODEL.packed_mask(segments), (2, 4), None)
+    assert real.tolist() == (segments > 0).tolist()
+    corpus = data.Corpus([b"a" * 40, b"b" * 23], "two documents")
+    batch = next(
+        data.make_batches(corpus, batch_size=2, seq_len=64, seed=0, mask=MODEL.packed_mask)
+    )
+    routed = np.asarray(real_tokens(batch["mask"], (2, 64), None))
+    assert np.array_equal(routed, batch["weights"] > 0)
+    assert not np.all(routed)

@@ -188,6 +188,8 @@ def _read_qwen3_moe(fields: Fields, num_layers: int) -> dict[str, Any]:
             f"{fields.place}: use_sliding_window of qwen3_moe is not supported; set it to false."
         )
     dense = fields.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise fields.wrong("mlp_only_layers", "a list of layers")
     if dense != list(range(len(dense))):
         raise NotImplementedError(
             f"{fields.place}: mlp_only_layers={printable(repr(dense), 80)} is not supported; only "

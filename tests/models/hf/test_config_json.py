@@ -8,6 +8,7 @@ import pytest
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.hf import config_json
 from hcp_jax.models.layers.rope import RopeScaling
+from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.pattern import LayerConfig
 
 SIZES = {
@@ -49,6 +50,8 @@ def read(family="llama", **changes):
         ("smollm3", {"no_rope_layers": [1, 0]}, {"tie_embeddings": True, "rope_theta": 2e6, "layers": (LayerConfig(), LayerConfig(rotary=False))}),
         ("qwen3", {"attention_bias": True, "head_dim": 8}, {"qk_norm": True, "qkv_bias": True, "o_bias": True}),
         ("qwen3", {}, {"qk_norm": True, "head_size": 128}),
+        ("mixtral", {}, {"norm_eps": 1e-5, "rope_theta": 1e6, "moe": MoEConfig(8, 2, 80)}),
+        ("qwen3_moe", {}, {"qk_norm": True, "moe": MoEConfig(128, 8, 768, norm_topk_prob=False)}),
         ("qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"] * 2}, {"qk_norm": True, "sliding_window": 7}),
     ],
 )  # fmt: skip
@@ -80,8 +83,11 @@ def test_rope_is_read_from_both_forms_of_the_file(form, values, expected):
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("mixtral", {}, "model_type='mixtral' is not supported. Supported are llama .*qwen3"),
+        ("gpt_oss", {}, "model_type='gpt_oss' is not supported. Supported are llama .*qwen3"),
         (None, {}, "model_type=None"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers='\[1\]'"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("phi3", {}, "model_type='phi3'"),
         ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
