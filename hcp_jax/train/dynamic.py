@@ -82,9 +82,10 @@ class DynamicProgram(Program):
         sizes = [n for n in limits.widths if n <= self._planned.menu[-1]]
         lanes = limits.cost.lanes_of(limits.num_devices, limits.num_devices)
         exchanged = f", heads exchanged by {lanes}" if lanes > 1 else ""
+        on = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
         return [
             f"step: {self._config.tokens_per_step:,} tokens of whole documents, each document on "
-            f"{sizes[0]} to {sizes[-1]} devices; microbatches of {self._tokens:,} tokens a device"
+            f"{on} devices; microbatches of {self._tokens:,} tokens a device"
             f"{exchanged}",
             f"programs for groups of up to {', '.join(map(str, self._planned.menu))} devices",
         ]
