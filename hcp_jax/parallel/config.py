@@ -139,7 +139,7 @@ class ParallelConfig:
                 "sequence_packing_scheduler 'dp_balanced' keeps one CP size, but "
                 "dynamic_context_parallel is true; use 'default_dynamic_cp', or leave it out."
             )
-        words = {
+        words: dict[str, Any] = {
             "enabled": True if scheduler else self.dynamic_context_parallel,
             "max_seqlen_per_dp_cp_rank": self.max_seqlen_per_dp_cp_rank,
             "min_cp_size": self.min_dynamic_context_parallel_size,

@@ -292,12 +292,12 @@ class Evaluator:
     def _sums(self, number: int, params: Any) -> list[Float64[np.ndarray, "S n"]]:
         """Return the sums of losses and of weights of each stream of a microbatch, by bin."""
         text = self._text
-        pair = self._programs[text.key(number)](params, text.put(number))
+        pair = np.asarray(self._programs[text.key(number)](params, text.put(number)), np.float64)
         streams = text.streams(number)
         found = []
         for of_devices in pair:
             # Streams lie on neighbouring devices, in ascending order.
-            flat = np.asarray(of_devices, np.float64).reshape(len(streams), -1)
+            flat = of_devices.reshape(len(streams), -1)
             found.append(np.add.reduceat(flat, np.unique(streams, return_index=True)[1]))
         return found
 
@@ -314,10 +314,11 @@ def borders(seq_len: int) -> tuple[int, ...]:
 
 def make_sums_by_position(
     model: ModelConfig, borders: tuple[int, ...], cp: ContextParallel | None = None
-) -> Callable[[Any, Batch], tuple[Float[Array, "B C n"], Float[Array, "B C n"]]]:
-    """Return a jitted function `(params, batch) -> (Σ weight · cross entropy, Σ weight)`.
+) -> Callable[[Any, Batch], Float[Array, "2 B C n"]]:
+    """Return a jitted function `(params, batch) -> [Σ weight · cross entropy, Σ weight]`.
 
-    Both sums are by row, cp device and bin, and all devices have all of them.
+    Both sums are by row, cp device and bin, and all devices have all of them. They are one array,
+    so that one collective, after all those of the model, gathers them.
 
     Args:
         model: the model.
@@ -327,14 +328,14 @@ def make_sums_by_position(
     graphdef, _ = abstract_model(model)
     begins = np.asarray(borders[:-1], np.int32)
 
-    def sums_by_position(params: Any, batch: Batch) -> tuple[Array, Array]:
+    def sums_by_position(params: Any, batch: Batch) -> Float[Array, "2 B C n"]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
         bins = (
             jnp.sum(batch["positions"][..., None] >= begins[None, None], axis=-1, dtype=jnp.int32)
             - 1
         )
-        return cross_entropy_by_bin(
+        sums = cross_entropy_by_bin(
             hidden,
             transformer.unembedding,
             batch["targets"],
@@ -345,6 +346,7 @@ def make_sums_by_position(
             chunk=model.loss_chunk,
             soft_cap=model.final_soft_cap,
         )
+        return jnp.stack(sums)
 
     if cp is None:
         return jax.jit(sums_by_position)

@@ -76,7 +76,11 @@ def reduced_once(
 
     def once(params: Any, portions: Any, weight: Any) -> Sums:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), portions)
-        specs = jax.tree.map(lambda spec: PartitionSpec(None, *spec), batch_specs(one, cp))
+        specs = jax.tree.map(
+            lambda spec: PartitionSpec(None, *spec),
+            batch_specs(one, cp),
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
         in_specs = (PartitionSpec(), specs, PartitionSpec())
         mapped = spmd.shard_map(cp.mesh, axes, on_device, in_specs, PartitionSpec())
         sums: Sums = mapped(params, portions, weight)
