@@ -19,6 +19,7 @@ SMALLER = 8  # documents and buffers are shorter by this factor
 BALANCED = {
     "parallel.sequence_packing_scheduler": "dp_balanced",
     "parallel.dynamic_context_parallel": "false",
+    "parallel.dynamic.menu": "auto",
     "parallel.tp": "1",
     "parallel.dp": "2",
 }
