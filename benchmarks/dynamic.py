@@ -100,7 +100,7 @@ class Dynamic:
             yield [self._pairs(number) for number in numbers]
 
     def _pairs(self, number: int) -> np.ndarray:
-        places, corpus = self.program._segments.refs(number), self.program._corpus
+        places, corpus = self.program._text.segments.refs(number), self.program._text._corpus
         return np.stack([corpus.tokens_at(places), corpus.targets_at(places)], axis=1)
 
     def step(self, documents: Sequence[np.ndarray]) -> int:
@@ -108,7 +108,7 @@ class Dynamic:
         import jax
 
         batch = self.program.next_batch()
-        sizes, tokens = self.program._segments.sizes, self.program._tokens
+        sizes, tokens = self.program._text.segments.sizes, self.program._tokens
         sums = self.program.menu.zeros()
         for planned, placed in zip(next(self._planned), batch.microbatches, strict=True):
             began = time.perf_counter()

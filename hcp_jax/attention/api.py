@@ -170,7 +170,8 @@ def _attend_over(
     mask: Mask | PlacedMask,
     sinks: Any,
 ) -> tuple[Any, ...]:
-    # If the cp axes are Manual, arrays are one device's own part; the mask is of the whole stream.
+    # If the cp axes are Manual, arrays are one device's own part. The mask is of the whole stream,
+    # or, under groups, cut as `interval_spec` says.
     local = cp.on_device
     times = cp.size if local else 1
     placed = _placed(mask, cp, q.shape[0], times * q.shape[1], times * k.shape[1])
@@ -184,7 +185,8 @@ def _attend_over(
 
     def on_device(q: Any, k: Any, v: Any, intervals: Any, sinks: Any, runs: Any) -> Any:
         if local:
-            intervals = _own_part(intervals, cp.axis_size(move), _index(move))
+            parts = intervals.start.shape[1] * cp.axis_size(move) // (cp.size * q.shape[1])
+            intervals = _own_part(intervals, parts, _index(move))
         # After the exchange of heads, a device has the queries of all its lanes.
         members = intervals.start.shape[1] // (spec.lanes.size * q.shape[1])
         intervals = _own_part(intervals, members, _index(spec.lanes.axes) // spec.lanes.size)

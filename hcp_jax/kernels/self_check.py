@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hcp_jax.base import terminal
 from hcp_jax.kernels import core
 from hcp_jax.kernels.core import CoreSpec, Problem
 from hcp_jax.kernels.trust import Verdict
@@ -145,10 +146,10 @@ def main() -> None:
         found = list(findings(implementation))
         for x in found:
             state = "ok" if x.passed else "WRONG"
-            print(f"{x.case}: {x.result} {x.error:.2e} of {x.tolerance:.0e} {state}", flush=True)
+            terminal.say(f"{x.case}: {x.result} {x.error:.2e} of {x.tolerance:.0e} {state}")
         own = seconds(implementation)
         verdict = judge(found, own, own if implementation == "triton" else seconds("triton"))
-    print(json.dumps(verdict._asdict()), flush=True)
+    terminal.say(json.dumps(verdict._asdict()))
 
 
 def _values_and_gradients(

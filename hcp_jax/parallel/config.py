@@ -55,7 +55,9 @@ class ParallelConfig:
         hierarchical_context_parallel_sizes: Megatron's [cp_inner, cp_outer].
         dynamic_context_parallel: Megatron's word for dynamic.enabled.
         sequence_packing_scheduler: Megatron's word for how documents are scheduled:
-            "default_dynamic_cp" is dynamic CP.
+            "default_dynamic_cp" is dynamic CP; "dp_balanced" keeps every document on all
+            cp_outer * cp_inner devices of a dp rank, and balances the work of the ranks. It is
+            dynamic CP with one width.
         max_seqlen_per_dp_cp_rank: Megatron's word for dynamic.max_tokens_per_device.
         min_dynamic_context_parallel_size: Megatron's word for dynamic.min_cp_size.
         hybrid_context_parallel: Megatron's older word for dynamic CP; refused, with what to write.
@@ -66,7 +68,7 @@ class ParallelConfig:
 
     Raises:
         ValueError: for unknown or contradicting values.
-        NotImplementedError: for sequence_packing_scheduler "dp_balanced", and for several stages.
+        NotImplementedError: for several stages.
     """
 
     dp: int = field(default=1, metadata=free(least=1, most=MOST))
@@ -132,18 +134,26 @@ class ParallelConfig:
         scheduler = self.sequence_packing_scheduler
         if scheduler is not None:
             require_known("sequence_packing_scheduler", scheduler, _SCHEDULERS)
-        if scheduler == "dp_balanced":
-            raise NotImplementedError(
-                "sequence_packing_scheduler 'dp_balanced' (one CP size, packs balanced over dp) is "
-                "not built; use 'default_dynamic_cp', or leave it out to pack fixed streams."
+        if scheduler == "dp_balanced" and self.dynamic_context_parallel:
+            raise ValueError(
+                "sequence_packing_scheduler 'dp_balanced' keeps one CP size, but "
+                "dynamic_context_parallel is true; use 'default_dynamic_cp', or leave it out."
             )
-        words = {
+        words: dict[str, Any] = {
             "enabled": True if scheduler else self.dynamic_context_parallel,
             "max_seqlen_per_dp_cp_rank": self.max_seqlen_per_dp_cp_rank,
             "min_cp_size": self.min_dynamic_context_parallel_size,
         }
+        if scheduler == "dp_balanced":
+            width = math.prod(_cp_sizes(self))
+            if words["min_cp_size"] not in (None, width):
+                raise ValueError(
+                    f"min_dynamic_context_parallel_size={words['min_cp_size']}, but 'dp_balanced' "
+                    f"keeps every document on cp_outer * cp_inner = {width} devices; leave it out."
+                )
+            words |= {"min_cp_size": width, "max_cp_size": width, "menu": [width]}
         given: dict[str, Any] = {n: value for n, value in words.items() if value is not None}
-        if scheduler and self.dynamic_context_parallel is False:
+        if scheduler == "default_dynamic_cp" and self.dynamic_context_parallel is False:
             raise ValueError(
                 f"dynamic_context_parallel is false, but sequence_packing_scheduler={scheduler!r} "
                 "schedules dynamic CP; leave one of them out."

@@ -14,6 +14,7 @@ runs is an error that says why.
 import dataclasses
 import pathlib
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,10 +34,11 @@ from hcp_jax.parallel.microbatch import own_devices, place_microbatch
 from hcp_jax.sequence.packing import Microbatch, pack
 from hcp_jax.train.batch import Batch, PlacedMicrobatch, PlacedStep
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.data.batches import read, token_arrays
+from hcp_jax.train.data.batches import held_out_segments, read, token_arrays
 from hcp_jax.train.data.corpus import Corpus
 from hcp_jax.train.data.documents import Limits, PlannedStep, PlannedSteps, check_longest
 from hcp_jax.train.data.streams import Segments
+from hcp_jax.train.evaluation import HeldOut
 from hcp_jax.train.menu import Menu
 from hcp_jax.train.program import Program
 
@@ -62,15 +64,15 @@ class DynamicProgram(Program):
         corpus: Corpus,
         console: rich.console.Console,
     ):
-        self._cp, self._corpus = cp, corpus
         self._tokens = config.parallel.dynamic.tokens
-        self._segments = Segments(corpus, config.seq_len)
+        segments = Segments(corpus, config.seq_len)
         limits = make_limits(config, cp)
-        check_longest(self._segments, limits)
-        self._planned = PlannedSteps(self._segments.sizes, limits)
+        check_longest(segments, limits)
+        self._planned = PlannedSteps(segments.sizes, limits)
         widths = self._planned.menu
         _require_same_everywhere(widths)
         contexts = {width: dataclasses.replace(cp, widest_group=width) for width in widths}
+        self._text = GroupedText(config, contexts, corpus)
         menu = Menu(config, contexts, name=_name)
         super().__init__(config, menu, self._planned.map(self._put_step), console)
 
@@ -80,12 +82,24 @@ class DynamicProgram(Program):
         sizes = [n for n in limits.widths if n <= self._planned.menu[-1]]
         lanes = limits.cost.lanes_of(limits.num_devices, limits.num_devices)
         exchanged = f", heads exchanged by {lanes}" if lanes > 1 else ""
+        on = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
         return [
             f"step: {self._config.tokens_per_step:,} tokens of whole documents, each document on "
-            f"{sizes[0]} to {sizes[-1]} devices; microbatches of {self._tokens:,} tokens a device"
+            f"{on} devices; microbatches of {self._tokens:,} tokens a device"
             f"{exchanged}",
             f"programs for groups of up to {', '.join(map(str, self._planned.menu))} devices",
         ]
+
+    def held_out(self, corpus: Corpus) -> HeldOut:
+        """Return text to evaluate on, scheduled as training schedules its own.
+
+        Raises:
+            ValueError: if a document is longer than the widest group holds.
+        """
+        limits, config = self._planned.limits, self._config
+        of_menu = dataclasses.replace(limits.config, menu=list(self._planned.menu))
+        text = GroupedText(config, self.menu.contexts, corpus)
+        return HeldOutGroups(text, limits._replace(config=of_menu), config.eval.tokens)
 
     def example(self, key: int) -> Batch:
         """Return a batch without documents: all batches of a program have its shapes."""
@@ -94,7 +108,7 @@ class DynamicProgram(Program):
         empty = Microbatch(
             (key,) * number, ((),) * number, limits.cost.lanes_of(key, limits.num_devices)
         )
-        return self._put(empty).arrays
+        return self._text.put(empty)
 
     def summary(self) -> list[str]:
         """Return a line with the share of microbatches of each program."""
@@ -113,7 +127,8 @@ class DynamicProgram(Program):
         attention visits.
         """
         numbers = [d for mb in planned for held in mb.documents for d in held]
-        sizes = self._segments.sizes[numbers]
+        segments = self._text.segments
+        sizes = segments.sizes[numbers]
         pairs = sum(
             share * _visible_pairs(sizes, window)
             for window, share in self._config.model.window_shares.items()
@@ -124,12 +139,41 @@ class DynamicProgram(Program):
             "fill": float(sizes.sum() / (len(planned) * sum(planned[0].grouping) * self._tokens)),
             "pairs": float(pairs),
         }
-        documents = sorted({self._segments.document(number) for number in numbers})
-        return PlacedStep(tuple(map(self._put, planned)), tuple(documents), facts)
+        documents = sorted({segments.document(number) for number in numbers})
+        placed = (PlacedMicrobatch(self._text.key(mb), self._text.put(mb)) for mb in planned)
+        return PlacedStep(tuple(placed), tuple(documents), facts)
 
-    def _put(self, microbatch: Microbatch) -> PlacedMicrobatch:
-        devices = own_devices(self._cp)
-        packed = pack(microbatch, self._segments.sizes, self._tokens, devices=devices)
+
+class GroupedText:
+    """Puts the documents of microbatches into the buffers of their groups.
+
+    Args:
+        config: the run.
+        contexts: the context parallelism of each program, by the devices of its widest group.
+        corpus: the text.
+
+    Attributes:
+        contexts: as given.
+        segments: the segments of the text, which microbatches number.
+    """
+
+    def __init__(
+        self, config: TrainConfig, contexts: Mapping[int, ContextParallel], corpus: Corpus
+    ):
+        self.contexts, self.segments = contexts, Segments(corpus, config.seq_len)
+        self._corpus, self._tokens = corpus, config.parallel.dynamic.tokens
+        self._window = config.model.widest_window
+        self._mtp_depths = config.model.mtp_depths
+
+    def key(self, microbatch: Microbatch) -> int:
+        """Return the key of the narrowest program that serves a microbatch."""
+        return min(width for width in self.contexts if width >= microbatch.widest)
+
+    def put(self, microbatch: Microbatch) -> Batch:
+        """Read the tokens of this process's own devices, and put them there."""
+        cp = self.contexts[self.key(microbatch)]
+        devices = own_devices(cp)
+        packed = pack(microbatch, self.segments.sizes, self._tokens, devices=devices)
         refs = np.zeros(packed.document.shape, np.int64)
         first = 0
         for size, held in zip(microbatch.grouping, microbatch.documents, strict=True):
@@ -137,18 +181,55 @@ class DynamicProgram(Program):
             begin, end = np.clip(borders, 0, len(devices))
             first += size
             if begin < end and held:
-                stream = np.concatenate([self._segments.refs(number) for number in held])
+                stream = np.concatenate([self.segments.refs(number) for number in held])
                 # A query's own index is end - 1; those of a group begin at its first slot.
                 index = packed.end[begin:end] - (borders[0] + devices.start) * self._tokens
                 inside = packed.document[begin:end] >= 0
                 refs[begin:end] = np.where(inside, stream[np.where(inside, index, 1) - 1], 0)
-        arrays = read(token_arrays(self._corpus, refs, self._config.model.mtp_depths))
-        window = self._config.model.widest_window
-        key = next(width for width in self._planned.menu if width >= microbatch.widest)
-        placed: Any = place_microbatch(
-            self.menu.contexts[key], packed, arrays, sliding_window=window
-        )
-        return PlacedMicrobatch(key, placed)
+        arrays = read(token_arrays(self._corpus, refs, self._mtp_depths))
+        placed: Any = place_microbatch(cp, packed, arrays, sliding_window=self._window)
+        return placed
+
+
+class HeldOutGroups(HeldOut):
+    """Held-out text in microbatches with groupings of their own.
+
+    Args:
+        text: the held-out text.
+        limits: the limits of schedules, with the menu of the programs.
+        tokens: see `EvalConfig`.
+
+    Raises:
+        ValueError: if a document is longer than the widest group holds.
+    """
+
+    def __init__(self, text: GroupedText, limits: Limits, tokens: int | None):
+        self._text = text
+        check_longest(text.segments, limits, "held-out document")
+        numbers = held_out_segments(text.segments, tokens).tolist()
+        self._tokens = int(text.segments.sizes[numbers].sum())
+        self._microbatches = PlannedSteps(text.segments.sizes, limits).replan(numbers)
+        used = {text.key(microbatch) for microbatch in self._microbatches}
+        self.contexts = {width: cp for width, cp in text.contexts.items() if width in used}
+
+    def __len__(self) -> int:
+        return len(self._microbatches)
+
+    def __str__(self) -> str:
+        return f"{self._tokens:,} held-out tokens in {len(self)} microbatches"
+
+    def key(self, number: int) -> int:
+        """Return the key of a microbatch's program."""
+        return self._text.key(self._microbatches[number])
+
+    def put(self, number: int) -> Batch:
+        """Read a microbatch and put it on the devices."""
+        return self._text.put(self._microbatches[number])
+
+    def streams(self, number: int) -> Int64[np.ndarray, "D"]:
+        """Return the number of the group that each device is in."""
+        grouping = self._microbatches[number].grouping
+        return np.repeat(np.arange(len(grouping)), grouping)
 
 
 def _visible_pairs(sizes: Int64[np.ndarray, "n"], window: int | None) -> int:

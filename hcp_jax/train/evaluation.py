@@ -6,23 +6,25 @@ A position is the number of tokens of its document that a token sees before itse
 (`data/corpus.py`) it begins at 0 again.
 
 The result is exact on any mesh: each device sums the losses of its own tokens by row and bin, and
-these few numbers are summed over the cp devices inside the compiled program, and in float64 on the
-host. The text is the same at every evaluation of every run with the same `seq_len`, for any seed,
-batch size or mesh. The loss is cross entropy alone, without `z_loss`.
+these few numbers are summed over devices in float64 on the host. The text is the same at every
+evaluation of every run with the same `seq_len`, for any seed, batch size or mesh, with groups or
+without. The loss is cross entropy alone, without `z_loss`.
 
-The uncertainty is a standard error that treats streams as independent samples. Tokens of one
-document are alike; treating each as a sample would make the error far too small. If the losses of
-stream i add up to s_i over c_i tokens, and m is the mean loss over n streams, the error is
+The uncertainty is a standard error that treats streams as independent samples; the documents of a
+group are a stream. Tokens of one document are alike; treating each as a sample would make the error
+far too small. If the losses of stream i add up to s_i over c_i tokens, and m is the mean loss over
+n streams, the error is
 
     sqrt( n / (n - 1) · Σ (s_i - m · c_i)² ) / Σ c_i
 
 as for a ratio of two sums (Cochran, Sampling Techniques, 1977, chapter 6).
 """
 
+import abc
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,12 +32,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float64, Int64
+from jaxtyping import Array, Float, Float64, Int32, Int64
 
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.loss import cross_entropy_by_bin
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.mask import Mask
 from hcp_jax.train.batch import Batch
 from hcp_jax.train.data.batches import evenly, held_out_batches
 from hcp_jax.train.data.corpus import Corpus, open_corpus
@@ -148,49 +151,118 @@ class Evaluation:
         )
 
 
-class Evaluator:
-    """Evaluates a model on the mesh of its training, with its own compiled program.
+class HeldOut(abc.ABC):
+    """Held-out text as microbatches, in the order in which they are evaluated.
+
+    Attributes:
+        contexts: the context parallelism of each program, by the key of its microbatches.
+    """
+
+    contexts: Mapping[Any, ContextParallel]
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Return the number of microbatches."""
+
+    @abc.abstractmethod
+    def key(self, number: int) -> Any:
+        """Return the key of a microbatch's program."""
+
+    @abc.abstractmethod
+    def put(self, number: int) -> Batch:
+        """Read a microbatch and put it on the devices."""
+
+    @abc.abstractmethod
+    def streams(self, number: int) -> Int64[np.ndarray, "D"]:
+        """Return the stream, from 0, that each device of dp and cp holds tokens of."""
+
+
+class HeldOutStreams(HeldOut):
+    """Held-out text packed into streams of equal length.
 
     Args:
-        model: the model.
-        cp: the context parallelism of the training.
         held_out: the text.
+        cp: the context parallelism of the training.
         seq_len: T, tokens per stream.
         batch_size: streams per batch; a multiple of dp.
         tokens: see `EvalConfig`.
+        mask: `ModelConfig.packed_mask`.
     """
+
+    _KEY = "streams"
 
     def __init__(
         self,
-        model: ModelConfig,
-        cp: ContextParallel,
         held_out: Corpus,
+        cp: ContextParallel,
         *,
         seq_len: int,
         batch_size: int,
         tokens: int | None,
+        mask: Callable[[Int32[np.ndarray, "B T"]], Mask],
     ):
         self._cp = cp
-        self.borders = borders(seq_len)
+        self.contexts = {self._KEY: cp}
         self._batches = held_out_batches(
-            held_out, batch_size=batch_size, seq_len=seq_len, tokens=tokens, mask=model.packed_mask
+            held_out, batch_size=batch_size, seq_len=seq_len, tokens=tokens, mask=mask
         )
-        self._program: Any = make_sums_by_position(model, self.borders, cp)
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def __str__(self) -> str:
         rows, seq_len = self._batches[0]["weights"].shape
         total = sum(int(batch["weights"].sum()) for batch in self._batches)
         return f"{total:,} held-out tokens, {rows} streams of {seq_len:,} at a time"
 
+    def key(self, number: int) -> str:
+        """Return the key of a microbatch's program."""
+        return self._KEY
+
+    def put(self, number: int) -> Batch:
+        """Read a microbatch and put it on the devices."""
+        batch: Any = self._cp.shard_batch(self._batches[number])
+        return batch
+
+    def streams(self, number: int) -> Int64[np.ndarray, "D"]:
+        """Return the row that each device holds tokens of."""
+        rows = self._batches[number]["weights"].shape[0]
+        return np.repeat(np.arange(rows), self._cp.size)
+
+
+class Evaluator:
+    """Evaluates a model on the mesh of its training, with its own compiled programs.
+
+    Args:
+        model: the model.
+        text: the held-out text.
+        seq_len: T; no document, or segment of one, is longer.
+    """
+
+    def __init__(self, model: ModelConfig, text: HeldOut, *, seq_len: int):
+        self._text = text
+        self.borders = borders(seq_len)
+        self._programs: dict[Any, Any] = {
+            key: make_sums_by_position(model, self.borders, cp) for key, cp in text.contexts.items()
+        }
+
+    def __str__(self) -> str:
+        return str(self._text)
+
     def compile(self, params: Any) -> int:
-        """Compile the program; return the bytes that it needs per device beside its arguments.
+        """Compile the programs; return the bytes per device that the largest needs.
+
+        The bytes are those beside its arguments.
 
         Args:
             params: shapes, dtypes and shardings of the parameters.
         """
-        batch = self._cp.shard_batch(self._batches[0])
-        self._program = self._program.lower(params, batch).compile()
-        return int(self._program.memory_analysis().temp_size_in_bytes)
+        keys = [self._text.key(number) for number in range(len(self._text))]
+        for key, program in self._programs.items():
+            batch = self._text.put(keys.index(key))
+            self._programs[key] = program.lower(params, batch).compile()
+        memory = [program.memory_analysis() for program in self._programs.values()]
+        return max(int(found.temp_size_in_bytes) for found in memory)
 
     def evaluate(
         self, step: int, params: Any, stops: Callable[[], bool] = lambda: False
@@ -204,11 +276,10 @@ class Evaluator:
         """
         began = time.perf_counter()
         found = []
-        for batch in self._batches:
+        for number in range(len(self._text)):
             if stops():
                 return None
-            pair = self._program(params, self._cp.shard_batch(batch))
-            found.append([np.asarray(x, np.float64) for x in pair])
+            found.append(self._sums(number, params))
         sums, counts = (np.concatenate(x) for x in zip(*found, strict=True))
         return Evaluation(
             step,
@@ -217,6 +288,18 @@ class Evaluator:
             Means.of(sums, counts),
             time.perf_counter() - began,
         )
+
+    def _sums(self, number: int, params: Any) -> list[Float64[np.ndarray, "S n"]]:
+        """Return the sums of losses and of weights of each stream of a microbatch, by bin."""
+        text = self._text
+        pair = np.asarray(self._programs[text.key(number)](params, text.put(number)), np.float64)
+        streams = text.streams(number)
+        found = []
+        for of_devices in pair:
+            # Streams lie on neighbouring devices, in ascending order.
+            flat = of_devices.reshape(len(streams), -1)
+            found.append(np.add.reduceat(flat, np.unique(streams, return_index=True)[1]))
+        return found
 
 
 def borders(seq_len: int) -> tuple[int, ...]:
@@ -231,10 +314,11 @@ def borders(seq_len: int) -> tuple[int, ...]:
 
 def make_sums_by_position(
     model: ModelConfig, borders: tuple[int, ...], cp: ContextParallel | None = None
-) -> Callable[[Any, Batch], tuple[Float[Array, "B n"], Float[Array, "B n"]]]:
-    """Return a jitted function `(params, batch) -> (Σ weight · cross entropy, Σ weight)`.
+) -> Callable[[Any, Batch], Float[Array, "2 B C n"]]:
+    """Return a jitted function `(params, batch) -> [Σ weight · cross entropy, Σ weight]`.
 
-    Both sums are by row and bin, and the same on all devices.
+    Both sums are by row, cp device and bin, and all devices have all of them. They are one array,
+    so that one collective, after all those of the model, gathers them.
 
     Args:
         model: the model.
@@ -244,14 +328,14 @@ def make_sums_by_position(
     graphdef, _ = abstract_model(model)
     begins = np.asarray(borders[:-1], np.int32)
 
-    def sums_by_position(params: Any, batch: Batch) -> tuple[Array, Array]:
+    def sums_by_position(params: Any, batch: Batch) -> Float[Array, "2 B C n"]:
         transformer = nnx.merge(graphdef, params)
         hidden = transformer(batch["tokens"], batch["positions"], mask=batch["mask"], cp=cp)
         bins = (
             jnp.sum(batch["positions"][..., None] >= begins[None, None], axis=-1, dtype=jnp.int32)
             - 1
         )
-        return cross_entropy_by_bin(
+        sums = cross_entropy_by_bin(
             hidden,
             transformer.unembedding,
             batch["targets"],
@@ -262,6 +346,7 @@ def make_sums_by_position(
             chunk=model.loss_chunk,
             soft_cap=model.final_soft_cap,
         )
+        return jnp.stack(sums)
 
     if cp is None:
         return jax.jit(sums_by_position)

@@ -85,7 +85,10 @@ def train(
             held.enter_context(lock.held(resume))
             resumption = Resumption(config, files, frozenset(accept))
             state = _restore(resumption, resume, abstract, program, begin, console)
-        evaluator = None if held_out is None else _evaluator(config, cp, held_out)
+        evaluator = None
+        if held_out is not None:
+            text = program.held_out(held_out)
+            evaluator = Evaluator(config.model, text, seq_len=config.seq_len)
         if resume is not None and state is not None and int(state.step) >= config.steps:
             return _conclude(config, resume, evaluator, state, files, begin, console)
         check_profile(profile, 0 if state is None else int(state.step), config.steps)
@@ -215,20 +218,6 @@ def _conclude(
     else:
         _print(console, f"{made}.")
     return Outcome(path, config.steps)
-
-
-def _evaluator(config: TrainConfig, cp: ContextParallel, held_out: Corpus) -> Evaluator:
-    """Return an evaluator with the batch size of a microbatch; with groups, one stream per dp."""
-    dp = cp.axis_size(cp.dp)
-    at_a_time = 1 if config.parallel.dynamic.enabled else config.batch_size // config.accumulation
-    return Evaluator(
-        config.model,
-        cp,
-        held_out,
-        seq_len=config.seq_len,
-        batch_size=max(1, at_a_time // dp) * dp,
-        tokens=config.eval.tokens,
-    )
 
 
 def _describe_warmup(config: TrainConfig) -> list[str]:

@@ -20,13 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
-from jax.sharding import NamedSharding, PartitionSpec
 
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.batch import Batch, PlacedMicrobatch
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.losses import Mean, mean_names
-from hcp_jax.train.portions import Sums
+from hcp_jax.train.losses import mean_names
+from hcp_jax.train.portions import (
+    Sums,
+    abstract_sums,
+    add_on_each_device,
+    weight_on_each_device,
+    whole_gradients,
+)
 from hcp_jax.train.sharding import jit_on_mesh
 from hcp_jax.train.step import (
     TrainState,
@@ -97,7 +102,7 @@ class Menu:
             return max(map(_bytes, self.programs.values()))
         like = self._compile_ends(abstract)
         for key in keys:
-            add = make_accumulate(self._config, self.contexts[key], like)
+            add = make_accumulate(self._config, self.contexts[key], abstract.params)
             self.programs[key] = add.lower(abstract.params, like, example(key)).compile()
         # The optimizer's state is not their argument, but it is on the devices, too.
         besides = sum(map(_bytes_per_device, jax.tree.leaves(abstract.opt_state)))
@@ -157,33 +162,21 @@ class Menu:
     def _compile_ends(self, abstract: TrainState) -> Sums:
         """Compile what begins and ends a step; return shapes and shardings of the sums."""
         cp = next(iter(self.contexts.values()))
-        like = abstract_sums(abstract.params, cp, mean_names(self._config.model))
+        fsdp, means = self._config.parallel.fsdp, mean_names(self._config.model)
+        like = abstract_sums(abstract.params, cp, means, fsdp=fsdp)
 
         def zeros() -> Sums:
             sums: Sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
             return sums
 
-        update = make_update(self._config.optimizer, self._config.steps)
+        update = make_update(self._config.optimizer, self._config.steps, cp, fsdp=fsdp)
         self.zeros = jit_on_mesh(zeros, cp, (), like).lower().compile()
         jitted = jit_on_mesh(update, cp, (abstract, like), (abstract, None), donate=0)
         self.update = jitted.lower(abstract, like).compile()
         return like
 
 
-def abstract_sums(params: Any, cp: ContextParallel, means: Sequence[str] = ()) -> Sums:
-    """Return shapes and shardings of the sums; gradients are sharded like the parameters.
-
-    Args:
-        params: shapes and shardings of the parameters.
-        cp: their context parallelism.
-        means: names of the means, from `mean_names`.
-    """
-    whole = NamedSharding(cp.mesh, PartitionSpec())
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    return Sums(params, scalar, scalar, {name: Mean(scalar, scalar) for name in means})
-
-
-def make_accumulate(config: TrainConfig, cp: ContextParallel, like: Sums) -> jax.stages.Wrapped:
+def make_accumulate(config: TrainConfig, cp: ContextParallel, params: Any) -> jax.stages.Wrapped:
     """Return a jitted function `(params, sums, batch) -> sums` that adds a microbatch.
 
     The given sums are donated.
@@ -191,15 +184,23 @@ def make_accumulate(config: TrainConfig, cp: ContextParallel, like: Sums) -> jax
     Args:
         config: the run.
         cp: the context parallelism of the microbatch.
-        like: from `abstract_sums`.
+        params: shapes and shardings of the parameters.
     """
-    gradients = summed_gradients(config.model, like.grads, cp)
+    gradients = summed_gradients(config.model, params, cp)
 
     def accumulate(params: Any, sums: Sums, batch: Batch) -> Sums:
-        total: Sums = jax.tree.map(jnp.add, sums, gradients(params, batch, 1.0))
+        # No collective sums the weights: nothing would say if it comes before those of attention,
+        # and devices of several CPU processes that disagreed would wait for each other.
+        found = gradients(params, batch, 1.0)
+        found = found._replace(weight=weight_on_each_device(batch, cp))
+        total: Sums = jax.tree.map(jnp.add, sums, found)
         return total
 
-    return jit_on_mesh(accumulate, cp, (like.grads, like, None), like, donate=1)
+    fsdp = config.parallel.fsdp
+    whole = whole_gradients(cp, fsdp=fsdp)
+    add = add_on_each_device(gradients, cp) if whole else accumulate
+    like = abstract_sums(params, cp, mean_names(config.model), fsdp=fsdp)
+    return jit_on_mesh(add, cp, (params, like, None), like, donate=1)
 
 
 def _bytes(compiled: Any) -> int:

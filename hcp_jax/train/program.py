@@ -17,6 +17,7 @@ from hcp_jax.train.batch import Batch, PlacedMicrobatch, PlacedStep
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.batches import describe_packing, packed_batches, packing_metrics, prefetched
 from hcp_jax.train.data.corpus import Corpus
+from hcp_jax.train.evaluation import HeldOut, HeldOutStreams
 from hcp_jax.train.menu import Menu
 from hcp_jax.train.metrics import traffic
 from hcp_jax.train.step import TrainState
@@ -50,6 +51,10 @@ class Program(abc.ABC):
         Args:
             num_params: number of parameters of the model.
         """
+
+    @abc.abstractmethod
+    def held_out(self, corpus: Corpus) -> HeldOut:
+        """Return text to evaluate on, as microbatches of this kind of run."""
 
     @abc.abstractmethod
     def example(self, key: Any) -> Batch:
@@ -157,6 +162,18 @@ class FixedProgram(Program):
             "each device sends per step:",
             *(f"  {line}" for line in sent),
         ]
+
+    def held_out(self, corpus: Corpus) -> HeldOut:
+        """Return text to evaluate on, with the batch size of a microbatch."""
+        config, dp = self._config, self._cp.axis_size(self._cp.dp)
+        return HeldOutStreams(
+            corpus,
+            self._cp,
+            seq_len=config.seq_len,
+            batch_size=max(1, config.batch_size // config.accumulation // dp) * dp,
+            tokens=config.eval.tokens,
+            mask=config.model.packed_mask,
+        )
 
     def example(self, key: Any) -> Batch:
         """Return the first batch, which `next_batch` then returns, too."""

@@ -39,7 +39,14 @@ from hcp_jax.train.optimizer import (
     put_back,
     without_signals,
 )
-from hcp_jax.train.portions import Sums, reduced_once, split_portions, sum_portions
+from hcp_jax.train.portions import (
+    Sums,
+    reduce_over_devices,
+    reduced_once,
+    split_portions,
+    sum_portions,
+    whole_gradients,
+)
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.sharding import check_divides, jit_on_mesh, state_shardings
 
@@ -155,9 +162,7 @@ def make_train_step(
     summed: Callable[[Any, Any, Any], Sums] = functools.partial(
         sum_portions, summed_gradients(model, like.params, cp)
     )
-    # With FSDP no device has room for all gradients: each microbatch's are reduce-scattered.
-    # Experts that are cut are no one's whole gradients either.
-    if cp is not None and accumulation > 1 and not fsdp and cp.ep == 1:
+    if cp is not None and accumulation > 1 and whole_gradients(cp, fsdp=fsdp):
         summed = reduced_once(summed, cp)
     schedule = make_schedule(optimizer, num_steps)
 
@@ -208,13 +213,15 @@ def summed_gradients(
 
 
 def make_update(
-    optimizer: OptimizerConfig, num_steps: int
+    optimizer: OptimizerConfig, num_steps: int, cp: ContextParallel, *, fsdp: bool
 ) -> Callable[[TrainState, Sums], tuple[TrainState, dict[str, Array]]]:
     """Return a function `(state, sums) -> (state, metrics)` that ends a step; to be traced.
 
     Args:
         optimizer: config of the optimizer.
         num_steps: as in `make_train_step`.
+        cp: the context parallelism of the sums, which are `abstract_sums` of it.
+        fsdp: as in `init_state`; without it, all sums have still to be reduced over the devices.
 
     Returns:
         The function; its metrics are those of `apply_gradients` and the means of `mean_names`.
@@ -222,13 +229,17 @@ def make_update(
     schedule, transform = make_schedule(optimizer, num_steps), make_optimizer(optimizer, num_steps)
 
     def update(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Array]]:
-        weight = nonzero(sums.weight)
-        grads = jax.tree.map(lambda g: g / weight, sums.grads)
-        loss = sums.loss / weight
+        tokens = reduce_over_devices(sums.weight, cp)
+        # Divided first, so that the other reductions wait for this one; see `make_train_step`.
+        weight = nonzero(tokens)
+        grads, loss = jax.tree.map(lambda x: x / weight, (sums.grads, sums.loss))
+        means = sums.means
+        if whole_gradients(cp, fsdp=fsdp):
+            grads, loss, means = reduce_over_devices((grads, loss, means), cp)
         state, metrics = apply_gradients(
-            state, grads, loss, sums.weight, transform, schedule, optimizer.weight_decay
+            state, grads, loss, tokens, transform, schedule, optimizer.weight_decay
         )
-        return state, metrics | values(sums.means)
+        return state, metrics | values(means)
 
     return update
 

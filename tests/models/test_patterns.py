@@ -63,7 +63,7 @@ def layer_by_layer(config, params):
         mask = mask if window is None else mask & hcp.sliding_window(window)
         graph, _ = nnx.split(nnx.eval_shape(lambda s=spec: DecoderLayer(s, rngs=nnx.Rngs(0))))
         shared = Attention.share(spec.mixer, POSITIONS, mask, window)
-        x = nnx.merge(graph, p)(x, shared, None)
+        x, _ = nnx.merge(graph, p)(x, shared, None, None)
     model = nnx.merge(abstract_model(config)[0], params)
     return model.logits(model.norm(x))
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from hcp_jax.dynamic.config import DynamicConfig
+from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.scheduler import schedule
 from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train.config import SMALL_MODEL
@@ -76,11 +79,38 @@ def test_megatron_s_words_for_dynamic_cp_are_those_of_dynamic(words):
     assert ParallelConfig(**dataclasses.asdict(given) | {"dynamic": dynamic}) == given
 
 
+def test_dp_balanced_is_dynamic_cp_of_one_width():
+    given = ParallelConfig(
+        dp=2,
+        context_parallel_size=4,
+        cp_comm_type="p2p",
+        sequence_packing_scheduler="dp_balanced",
+        max_seqlen_per_dp_cp_rank=512,
+    )
+    dynamic = given.dynamic
+    assert (dynamic.enabled, dynamic.tokens, dynamic.widths) == (True, 512, (4,))
+    limits = dynamic.min_cp_size, dynamic.max_cp_size, dynamic.widths
+    lengths = np.random.default_rng(0).integers(100, 2048, 40)
+    plan = schedule(lengths, 8, dynamic.tokens, *limits, cost=Cost(lanes=1))
+    assert {microbatch.grouping for microbatch in plan.microbatches} == {(4, 4)}
+    assert plan.balance > 0.9
+    assert ParallelConfig(**dataclasses.asdict(given) | {"dynamic": dynamic}) == given
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
         ({"hybrid_context_parallel": True}, ValueError, "older name of dynamic.*write dynamic_con"),
-        ({"sequence_packing_scheduler": "dp_balanced"}, NotImplementedError, "'dp_balanced'.*not"),
+        (
+            {"sequence_packing_scheduler": "dp_balanced", "dynamic_context_parallel": True},
+            ValueError,
+            "'dp_balanced' keeps one CP size",
+        ),
+        (
+            {"sequence_packing_scheduler": "dp_balanced", "min_dynamic_context_parallel_size": 2},
+            ValueError,
+            "keeps every document on cp_outer \\* cp_inner = 1 devices; leave it out",
+        ),
         (
             {"sequence_packing_scheduler": "default"},
             ValueError,

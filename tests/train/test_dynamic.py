@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import rich.console
 
+import hcp_jax as hcp
+from hcp_jax.compiled import hlo
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.config import ParallelConfig
@@ -20,7 +22,8 @@ from hcp_jax.sequence.packing import pack
 from hcp_jax.train import data, dynamic, loop
 from hcp_jax.train.batch import PlacedMicrobatch
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.dynamic import DynamicProgram
+from hcp_jax.train.dynamic import DynamicProgram, GroupedText, HeldOutGroups
+from hcp_jax.train.evaluation import Evaluator, HeldOutStreams
 from hcp_jax.train.losses import summed_losses
 from hcp_jax.train.metrics import metrics
 from hcp_jax.train.sections import LogConfig
@@ -93,8 +96,12 @@ class Run:
         return jax.tree.map(jnp.copy, self._initial)
 
     def sums(self, params, step):
-        """Loss, weight and gradients of a step, without its update."""
-        return self.program.menu.sums(params, step.microbatches)
+        """Loss, weight and gradients of a step over all devices, without its update."""
+        sums = jax.device_get(self.program.menu.sums(params, step.microbatches))
+        over = functools.partial(np.sum, axis=0)
+        if self.config.parallel.fsdp:
+            return sums._replace(weight=over(sums.weight))
+        return jax.tree.map(over, sums)
 
 
 CONFIGS = {
@@ -119,7 +126,7 @@ def documents_of(program):
 
 
 def pairs_of(program, number):
-    places = program._segments.refs(number)
+    places = program._text.segments.refs(number)
     return np.stack([corpus().tokens_at(places), corpus().targets_at(places)], axis=1)
 
 
@@ -156,7 +163,7 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
         if programs <= used:
             continue
         used |= programs
-        sums = jax.device_get(of.sums(params, step))
+        sums = of.sums(params, step)
         assert sums.weight == sum(map(len, held))
         loss, grads = _static_gradients()(whole, rows_of(held))
         assert sums.loss / sums.weight == pytest.approx(float(loss), rel=1e-6)
@@ -165,12 +172,96 @@ def test_the_gradients_of_a_step_are_those_of_the_same_documents_on_one_device(n
     assert used == set(of.program.menu.contexts)
 
 
+@pytest.mark.slow
+def test_groups_evaluate_to_the_losses_of_fixed_streams_on_one_device():
+    of, held_out = (
+        run("cp8"),
+        data.Corpus([b"held out " * n for n in (1, 3, 9, 14, 2, 1)], "a test"),
+    )
+    params = jax.tree.map(lambda x: 3 * x, of.fresh().params)  # losses of tokens differ
+    text = of.program.held_out(held_out)
+    groups = Evaluator(MODEL, text, seq_len=LONGEST)
+    groups.compile(params)
+    found = groups.evaluate(0, params)
+    alone = hcp.ContextParallel(hcp.make_mesh(devices=jax.devices()[:1]), comm_type="p2p")
+    streams = HeldOutStreams(
+        held_out, alone, seq_len=LONGEST, batch_size=2, tokens=None, mask=MODEL.mask
+    )
+    fixed = Evaluator(MODEL, streams, seq_len=LONGEST)
+    whole = jax.device_put(jax.device_get(params), jax.devices()[0])
+    fixed.compile(whole)
+    expected = fixed.evaluate(0, whole)
+    for ours, theirs in (
+        (found.overall, expected.overall),
+        (found.by_position, expected.by_position),
+    ):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=2e-6)
+    # Every group has the losses of its documents; some documents are longer than a device's buffer,
+    # and some buffers are not full.
+    sizes, longest, alone_in_group = text._text.segments.sizes, 0, 0
+    for number, microbatch in enumerate(text._microbatches):
+        sums, counts = groups._sums(number, params)
+        assert len(sums) == len(microbatch.grouping)
+        for group, held in enumerate(microbatch.documents):
+            assert counts[group].sum() == sizes[list(held)].sum()
+            longest = max(longest, *sizes[list(held)], 0)
+            alone_in_group += len(held) == 1
+            losses = sum(_loss_alone(text, whole, document) for document in held)
+            assert sums[group].sum() == pytest.approx(losses, rel=2e-6)
+    assert longest > M
+    assert alone_in_group
+    assert sizes.sum() < len(text) * 8 * M
+
+
+def _loss_alone(text, params, document):
+    """The sum of the losses of a held-out document by itself, on one device."""
+    refs = text._text.segments.refs(document)
+    corpus = text._text._corpus
+    pairs = np.stack([corpus.tokens_at(refs), corpus.targets_at(refs)], axis=1)
+    return float(_summed_loss()(params, rows_of([pairs], rows=1)))
+
+
+@functools.cache
+def _summed_loss():
+    return jax.jit(lambda params, batch: summed_losses(MODEL)(params, batch).total)
+
+
+def test_a_held_out_document_that_no_group_holds_is_refused():
+    program = run("cp8").program
+    narrow = program._planned.limits._replace(
+        config=dataclasses.replace(program._planned.limits.config, menu=[4])
+    )
+    text = GroupedText(run("cp8").config, program.menu.contexts, corpus())
+    with pytest.raises(ValueError, match=r"held-out document \d+ has 128 tokens.*to 32 or more"):
+        HeldOutGroups(text, narrow, None)
+
+
 @functools.cache
 def _static_gradients():
     def loss_of(params, batch):
         return summed_losses(MODEL)(params, batch).total / jnp.sum(batch["weights"])
 
     return jax.jit(jax.value_and_grad(loss_of))
+
+
+@pytest.mark.slow
+def test_gradients_are_reduced_once_a_step_however_many_microbatches_it_has():
+    of = run("cp8")
+    menu, scalars = of.program.menu, 8  # bytes, of the sums of losses and weights
+    gradients = sum(4 * x.size for x in jax.tree.leaves(of.abstract.params))
+    for width, program in menu.programs.items():
+        assert _reduced_bytes(program) == 0, width
+    assert _reduced_bytes(menu.update) == gradients + scalars
+    # With FSDP they are reduced as they come.
+    sharded = run("dp2-tp2-cp2-fsdp-remat").program.menu
+    assert all(_reduced_bytes(program) > 0 for program in sharded.programs.values())
+
+
+def _reduced_bytes(program):
+    found = hlo.collectives(program.as_text())
+    kinds = ("all-reduce", "reduce-scatter")
+    return sum(c.bytes * c.count for c in found if c.kind in kinds and len(c.groups[0]) > 1)
 
 
 @pytest.mark.slow
@@ -246,15 +337,15 @@ def test_a_process_packs_and_reads_the_tokens_of_its_own_devices_alone(monkeypat
         targets_at = corpus().targets_at
 
     monkeypatch.setattr(dynamic, "place_microbatch", keep)
-    program._put(narrow)
+    program._text.put(narrow)
     monkeypatch.setattr(dynamic, "own_devices", lambda _: range(3, 6))
-    monkeypatch.setattr(program, "_corpus", Watched())
-    program._put(narrow)
+    monkeypatch.setattr(program._text, "_corpus", Watched())
+    program._text.put(narrow)
     whole, own = arrays
     for name, rows in whole.items():
         np.testing.assert_array_equal(own[name], rows[3:6], err_msg=name)
-    held = pack(narrow, program._segments.sizes, M).document[3:6]
-    assert set(read) == {program._segments.document(d) for d in held[held >= 0]}
+    held = pack(narrow, program._text.segments.sizes, M).document[3:6]
+    assert set(read) == {program._text.segments.document(d) for d in held[held >= 0]}
     assert len(set(read)) < sum(map(len, narrow.documents))
 
 
@@ -262,7 +353,7 @@ def test_a_step_tells_the_documents_that_it_has_tokens_of():
     program = run("cp8").program
     run("cp8").fresh()
     step, planned = program.next_batch(), next(iter(program._planned))
-    segments = program._segments
+    segments = program._text.segments
     held = {segments.document(d) for mb in planned for group in mb.documents for d in group}
     assert step.documents == tuple(sorted(held))
 

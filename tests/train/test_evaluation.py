@@ -15,7 +15,7 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model, init_params
 from hcp_jax.train import data, evaluation
 from hcp_jax.train.data import Corpus, DataConfig
-from hcp_jax.train.evaluation import EvalConfig, Evaluator, Means
+from hcp_jax.train.evaluation import EvalConfig, Evaluator, HeldOutStreams, Means
 
 MODEL = ModelConfig(
     vocab_size=264,
@@ -57,7 +57,10 @@ def evaluated(mesh, batch_size=4):
     sizes = MESHES[mesh]
     devices = jax.devices()[: math.prod(sizes.values())]
     cp = hcp.ContextParallel(hcp.make_mesh(**sizes, devices=devices), comm_type="p2p")
-    evaluator = Evaluator(MODEL, cp, corpus(), seq_len=T, batch_size=batch_size, tokens=None)
+    text = HeldOutStreams(
+        corpus(), cp, seq_len=T, batch_size=batch_size, tokens=None, mask=MODEL.mask
+    )
+    evaluator = Evaluator(MODEL, text, seq_len=T)
     weights = jax.device_put(
         params(), jax.sharding.NamedSharding(cp.mesh, jax.sharding.PartitionSpec())
     )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 
+import jax
 import numpy as np
 import pytest
 import rich.console
@@ -73,7 +74,7 @@ def in_groups():
 
 def in_streams(segments, parallel):
     """The losses of each step, its segments in rows of streams."""
-    cp = parallel.context_parallel(1)
+    cp = parallel.context_parallel(1, jax.devices()[: parallel.num_devices])
     cut, model = Segments(corpus(), T), CONFIG.model
     step = make_train_step(model, CONFIG.optimizer, STEPS, cp)
     state = init_state(model, make_optimizer(CONFIG.optimizer, STEPS), CONFIG.seed, cp)

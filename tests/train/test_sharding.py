@@ -8,7 +8,10 @@ from jax.sharding import PartitionSpec as P
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers import decoder
-from hcp_jax.models.transformer import abstract_model
+from hcp_jax.models.moe_config import MoEConfig
+from hcp_jax.models.pattern import LETTERS
+from hcp_jax.models.recurrent_specs import GatedDeltaConfig, KDAConfig, Mamba2Config
+from hcp_jax.models.transformer import abstract_model, inside_layer
 from hcp_jax.train.sharding import check_divides, param_specs
 from hcp_jax.train.step import OptimizerConfig, abstract_state, make_optimizer
 
@@ -56,9 +59,22 @@ def test_tp_cuts_heads_columns_and_vocabulary_and_nothing_else():
 
 
 def test_every_rule_for_tp_has_a_parameter():
-    config = dataclasses.replace(CONFIG, mlp_bias=True)
-    paths = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])[0]
-    named = {tuple(key.key for key in path)[1:] for path, _ in paths}
+    own = {"score_correction": True, "shared_expert_gate": True}
+    moe = MoEConfig(8, 2, 8, shared_expert_intermediate_size=8, **own)
+    letters = "".join(sorted(set(LETTERS) - {"W"}))
+    layers = {
+        "layers": letters,
+        "num_layers": len(letters),
+        "mamba2": Mamba2Config(num_heads=8, head_size=8),
+        "gated_delta": GatedDeltaConfig(num_key_heads=2, num_value_heads=4),
+        "kda": KDAConfig(num_heads=4),
+    }
+    named = set()
+    for changes in ({"mlp_bias": True}, layers, {"moe": moe}):
+        config = dataclasses.replace(CONFIG, **changes)
+        paths = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])[0]
+        keys = [tuple(key.key for key in path) for path, _ in paths]
+        named |= {inside_layer(path)[1] for path in keys}
     modules = [*decoder.MIXERS.values(), *decoder.FEED_FORWARDS.values()]
     assert {(m.NAME, *path) for m in modules for path in m.RULES} <= named
 

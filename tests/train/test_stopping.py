@@ -55,7 +55,7 @@ def _signal_while_evaluating(monkeypatch, at):
                 return stops()
             return asked[-1]
 
-        assert len(self._batches) > 2
+        assert len(self._text) > 2
         return evaluate(self, step, params, stops_too)
 
     monkeypatch.setattr(Evaluator, "evaluate", with_signal)

@@ -74,11 +74,11 @@ def cross_entropy_by_bin(
     cp: ContextParallel | None = None,
     chunk: int = 1024,
     soft_cap: float | None = None,
-) -> tuple[Float[Array, "B n"], Float[Array, "B n"]]:
-    """Return Σ weight · cross entropy in nats, and Σ weight, for each bin of each row.
+) -> tuple[Float[Array, "B C n"], Float[Array, "B C n"]]:
+    """Return Σ weight · cross entropy in nats, and Σ weight, for each row, cp device and bin.
 
-    This is for evaluation, not for training. Tokens are reduced on their own device, and only one
-    number per row and bin leaves it.
+    This is for evaluation, not for training. Each device reduces its own tokens, and nothing is
+    summed over devices: what tokens belong together, a row or a group, is the caller's to know.
 
     Args:
         hidden: outputs of the decoder, in cp's layout order.
@@ -92,7 +92,7 @@ def cross_entropy_by_bin(
         soft_cap: soft cap of the logits; None for no cap.
     """
 
-    def on_device(hidden, unembedding, targets, weights, bins, *, sum_over, tp):
+    def on_device(hidden, unembedding, targets, weights, bins, *, tp):
         def chunk_loss(block):
             hidden, targets, weights, bins = block
             log_z, target_logit = _log_z_and_target(hidden, unembedding, targets, tp, soft_cap)
@@ -103,18 +103,18 @@ def cross_entropy_by_bin(
             return jnp.sum(in_bin * loss, axis=1), jnp.sum(in_bin, axis=1)
 
         blocks = [chunks.split(x, chunk) for x in (hidden, targets, weights, bins)]
-        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(chunk_loss, blocks))
-        return jax.lax.psum(sums, sum_over) if sum_over else sums
+        sums = jax.lax.map(chunk_loss, blocks)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0)[:, None], sums)
 
     if cp is None:
-        return on_device(hidden, unembedding, targets, weights, bins, sum_over=(), tp=())
+        return on_device(hidden, unembedding, targets, weights, bins, tp=())
     tokens, tp = cp.spec(2), live_tp(cp)
-    on_each_device = functools.partial(on_device, sum_over=live_axes(cp, cp.cp_axes), tp=tp)
-    rows = PartitionSpec(cp.dp, None)
+    on_each_device = functools.partial(on_device, tp=tp)
+    sums = cp.spec(3)
     in_specs = (cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens, tokens)
-    binned = spmd.shard_map(cp.mesh, cp.axes, on_each_device, in_specs, (rows, rows))
+    binned = spmd.shard_map(cp.mesh, cp.axes, on_each_device, in_specs, (sums, sums))
     arrays = hidden, unembedding, targets, weights, bins
-    return spmd.run(cp.mesh, cp.axes, binned, (rows, rows), *arrays)
+    return spmd.run(cp.mesh, cp.axes, binned, (sums, sums), *arrays)
 
 
 def _on_device(hidden, unembedding, targets, weights, *, chunk, z_loss, soft_cap, sum_over, tp):

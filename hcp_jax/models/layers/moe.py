@@ -64,7 +64,7 @@ class MoE(nnx.Module):
         ("experts", "up_proj"): matrix(tp=2)._replace(stacked=True),  # [E, D, F]
         ("experts", "down_proj"): matrix(tp=1)._replace(stacked=True),  # [E, F, D]
         ("shared_expert_gate", "kernel"): matrix(),  # [D, 1]
-    } | {("shared_experts", *path): rule for path, rule in MLP.RULES.items()}
+    } | {("shared_experts", *p): rule for p, rule in MLP.RULES.items() if p[-1] == "kernel"}
 
     def __init__(self, spec: MoESpec, *, rngs: nnx.Rngs):
         self.spec = spec

@@ -43,13 +43,23 @@ def held_out_batches(
         mask: as in `make_batches`.
     """
     segments = Segments(corpus, seq_len)
-    order = evenly(len(segments))
-    if tokens is not None:
-        order = order[: 1 + np.searchsorted(np.cumsum(segments.sizes[order]), tokens)]
-    rows = list(Streams(segments, None, 1, only=np.sort(order)))
+    rows = list(Streams(segments, None, 1, only=held_out_segments(segments, tokens)))
     rows += [jax.tree.map(np.zeros_like, rows[0])] * (-len(rows) % batch_size)
     batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
     return [_batch(corpus, jax.tree.map(lambda *x: np.stack(x), *batch), mask) for batch in batches]
+
+
+def held_out_segments(segments: Segments, tokens: int | None) -> Int64[np.ndarray, "n"]:
+    """Return the numbers of the segments to evaluate on, ascending; always the same.
+
+    Args:
+        segments: the segments of the held-out text.
+        tokens: about how many tokens, taken evenly from the whole text. None: all.
+    """
+    order = evenly(len(segments))
+    if tokens is not None:
+        order = order[: 1 + np.searchsorted(np.cumsum(segments.sizes[order]), tokens)]
+    return np.sort(order)
 
 
 def evenly(number: int) -> Int64[np.ndarray, "n"]:

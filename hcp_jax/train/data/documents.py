@@ -224,8 +224,13 @@ def _renamed(microbatch: Microbatch, numbers: Sequence[int]) -> Microbatch:
     return dataclasses.replace(microbatch, documents=documents)
 
 
-def check_longest(segments: Segments, limits: Limits) -> None:
+def check_longest(segments: Segments, limits: Limits, name: str = "document") -> None:
     """Check that every document fits the widest group.
+
+    Args:
+        segments: the segments of the text.
+        limits: the limits of schedules.
+        name: what a document is called in the error.
 
     Raises:
         ValueError: if one is longer; names it.
@@ -239,7 +244,7 @@ def check_longest(segments: Segments, limits: Limits) -> None:
     length = int(segments.sizes[longest])
     if length > widest * config.tokens:
         raise ValueError(
-            f"document {segments.document(longest)} has {length} tokens (no more than seq_len "
+            f"{name} {segments.document(longest)} has {length} tokens (no more than seq_len "
             f"count), but the widest group, of {widest} devices, holds {widest} * {config.tokens} "
             f"= {widest * config.tokens}. Set parallel.dynamic.max_tokens_per_device to "
             f"{-(-length // widest)} or more, allow wider groups, or lower seq_len."

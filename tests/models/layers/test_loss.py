@@ -140,6 +140,9 @@ def test_losses_by_bin_are_those_of_the_bins_tokens_on_any_mesh(problem, sizes):
         )
     else:
         sums, counts = jax.jit(by_bin)(hidden, unembedding, targets, weights, bins)
+    # Every device of a row has summed its own tokens.
+    assert sums.shape == (B, cp.size if sizes else 1, NUM_BINS)
+    sums, counts = (np.sum(x, axis=1) for x in (sums, counts))
     for number in range(NUM_BINS):
         chosen = np.where(bins == number, weights, 0)
         for row in range(B):
