@@ -170,13 +170,12 @@ def make_train_step(
         # The loss is divided before the backward pass, so that every other collective waits for
         # the sum of the weights. Devices of several CPU processes that began two collectives in
         # different orders would wait for each other.
-        tokens = jnp.sum(batch["weights"])
+        tokens, pairs = _tokens_and_pairs(batch, model)
         sums = summed(state.params, split_portions(batch, accumulation, cp), nonzero(tokens))
         state, metrics = apply_gradients(
             state, sums.grads, sums.loss, tokens, transform, schedule, optimizer.weight_decay
         )
-        pairs = {"pairs": _visible_pairs(batch, model)}
-        return state, metrics | values(sums.means) | pairs
+        return state, metrics | values(sums.means) | {"pairs": pairs}
 
     return jit_on_mesh(step, cp, (like, None), (like, None), donate=0)
 
@@ -301,22 +300,29 @@ def updates_made(state: TrainState) -> Any:
     )
 
 
-def _visible_pairs(batch: Batch, model: ModelConfig) -> Float[Array, ""]:
-    """Return the visible pairs of one head of one layer: the mean over the layers by width."""
-    rows, length = batch["tokens"].shape
+def _tokens_and_pairs(batch: Batch, model: ModelConfig) -> tuple[Any, Any]:
+    """Return the sum of the weights, and the visible pairs of one head, the mean over the layers.
 
-    def pairs(mask: Mask | PlacedMask) -> Float[Array, ""]:
+    Both are one sum over the devices: a second one would be independent of the first, and CPU
+    processes may begin independent sums in different orders.
+    """
+    weights = batch["weights"]
+
+    def widths(mask: Mask | PlacedMask) -> Float[Array, "B T"]:
         if isinstance(mask, PlacedMask):
             start, end = mask.intervals
         else:
-            start, end = mask.intervals(length, xp=jnp)
+            start, end = mask.intervals(weights.shape[1], xp=jnp)
         # In float32: a million tokens have more pairs than int32 can hold.
-        return jnp.sum((end - start).astype(jnp.float32)) * (rows / start.shape[0])
+        return jnp.broadcast_to((end - start).astype(jnp.float32), weights.shape)
 
     masks = layer_masks(model, batch["mask"])
     if len(masks) <= 1:  # none: no layer attends, and no pair counts
-        return pairs(batch["mask"])
-    return jnp.sum(jnp.stack([share * pairs(mask) for share, mask in masks]))
+        seen = widths(batch["mask"])
+    else:
+        seen = jnp.sum(jnp.stack([share * widths(mask) for share, mask in masks]), axis=0)
+    tokens, pairs = jnp.sum(jnp.stack([weights, seen]), axis=(1, 2))
+    return tokens, pairs
 
 
 def _shardings(tree: Any) -> Any:

@@ -276,13 +276,15 @@ KEPT_SMALL = {
 
 
 def test_visible_pairs_are_counted_for_every_row_also_where_rows_share_a_mask():
-    tokens = np.zeros((ROWS, T), np.int32)
-    shared = {"tokens": tokens, "mask": hcp.causal()}
-    assert train_step._visible_pairs(shared, CONFIG) == ROWS * T * (T + 1) / 2
+    weights = np.full((ROWS, T), 0.5, np.float32)
+    shared = {"weights": weights, "mask": hcp.causal()}
+    found = train_step._tokens_and_pairs(shared, CONFIG)
+    assert list(found) == [ROWS * T / 2, ROWS * T * (T + 1) / 2]
     segments = np.zeros((ROWS, T), np.int32)
     segments[0, T // 2 :] = 1  # one row has two documents
-    own = {"tokens": tokens, "mask": hcp.causal() & hcp.documents(segments)}
-    assert train_step._visible_pairs(own, CONFIG) == ROWS * T * (T + 1) / 2 - (T // 2) ** 2
+    own = {"weights": weights, "mask": hcp.causal() & hcp.documents(segments)}
+    found = train_step._tokens_and_pairs(own, CONFIG)
+    assert list(found) == [ROWS * T / 2, ROWS * T * (T + 1) / 2 - (T // 2) ** 2]
 
 
 @pytest.mark.parametrize(
