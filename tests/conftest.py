@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 
 import hypothesis
 import jax
@@ -20,6 +21,10 @@ if os.environ.get("HCP_TEST_PLATFORM", "cpu") == "cpu":
 else:
     # The workers of pytest-xdist share the GPU: none may take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# A shell that starts tests in the background lets them, and all that they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test reads or writes the user's compiled programs, nor do the commands that tests start.
 os.environ["HCP_PROGRAM_CACHE"] = "off"

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -271,7 +272,7 @@ def test_the_core_over_the_hops_computes_each_document_alone():
         for sources in walk:
             source = device // 4 * 4 + int(sources[device % 4])
             runs = KeyRuns(*(rows[source] for rows in packed.runs))
-            own = (x[None] for x in (q[device], k[source], v[source]))
+            own = (jnp.asarray(x[None]) for x in (q[device], k[source], v[source]))
             part = attend(spec, *own, intervals, runs)
             total = part if total is None else merge(total, part)
         for place in np.flatnonzero(inside[device]):
