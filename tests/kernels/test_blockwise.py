@@ -73,7 +73,7 @@ def test_keys_that_no_query_sees_are_not_touched():
 
 
 def test_partials_are_float32_whatever_comes_in():
-    q, k, v, _ = inputs(jnp.bfloat16)
+    q, k, v, _ = map(jnp.asarray, inputs(jnp.bfloat16))
     for name in ("blockwise", "reference"):
         spec = CoreSpec(name, 1.0)
         partial = attend(spec, q, k, v, hcp.causal().intervals(T, S), single_run(S))

@@ -34,6 +34,7 @@ from hcp_jax.train.step import (
     make_optimizer,
     make_train_step,
 )
+from tests.kept_programs import kept_programs
 
 MODEL = ModelConfig(
     vocab_size=264,
@@ -372,24 +373,19 @@ def test_the_pairs_of_a_step_are_those_that_its_masks_show():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A run of seconds on a file of uneven lines, and what it compiles kept for the next one."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
-    jax.config.update(names[1], 0.5)
     text = tmp_path_factory.mktemp("text") / "text.jsonl"
     lines = ("abc " * (2 + i * i % 29) + f"{i}" for i in range(100))
     text.write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
-    yield make_config(
-        {"menu": MENU[:2], "lookahead": 4},
-        name="small",
-        steps=12,
-        run_dir=str(tmp_path_factory.mktemp("runs")),
-        model=dataclasses.replace(MODEL, num_layers=1),
-        data=data.DataConfig(path=str(text)),
-        log=LogConfig(every=4),
-    )
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with kept_programs(tmp_path_factory.mktemp("cache"), 0.5):
+        yield make_config(
+            {"menu": MENU[:2], "lookahead": 4},
+            name="small",
+            steps=12,
+            run_dir=str(tmp_path_factory.mktemp("runs")),
+            model=dataclasses.replace(MODEL, num_layers=1),
+            data=data.DataConfig(path=str(text)),
+            log=LogConfig(every=4),
+        )
 
 
 def train(config, resume=None):

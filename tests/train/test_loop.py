@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 
-import jax
 import numpy as np
 import pytest
 import rich.console
@@ -29,6 +28,7 @@ from hcp_jax.train.metrics.profile import ProfileSteps
 from hcp_jax.train.sections import LogConfig
 from hcp_jax.train.step import OptimizerConfig
 from hcp_jax.train.steps import Outcome
+from tests.kept_programs import kept_programs
 
 MODEL = ModelConfig(
     vocab_size=264,
@@ -46,17 +46,8 @@ STEPS = 12
 @pytest.fixture(scope="module", autouse=True)
 def _compile_each_step_once(tmp_path_factory):
     """Runs of one config share what they compile, as they would on a machine with a jax cache."""
-    before = {
-        "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
-        "jax_persistent_cache_min_compile_time_secs": (
-            jax.config.jax_persistent_cache_min_compile_time_secs
-        ),
-    }
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with kept_programs(tmp_path_factory.mktemp("cache")):
+        yield
 
 
 @pytest.fixture(scope="module")

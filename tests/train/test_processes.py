@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import pytest
 import rich.console
 
@@ -22,6 +21,7 @@ from hcp_jax.train import config as configuration
 from hcp_jax.train import loop
 from hcp_jax.train.metrics import metrics
 from hcp_jax.train.steps import Outcome
+from tests.kept_programs import kept_programs
 
 pytestmark = pytest.mark.slow
 
@@ -123,13 +123,8 @@ def train(run_dir: pathlib.Path, resume: pathlib.Path | None = None) -> Outcome:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Runs of one config share what they compile."""
-    folder = tmp_path_factory.mktemp("cache")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(folder))
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with kept_programs(tmp_path_factory.mktemp("cache")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
