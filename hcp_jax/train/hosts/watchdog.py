@@ -89,10 +89,10 @@ class Peers:
             differ = self._inbox.get()["differ"]
         else:
             differ = self._differences(mine)
+            self._closing = bool(differ)  # From here on, others may end.
             for line in self._lines.values():
                 line.send(differ=differ)
         if differ:
-            self._closing = True
             raise ValueError(
                 "the processes were started differently: "
                 f"{meeting.some(differ, '; ', 'differences')}. Start all of them with the same "
@@ -185,7 +185,10 @@ class Peers:
             process = next(p for p, other in self._lines.items() if other is line)
             self._inbox.put({"from": (process, dict(message["same"]))})
         if "differ" in message:
-            self._inbox.put({"differ": list(map(str, message["differ"]))})
+            differ = list(map(str, message["differ"]))
+            # Process 0 will end because of them; the main thread here must get to say why.
+            self._closing = bool(differ)
+            self._inbox.put({"differ": differ})
         return True
 
     def _wait_for_delivery(self) -> None:
