@@ -174,6 +174,7 @@ def test_losses_are_those_of_the_definition():
         assert (np.abs(x).reshape(DEPTHS, -1).max(axis=1) > 0).all()
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_the_same_on_devices_and_in_portions():
     cp = hcp.ContextParallel(hcp.make_mesh(dp=2, tp=2, cp_outer=2), "p2p")
     specs = param_specs(params(), cp)

@@ -228,6 +228,7 @@ def _summed_loss():
     return jax.jit(lambda params, batch: summed_losses(MODEL)(params, batch).total)
 
 
+@pytest.mark.slow  # it shares the programs of slow tests
 def test_a_held_out_document_that_no_group_holds_is_refused():
     program = run("cp8").program
     narrow = program._planned.limits._replace(

@@ -16,7 +16,7 @@ from tests.train.tiny import write_config
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+KILLS = 10
 STEPS = 400
 
 
@@ -87,7 +87,7 @@ def recorded(folder):
     return 0
 
 
-def test_a_run_that_is_killed_twenty_times_has_the_curve_of_one_that_is_not_bit_for_bit(
+def test_a_run_that_is_killed_ten_times_has_the_curve_of_one_that_is_not_bit_for_bit(
     start, config, whole, tmp_path
 ):
     rng, folder, kills = random.Random(0), tmp_path / "run", 0
