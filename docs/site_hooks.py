@@ -46,12 +46,12 @@ def front() -> str:
 
 def api() -> str:
     """Return a page with every public name."""
-    names = [f"::: hcp_jax.{hcp_jax._HOME[n]}.{n}" for n in hcp_jax.__all__ if n in hcp_jax._HOME]
-    for room in hcp_jax._ROOMS:
+    rooms = [name for name, home in hcp_jax._HOME.items() if home == f"hcp_jax.{name}"]
+    names = [f"::: {home}.{name}" for name, home in hcp_jax._HOME.items() if name not in rooms]
+    for room in rooms:
         names.append(f"::: hcp_jax.{room}\n    options: {{members: false}}")
         inside = getattr(hcp_jax, room)._HOME
-        homes = {n: h if "." in h else f"{room}.{h}" for n, h in inside.items()}
-        names += [f"::: hcp_jax.{home}.{name}" for name, home in homes.items()]
+        names += [f"::: {home}.{name}" for name, home in inside.items()]
     return "\n\n".join(["# Python", "`import hcp_jax as hcp`", *names])
 
 

@@ -10,8 +10,9 @@ The names below are the public interface. They are imported on first use, so tha
 can set up the platform, and `hcp_jax.dynamic` can schedule, before anything imports jax.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hcp_jax.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hcp_jax import dynamic as dynamic
@@ -40,42 +41,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "ContextParallel": "parallel.context",
-    "Mask": "sequence.mask",
-    "attention_fn": "attention.flax",
-    "bidirectional": "sequence.mask",
-    "causal": "sequence.mask",
-    "check": "verify.check",
-    "chunked_local": "sequence.mask",
-    "context_parallel": "parallel.with_buffers",
-    "documents": "sequence.mask",
-    "dot_product_attention": "attention.api",
-    "from_dense": "sequence.dense_mask",
-    "intervals": "sequence.mask",
-    "lengths": "sequence.mask",
-    "make_mesh": "parallel.mesh",
-    "place_microbatch": "parallel.microbatch",
-    "plan": "planner.search",
-    "prefix_lm": "sequence.mask",
-    "set_up_platform": "cli",
-    "sliding_window": "sequence.mask",
-    "xla_flags": "parallel.mesh",
+    "ContextParallel": "hcp_jax.parallel.context",
+    "Mask": "hcp_jax.sequence.mask",
+    "attention_fn": "hcp_jax.attention.flax",
+    "bidirectional": "hcp_jax.sequence.mask",
+    "causal": "hcp_jax.sequence.mask",
+    "check": "hcp_jax.verify.check",
+    "chunked_local": "hcp_jax.sequence.mask",
+    "context_parallel": "hcp_jax.parallel.with_buffers",
+    "documents": "hcp_jax.sequence.mask",
+    "dot_product_attention": "hcp_jax.attention.api",
+    "dynamic": "hcp_jax.dynamic",
+    "from_dense": "hcp_jax.sequence.dense_mask",
+    "intervals": "hcp_jax.sequence.mask",
+    "lengths": "hcp_jax.sequence.mask",
+    "make_mesh": "hcp_jax.parallel.mesh",
+    "place_microbatch": "hcp_jax.parallel.microbatch",
+    "plan": "hcp_jax.planner.search",
+    "prefix_lm": "hcp_jax.sequence.mask",
+    "set_up_platform": "hcp_jax.cli",
+    "sliding_window": "hcp_jax.sequence.mask",
+    "viz": "hcp_jax.viz",
+    "xla_flags": "hcp_jax.parallel.mesh",
 }
 
-_ROOMS = ("dynamic", "viz")
-
-__all__ = sorted([*_HOME, *_ROOMS])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"hcp_jax.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'hcp_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hcp_jax.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOME)

@@ -10,8 +10,9 @@ It uses NumPy only and never imports jax, so a host can plan before any device i
 are imported on first use, so that `hcp --help` stays fast.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hcp_jax.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hcp_jax.dynamic.cost import Cost as Cost
@@ -27,29 +28,17 @@ if TYPE_CHECKING:
     from hcp_jax.sequence.packing import pack as pack
 
 _HOME = {
-    "Cost": "dynamic.cost",
-    "Microbatch": "sequence.packing",
-    "PackedMicrobatch": "sequence.packing",
-    "Schedule": "dynamic.plan",
-    "TimedMicrobatch": "dynamic.cost",
-    "choose_menu": "dynamic.menu",
-    "max_runs": "sequence.packing",
-    "model_cost": "dynamic.cost",
-    "pack": "sequence.packing",
-    "schedule": "dynamic.scheduler",
-    "schedule_batches": "dynamic.menu",
+    "Cost": "hcp_jax.dynamic.cost",
+    "Microbatch": "hcp_jax.sequence.packing",
+    "PackedMicrobatch": "hcp_jax.sequence.packing",
+    "Schedule": "hcp_jax.dynamic.plan",
+    "TimedMicrobatch": "hcp_jax.dynamic.cost",
+    "choose_menu": "hcp_jax.dynamic.menu",
+    "max_runs": "hcp_jax.sequence.packing",
+    "model_cost": "hcp_jax.dynamic.cost",
+    "pack": "hcp_jax.sequence.packing",
+    "schedule": "hcp_jax.dynamic.scheduler",
+    "schedule_batches": "hcp_jax.dynamic.menu",
 }
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'hcp_jax.dynamic' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hcp_jax.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOME)

@@ -24,8 +24,9 @@ colour-blind people, and the ordered ones in grey print. Devices also have their
 them where there is room.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hcp_jax.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hcp_jax.viz.pipelines import draw_ticks as draw_ticks
@@ -43,31 +44,19 @@ if TYPE_CHECKING:
     from hcp_jax.viz.traffic import draw_traffic as draw_traffic
 
 _HOME = {
-    "Run": "runs",
-    "draw_by_position": "runs",
-    "draw_layout": "tokens",
-    "draw_loss": "runs",
-    "draw_mask": "tokens",
-    "draw_rates": "rates",
-    "draw_runs": "runs",
-    "draw_schedule": "schedules",
-    "draw_ticks": "pipelines",
-    "draw_timeline": "timeline",
-    "draw_traffic": "traffic",
-    "draw_work": "tokens",
-    "read_run": "runs",
+    "Run": "hcp_jax.viz.runs",
+    "draw_by_position": "hcp_jax.viz.runs",
+    "draw_layout": "hcp_jax.viz.tokens",
+    "draw_loss": "hcp_jax.viz.runs",
+    "draw_mask": "hcp_jax.viz.tokens",
+    "draw_rates": "hcp_jax.viz.rates",
+    "draw_runs": "hcp_jax.viz.runs",
+    "draw_schedule": "hcp_jax.viz.schedules",
+    "draw_ticks": "hcp_jax.viz.pipelines",
+    "draw_timeline": "hcp_jax.viz.timeline",
+    "draw_traffic": "hcp_jax.viz.traffic",
+    "draw_work": "hcp_jax.viz.tokens",
+    "read_run": "hcp_jax.viz.runs",
 }
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'hcp_jax.viz' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hcp_jax.viz.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOME)

@@ -3,8 +3,9 @@
 The names are imported on first use: `hcp tokenize` needs no jax, but batches do.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hcp_jax.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hcp_jax.train.data.batches import describe_packing as describe_packing
@@ -19,22 +20,16 @@ if TYPE_CHECKING:
     from hcp_jax.train.sections import DataConfig as DataConfig
 
 _HOME = {
-    "SEPARATOR": "data.corpus",
-    "VOCAB_SIZE": "data.corpus",
-    "Corpus": "data.corpus",
-    "DataConfig": "sections",
-    "describe_packing": "data.batches",
-    "evenly": "data.batches",
-    "held_out_batches": "data.batches",
-    "make_batches": "data.batches",
-    "open_corpus": "data.corpus",
-    "packing_metrics": "data.batches",
+    "Corpus": "hcp_jax.train.data.corpus",
+    "DataConfig": "hcp_jax.train.sections",
+    "SEPARATOR": "hcp_jax.train.data.corpus",
+    "VOCAB_SIZE": "hcp_jax.train.data.corpus",
+    "describe_packing": "hcp_jax.train.data.batches",
+    "evenly": "hcp_jax.train.data.batches",
+    "held_out_batches": "hcp_jax.train.data.batches",
+    "make_batches": "hcp_jax.train.data.batches",
+    "open_corpus": "hcp_jax.train.data.corpus",
+    "packing_metrics": "hcp_jax.train.data.batches",
 }
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"hcp_jax.train.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOME)
