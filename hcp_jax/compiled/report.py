@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hcp_jax.compiled import clock, hlo
+from hcp_jax.cost.mixers import stream_pairs
 from hcp_jax.cost.pairs import pairs_by_hop
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.step import stream_pairs
 from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, HALO, RING_HOP, STATE_SCAN
 from hcp_jax.hardware import Cluster, Path
 

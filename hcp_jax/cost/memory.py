@@ -17,7 +17,7 @@ effect. `hcp plan --verify` replaces these figures by those of the compiled prog
 import dataclasses
 
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.step import Split
+from hcp_jax.cost.split import Split
 
 
 @dataclasses.dataclass(frozen=True)

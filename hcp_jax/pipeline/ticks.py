@@ -36,7 +36,8 @@ from hcp_jax.dynamic.pipeline import make_schedule
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import lookup
 from hcp_jax.models.layers.loss import summed_cross_entropy
-from hcp_jax.models.transformer import abstract_model, apply_layers
+from hcp_jax.models.stacks import apply_layers
+from hcp_jax.models.transformer import abstract_model
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import as_tuple

@@ -6,7 +6,7 @@ what would not fit. The best split of every other comm type is compared with the
 
 from collections.abc import Callable, Sequence
 
-from hcp_jax.cost.step import Split
+from hcp_jax.cost.split import Split
 from hcp_jax.cost.traffic import COMM_TYPES, CommType
 from hcp_jax.hardware import INSIDE
 from hcp_jax.planner.candidate import Candidate

@@ -17,7 +17,8 @@ from hcp_jax.base.arguments import MOST_TOKENS
 from hcp_jax.cost.memory import estimate_memory
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.step import Split, estimate
+from hcp_jax.cost.split import Split
+from hcp_jax.cost.step import estimate
 from hcp_jax.cost.traffic import COMM_TYPES, Remat
 from hcp_jax.hardware import Cluster
 from hcp_jax.planner.candidate import USABLE, Candidate

@@ -26,25 +26,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import rich.console
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int64
 
 from hcp_jax import dynamic
-from hcp_jax.attention.strategy import compose, lanes_for, microbatch_lanes
+from hcp_jax.attention.strategy import lanes_for, microbatch_lanes
 from hcp_jax.compiled import hlo
-from hcp_jax.cost.traffic import ITEM_BYTES, SCOPES, Traffic
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.specs import AttentionSpec, Mixer
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.parallel.microbatch import flat_devices, place_microbatch
+from hcp_jax.parallel.microbatch import place_microbatch
 from hcp_jax.sequence import groupings
-from hcp_jax.sequence.packing import Microbatch, PackedMicrobatch
 from hcp_jax.train import data, evaluation
 from hcp_jax.train.batch import PlacedMicrobatch, PlacedStep
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data.batches import read, token_arrays
 from hcp_jax.train.data.streams import Segments
 from hcp_jax.train.dynamic import DynamicProgram
-from hcp_jax.train.losses import make_eval_loss
 from hcp_jax.train.optimizer import make_optimizer
 from hcp_jax.train.step import (
     abstract_state,
@@ -52,26 +48,17 @@ from hcp_jax.train.step import (
     make_train_step,
 )
 from hcp_jax.verify import measures, recurrences
+from hcp_jax.verify.documents import (
+    PackedDocuments,
+    in_buffers,
+    random_documents,
+    random_microbatch,
+    some_groupings,
+)
+from hcp_jax.verify.group_traffic import count_strays, needed_bytes, traffic_checks
 from hcp_jax.verify.measures import EXACT, Attended, Check
 
 _FILL = 2  # number of microbatches that the documents of each program fill
-_NO_TOKEN = 50.0  # value of slots without a token; it must not change results
-
-
-class PackedDocuments(NamedTuple):
-    """Microbatch with the lengths of its documents, which are numbered from 0 group by group."""
-
-    microbatch: Microbatch
-    lengths: Int64[np.ndarray, "n"]
-
-    def packed(self, tokens: int) -> tuple[PackedMicrobatch, Int64[np.ndarray, "D M"]]:
-        """Return its buffers, and the token number in each slot, or -1 for an empty slot.
-
-        Tokens are numbered over all documents, concatenated.
-        """
-        packed = dynamic.pack(self.microbatch, self.lengths, tokens)
-        begins = np.append(np.cumsum(self.lengths) - self.lengths, -1)
-        return packed, begins[packed.document] + packed.position
 
 
 class CorpusMicrobatch(NamedTuple):
@@ -104,7 +91,7 @@ def checks(
     model, tokens = small.model, small.parallel.dynamic.tokens
     contexts = {widest: dataclasses.replace(cp, widest_group=widest) for widest in menu}
     for context in contexts.values():
-        _needed_bytes(model, context, tokens)  # raises for unsupported programs before compiling
+        needed_bytes(model, context, tokens)  # raises for unsupported programs before compiling
     yield (
         "attention against each document alone in dense float64, largest error over largest value\n"
         f"(in float32, {tokens} tokens a device; of several groups one is full, one empty; at most "
@@ -136,7 +123,7 @@ def checks(
         yield (
             "bytes that all devices put into collectives, and what the algorithm needs\n"
             "(where nothing is needed and nothing moves, there is no row)",
-            _traffic(small, contexts, program, abstract.params, dict(placed)),
+            traffic_checks(small, contexts, program, abstract.params, dict(placed)),
         )
 
 
@@ -169,14 +156,14 @@ def _attention(
         for layer_cp, layers in measures.layers_by_comm_type(cp, model).items():
             lanes = lanes_for(layer_cp, model.num_heads // cp.axis_size(cp.tp))
             compiled, errors, strays = None, dict.fromkeys(Attended._fields, 0.0), 0
-            tried = _groupings(cp, widest, lanes)
+            tried = some_groupings(cp, widest, lanes)
             for grouping in tried:
-                batch, exact = _random_microbatch(layer_cp, model, grouping, lanes, tokens, rng)
+                batch, exact = random_microbatch(layer_cp, model, grouping, lanes, tokens, rng)
                 if compiled is None:
                     compiled = measures.attention.lower(
                         layer_cp, model.logits_soft_cap, model.implementation, batch
                     ).compile()
-                    strays = _strays(hlo.collectives(compiled.as_text() or ""), layer_cp)
+                    strays = count_strays(hlo.collectives(compiled.as_text() or ""), layer_cp)
                 for part, value in compiled(batch)._asdict().items():
                     found = np.asarray(value, np.float64).reshape(exact[part].shape)
                     errors[part] = max(errors[part], measures.relative(found, exact[part]))
@@ -195,20 +182,21 @@ def _recurrent(
     contexts: dict[int, ContextParallel], model: ModelConfig, tokens: int
 ) -> Iterator[Check]:
     rng = np.random.default_rng(0)
-    mixers = dict.fromkeys(spec.mixer for spec in model.specs if spec.mixer.recurrence)
-    for (widest, cp), mixer in itertools.product(contexts.items(), mixers):
-        recurrence = mixer.recurrence
-        assert recurrence is not None
+    mixers = {spec.mixer: spec.mixer.recurrence for spec in model.specs}
+    found_in = itertools.product(contexts.items(), mixers.items())
+    for (widest, cp), (mixer, recurrence) in found_in:
+        if recurrence is None:
+            continue
         errors: dict[str, float] = collections.defaultdict(float)
-        tried = _groupings(cp, widest, 1)
+        tried = some_groupings(cp, widest, 1)
         for grouping in tried:
-            held = _random_documents(grouping, 1, tokens, rng)
+            held = random_documents(grouping, 1, tokens, rng)
             packed, index = held.packed(tokens)
             positions = np.concatenate([np.arange(n) for n in (*held.lengths, 0)])[None]
             inputs = recurrences.random_inputs(rng, recurrence, positions.shape)
             exact = recurrences.sequential(recurrence, inputs, positions == 0)
             buffers = {
-                name: _in_buffers(x[0].astype(np.float32), index, 0.0 if name == "dout" else 1.0)
+                name: in_buffers(x[0].astype(np.float32), index, 0.0 if name == "dout" else 1.0)
                 for name, x in inputs.items()
             }
             batch = place_microbatch(cp, packed, buffers)
@@ -222,88 +210,6 @@ def _recurrent(
         cells["groupings"] = ", ".join(map(groupings.describe, tried))
         cells |= {name: f"{error:.1e}" for name, error in errors.items()}
         yield Check(cells, max(errors.values()) <= recurrences.EXACT)
-
-
-def _groupings(cp: ContextParallel, widest: int, lanes: int) -> list[groupings.Grouping]:
-    """Return groupings that the program serves: of its widest groups, and of mixed ones."""
-    devices = cp.axis_size(cp.flat_axes)
-    sizes = [n for n in groupings.chain(devices, cp.axis_size(cp.cp_inner), lanes) if n <= widest]
-    equal = (widest,) * (devices // widest)
-    narrow = sizes[0]
-    mixed = (*equal[1:], *(narrow,) * (widest // narrow))
-    return [equal] if mixed == equal else [equal, mixed]
-
-
-def _random_microbatch(
-    cp: ContextParallel,
-    model: ModelConfig,
-    grouping: groupings.Grouping,
-    lanes: int,
-    tokens: int,
-    rng: np.random.Generator,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return a batch for one layer's attention, and the exact results in its buffers."""
-    held = _random_documents(grouping, lanes, tokens, rng)
-    inputs = measures.random_inputs(rng, model, (int(held.lengths.sum()),))
-    packed, index = held.packed(tokens)
-    exact = {
-        part: _in_buffers(x, index, -np.inf if part == "lse" else 0.0)
-        for part, x in _alone(model, held.lengths, inputs)._asdict().items()
-    }
-    float32 = {
-        name: _in_buffers(x.astype(np.float32), index, _NO_TOKEN) for name, x in inputs.items()
-    }
-    batch = place_microbatch(cp, packed, float32, sliding_window=model.widest_window)
-    return batch, exact
-
-
-def _random_documents(
-    grouping: groupings.Grouping, lanes: int, tokens: int, rng: np.random.Generator
-) -> PackedDocuments:
-    """Return up to six random documents per group; a widest group is full, a narrowest empty."""
-    full, empty = grouping.index(max(grouping)), grouping.index(min(grouping))
-    if full == empty and len(grouping) > 1:
-        empty = full + 1
-    lengths: list[int] = []
-    documents = []
-    for group, size in enumerate(grouping):
-        most = size * tokens
-        total = most if group == full else 0 if group == empty else rng.integers(1, most + 1)
-        borders = np.unique([0, *rng.integers(0, total + 1, 5), total])
-        documents.append(tuple(range(len(lengths), len(lengths) + borders.size - 1)))
-        lengths += np.diff(borders).tolist()
-    return PackedDocuments(
-        Microbatch(grouping, tuple(documents), lanes), np.array(lengths, np.int64)
-    )
-
-
-def _alone(
-    model: ModelConfig, lengths: Int64[np.ndarray, "n"], inputs: dict[str, np.ndarray]
-) -> Attended:
-    """Compute dense float64 attention on each document by itself; concatenate the results."""
-    answers = []
-    for begin, length in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
-        # Pad to few different lengths, because each is compiled; the document does not see the
-        # padding after it.
-        tail = max(16, 1 << int(length - 1).bit_length()) - length
-        row = {
-            name: np.pad(x[begin : begin + length], ((0, tail), (0, 0), (0, 0)))[None]
-            for name, x in inputs.items()
-        }
-        with jax.enable_x64(True):
-            found = measures.attention(
-                None, model.logits_soft_cap, "reference", row | {"mask": model.mask()}
-            )
-        answers.append([np.asarray(x)[0, :length] for x in found])
-    return Attended(*map(np.concatenate, zip(*answers, strict=True)))
-
-
-def _in_buffers(
-    natural: Shaped[np.ndarray, "T ..."], index: Int64[np.ndarray, "D M"], otherwise: float
-) -> Shaped[np.ndarray, "D M ..."]:
-    """Move values of concatenated tokens to their slots; `otherwise` fills the empty slots."""
-    inside = (index >= 0).reshape(*index.shape, *[1] * (natural.ndim - 1))
-    return np.where(inside, natural[index], np.asarray(otherwise, natural.dtype))
 
 
 def _corpus_microbatches(
@@ -348,7 +254,7 @@ def _placed(
 ) -> PlacedMicrobatch:
     """Put a microbatch into the buffers of its groups, as input for a program of the menu."""
     packed, index = text.held.packed(config.parallel.dynamic.tokens)
-    corpus_index = _in_buffers(text.corpus_index, index, 0)
+    corpus_index = in_buffers(text.corpus_index, index, 0)
     arrays = read(token_arrays(corpus, corpus_index, config.model.mtp_depths))
     window = config.model.widest_window
     widest = text.held.microbatch.widest
@@ -391,90 +297,3 @@ def _one_step(
     step = make_train_step(model, config.optimizer, config.steps, accumulation=portions)
     _, single = step(state, whole)
     yield from measures.same_step(jax.device_get(many), jax.device_get(single))
-
-
-def _traffic(
-    config: TrainConfig,
-    contexts: dict[int, ContextParallel],
-    program: DynamicProgram,
-    params: Any,
-    batches: dict[Any, Any],
-) -> Iterator[Check]:
-    for widest, cp in contexts.items():
-        eval_loss: Any = make_eval_loss(config.model, cp)
-        forward = eval_loss.lower(params, batches[widest]).compile()
-        needed = _needed_bytes(config.model, cp, config.parallel.dynamic.tokens)
-        # As for streams, backward moves at least as much again as forward.
-        for name, compiled, times in (
-            ("forward", forward, 1),
-            ("step", program.menu.programs[widest], 2),
-        ):
-            found = hlo.collectives(compiled.as_text())
-            for scope in SCOPES:
-                scoped = [c for c in found if scope in c.op_name]
-                if not scoped and not needed[scope]:
-                    continue
-                moved, least, exact = _moved(scoped, cp), times * needed[scope], times == 1
-                strays = _strays(scoped, cp)
-                cells = measures.traffic_cells(
-                    scope, scoped, int(moved.sum()), least * cp.mesh.size, exact
-                )
-                enough = (moved == least).all() if exact else (moved >= least).all()
-                yield Check(
-                    {
-                        "widest": str(widest),
-                        "program": name,
-                        **cells,
-                        "strays": str(strays),
-                    },
-                    bool(enough) and strays == 0,
-                )
-
-
-def _needed_bytes(model: ModelConfig, cp: ContextParallel, tokens: int) -> dict[str, int]:
-    """Return the bytes that a device puts into each scope's collectives in a float32 forward."""
-    needed = dict.fromkeys(SCOPES, 0)
-    for layer in model.computed_layers:
-        for moved in _listed(model.specs[layer].mixer, cp.for_layer(layer), tokens):
-            if moved.direction == "forward":
-                needed[moved.scope] += moved.count * moved.bytes
-    return needed
-
-
-def _listed(mixer: Mixer, cp: ContextParallel, tokens: int) -> Sequence[Traffic]:
-    """List the collectives of a layer's mixer, of float32 values and `tokens` slots a device."""
-    if not isinstance(mixer, AttentionSpec):
-        return mixer.traffic(cp, rows=cp.axis_size(cp.dp), tokens=tokens * cp.size)
-    tp = cp.axis_size(cp.tp)
-    return compose(cp, mixer.num_heads // tp).traffic(
-        tokens=tokens,
-        heads=mixer.num_heads // tp,
-        kv_heads=mixer.num_kv_heads // tp,
-        head_size=mixer.head_size,
-        item_bytes=ITEM_BYTES["float32"],
-    )
-
-
-def _moved(found: Sequence[hlo.Collective], cp: ContextParallel) -> Int64[np.ndarray, "D"]:
-    """Return the bytes that each device puts in, by its number in the compiled program."""
-    moved = np.zeros(cp.mesh.size, np.int64)
-    for c in found:
-        members = [device for group in c.groups if len(group) > 1 for device in group]
-        moved[[source for source, _ in c.pairs] or members] += c.bytes * c.count
-    return moved
-
-
-def _strays(found: Sequence[hlo.Collective], cp: ContextParallel) -> int:
-    """Count the collectives that join devices of several blocks, or of several parts of tp."""
-    numbers = _numbers(cp)
-    home = np.zeros(cp.mesh.size, np.int64)
-    first = np.arange(len(numbers))[:, None] // cp.placement.reach
-    home[numbers] = first * numbers.shape[1] + np.arange(numbers.shape[1])
-    return sum(
-        c.count for c in found if any(np.unique(home[list(group)]).size > 1 for group in c.groups)
-    )
-
-
-def _numbers(cp: ContextParallel) -> Int64[np.ndarray, "D lanes"]:
-    """Return the numbers, in a compiled program, of each group device and its tp parts."""
-    return flat_devices(cp, np.arange(cp.mesh.size).reshape(cp.mesh.devices.shape))

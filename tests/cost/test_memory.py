@@ -6,7 +6,7 @@ from hcp_jax import hardware
 from hcp_jax.cost.memory import estimate_memory
 from hcp_jax.cost.models import model_fields, model_shape
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.step import Split
+from hcp_jax.cost.split import Split
 from hcp_jax.hardware import Cluster
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.config import ParallelConfig

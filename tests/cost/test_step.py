@@ -6,7 +6,8 @@ import pytest
 
 from hcp_jax import hardware
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.step import Split, estimate, path
+from hcp_jax.cost.split import Split, path
+from hcp_jax.cost.step import estimate
 from hcp_jax.cost.traffic import COMM_TYPES, STRATEGIES, layer_traffic, total
 from hcp_jax.hardware import Cluster
 

@@ -11,7 +11,7 @@ from hcp_jax.compiled.clock import Schedule
 from hcp_jax.compiled.report import Audit, Memory, Moved
 from hcp_jax.cost.memory import estimate_memory
 from hcp_jax.cost.models import model_shape
-from hcp_jax.cost.step import Split
+from hcp_jax.cost.split import Split
 from hcp_jax.hardware import Cluster
 from hcp_jax.planner import audit
 from tests.compiled import needs_cuda_compiler

@@ -5,7 +5,8 @@ import pytest
 from hcp_jax import hardware
 from hcp_jax.cost.memory import MemoryEstimate
 from hcp_jax.cost.models import model_shape
-from hcp_jax.cost.step import Split, estimate
+from hcp_jax.cost.split import Split
+from hcp_jax.cost.step import estimate
 from hcp_jax.planner.candidate import Candidate
 
 COST = estimate(

@@ -8,7 +8,7 @@ import pytest
 
 import hcp_jax as hcp
 from hcp_jax.cost.models import model_shape
-from hcp_jax.cost.step import Split
+from hcp_jax.cost.split import Split
 from hcp_jax.cost.traffic import COMM_TYPES
 from hcp_jax.planner import search
 from hcp_jax.planner.explain import describe_strategy

@@ -9,7 +9,7 @@ import pytest
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
-from hcp_jax.models.transformer import real_tokens
+from hcp_jax.models.stacks import real_tokens
 from hcp_jax.train import data
 from hcp_jax.train.losses import summed_losses, values
 from hcp_jax.train.sections import OptimizerConfig

@@ -17,7 +17,7 @@ from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.parallel.peers import Peers
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.data import DataConfig
-from hcp_jax.verify import groups
+from hcp_jax.verify import documents, group_traffic, groups
 from tests.verify.test_streams import MODEL
 
 MENU = [4, 1]
@@ -88,12 +88,16 @@ def test_a_collective_that_leaves_its_group_is_a_stray_wherever_the_mesh_puts_it
     inside = collective("collective-permute", ((0, 1), (2, 3)), ((0, 1), (1, 0), (2, 3), (3, 2)))
     across = collective("collective-permute", ((1, 4),), ((1, 4), (4, 1)))
     across_tp = collective("all-to-all", ((0, 2), (1, 3)))
-    assert groups._strays([inside], cp) == 0
-    assert groups._strays([inside, across], cp) == groups._strays([across_tp], cp) == 3
-    assert groups._moved([inside, across], cp).tolist() == [30, 60, 30, 30, 30, 0, 0, 0]
-    assert groups._moved([across_tp], cp).tolist() == [30] * 4 + [0] * 4
+    assert group_traffic.count_strays([inside], cp) == 0
+    assert (
+        group_traffic.count_strays([inside, across], cp)
+        == group_traffic.count_strays([across_tp], cp)
+        == 3
+    )
+    assert group_traffic.moved_bytes([inside, across], cp).tolist() == [30, 60, 30, 30, 30, 0, 0, 0]
+    assert group_traffic.moved_bytes([across_tp], cp).tolist() == [30] * 4 + [0] * 4
     kv_bytes = 2 * 8 * MODEL.num_kv_heads // 2 * MODEL.head_dim * 4
-    assert groups._needed_bytes(MODEL, cp, 8)["ring_hop"] == MODEL.num_layers * kv_bytes
+    assert group_traffic.needed_bytes(MODEL, cp, 8)["ring_hop"] == MODEL.num_layers * kv_bytes
 
 
 def test_groups_that_cannot_have_a_comm_type_are_told_before_anything_compiles(config):
@@ -107,7 +111,7 @@ def test_groups_that_cannot_have_a_comm_type_are_told_before_anything_compiles(c
     ("grouping", "lanes"), [((8,), 2), ((4, 4), 4), ((4, 2, 2), 1), ((1,) * 8, 1)]
 )
 def test_random_documents_fill_one_group_and_leave_one_of_several_empty(grouping, lanes):
-    held = groups._random_documents(grouping, lanes, 31, np.random.default_rng(0))
+    held = documents.random_documents(grouping, lanes, 31, np.random.default_rng(0))
     numbers = [d for group in held.microbatch.documents for d in group]
     assert numbers == list(range(held.lengths.size))
     tokens = [int(held.lengths[list(group)].sum()) for group in held.microbatch.documents]
