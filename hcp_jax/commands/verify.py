@@ -49,6 +49,11 @@ def run(args: argparse.Namespace) -> int:
     from hcp_jax.verify import groups, streams
 
     if args.kernels:
+        if args.config is not None:
+            raise ValueError(
+                "--kernels checks the GPU kernels, whatever the config: leave out "
+                f"{args.config}, or leave out --kernels to check the config."
+            )
         return _check_kernels()
     config = _config(args)
     console = tables.console()

@@ -14,3 +14,5 @@ def test_kernels_are_checked_on_a_gpu_only():
     assert verify.num_devices(args) == 1
     with pytest.raises(ValueError, match="on a GPU, and this is 'cpu'"):
         verify.run(args)
+    with pytest.raises(ValueError, match=r"leave out configs/quickstart\.yaml, or"):
+        verify.run(parser.parse_args(["configs/quickstart.yaml", "--kernels"]))
