@@ -19,16 +19,19 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from hcp_jax.cli import set_up_platform
 from hcp_jax.train import config as configuration
 
+if TYPE_CHECKING:
+    from hcp_jax.train.batch import Batch, PlacedMicrobatch
+
 
 def main() -> None:
-    """Compiles both, runs the steps in turn, and prints what they took."""
+    """Compile both, run the steps in turn, and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     configuration.add_arguments(parser)
     parser.add_argument("--count", type=int, default=8, help="steps that are timed")
@@ -93,7 +96,7 @@ class Dynamic:
         self.timed: list[dict[str, Any]] = []
 
     def documents(self):
-        """The documents of every step, as pairs of a token and its target."""
+        """Yield the documents of every step, as pairs of a token and its target."""
         self._planned = iter(self.program._planned)
         for planned in iter(self.program._planned):
             numbers = (d for mb in planned for group in mb.documents for d in group)
@@ -104,7 +107,7 @@ class Dynamic:
         return np.stack([corpus.tokens_at(places), corpus.targets_at(places)], axis=1)
 
     def step(self, documents: Sequence[np.ndarray]) -> int:
-        """Makes the next step, which has these documents; the number of its microbatches."""
+        """Make the next step, of these documents; return the number of its microbatches."""
         import jax
 
         batch = self.program.next_batch()
@@ -116,7 +119,12 @@ class Dynamic:
             seconds = time.perf_counter() - began
             lengths = [[int(sizes[d]) for d in group] for group in planned.documents]
             self.timed.append(
-                {"layout": planned.layout, "lengths": lengths, "tokens": tokens, "seconds": seconds}
+                {
+                    "grouping": planned.grouping,
+                    "lengths": lengths,
+                    "tokens": tokens,
+                    "seconds": seconds,
+                }
             )
         self.state, metrics = self.program.menu.update(self.state, sums)
         jax.block_until_ready(self.state)
@@ -124,7 +132,7 @@ class Dynamic:
         return len(batch.microbatches)
 
     def largest(self, other: "Fixed") -> float:
-        """The largest difference between the losses of both."""
+        """Return the largest difference between the losses of both."""
         return float(np.max(np.abs(np.subtract(self.losses, other.losses))))
 
 
@@ -152,7 +160,7 @@ class Fixed:
         self.losses: list[float] = []
 
     def step(self, documents: Sequence[np.ndarray]) -> int:
-        """Makes a step with these documents; the number of its microbatches."""
+        """Make a step of these documents; return the number of its microbatches."""
         import jax
 
         rows = self._best_fit(documents)
@@ -181,7 +189,8 @@ class Fixed:
         from hcp_jax.train.batch import PlacedMicrobatch
 
         rows = [*held, *[[]] * (self.rows - len(held))]
-        return PlacedMicrobatch("rows", self.cp.shard_batch(self._packed(rows)))
+        batch = cast("Batch", self.cp.shard_batch(self._packed(rows)))
+        return PlacedMicrobatch("rows", batch)
 
     def _packed(self, rows: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
         from hcp_jax.sequence.mask import documents

@@ -51,7 +51,7 @@ def main() -> None:
         draw(found, args.plot)
 
 
-def curves(seed: int, steps: int) -> Iterator[dict[str, float]]:
+def curves(seed: int, steps: int) -> Iterator[dict[str, float | str]]:
     """Yield the losses of each step of the three ways."""
     import jax
     import jax.numpy as jnp
