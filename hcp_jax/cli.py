@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` if None) and return the exit code."""
     logging.basicConfig(handlers=[terminal.log_handler()], level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        return _complete()
     terminated = 0 if argv[:1] == ["train"] else 143
     try:
         with watch.interruptible(terminated=terminated):
@@ -160,6 +162,24 @@ def _run(argv: list[str]) -> int:
             module.keep_programs(args)
     code: int = module.run(args)
     return code
+
+
+def _complete() -> int:
+    """Answer a shell that asks, by argcomplete's environment variables, which words may come next.
+
+    Only the command that the line names is imported, so an answer takes well under a second.
+    """
+    if importlib.util.find_spec("argcomplete") is None:
+        return 2
+    words = os.environ.get("COMP_LINE", "").split()
+    parser = _Parser(prog="hcp")
+    commands = parser.add_subparsers()
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.summary)
+        if name in words[1:2]:
+            importlib.import_module(command.module).add_arguments(subparser)
+    importlib.import_module("argcomplete").autocomplete(parser)
+    return 0
 
 
 def set_up_platform(num_devices: int | None = None) -> None:

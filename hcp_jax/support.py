@@ -1,10 +1,10 @@
-"""Generate the README's table of what is supported, by calling the code that decides it.
+"""Generate the table of what is supported, by calling the code that decides it.
 
-    python -m hcp_jax.support README.md
+    python -m hcp_jax.support docs/comm-types.md
 
 For every strategy, layout, mask and head shape, attention and its gradient are traced on eight
 simulated devices, with sinks, a soft cap, v heads of another size and lse as a second output. The
-table says "yes" unless the call raises. It lies between two marks in the README; a test generates
+table says "yes" unless the call raises. It lies between two marks on that page; a test generates
 it again and compares. tests/attention checks that the numbers are right.
 """
 
@@ -177,6 +177,6 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", OUTER * INNER)
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m hcp_jax.support README.md")
+        sys.exit("usage: python -m hcp_jax.support docs/comm-types.md")
     path = pathlib.Path(sys.argv[1])
     path.write_text(insert_table(path.read_text(), markdown()))

@@ -275,3 +275,27 @@ def test_the_train_command_trains_and_resumes_on_simulated_devices(tmp_path):
     again = hcp("train", "--resume", "latest", "--run_dir", str(tmp_path / "runs"), "--steps", "6")
     assert again.returncode == 2
     assert "quickstart-001 has made all its 6 steps" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("hcp ver", {"verify "}),
+        ("hcp train quickstart-", {"quickstart-moe "}),
+        ("hcp train quickstart --optimizer.schedule w", {"wsd "}),
+        ("hcp plan --gpus", {"--gpus-per-host "}),
+    ],
+)
+def test_a_shell_is_told_which_words_may_come_next(line, words, tmp_path):
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+    }
+    subprocess.run([sys.executable, "-m", "hcp_jax.cli"], env=os.environ | asked, check=True)
+    assert set(answer.read_text().split("\n")) == words

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pathlib
 
 import pytest
@@ -21,3 +22,17 @@ def test_the_examples_are_true(module):
     outcome = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
     assert outcome.attempted > 0
     assert outcome.failed == 0
+
+
+def test_every_public_name_has_an_example():
+    """Those of `hcp`, of its rooms, and what a user calls of a `ContextParallel`."""
+    public = {}
+    for name in hcp_jax.__all__:
+        found = getattr(hcp_jax, name)
+        inside = {f"{name}.{n}": getattr(found, n) for n in getattr(found, "__all__", ())}
+        public |= inside or {name: found}
+    methods = "describe padded_length place positions roll shard shard_batch shard_buffers unshard unshard_buffers"
+    public |= {name: getattr(hcp_jax.ContextParallel, name) for name in methods.split()}
+    public["Pipeline"] = importlib.import_module("hcp_jax.pipeline.ticks").Pipeline
+    assert len(public) > 50
+    assert [name for name, found in public.items() if ">>> " not in inspect.getdoc(found)] == []

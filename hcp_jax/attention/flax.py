@@ -83,7 +83,8 @@ def attention_fn(
         if dropout_rate > 0.0 and not deterministic:
             raise NotImplementedError(
                 f"attention dropout (rate {dropout_rate}) is not supported; set dropout_rate=0 and "
-                "put dropout after the layer."
+                "put dropout after the layer. docs/adapters.md has one that drops the same entries "
+                "on every mesh."
             )
         if module is not None:
             raise NotImplementedError(

@@ -12,11 +12,19 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 MOST_TOKENS = 2**31 - 1
 """Longest stream; token positions are int32."""
+
+
+def completed(action: argparse.Action, words: Sequence[str]) -> None:
+    """Let a shell complete the value of an argument to one of `words`; other values stay allowed.
+
+    `argcomplete`, which `hcp` uses if it is installed, looks for this attribute.
+    """
+    action.completer = lambda **_: words  # type: ignore[attr-defined]
 
 
 def length(text: str) -> int:

@@ -18,6 +18,7 @@ from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hosts import cluster
 from hcp_jax.train.hosts.signals import Signals
 from hcp_jax.train.hosts.watchdog import Peers
+from hcp_jax.train.metrics import wandb
 
 if TYPE_CHECKING:
     from hcp_jax.train.steps import Outcome
@@ -163,6 +164,7 @@ def require_can_begin(config: TrainConfig, folder: pathlib.Path | None, simulate
         ValueError: says what is wrong, and what to do.
     """
     here.require_filled_in(config)
+    wandb.require_installed(config.log.wandb)
     here.require_runs_here(config, simulated)
     if folder is None:
         try:

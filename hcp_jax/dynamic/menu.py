@@ -125,6 +125,10 @@ def schedule_batches(
 
     Raises:
         ValueError: as `schedule`; and if there are no batches.
+
+    >>> steps = schedule_batches([[900, 300], [500, 100]], num_devices=8, max_tokens_per_device=256)
+    >>> len(steps)
+    2
     """
     if not batches:
         raise ValueError("schedule_batches needs at least one batch.")

@@ -44,6 +44,12 @@ class Schedule:
         microbatches: microbatches in the order in which they run.
         cost: cost model of the seconds.
         sizes: widths that programs could have, on the menu or not; the bound is for all of them.
+
+    >>> from hcp_jax import dynamic
+    >>> plan = dynamic.schedule([900, 300, 200, 100], num_devices=8, max_tokens_per_device=256)
+    >>> plan.check()
+    >>> sorted(d for mb in plan.microbatches for group in mb.documents for d in group)
+    [0, 1, 2, 3]
     """
 
     lengths: tuple[int, ...]

@@ -231,7 +231,13 @@ class ContextParallel:
         return NamedSharding(self.mesh, self.spec(ndim, dim))
 
     def padded_length(self, length: int) -> int:
-        """Return the length of a stream of `length` tokens after padding for this layout."""
+        """Return the length of a stream of `length` tokens after padding for this layout.
+
+        >>> import hcp_jax as hcp
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> cp.padded_length(100)  # two chunks for each of 8 devices
+        112
+        """
         return self.placement.padded_length(checks.integer("length", length, least=0))
 
     def shard(self, x: Array | np.ndarray | Gathered, dim: int = 1) -> jax.Array:
@@ -248,6 +254,12 @@ class ContextParallel:
 
         Raises:
             ValueError: if dp does not divide the batch.
+
+        >>> import hcp_jax as hcp, numpy as np
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> tokens = cp.shard(np.arange(16)[None])
+        >>> tokens[0, :4].tolist()  # what the first two devices hold
+        [0, 15, 1, 14]
         """
         self.placement.require_streams("cp.shard")
         return placing.shard(self, x, dim)
@@ -259,6 +271,11 @@ class ContextParallel:
             x: an array in the layout.
             dim: the sequence dim.
             length: the length before padding, to cut the result to; keep the padding if None.
+
+        >>> import hcp_jax as hcp, numpy as np
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> cp.unshard(cp.shard(np.arange(10)[None]), length=10)[0].tolist()
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
         """
         self.placement.require_streams("cp.unshard")
         return placing.unshard(self, x, dim, length)
@@ -294,6 +311,12 @@ class ContextParallel:
         """Reorder every array of a tree back to natural order; undo `shard_buffers`.
 
         Args and errors are those of `shard_buffers`. Works on results and gradients, too.
+
+        >>> import hcp_jax as hcp, numpy as np
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> tree = {"x": np.arange(16.0)[None]}
+        >>> cp.unshard_buffers(cp.shard_buffers(tree, 1), 1)["x"][0, :3].tolist()
+        [0.0, 1.0, 2.0]
         """
         self.placement.require_streams("cp.unshard_buffers")
         return map_buffers(self.unshard, tree, seq_dims, self.padded_length)
@@ -312,6 +335,12 @@ class ContextParallel:
 
         Raises:
             ValueError: if the arrays have different lengths, or dp does not divide the batch.
+
+        >>> import hcp_jax as hcp, numpy as np
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> batch = {"tokens": np.ones((2, 50), np.int32), "mask": hcp.causal()}
+        >>> cp.shard_batch(batch)["tokens"].shape
+        (2, 64)
         """
         self.placement.require_streams("cp.shard_batch")
         return placing.shard_batch(self, batch)
@@ -336,7 +365,13 @@ class ContextParallel:
         return placing.place_mask(self, mask, length, key_length)
 
     def positions(self, length: int) -> Int32[jax.Array, "1 T"]:
-        """Return the global index of every token of a stream, in the layout; for RoPE."""
+        """Return the global index of every token of a stream, in the layout; for RoPE.
+
+        >>> import hcp_jax as hcp
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> cp.positions(16)[0, :4].tolist()
+        [0, 15, 1, 14]
+        """
         self.placement.require_streams("cp.positions")
         return placing.positions(self, length)
 
@@ -350,13 +385,25 @@ class ContextParallel:
             x: an array in the layout.
             shift: number of tokens to shift by; -1 replaces each token by the next one.
             dim: the sequence dim.
+
+        >>> import hcp_jax as hcp, numpy as np
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> targets = cp.roll(cp.shard(np.arange(16)[None]), -1)
+        >>> cp.unshard(targets)[0, :4].tolist()
+        [1, 2, 3, 4]
         """
         self.placement.require_streams("cp.roll")
         shift = checks.integer("shift", shift)
         return placing.roll(self, x, shift, checks.dimension("dim", dim, x.ndim))
 
     def describe(self) -> str:
-        """Describe the mesh, the groups and the link of each axis, the comm types and the core."""
+        """Describe the mesh, the groups and the link of each axis, the comm types and the core.
+
+        >>> import hcp_jax as hcp
+        >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+        >>> print(cp.describe().splitlines()[0])
+        8 devices (cpu), context parallel size 8, zigzag layout
+        """
         return describe(self)
 
     @property

@@ -85,6 +85,14 @@ def place_microbatch(
         ValueError: if a group of packed does not lie in a block of the widest group, if packed
             lacks buffers that this process needs or has more key runs than the program is compiled
             for, or if an array has another shape.
+
+    >>> import numpy as np, hcp_jax as hcp
+    >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), widest_group=8)
+    >>> plan = hcp.dynamic.schedule([90, 30, 20], num_devices=8, max_tokens_per_device=32)
+    >>> packed = hcp.dynamic.pack(plan.microbatches[0], plan.lengths, 32)
+    >>> tokens = np.maximum(packed.document, 0)  # [D, M]
+    >>> hcp.place_microbatch(cp, packed, {"tokens": tokens})["tokens"].shape  # [dp, C·M]
+    (1, 256)
     """
     _require_blocks(cp, packed.grouping)
     needed = own_devices(cp)

@@ -131,7 +131,11 @@ class Mask:
 
 
 def causal() -> Mask:
-    """Build the causal mask: query i sees keys `[0, i+1)`."""
+    """Build the causal mask: query i sees keys `[0, i+1)`.
+
+    >>> causal().intervals(3).end.tolist()
+    [[1, 2, 3]]
+    """
     return Mask((Causal(),))
 
 
@@ -139,6 +143,9 @@ def bidirectional() -> Mask:
     """Build the mask under which every query sees every key.
 
     That includes padding: if there is any, combine this mask with `lengths`.
+
+    >>> bidirectional().intervals(3).end.tolist()
+    [[3, 3, 3]]
     """
     return Mask()
 
@@ -167,6 +174,9 @@ def chunked_local(chunk: int) -> Mask:
 
     Raises:
         ValueError: if `chunk` is less than 1.
+
+    >>> chunked_local(2).intervals(4).start.tolist()
+    [[0, 0, 2, 2]]
     """
     chunk = checks.integer("chunk of chunked_local", chunk, least=1)
     return Mask((ChunkedLocal(min(chunk, NO_LIMIT)),))
@@ -180,6 +190,9 @@ def prefix_lm(prefix_length: int | Integer[jax.Array | np.ndarray, "B"]) -> Mask
 
     Raises:
         ValueError: unless they are integers, 0 or greater (not checked where they are traced).
+
+    >>> prefix_lm(3).intervals(4).end.tolist()
+    [[3, 3, 3, 4]]
     """
     return Mask((PrefixLM(_per_row("prefix_length of prefix_lm", prefix_length)),))
 

@@ -43,6 +43,10 @@ class Microbatch:
         grouping: group sizes in devices, in device order; each is a multiple of `lanes`.
         documents: for each group, the indices of its documents in the schedule's lengths.
         lanes: devices of a member, which exchange heads with each other.
+
+    >>> microbatch = Microbatch((4, 2, 2), ((0,), (1, 3), (2,)))
+    >>> microbatch.widest, microbatch.lengths([90, 30, 40, 10])
+    (4, ((90,), (30, 10), (40,)))
     """
 
     grouping: groupings.Grouping
@@ -74,6 +78,10 @@ class PackedMicrobatch:
             start = end = 0.
         runs: the key runs of *all* devices of the grouping, a row for each.
         lanes: devices of a member.
+
+    >>> packed = pack(Microbatch((2, 1), ((0,), (1,))), [6, 3], 4)
+    >>> packed.document.tolist()
+    [[0, 0, 0, -1], [0, 0, 0, -1], [1, 1, 1, -1]]
     """
 
     grouping: groupings.Grouping
@@ -107,6 +115,9 @@ def max_runs(max_tokens_per_device: int) -> int:
 
     It is two for every document of a group of several members, since cutting a member's runs at the
     ends of its devices' buffers gives no device more runs than the member has.
+
+    >>> max_runs(2048), max_runs(8192)
+    (128, 512)
     """
     return 2 * max_documents(max_tokens_per_device)
 

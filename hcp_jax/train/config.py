@@ -2,8 +2,8 @@
 
 Each section is a dataclass of its own; this module puts them together, reads and writes them.
 `reading` turns a file into plain values, and `msgspec` turns those into the declared types: neither
-imports, opens or runs anything that a value names. This module rewrites msgspec's errors as one
-line with the file and the nearest right name.
+imports or runs anything that a value names, and `include` opens YAML files only. This module
+rewrites msgspec's errors as one line with the file and the nearest right name.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import msgspec
 import yaml
 
 from hcp_jax.base import reading, shipped
-from hcp_jax.base.arguments import parse_length
+from hcp_jax.base.arguments import completed, parse_length
 from hcp_jax.base.settings import MOST, check, fixed, free, numbers
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.config import ParallelConfig
-from hcp_jax.train import config_keys
+from hcp_jax.train import config_files, config_keys
 from hcp_jax.train.sections import (
     CheckpointConfig,
     DataConfig,
@@ -142,19 +142,20 @@ class TrainConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the config file, and one option for each of its keys, to a command's parser."""
-    parser.add_argument(
+    config = parser.add_argument(
         "config",
         nargs="?",
         type=pathlib.Path,
         help="a YAML file, or the name of one that comes with hcp_jax, such as quickstart",
     )
+    completed(config, shipped.names())
     parser.usage = "%(prog)s [config] [--key value ...]"  # a list of all keys would fill a page
     keys = parser.add_argument_group(
         "configuration",
         "Each key of the file can be given here, too, and replaces the file's value.",
     )
     for key, kind, text in config_keys.keys(TrainConfig):
-        keys.add_argument(
+        option = keys.add_argument(
             f"--{key}",
             dest="overrides",
             action="append",
@@ -162,6 +163,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=config_keys.metavar(kind),
             help=text.replace("%", "%%"),
         )
+        words = config_keys.choices(kind)
+        if words:
+            completed(option, words)
 
 
 def from_arguments(args: argparse.Namespace) -> TrainConfig:
@@ -172,7 +176,7 @@ def from_arguments(args: argparse.Namespace) -> TrainConfig:
 def load(
     path: str | os.PathLike[str] | None = None, overrides: Sequence[tuple[str, str]] = ()
 ) -> TrainConfig:
-    """Read a config.
+    """Read a config, with the files that it includes (`config_files.py`).
 
     Args:
         path: a YAML file, or the name of a config that comes with the package, such as
@@ -184,12 +188,15 @@ def load(
         ValueError: if the file is not YAML, or if a key is unknown or has a value of the wrong
             type; names the key, the file and the nearest right key.
         FileNotFoundError: if there is no such file.
+
+    >>> from hcp_jax.train import config
+    >>> config.load("quickstart", [("steps", "3")]).steps
+    3
     """
     values: dict[str, Any] = {}
     if path is not None:
         path = shipped.find(path)
-        values = {"name": pathlib.Path(path).stem, **_read_yaml(path)}
-        config_keys.require_known(values, TrainConfig, str(path))
+        values = {"name": path.stem, **config_files.read(path, _require_known)}
     kinds = {key: kind for key, kind, _ in config_keys.keys(TrainConfig)}
     for key, text in overrides:
         if key not in kinds:
@@ -287,13 +294,8 @@ def _from_text(text: str, kind: Any, key: str) -> Any:
     return text
 
 
-def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    values = reading.read_yaml(path)
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}.")
-    return values
+def _require_known(values: Mapping[str, Any], origin: str) -> None:
+    config_keys.require_known(values, TrainConfig, origin)
 
 
 def _pair(key: str, text: str) -> tuple[str, str]:

@@ -76,7 +76,7 @@ def explain(message: str, values: Mapping[str, Any], cls: type) -> str:
         absent = [f.name for f in dataclasses.fields(part) if _required(f) and f.name not in value]
         if absent:
             return f"{key} needs {', '.join(absent)}, too."
-    near = difflib.get_close_matches(str(value)[:_SHOWN], _choices(kinds[key]), 1)
+    near = difflib.get_close_matches(str(value)[:_SHOWN], choices(kinds[key]), 1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{key} must be {_describe_type(kinds[key])}, got {_short(value)}{hint}"
 
@@ -148,10 +148,13 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _choices(kind: Any) -> list[str]:
+def choices(kind: Any) -> list[str]:
+    """Return the values that a type has, as text, if they are few; otherwise nothing."""
+    if kind is bool:
+        return ["true", "false"]
     if typing.get_origin(kind) is typing.Literal:
         return [str(value) for value in typing.get_args(kind)]
-    return [c for k in typing.get_args(kind) for c in _choices(k)]
+    return [c for k in typing.get_args(kind) for c in choices(k)]
 
 
 def _describe_type(kind: Any) -> str:

@@ -22,6 +22,7 @@ from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.evaluation import Evaluation
 from hcp_jax.train.hosts.kv_store import Messages
 from hcp_jax.train.metrics import metrics
+from hcp_jax.train.metrics.wandb import Wandb
 from hcp_jax.train.program import Program
 from hcp_jax.train.step import TrainState
 
@@ -55,7 +56,11 @@ class RunFolder:
             written.write_text(configuration.dump(config))
             written.replace(path / "config.yaml")
             go_on = config.checkpoint.on_error == "continue"
-            self._recorder = metrics.Recorder(path, start, config.log.tensorboard, go_on)
+            project = config.log.wandb
+            tracker = (
+                None if project is None else Wandb(project, path, configuration.flatten(config))
+            )
+            self._recorder = metrics.Recorder(path, start, config.log.tensorboard, go_on, tracker)
 
     def __enter__(self) -> "RunFolder":
         return self

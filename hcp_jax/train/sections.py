@@ -205,10 +205,13 @@ class LogConfig:
         every: steps between two lines of output if it is not a terminal (a terminal shows a
             progress bar). metrics.jsonl and TensorBoard have every step.
         tensorboard: whether to write TensorBoard events, too.
+        wandb: the project of Weights & Biases to send the same numbers to, too (needs the extra
+            `wandb`; WANDB_MODE=offline sends nothing); None: none.
     """
 
     every: int = field(default=10, metadata=free(least=1, most=MOST))
     tensorboard: bool = field(default=True, metadata=free())
+    wandb: str | None = field(default=None, metadata=free())
 
     def __post_init__(self) -> None:
         check(self, "log.")

@@ -31,6 +31,11 @@ class Run:
         config: values by dotted key, such as "model.num_layers".
         steps: the metrics of each step.
         evaluations: the results of each evaluation.
+
+    >>> steps = [{"step": i, "loss": 3.0 - i, "tokens_per_second": 9.0} for i in range(3)]
+    >>> run = Run("long-000", {"seq_len": 4096}, steps, evaluations=[])
+    >>> run.column("loss").tolist(), run.counts.all()
+    ([3.0, 2.0, 1.0], np.True_)
     """
 
     name: str
@@ -54,6 +59,10 @@ def read_run(folder: str | pathlib.Path) -> Run:
 
     Raises:
         ValueError: if it is not a run folder, or has no steps.
+
+    >>> read_run("no-such-folder")
+    Traceback (most recent call last):
+    ValueError: no-such-folder is no run folder: it has no config.yaml.
     """
     folder = pathlib.Path(folder)
     if not (folder / "config.yaml").is_file():
@@ -87,6 +96,11 @@ def draw_loss(one: Run, title: str = "") -> Figure:
     """Draw the loss over the steps, its mean over the last of them, and held-out loss.
 
     The last mean is the number that the console ends with.
+
+    >>> steps = [{"step": i, "loss": 3.0 - i, "tokens_per_second": 9.0} for i in range(3)]
+    >>> run = Run("long-000", {"seq_len": 4096}, steps, evaluations=[])
+    >>> draw_loss(run, "a run").axes[0].get_xlabel()
+    'step'
     """
     step, loss, counts = one.column("step"), one.column("loss"), one.counts
     width = records.averaged_steps(int(step[-1]) + 1)
@@ -121,6 +135,11 @@ def draw_by_position(evaluations: list[dict[str, Any]], title: str = "") -> Figu
 
     Raises:
         ValueError: if there are none.
+
+    >>> line = {"step": 9, "positions": [0, 2, 4], "loss_by_position": [3.0, 2.0]}
+    >>> figure = draw_by_position([line | {"stderr_by_position": [0.1, 0.1]}])
+    >>> figure.axes[0].get_ylabel()
+    'held-out loss (nats per token)'
     """
     if not evaluations:
         raise ValueError("there are no evaluations to draw; set eval.every in the config.")
@@ -160,6 +179,11 @@ def draw_runs(runs: Sequence[Run], against: str = "step") -> Figure:
     Args:
         runs: at least one.
         against: "step" or "tokens".
+
+    >>> steps = [{"step": i, "loss": 3.0 - i, "tokens_per_second": 9.0} for i in range(3)]
+    >>> run = Run("long-000", {"seq_len": 4096}, steps, evaluations=[])
+    >>> [axes.get_ylabel() for axes in draw_runs([run]).axes]
+    ['loss (nats per token)', 'tokens per second']
     """
     evaluated = [one for one in runs if one.evaluations]
     columns = 3 if evaluated else 2

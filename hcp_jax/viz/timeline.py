@@ -40,6 +40,11 @@ def draw_timeline(schedule: Schedule, title: str = "") -> Figure:
     Args:
         schedule: modelled times of a compiled program (`hcp audit`; `compiled.clock.simulate`).
         title: title of the picture.
+
+    >>> from hcp_jax.compiled.clock import Schedule, Span
+    >>> spans = (Span("compute", "attention", "attend", 0.0, 2e-3),)
+    >>> draw_timeline(Schedule(spans, {}, {"attention": 2e-3}, 0.0, 2e-3)).axes[0].get_xlabel()
+    'modelled ms, on one GPU'
     """
     figure = style.figure(13, 5.4)
     above, below = figure.subplots(2, 1)

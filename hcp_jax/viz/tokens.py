@@ -90,6 +90,11 @@ def draw_mask(cps: ContextParallel | Sequence[ContextParallel], mask: Mask, leng
 
     Raises:
         ValueError: if the length needs padding.
+
+    >>> import hcp_jax as hcp
+    >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2))
+    >>> hcp.viz.draw_mask(cp, hcp.causal(), 64).axes[0].get_xlabel()
+    'key (global index)'
     """
     cps = _several(cps)
     figure, panels = style.panels(len(cps), 1, width=5.0, height=5.2)
@@ -148,6 +153,11 @@ def draw_work(cps: ContextParallel | Sequence[ContextParallel], mask: Mask, leng
 
     Raises:
         ValueError: if the length needs padding, or the mask has several rows.
+
+    >>> import hcp_jax as hcp
+    >>> cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=8))
+    >>> hcp.viz.draw_work(cp, hcp.causal(), 64).axes[0].get_title()
+    'zigzag: the ring takes 1.00 × the even share'
     """
     cps = _several(cps)
     figure, panels = style.panels(len(cps), 2, width=5.0, height=5.6, sharey="row")

@@ -53,6 +53,13 @@ def draw_traffic(
 
     Raises:
         ValueError: if there are no contexts, or the dtype is another.
+
+    >>> import hcp_jax as hcp
+    >>> mesh = hcp.make_mesh(cp_outer=4, cp_inner=2)
+    >>> cps = [hcp.ContextParallel(mesh, comm_type=kind) for kind in ("p2p", "a2a+p2p")]
+    >>> figure = draw_traffic(cps, tokens=8192, heads=8, kv_heads=2, head_size=64)
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['p2p', 'a2a+p2p']
     """
     if not cps:
         raise ValueError("draw_traffic needs at least one context.")

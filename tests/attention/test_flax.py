@@ -144,3 +144,36 @@ def test_options_that_need_the_matrix_of_weights_are_refused(options, error, mes
 def test_disabled_dropout_is_accepted():
     x = jnp.asarray(X).reshape(2, 48, 4, 8)
     hcp.attention_fn()(x, x, x, dropout_rate=0.1, deterministic=True)
+
+
+def test_flax_grouped_heads_give_what_flax_gives(cp):
+    options = {"num_heads": 8, "num_kv_heads": 2, "in_features": 32, "decode": False}
+    plain = nnx.MultiHeadAttention(**options, rngs=nnx.Rngs(0))
+    ours = nnx.MultiHeadAttention(**options, rngs=nnx.Rngs(0), attention_fn=hcp.attention_fn(cp))
+    want = plain(jnp.asarray(X), mask=CAUSAL)
+    assert relative(cp.unshard(ours(cp.shard(X), mask=CAUSAL)), want) <= 2e-6
+
+
+def test_keys_of_another_input_and_arrays_without_batch_are_attended_to():
+    q, kv = X[0, :3], X[0, 3:12]
+    plain = nn.MultiHeadAttention(8)
+    ours = nn.MultiHeadAttention(8, attention_fn=hcp.attention_fn())
+    params = plain.init(jax.random.key(0), q, kv)
+    want = plain.apply(params, q, kv)
+    assert want.shape == (3, 32)
+    assert relative(ours.apply(params, q, kv), want) <= 2e-6
+    assert not np.array_equal(ours.apply(params, q, kv[::-1] * 2), want)
+
+
+@pytest.mark.parametrize("place", [0, 13, 47])
+def test_a_query_depends_on_its_past_and_on_nothing_else(cp, place):
+    """Flax's test of the receptive field, with tokens cut over the devices."""
+    attend = hcp.attention_fn(cp)
+    x = cp.shard(X[:1].reshape(1, 48, 8, 4))
+
+    def one(x):
+        return jnp.sum(attend(x, x, x, mask=CAUSAL[:1]) * chosen)
+
+    chosen = cp.shard((np.arange(48) == place).astype(np.float32)[None, :, None, None])
+    moved = np.abs(cp.unshard(jax.grad(one)(x))[0]).max(axis=(1, 2)) > 1e-7
+    assert np.array_equal(moved, np.arange(48) <= place)

@@ -152,3 +152,47 @@ def test_every_config_of_the_project_loads_and_says_how_it_is_run(path):
     head = path.read_text().split("\n\n")[0]
     assert f"hcp train configs/{path.name}" in head
     assert all(line.startswith("#") for line in head.splitlines())
+
+
+def test_an_including_file_replaces_included_values_key_by_key(tmp_path, load):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "base.yaml").write_text(
+        "include: sizes.yaml\nname: base\nsteps: 5\noptimizer: {learning_rate: 1e-4, eps: 1e-6}"
+    )
+    (tmp_path / "shared" / "sizes.yaml").write_text("steps: 4\nmodel: {num_layers: 2}\nseed: 9")
+    (tmp_path / "mesh.yml").write_text("parallel: {cp_outer: 2, comm_type: [p2p, p2p]}\nseed: 8")
+    got = load(
+        "include: [shared/base.yaml, mesh.yml]\nparallel: {comm_type: [a2a, a2a]}\n"
+        "optimizer: {eps: 1e-5}",
+        ("seed", "7"),
+    )
+    assert (got.name, got.steps, got.seed, got.model.num_layers) == ("base", 5, 7, 2)
+    assert (got.parallel.cp_outer, got.parallel.comm_type) == (2, ["a2a", "a2a"])
+    assert (got.optimizer.learning_rate, got.optimizer.eps) == (1e-4, 1e-5)
+    assert "include" not in config.dump(got)
+    assert load("include: quickstart").model == config.load("quickstart").model
+    assert load("include: quickstart").name == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("include: x.yaml", ValueError, r"leads back to itself: \S*x.yaml -> \S*x.yaml"),
+        ("include: y.yaml", ValueError, r"x.yaml -> \S*y.yaml -> \S*x.yaml"),
+        ("include: gone.yaml", FileNotFoundError, r"x.yaml: include: there is no file \S*gone"),
+        ("include: wrong.yaml", ValueError, r"wrong.yaml: there is no key 'step'; did you mean"),
+        ("include: /etc/hostname", ValueError, "neither a file ending in .yaml nor a config"),
+        ("include: {a: b}", ValueError, "include must be the name of a YAML file"),
+        ("include: [a.yaml, 3]", ValueError, "or a list of them, got 3"),
+        ("model: {include: a.yaml}", ValueError, "no key 'model.include'"),
+        ("include: [twice.yaml, twice.yaml]", ValueError, "made of more than 32 files"),
+    ],
+)
+def test_includes_that_do_not_fit_are_refused(tmp_path, load, text, error, message):
+    (tmp_path / "y.yaml").write_text("include: x.yaml")
+    (tmp_path / "wrong.yaml").write_text("step: 3")
+    (tmp_path / "twice.yaml").write_text("include: [many.yaml, many.yaml]")
+    (tmp_path / "many.yaml").write_text(f"include: [{'seed.yaml, ' * 20}]")
+    (tmp_path / "seed.yaml").write_text("seed: 1")
+    with pytest.raises(error, match=message):
+        load(text)

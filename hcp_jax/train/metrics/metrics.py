@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hcp_jax.base.records import read, read_evaluations
+from hcp_jax.train.metrics.wandb import Wandb
 
 if TYPE_CHECKING:
     from hcp_jax.train.evaluation import Evaluation
@@ -33,13 +34,21 @@ class Recorder:
         tensorboard: whether to write TensorBoard events to `folder/tensorboard`.
         go_on: if a number cannot be written (the disk is full), log a warning and leave it out; if
             False, raise the error.
+        tracker: also gets every number (`wandb.Wandb`); None: nobody does.
 
     Raises:
         OSError: here, in `write` and in `write_evaluation`; names the file.
     """
 
-    def __init__(self, folder: pathlib.Path, start: int, tensorboard: bool, go_on: bool = False):
-        self._folder, self._go_on = folder, go_on
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        start: int,
+        tensorboard: bool,
+        go_on: bool = False,
+        tracker: Wandb | None = None,
+    ):
+        self._folder, self._go_on, self._tracker = folder, go_on, tracker
         self._missed: collections.Counter[pathlib.Path] = collections.Counter()
         steps = [line for line in read(folder) if line["step"] < start]
         # The evaluation at `start` has the parameters that the run resumes with.
@@ -59,7 +68,7 @@ class Recorder:
         """Add the metrics of a step; they are on disk when this returns."""
         with self._may_fail(self._steps_path):
             _append(self._steps_path, {"step": step, **metrics})
-        self._to_board(step, metrics)
+        self._to_boards(step, metrics)
 
     def write_evaluation(self, found: "Evaluation") -> None:
         """Add an evaluation, unless the record has it from before the run was resumed."""
@@ -70,21 +79,25 @@ class Recorder:
                 _append(self._evaluations_path, line)
         losses = zip(line["positions"][:-1], line["loss_by_position"], strict=True)
         bins = {f"eval_by_position/{begin:08}": x for begin, x in losses if x is not None}
-        self._to_board(found.step, {"eval/loss": found.loss, **bins})
+        self._to_boards(found.step, {"eval/loss": found.loss, **bins})
 
     def close(self) -> None:
         """Close the files, and log what could not be written to them; raise nothing."""
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
         for path, number in self._missed.items():
             if number > 1:
                 _log.warning(f"{path}: {number} writes failed; what they held is missing.")
 
-    def _to_board(self, step: int, values: Mapping[str, float]) -> None:
+    def _to_boards(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
             with self._may_fail(self._folder / "tensorboard"):
                 self._board.write(step, values)
+        if self._tracker is not None:
+            self._tracker.write(step, values)
 
     @contextlib.contextmanager
     def _may_fail(self, path: pathlib.Path) -> Iterator[None]:
