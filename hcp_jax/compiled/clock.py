@@ -62,12 +62,12 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Flight:
-    """One execution of a collective.
+    """Executions of a collective; its last one stands for those of all later trips of a loop.
 
     Attributes:
         seconds: seconds that it occupies its link.
         until: seconds from its start to its last byte, including the wait for its link.
-        exposed: seconds in which the device waits for it.
+        exposed: seconds in which the device waits for it, as the mean over all executions.
         attention: seconds of attention issued between its start and its done.
         behind: names of kernels issued between start and done, the longest first.
     """
@@ -163,6 +163,8 @@ class _Walk:
         self.compute: dict[str, float] = {"attention": 0.0, "product": 0.0, "other": 0.0}
         self.spans: list[Span] = []
         self.flights: dict[str, Flight] = {}
+        self.weight = 1  # number of executions that an instruction stands for, in loops
+        self.waited: dict[str, tuple[int, float]] = {}  # executions and waits of each collective
         self.seen: list[tuple[float, str]] = []  # (seconds, name) of every kernel issued so far
 
     def run(self) -> Schedule:
@@ -213,11 +215,14 @@ class _Walk:
 
     def arrive(self, name: str, departed: "_Departed") -> None:
         exposed = max(0.0, departed.end - self.now)
+        times, waited = self.waited.get(name, (0, 0.0))
+        times, waited = times + self.weight, waited + self.weight * exposed
+        self.waited[name] = times, waited
         kernels = sorted(self.seen[departed.kernels :], reverse=True)
         self.flights[name] = Flight(
             seconds=departed.end - departed.begin,
             until=departed.end - departed.issued,
-            exposed=exposed,
+            exposed=waited / times,
             attention=self.compute["attention"] - departed.attention,
             behind=tuple(dict.fromkeys(kernel for _, kernel in kernels))[:2],
         )
@@ -225,17 +230,29 @@ class _Walk:
         self.now = max(self.now, departed.end)
 
     def loop(self, body: hlo.Computation, trips: int) -> None:
-        """Walk over the body once; all later trips take the same time."""
-        now, exposed, compute = self.now, self.exposed, dict(self.compute)
-        first = len(self.spans)
+        """Walk over the body twice; all later trips take the same time as the second.
+
+        The first trip differs: it may wait for transfers that were issued before the loop and still
+        occupy a link.
+        """
         self.walk(body)
+        if trips == 1:
+            return
+        now, exposed, compute = self.now, self.exposed, dict(self.compute)
+        free = dict(self.free)
+        first, more = len(self.spans), trips - 2
+        weight, self.weight = self.weight, self.weight * (trips - 1)
+        self.walk(body)
+        self.weight = weight
         seconds, spans = self.now - now, self.spans[first:]
-        more = trips - 1
         self.now += more * seconds
         self.exposed += more * (self.exposed - exposed)
         for kind, before in compute.items():
             self.compute[kind] += more * (self.compute[kind] - before)
-        for trip in range(1, trips):
+        for link, end in self.free.items():
+            if end != free.get(link):  # a transfer of the last trip may still occupy its link
+                self.free[link] = end + more * seconds
+        for trip in range(1, trips - 1):
             if len(self.spans) + len(spans) > _MOST_SPANS:
                 break
             shift = trip * seconds
@@ -245,13 +262,15 @@ class _Walk:
 
     def longest(self, branches: list[hlo.Computation]) -> None:
         """Walk over all branches from the same start time, and keep the time of the longest."""
-        start, last = self.now, (-math.inf, self.exposed, dict(self.compute))
-        exposed, compute = self.exposed, dict(self.compute)
+        start, last = self.now, (-math.inf, self.exposed, dict(self.compute), self.free)
+        exposed, compute, free = self.exposed, dict(self.compute), dict(self.free)
         for branch in branches:
             self.now, self.exposed, self.compute = start, exposed, dict(compute)
+            self.free = dict(free)  # only one branch runs: none waits for another's transfers
             self.walk(branch)
-            last = max(last, (self.now, self.exposed, dict(self.compute)), key=lambda x: x[0])
-        self.now, self.exposed, self.compute = last
+            ended = self.now, self.exposed, dict(self.compute), self.free
+            last = max(last, ended, key=lambda x: x[0])
+        self.now, self.exposed, self.compute, self.free = last
 
     def execute(self, computation: hlo.Computation, instruction: hlo.Instruction) -> None:
         kind = kind_of(self.module, computation, instruction)

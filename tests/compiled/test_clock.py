@@ -97,6 +97,40 @@ def test_a_loop_takes_as_long_as_all_its_trips():
     assert len(five.spans) == 5 * len(once.spans)
 
 
+def test_a_loop_waits_once_for_what_was_sent_before_it_and_its_later_trips_do_not():
+    tokens = 1024 * math.ceil(2 * SENT_S / attention_s())
+    body = (
+        f"%body (p: {KV}) -> {KV} {{\n  %k = {KV} parameter(0)\n{start('a')}"
+        f"{kernel('x', tokens)}{done('a')}}}\n\n"
+    )
+    loop = (
+        f"  %w = {KV} while(%k), condition=%c, body=%body, "
+        'backend_config={"known_trip_count":{"n":"5"}}\n'
+    )
+    # Two transfers before the loop keep the link busy until the kernel of the first trip is over.
+    found = walk(body + entry(start("b"), start("c"), loop, done("b"), done("c")))
+    kernel_s = attention_s(tokens) + clock.LAUNCH_S
+    wait = 3 * SENT_S - kernel_s
+    assert 0 < wait < SENT_S
+    assert found.exposed_s == pytest.approx(wait)
+    assert found.flights["a"].exposed == pytest.approx(wait / 5)
+    assert found.step_s == pytest.approx(5 * kernel_s + wait)
+    assert found.compute_s["attention"] == pytest.approx(5 * kernel_s)
+    assert len(found.spans) == 2 + 5 * 2
+
+
+def test_a_branch_does_not_wait_for_the_transfers_of_another():
+    branches = [
+        f"%branch{i} (p: {KV}) -> {KV} {{\n  %k = {KV} parameter(0)\n{start(f'a{i}')}"
+        f"{done(f'a{i}')}}}\n\n"
+        for i in range(2)
+    ]
+    conditional = (
+        f"  %c = {KV} conditional(%i, %k, %k), branch_computations={{%branch0, %branch1}}\n"
+    )
+    assert walk("".join(branches) + entry(conditional)).step_s == pytest.approx(SENT_S)
+
+
 def test_masked_pairs_take_no_time():
     full, half = walk(entry(kernel("x"))), walk(entry(kernel("x")), density=0.5)
     launch = clock.LAUNCH_S
