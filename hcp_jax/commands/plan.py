@@ -100,10 +100,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 _HEADINGS = (
-    *("dp", "tp", "cp", "[in, out]", "comm type", "remat", "fsdp"),
-    *("step s", "tok/s/GPU", "MFU", "waits", "GB NVLink", "GB network", "GiB"),
+    *("pp", "dp", "tp", "cp", "[in, out]", "ep", "comm type", "remat", "fsdp"),
+    *("step s", "tok/s/GPU", "MFU", "waits", "bubble", "GB NVLink", "GB network", "GiB"),
 )
-_DROP = ("GB NVLink", "GB network", "fsdp", "waits", "tok/s/GPU", "MFU", "remat")
+# A column of these alone is not shown.
+_PLAIN = {"pp": "1", "ep": "1", "bubble": "0.0%"}
+_DROP = ("GB NVLink", "GB network", "fsdp", "bubble", "waits", "tok/s/GPU", "MFU", "remat")
 
 
 def tell(found: Plan, top: int) -> None:
@@ -116,7 +118,11 @@ def tell(found: Plan, top: int) -> None:
     )
     rows = [_row(candidate) for candidate in found.candidates[:top]]
     left = ("[in, out]", "comm type", "remat", "fsdp")
-    tables.show(console, _HEADINGS, rows, left=left, drop=_DROP)
+    shown = [
+        i for i, name in enumerate(_HEADINGS) if any(row[i] != _PLAIN.get(name) for row in rows)
+    ]
+    drop = [name for name in _DROP if name in (headings := [_HEADINGS[i] for i in shown])]
+    tables.show(console, headings, [[row[i] for i in shown] for row in rows], left=left, drop=drop)
     console.print()
     for line in found.explain().splitlines():
         console.print(f"- {line}")
@@ -169,14 +175,14 @@ _NOTES = {
 
 
 def _train_config(found: Plan, candidate: Candidate, fields: dict[str, Any]) -> Any:
-    from hcp_jax.models.config import ModelConfig
+    from hcp_jax.models.config import from_fields
     from hcp_jax.parallel.config import ParallelConfig
     from hcp_jax.train.config import FILL_IN, TrainConfig
     from hcp_jax.train.sections import CheckpointConfig, DataConfig
 
     split = candidate.split
-    names = ("dp", "tp", "cp_outer", "cp_inner", "comm_type", "fsdp")
-    batch = split.dp if found.batch is None else found.batch
+    names = ("dp", "tp", "cp_outer", "cp_inner", "comm_type", "fsdp", "ep", "pp", "virtual_stages")
+    batch = split.dp * split.pp if found.batch is None else found.batch
     return TrainConfig(
         name="planned",
         steps=1000,
@@ -186,7 +192,7 @@ def _train_config(found: Plan, candidate: Candidate, fields: dict[str, Any]) -> 
         made_for=str(found.cluster),
         data=DataConfig(path=FILL_IN),
         checkpoint=CheckpointConfig(every_minutes=30.0),
-        model=ModelConfig(**fields | {"remat": split.remat}),
+        model=from_fields(fields | {"remat": split.remat}),
         parallel=ParallelConfig(**{name: getattr(split, name) for name in names}),
     )
 
@@ -209,11 +215,14 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
 def _row(candidate: Candidate) -> list[str]:
     split, cost = candidate.split, candidate.cost
     memory = f"{candidate.peak_bytes / 2**30:.1f}" + ("" if candidate.fits else " too much")
+    chunks = f" x {split.virtual_stages}" if split.virtual_stages > 1 else ""
     return [
+        f"{split.pp}{chunks}",
         str(split.dp),
         str(split.tp),
         str(split.cp),
         f"[{split.cp_inner}, {split.cp_outer}]",
+        str(split.ep),
         split.comm_type if split.cp > 1 else "-",
         split.remat,
         "yes" if split.fsdp else "no",
@@ -221,6 +230,7 @@ def _row(candidate: Candidate) -> list[str]:
         f"{cost.tokens_per_s:.0f}",
         f"{cost.mfu:.1%}",
         f"{cost.exposed_s / cost.step_s:.1%}",
+        f"{cost.bubble_s / cost.step_s:.1%}",
         f"{cost.bytes_on(hardware.INSIDE) / 1e9:.1f}",
         f"{cost.bytes_on(hardware.BETWEEN) / 1e9:.1f}",
         memory,

@@ -9,6 +9,11 @@ Memory peaks in the loss or in the backward pass of a layer, whichever needs mor
     vocabulary    the loss: the gathered head, its gradient before it is scattered, logits
     gradients     of the layers, as the scan stacks them
     layer         one layer's weights and gradients, whole, and its activations in backward
+    stages        of a pipeline: inputs of chunks until their backward pass, and sums of gradients
+
+A stage of a pipeline computes a chunk again before its backward pass, so it keeps what the layers
+of one chunk keep, for one microbatch. Experts are cut over ep: a device has rows for a quarter more
+than its even share.
 
 Offloading and computing in chunks (docs/memory.md) are not modelled; `hcp audit` shows their
 effect. `hcp plan --verify` replaces these figures by those of the compiled program.
@@ -16,8 +21,11 @@ effect. `hcp plan --verify` replaces these figures by those of the compiled prog
 
 import dataclasses
 
+from hcp_jax.cost import stages
+from hcp_jax.cost.experts import ROOM
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.split import Split
+from hcp_jax.cost.weights import device_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +38,13 @@ class MemoryEstimate:
     vocabulary: float
     gradients: float
     layer: float
+    stages: float = 0.0
 
     @property
     def peak(self) -> float:
         """Bytes of the permanent buffers and of the larger of the two moments."""
-        return (
-            self.state + self.kept + self.hidden + max(self.vocabulary, self.gradients + self.layer)
-        )
+        moment = max(self.vocabulary, self.gradients + self.layer)
+        return self.state + self.kept + self.hidden + self.stages + moment
 
 
 def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1) -> MemoryEstimate:
@@ -49,17 +57,38 @@ def estimate_memory(model: ModelShape, split: Split, seq_len: int, rows: int = 1
         rows: streams of each data-parallel replica in a microbatch.
     """
     t = rows * seq_len / split.cp
-    shards = split.dp * split.cp if split.fsdp else 1
-    kinds = model.by_kind
+    stage = stages.cut(model, split.pp, split.virtual_stages)
+    assert stage is not None, split
+    kinds = stage.by_kind
+    # One number for each of these weights; with FSDP, of the device's part.
+    held = sum(own.params / own.shards for own in device_weights(model, stage, split))
+    chunk = sum(kind.num_layers * _kept(kind, split, t) for kind in kinds) / split.virtual_stages
     return MemoryEstimate(
-        state=12.0 * model.params / split.tp / shards,
-        kept=sum(kind.num_layers * _kept(kind, split, t) for kind in kinds),
+        state=12.0 * held,
+        kept=chunk,
         # Those of each depth of multi-token prediction live beside the model's own.
         hidden=(1 + model.mtp_depths) * 4 * 2.0 * t * model.hidden_size,
         vocabulary=_vocabulary(model, split, t),
-        gradients=4.0 * (model.held_params / split.tp) / shards,
+        gradients=4.0 * _layer_weights(stage, split) / split.virtual_stages,
         layer=max(_layer(kind, split, t) for kind in kinds),
+        stages=_stages(model, split, t, held),
     )
+
+
+def _layer_weights(stage: ModelShape, split: Split) -> float:
+    """Return the weights of the layers of a device; with FSDP, of its part."""
+    experts = stage.experts_params / split.ep
+    shards = split.dp * split.cp if split.fsdp else 1
+    rest = (stage.held_params - stage.experts_params) / shards
+    return (rest + experts / max(1, shards // split.ep)) / split.tp
+
+
+def _stages(model: ModelShape, split: Split, t: float, held: float) -> float:
+    """Return the bytes that live from tick to tick: inputs, what is sent, sums of gradients."""
+    if split.pp == 1:
+        return 0.0
+    inputs = stages.kept_inputs(split.pp, split.virtual_stages) + 2
+    return inputs * 2.0 * t * model.hidden_size + 4.0 * held
 
 
 def _kept(model: ModelShape, split: Split, t: float) -> float:
@@ -96,8 +125,8 @@ def _kv_width(model: ModelShape, split: Split) -> float:
 
 
 def _vocabulary(model: ModelShape, split: Split, t: float) -> float:
-    matrix = model.head_params / split.tp
-    logits = 12.0 * min(model.loss_chunk, t) * model.vocab_size / split.tp
+    matrix = model.head_params / split.tp / split.pp
+    logits = 12.0 * min(model.loss_chunk, t) * model.vocab_size / split.tp / split.pp
     gathered = 4.0 * matrix if split.fsdp else 2.0 * matrix
     return logits + gathered + 4.0 * matrix
 
@@ -109,5 +138,17 @@ def _layer(model: ModelShape, split: Split, t: float) -> float:
     attention = t * (heads * (4 * 2 + 2 * 4) + kv * ring * (2 * 2 + 4 * 2))
     width = (model.mlp_products + 1) * model.intermediate_size / split.tp
     mlp = 2.0 * t * (width + 4 * model.hidden_size)
-    weights = 6.0 * (model.layer_params + model.idle_params) / split.tp
-    return max(attention, mlp, 2 * _recurrent(model, split, t)) + weights
+    weights = float(model.layer_params + model.idle_params)
+    if (experts := model.experts) is not None:
+        weights -= (1 - 1 / split.ep) * experts.params(model.hidden_size)
+        mlp += _expert_rows(model, split, t)
+    return max(attention, mlp, 2 * _recurrent(model, split, t)) + 6.0 * weights / split.tp
+
+
+def _expert_rows(model: ModelShape, split: Split, t: float) -> float:
+    """Return the bytes of the rows of a layer's experts, in backward."""
+    assert model.experts is not None
+    rows = t * model.experts.per_token
+    # In order of experts, sent and received, each with its gradient; in bfloat16.
+    copies = 4 * ROOM + 2 if split.ep > 1 else 2
+    return 2.0 * rows * model.hidden_size * copies

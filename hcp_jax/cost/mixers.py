@@ -8,6 +8,7 @@ from hcp_jax.cost.pairs import causal_chunk_pairs, pairs_by_hop
 from hcp_jax.cost.recurrence import Recurrence
 from hcp_jax.cost.shape import BACKWARD, ModelShape
 from hcp_jax.cost.split import Split, Transfer, path
+from hcp_jax.cost.stages import with_recomputed_chunks
 from hcp_jax.cost.traffic import (
     GATHER_KV,
     HALO,
@@ -58,6 +59,8 @@ class AttentionCost:
             item_bytes=2,
             remat=split.remat,
         )
+        if split.pp > 1:
+            self.traffic = with_recomputed_chunks(self.traffic)
         per_pair = 4.0 * model.head_size * (heads // split.exchange) * rows
         # At each hop all devices wait for the busiest one.
         flops = per_pair * _busiest_by_hop(model, seq_len, split.cp, split.move)
@@ -65,7 +68,7 @@ class AttentionCost:
         self.forward_hops = flops / gpu.attention_rate(implementation, "forward").value
         backward = gpu.attention_rate(implementation, "backward").value
         self.backward_hops = BACKWARD * flops / backward
-        self.forwards = 2 if split.remat == "full" else 1
+        self.forwards = 1 + (split.remat == "full") + (split.pp > 1)
         # Each hop merges partials and adds gradients in float32.
         merged = 12.0 * t * heads * model.head_size
         hops = split.move - 1 if split.strategy.by == "ring" else 0
@@ -111,7 +114,7 @@ class AttentionCost:
         """Return transfers that nothing hides; arguments as in the function of this name."""
         if not moves:
             return []
-        alone = _alone(self.cluster, self.split, moves, starts)
+        alone = alone_cost(self.cluster, self.split, moves, starts)
         return [Transfer(what, moves[0].axes, *alone)]
 
 
@@ -131,9 +134,8 @@ class RecurrentCost:
         self, recurrence: Recurrence, split: Split, cluster: Cluster, t: int, rows: int
     ) -> None:
         self.split, self.cluster = split, cluster
-        again = 0 if split.remat == "none" else 1
         gpu = cluster.gpu
-        each = t / split.tp * (3 + again)
+        each = t / split.tp * (2 + split.forwards)
         slower = _SLOWER_MATRICES if recurrence.matrix else _SLOWER_NUMBERS
         products = slower * each * recurrence.chunk_flops / gpu.product_rate.value
         moved = _PASSES * each * recurrence.chunk_bytes / gpu.memory_bandwidth
@@ -152,13 +154,13 @@ class RecurrentCost:
     def transfers(self) -> list[Transfer]:
         """Transfers of a step."""
         return [
-            Transfer(what, moves[0].axes, *_alone(self.cluster, self.split, moves))
+            Transfer(what, moves[0].axes, *alone_cost(self.cluster, self.split, moves))
             for what, scope in (("states passed on", STATE_SCAN), ("halos of convolutions", HALO))
             if (moves := [move for move in self.traffic if move.scope == scope])
         ]
 
 
-def _alone(
+def alone_cost(
     cluster: Cluster, split: Split, moves: list[Traffic], starts: int | None = None
 ) -> tuple[str, float, float, float]:
     """Return link, bytes, seconds and exposed seconds of transfers that nothing hides.

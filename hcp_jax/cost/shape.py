@@ -15,9 +15,11 @@ The planner, the memory model, the scheduler of dynamic CP and the trainer's MFU
 
 import collections
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
+from hcp_jax.cost.experts import Experts
 from hcp_jax.cost.recurrence import Recurrence
 
 BACKWARD = 2.5  # FLOPs of an attention kernel's backward over its forward: five products to two
@@ -32,16 +34,16 @@ class LayerKind:
         intermediate_size: of their MLP.
         head_size: H; 0 for layers that do not attend.
         sliding_window: number of tokens that a query sees; None for all earlier tokens.
-        idle_params: as in `ModelShape`.
         recurrence: the recurrence of layers that do not attend; None for attention.
+        experts: as in `ModelShape`.
     """
 
     count: int
     intermediate_size: int
     head_size: int
     sliding_window: int | None
-    idle_params: int = 0
     recurrence: Recurrence | None = None
+    experts: Experts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +56,10 @@ class ModelShape:
         recurrence: the recurrence of layers that do not attend; None for attention.
         mtp_depths: depths of multi-token prediction. Each has a projection from twice the hidden
             size, one more layer as the last one, and a use of the output head.
-        idle_params: weights of a layer beside those that one token is multiplied by: of other
-            experts, and of the router. `intermediate_size` is then the sum over a token's experts.
-        moe_intermediate_size: size of each expert, which tp cuts; 0 without experts.
+        experts: the experts of a layer; None for a dense MLP. `intermediate_size` is then the sum
+            over the experts of a token, with the shared one.
+        period: number of layers of the pattern that the layers repeat; 0 if they are not whole
+            periods.
         kinds: the kinds of layers, if there are several; they replace the sizes above. The layers
             of depths are counted in theirs.
     """
@@ -74,33 +77,32 @@ class ModelShape:
     mlp_products: int = 3
     recurrence: Recurrence | None = None
     mtp_depths: int = 0
-    idle_params: int = 0
-    moe_intermediate_size: int = 0
+    experts: Experts | None = None
+    period: int = 1
     kinds: tuple[LayerKind, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
         """Return the shape of a `ModelConfig`."""
         counted = collections.Counter(
-            (layer.ffn.width, layer.mixer.cost, layer.ffn.idle_params)
+            (layer.ffn.width, layer.mixer.cost, layer.ffn.experts)
             for layer in (config.specs[number] for number in config.computed_layers)
         )
         kinds = tuple(
-            LayerKind(count, width, head_size, window, idle, recurrence)
-            for (width, (head_size, window, recurrence), idle), count in counted.items()
+            LayerKind(count, width, head_size, window, recurrence, experts)
+            for (width, (head_size, window, recurrence), experts), count in counted.items()
         )
         one = dict(vars(next((kind for kind in kinds if kind.head_size), kinds[0])))
         del one["count"]
-        ours = {"mlp_products", "kinds", "moe_intermediate_size", *one}
+        ours = {"mlp_products", "kinds", "period", *one}
         named = {
             f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name not in ours
         }
-        expert = 0 if config.moe is None else config.moe.moe_intermediate_size
-        return cls(
-            **named, **one, moe_intermediate_size=expert, kinds=kinds if len(kinds) > 1 else ()
-        )
+        sections = config.plan.sections
+        period = len(sections[0].stacks) if len(sections) == 1 else 0
+        return cls(**named, **one, period=period, kinds=kinds if len(kinds) > 1 else ())
 
-    @property
+    @functools.cached_property
     def by_kind(self) -> "tuple[ModelShape, ...]":
         """The shape of a decoder of each kind of layers alone; its `num_layers` is their number."""
         if not self.kinds:
@@ -113,7 +115,7 @@ class ModelShape:
                 head_size=kind.head_size,
                 sliding_window=kind.sliding_window,
                 recurrence=kind.recurrence,
-                idle_params=kind.idle_params,
+                experts=kind.experts,
                 mtp_depths=0,
                 kinds=(),
             )
@@ -124,8 +126,13 @@ class ModelShape:
     def tp_sizes(self) -> tuple[int, ...]:
         """Sizes that tp must divide."""
         recurrent = [kind.recurrence.tp_sizes for kind in self.by_kind if kind.recurrence]
-        mlp = self.moe_intermediate_size or self.intermediate_size
-        return (self.num_kv_heads, self.vocab_size, mlp, *itertools.chain(*recurrent))
+        mlps: list[int] = []
+        for kind in self.by_kind:
+            e = kind.experts
+            routed = 0 if e is None else e.per_token * e.intermediate_size
+            mlps += [] if e is None else [e.intermediate_size]
+            mlps += [] if kind.intermediate_size == routed else [kind.intermediate_size - routed]
+        return (self.num_kv_heads, self.vocab_size, *mlps, *itertools.chain(*recurrent))
 
     @property
     def computed_layers(self) -> int:
@@ -149,6 +156,17 @@ class ModelShape:
         attention = 2 * self.query_width + 2 * self.kv_width
         mixer = 0 if self.recurrence is None else self.recurrence.product_params
         return self.hidden_size * (attention + mlp) + mixer
+
+    @property
+    def idle_params(self) -> int:
+        """Number of weights of a layer beside those that one token is multiplied by."""
+        return 0 if self.experts is None else self.experts.idle_params(self.hidden_size)
+
+    @property
+    def experts_params(self) -> int:
+        """Number of weights of the experts of all layers, which ep cuts."""
+        kinds = ((k.num_layers, k.experts) for k in self.by_kind)
+        return sum(n * e.params(self.hidden_size) for n, e in kinds if e is not None)
 
     @property
     def layers_params(self) -> int:

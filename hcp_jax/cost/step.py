@@ -3,8 +3,14 @@
 FLOPs are counted: those of attention from the mask's intervals (`pairs.py`), those of the matrix
 products from their shapes. The rates of `hcp_jax.hardware` turn them into seconds. The overlap
 follows audits of compiled programs: ring hops hide behind attention and FSDP's gathers behind the
-layers, as long as the compute lasts; all-to-alls, gathers of K and V, tensor-parallel sums, and the
-sum of gradients without FSDP are fully exposed. `traffic.py` lists what attention moves.
+layers, as long as the compute lasts; all-to-alls of heads and of experts' rows, gathers of K and V,
+tensor-parallel sums, and the sum of gradients without FSDP are fully exposed. `traffic.py` lists
+what attention moves, `experts.py` what experts move.
+
+In a pipeline (`stages.py`), a device computes the layers of its stage and its part of the
+vocabulary for every microbatch, computes its layers once more in backward, and waits in the ticks
+that fill and drain the pipeline (the bubble). Sends between stages hide behind a tick; sums over
+the stages, of embeddings and outputs, do not.
 
 A step on one device, with t = T / C tokens of each of its rows:
 
@@ -16,14 +22,15 @@ A step on one device, with t = T / C tokens of each of its rows:
 """
 
 import dataclasses
+from collections.abc import Iterator
 
-from hcp_jax.cost.mixers import AttentionCost, RecurrentCost, stream_pairs
+from hcp_jax.cost import stages
+from hcp_jax.cost.experts import dispatch_traffic
+from hcp_jax.cost.mixers import AttentionCost, RecurrentCost, alone_cost, stream_pairs
 from hcp_jax.cost.shape import ModelShape, step_flops
 from hcp_jax.cost.split import Split, Transfer, path
-from hcp_jax.cost.traffic import (
-    sent_bytes,
-    state_bytes,
-)
+from hcp_jax.cost.traffic import sent_bytes
+from hcp_jax.cost.weights import device_weights, optimizer_seconds, weight_transfers
 from hcp_jax.hardware import NO_LINK, Cluster
 
 
@@ -39,6 +46,7 @@ class Estimate:
         tokens: tokens in a step, over all devices.
         gpus: number of devices.
         peak: FLOP/s of one device, by data sheet.
+        bubble_s: seconds in which the device waits for other stages of a pipeline.
     """
 
     compute: dict[str, float]
@@ -48,6 +56,7 @@ class Estimate:
     tokens: int
     gpus: int
     peak: float
+    bubble_s: float = 0.0
 
     @property
     def compute_s(self) -> float:
@@ -67,7 +76,7 @@ class Estimate:
     @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return self.compute_s + self.exposed_s
+        return self.compute_s + self.exposed_s + self.bubble_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -91,6 +100,7 @@ def estimate(
     seq_len: int,
     *,
     rows: int = 1,
+    microbatches: int = 1,
     implementation: str = "triton",
 ) -> Estimate:
     """Return the modelled cost of one optimizer step.
@@ -100,45 +110,60 @@ def estimate(
         split: mesh sizes, comm type and remat policy; must be valid for the model.
         cluster: cluster with as many GPUs as the mesh has devices.
         seq_len: T, tokens of a row, with padding.
-        rows: streams of each data-parallel replica in a step.
+        rows: streams of each data-parallel replica in a microbatch.
+        microbatches: number of microbatches in a step.
         implementation: implementation of the attention core, whose rates are used.
+
+    Raises:
+        ValueError: if the model cannot be cut into these stages.
     """
+    stage = stages.cut(model, split.pp, split.virtual_stages)
+    if stage is None:
+        why = stages.refusal(model) or "a chunk would have no layer, or pp cuts no vocabulary"
+        raise ValueError(f"{split} is no split of this model: {why}.")
     t = rows * seq_len // split.cp
     attention = [
         (kind.num_layers, AttentionCost(kind, split, cluster, seq_len, rows, implementation))
-        for kind in model.by_kind
+        for kind in stage.by_kind
         if kind.recurrence is None
     ]
     recurrent = [
         (kind.num_layers, RecurrentCost(kind.recurrence, split, cluster, t, rows))
-        for kind in model.by_kind
+        for kind in stage.by_kind
         if kind.recurrence is not None
     ]
-    again = 0 if split.remat == "none" else 1
-    layers = model.layers_params / split.tp
-    head = (1 + model.mtp_depths) * model.head_params / split.tp
+    bandwidth, rate = cluster.gpu.memory_bandwidth, cluster.gpu.product_rate.value
+    layers_s = 2.0 * t * stage.layers_params / split.tp * (2 + split.forwards) / rate
     # The output head is always recomputed in backward: its logits are never kept.
-    products = 2.0 * t * (layers * (3 + again) + head * 4)
-    bandwidth = cluster.gpu.memory_bandwidth
-    shards = split.dp * split.cp if split.fsdp else 1
-    compute = {
-        "matmul": products / cluster.gpu.product_rate.value,
+    head = (1 + model.mtp_depths) * model.head_params / split.tp / split.pp
+    head_s = 2.0 * t * head * 4 / rate
+    elementwise = (kind.num_layers * _elementwise_bytes(kind, split, t) for kind in stage.by_kind)
+    parts = {  # of one microbatch
+        "matmul": layers_s + head_s,
         "attention": sum(n * one.compute_s for n, one in attention),
-        "memory-bound": sum(
-            kind.num_layers * _elementwise_bytes(kind, split, t) / bandwidth
-            for kind in model.by_kind
-        ),
+        "memory-bound": sum(elementwise) / bandwidth,
         **({"recurrence": sum(n * one.compute_s for n, one in recurrent)} if recurrent else {}),
-        "optimizer": 28 * model.params / split.tp / shards / bandwidth,
     }
-    transfers = [
+    each = [
         *(x.times(n) for n, one in attention for x in one.transfers),
         *(x.times(n) for n, one in recurrent for x in one.transfers),
-        *_tensor_parallel(model, split, cluster, t),
-        *_weights_and_gradients(model, split, cluster, sum(compute.values())),
+        *_tensor_parallel(stage, split, cluster, t),
+        *_experts(stage, split, cluster, t),
+        *_between_stages(model, split, cluster, t, sum(parts.values())),
     ]
-    tokens = split.dp * rows * seq_len
-    pairs = split.dp * rows * mean_pairs(model, seq_len)
+    duration, ticks = stages.lockstep(microbatches, split.pp, split.virtual_stages)
+    of_layers = sum(parts.values()) - head_s + sum(x.exposed for x in each)
+    weights = device_weights(model, stage, split)
+    compute = {part: microbatches * seconds for part, seconds in parts.items()}
+    compute["optimizer"] = optimizer_seconds(weights, cluster)
+    transfers = [
+        *(x.times(microbatches) for x in each),
+        *weight_transfers(
+            weights, stage.computed_layers, split, cluster, sum(compute.values()), microbatches
+        ),
+    ]
+    tokens = split.dp * rows * microbatches * seq_len
+    pairs = split.dp * rows * microbatches * mean_pairs(model, seq_len)
     return Estimate(
         compute=compute,
         transfers=tuple(x for x in transfers if x.link != NO_LINK),
@@ -147,6 +172,7 @@ def estimate(
         tokens=tokens,
         gpus=cluster.size,
         peak=cluster.gpu.peak_flops,
+        bubble_s=(duration - microbatches) * of_layers + (ticks - microbatches) * head_s,
     )
 
 
@@ -174,35 +200,53 @@ def _elementwise_bytes(model: ModelShape, split: Split, t: int) -> float:
             + model.mlp_products * model.intermediate_size / split.tp
         )
     )
-    return forward * (3 if split.remat == "none" else 4)
+    return forward * (2 + split.forwards)
 
 
 def _tensor_parallel(model: ModelShape, split: Split, cluster: Cluster, t: int) -> list[Transfer]:
     """Return the sums of activations over tp, for all layers."""
     link, rate, latency = path(cluster, split, ("tp",), "all-reduce")
-    again = 0 if split.remat == "none" else 1
-    # The second sum of a recomputed layer is not needed in backward.
-    sums = model.computed_layers * (4 + again)
+    # The second sum of a layer that is computed again is not needed, except by the next layers of a
+    # pipeline's chunk.
+    sums = model.computed_layers * (4 + (split.remat != "none") + 2 * (split.pp > 1))
     sent = sums * sent_bytes("all-reduce", 2.0 * t * model.hidden_size, split.tp)
     seconds = sent / rate + sums * latency
     return [Transfer("activations summed over tp", ("tp",), link, sent, seconds, seconds)]
 
 
-def _weights_and_gradients(
-    model: ModelShape, split: Split, cluster: Cluster, compute_s: float
-) -> list[Transfer]:
-    """Return the transfers that gather weights and sum gradients over dp and cp."""
-    axes = ("dp", "cp_outer", "cp_inner")
-    link, rate, latency = path(cluster, split, axes, "all-gather")
-    gathers = 2 if split.remat == "none" else 3
-    sent = state_bytes(
-        model.params / split.tp, split.dp * split.cp, 2, fsdp=split.fsdp, gathers=gathers
-    )
-    if not split.fsdp:
-        seconds = sent / rate + latency
-        return [Transfer("gradients summed", axes, link, sent, seconds, seconds)]
-    calls = model.computed_layers * (gathers + 1)
-    seconds = sent / rate + calls * latency
-    exposed = max(0.0, seconds - compute_s)
-    what = "weights gathered, gradients scattered"
-    return [Transfer(what, axes, link, sent, seconds, exposed)]
+def _experts(stage: ModelShape, split: Split, cluster: Cluster, t: int) -> Iterator[Transfer]:
+    """Yield the transfers of rows to their experts and back, which nothing hides."""
+    for kind in stage.by_kind:
+        if kind.experts is None:
+            continue
+        moves = dispatch_traffic(
+            split.expert_axes,
+            split.ep,
+            rows=t * kind.experts.per_token,
+            width=kind.hidden_size,
+            item_bytes=2,
+            remat=split.remat,
+        )
+        if moves:
+            what = "rows sent to their experts and back"
+            alone = alone_cost(cluster, split, list(moves))
+            yield Transfer(what, split.expert_axes, *alone).times(kind.num_layers)
+
+
+def _between_stages(
+    model: ModelShape, split: Split, cluster: Cluster, t: int, compute_s: float
+) -> Iterator[Transfer]:
+    """Yield the transfers between stages for one microbatch, whose compute lasts `compute_s`."""
+    if split.pp == 1:
+        return
+    ticks, size = split.virtual_stages, 2.0 * t * model.hidden_size
+    link, rate, latency = path(cluster, split, ("pp",), "collective-permute")
+    one = size / rate + latency
+    exposed = ticks * max(0.0, 2 * one - compute_s / ticks)
+    what = "activations and gradients sent to the next stage"
+    yield Transfer(what, ("pp",), link, 2 * ticks * size, 2 * ticks * one, exposed)
+    # The embedding, the last stage's output, and the gradients of both.
+    link, rate, latency = path(cluster, split, ("pp",), "all-reduce")
+    sent = 4 * ticks * sent_bytes("all-reduce", size, split.pp)
+    seconds = sent / rate + 4 * ticks * latency
+    yield Transfer("embeddings and outputs summed over pp", ("pp",), link, sent, seconds, seconds)

@@ -247,6 +247,27 @@ class ModelConfig:
         return mask
 
 
+def from_fields(fields: Mapping[str, Any]) -> ModelConfig:
+    """Return the config of fields that are plain data, such as those of a named model.
+
+    >>> from hcp_jax.cost.models import model_fields
+    >>> from_fields(model_fields("qwen3-30b-a3b")).moe.num_experts
+    128
+    """
+
+    def layer(own: Mapping[str, Any]) -> LayerConfig:
+        scaling = own.get("rope_scaling")
+        made = {"rope_scaling": RopeScaling(**scaling)} if isinstance(scaling, Mapping) else {}
+        return LayerConfig(**{**own, **made})
+
+    made = dict(fields)
+    if isinstance(made.get("moe"), Mapping):
+        made["moe"] = MoEConfig(**made["moe"])
+    if isinstance(made.get("layers"), list):
+        made["layers"] = tuple(map(layer, made["layers"]))
+    return ModelConfig(**made)
+
+
 _CHOICES: dict[str, Any] = {
     "mixer": MixerKind,
     "remat": Remat,

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+from hcp_jax.cost.experts import Experts
 from hcp_jax.cost.recurrence import Recurrence
 from hcp_jax.cost.traffic import ITEM_BYTES, Remat, Traffic, layer_traffic
 from hcp_jax.models.layers.rope_scaling import RopeScaling
@@ -166,6 +167,8 @@ class MLPSpec:
     dtype: str
     chunk: int | None
 
+    experts: ClassVar[Experts | None] = None
+
     @property
     def product_params(self) -> int:
         """Number of weights of the matrix products."""
@@ -175,11 +178,6 @@ class MLPSpec:
     def width(self) -> int:
         """Width of the activations between the products."""
         return self.intermediate_size
-
-    @property
-    def idle_params(self) -> int:
-        """Number of weights that are held beside those of the gated products of one token."""
-        return 0
 
     @property
     def tp_sizes(self) -> dict[str, int]:
@@ -240,12 +238,9 @@ class MoESpec:
         return self.top_k * self.intermediate_size + shared
 
     @property
-    def idle_params(self) -> int:
-        """Number of weights that are held beside those of the gated products of one token.
-
-        They are those of the experts that it does not go through, and the router's.
-        """
-        return self.expert_params + self._other_params - 3 * self.hidden_size * self.width
+    def experts(self) -> Experts:
+        """What determines the cost of the experts."""
+        return Experts(self.num_experts, self.top_k, self.intermediate_size, self.shared_gate)
 
     @property
     def tp_sizes(self) -> dict[str, int]:
@@ -253,11 +248,6 @@ class MoESpec:
         shared = {} if self.shared is None else self.shared.tp_sizes
         named = {f"shared_expert_{name}": size for name, size in shared.items()}
         return {"moe_intermediate_size": self.intermediate_size} | named
-
-    @property
-    def expert_params(self) -> int:
-        """Number of weights of all experts but the shared one."""
-        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
 
     @property
     def _other_params(self) -> int:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from hcp_jax.base.names import LAYOUTS, require_known
 from hcp_jax.base.settings import MOST, check, free
+from hcp_jax.cost.expert_axes import innermost_axes
 from hcp_jax.cost.traffic import COMM_TYPES
 from hcp_jax.dynamic.config import DynamicConfig
-from hcp_jax.parallel.expert_axes import innermost_axes
 
 if TYPE_CHECKING:
     import jax

@@ -18,11 +18,11 @@ from jaxtyping import Array, Int32
 
 from hcp_jax.base import checks
 from hcp_jax.base.names import require_known
+from hcp_jax.cost.expert_axes import innermost_axes
 from hcp_jax.cost.traffic import STRATEGIES, Strategy
 from hcp_jax.parallel import placing, spmd
 from hcp_jax.parallel.buffers import map_buffers
 from hcp_jax.parallel.describe import collapse, describe
-from hcp_jax.parallel.expert_axes import innermost_axes
 from hcp_jax.parallel.mesh import as_tuple
 from hcp_jax.parallel.placing import Gathered
 from hcp_jax.sequence.layout import LAYOUTS

@@ -49,6 +49,7 @@ class Candidate:
             "mfu": cost.mfu,
             "compute_s": cost.compute,
             "exposed_s": cost.exposed_s,
+            "bubble_s": cost.bubble_s,
             "bytes": {link: cost.bytes_on(link) for link in links},
             "memory_bytes": self.peak_bytes,
             "memory_source": "modelled" if self.compiled_bytes is None else "compiled",

@@ -36,14 +36,16 @@ def describe_strategy(split: Split) -> str:
     return f"{split.exchange} neighbours exchange heads for sequence, and {groups}"
 
 
-def explain(candidates: Candidates, seq_len: int) -> str:
+def explain(candidates: Candidates, seq_len: int, no_pipeline: str | None = None) -> str:
     """Return the reasons why the best split is the best, one or two sentences per line.
 
     Args:
         candidates: all splits, the best first.
         seq_len: T.
+        no_pipeline: why the model has no pipeline (`cost.stages.refusal`); None if it has one.
     """
-    lines = [*_sequence(candidates, seq_len), *_tensor(candidates), *_transfers(candidates[0])]
+    lines = [*_sequence(candidates, seq_len), *_tensor(candidates), *_experts(candidates)]
+    lines += [*_pipeline(candidates, no_pipeline), *_transfers(candidates[0])]
     return "\n".join([*lines, *_memory(candidates[0]), *_alternatives(candidates)])
 
 
@@ -94,6 +96,67 @@ def _tensor(candidates: Candidates) -> list[str]:
     ]
 
 
+def _experts(candidates: Candidates) -> list[str]:
+    """Return why experts are cut over so many GPUs; nothing for a model without experts."""
+    chosen = candidates[0]
+    ep = chosen.split.ep
+    other = _best_of(candidates, lambda c: (c.split.ep > 1) != (ep > 1))
+    if ep == 1 and not any(c.split.ep > 1 for c in candidates):
+        return []
+    if ep > 1:
+        text = (
+            f"Experts are cut over {ep} GPUs (ep): rows travel to them and back, which nothing "
+            f"hides ({_waits(chosen, 'rows sent'):.0%} of the step)"
+        )
+        if other is None:
+            return [f"{text}; with all experts on every GPU, nothing would fit."]
+        faster = chosen.cost.tokens_per_s / other.cost.tokens_per_s - 1
+        memory = _more_memory(chosen, other)
+        return [f"{text}; with all experts on every GPU it would be {_slower(faster)}, {memory}."]
+    if other is None:
+        return ["Experts are not cut over GPUs (ep 1): no split with more fits."]
+    slower = 1 - other.cost.tokens_per_s / chosen.cost.tokens_per_s
+    return [
+        f"Every GPU computes all experts (ep 1): with ep {other.split.ep}, rows that travel take "
+        f"{_waits(other, 'rows sent'):.0%} of the step, and it is {_slower(slower)}, "
+        f"{_more_memory(chosen, other)}."
+    ]
+
+
+def _pipeline(candidates: Candidates, no_pipeline: str | None) -> list[str]:
+    """Return why there is a pipeline, or none."""
+    chosen = candidates[0]
+    split = chosen.split
+    if no_pipeline is not None:
+        return [f"No pipeline: {no_pipeline}."]
+    other = _best_of(candidates, lambda c: (c.split.pp > 1) != (split.pp > 1))
+    if split.pp > 1:
+        chunks = f", {split.virtual_stages} chunks on each" if split.virtual_stages > 1 else ""
+        text = (
+            f"Layers are cut over {split.pp} stages (pp{chunks}): stages wait for each other for "
+            f"{chosen.cost.bubble_s / chosen.cost.step_s:.0%} of the step"
+        )
+        if other is None:
+            return [f"{text}; without a pipeline, nothing fits."]
+        slower = 1 - other.cost.tokens_per_s / chosen.cost.tokens_per_s
+        return [
+            f"{text}. Without a pipeline, at its best ({other.split}), it would be "
+            f"{_slower(slower)}{_because(other)}."
+        ]
+    if other is None:
+        return ["No pipeline: none fits, or its stages would not divide the layers."]
+    slower = 1 - other.cost.tokens_per_s / chosen.cost.tokens_per_s
+    return [
+        f"No pipeline: with pp {other.split.pp}, at its best, layers are computed once more in "
+        f"backward, stages wait for each other for {other.cost.bubble_s / other.cost.step_s:.0%} "
+        f"of the step, and it is {_slower(slower)}."
+    ]
+
+
+def _slower(share: float) -> str:
+    return f"{share:.0%} slower" if share >= 0.005 else "as fast"
+
+
 def _transfers(best: Candidate) -> list[str]:
     lines = []
     cost = best.cost
@@ -119,7 +182,10 @@ def _memory(best: Candidate) -> list[str]:
     }[best.split.remat]
     gib = best.peak_bytes / 2**30
     shard = "parameters and optimizer cut over all of dp and cp (fsdp)"
-    shard = shard if best.split.fsdp else "every replica with all parameters"
+    whole = "its parameters" if best.split.pp > 1 else "all parameters"
+    shard = shard if best.split.fsdp else f"every replica with {whole}"
+    if best.split.pp > 1:
+        words = f"a chunk of layers is computed again in backward; there, {words}"
     return [f"{gib:.0f} of {best.device_bytes / 2**30:.0f} GiB per GPU: {words}; {shard}."]
 
 
@@ -145,18 +211,24 @@ def _compared(chosen: Candidate, best: Candidate | None, comm_type: CommType) ->
     slower = 1 - best.cost.tokens_per_s / chosen.cost.tokens_per_s
     memory = _more_memory(chosen, best)
     verdict = f"{slower:.1%} slower" if slower >= 0.01 else f"as fast, {memory}"
-    most = max(best.cost.transfers, key=lambda t: t.exposed, default=None)
-    why = ""
-    if most is not None and most.exposed > 0.005 * best.cost.step_s:
-        waits = most.exposed / best.cost.step_s
-        where = "over NVLink" if most.link == INSIDE else "over the network"
-        why = f"; it waits {waits:.1%} of the step for: {most.what} {where}"
-    return f"{comm_type}, at its best ({best.split}): {verdict}{why}."
+    return f"{comm_type}, at its best ({best.split}): {verdict}{_because(best)}."
+
+
+def _because(candidate: Candidate) -> str:
+    """Return what a split waits for most; nothing if it hardly waits."""
+    cost = candidate.cost
+    most = max(cost.transfers, key=lambda t: t.exposed, default=None)
+    if most is None or most.exposed <= 0.005 * cost.step_s:
+        return ""
+    where = "over NVLink" if most.link == INSIDE else "over the network"
+    return f"; it waits {most.exposed / cost.step_s:.1%} of the step for: {most.what} {where}"
 
 
 def _more_memory(chosen: Candidate, other: Candidate) -> str:
     gib = (other.peak_bytes - chosen.peak_bytes) / 2**30
-    return f"{gib:.0f} GiB more memory" if gib >= 0.5 else "with the same memory"
+    if abs(gib) < 0.5:
+        return "with the same memory"
+    return f"{abs(gib):.0f} GiB {'more' if gib > 0 else 'less'} memory"
 
 
 def _best_of(candidates: Candidates, condition: Callable[[Candidate], bool]) -> Candidate | None:

@@ -1,8 +1,8 @@
 """Rank every split of a cluster for a model and a sequence length.
 
-Every (dp, tp, cp_outer, cp_inner, comm type, remat policy) that fills the cluster and that the
-model's heads allow goes through the cost model and the memory model; those that fit are ranked by
-tokens per second. Nothing is compiled, so 64 GPUs take a second or two.
+Every (pp, dp, tp, cp_outer, cp_inner, comm type, ep, remat policy) that fills the cluster and that
+the model's heads, layers and experts allow goes through the cost model and the memory model; those
+that fit are ranked by tokens per second. Nothing is compiled, so 64 GPUs take a second or two.
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ from typing import Any, get_args
 from hcp_jax import hardware
 from hcp_jax.base import checks
 from hcp_jax.base.arguments import MOST_TOKENS
+from hcp_jax.cost import stages
 from hcp_jax.cost.memory import estimate_memory
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.split import Split
+from hcp_jax.cost.split import FLAT_AXES, Split
 from hcp_jax.cost.step import estimate
 from hcp_jax.cost.traffic import COMM_TYPES, Remat
 from hcp_jax.hardware import Cluster
@@ -25,6 +26,7 @@ from hcp_jax.planner.candidate import USABLE, Candidate
 from hcp_jax.planner.explain import explain
 
 REMATS: tuple[Remat, ...] = get_args(Remat)
+VIRTUAL_STAGES = 1, 2
 MOST_GPUS = 2048  # the tables of (2 cp)² pairs of chunks grow with the square of cp
 
 
@@ -36,7 +38,8 @@ class Plan:
         model: shape of the decoder.
         cluster: the cluster.
         seq_len: T.
-        batch: streams per step, over all of dp; None for one stream per replica.
+        batch: streams per step, over all of dp; None for one stream per replica, and pp of them for
+            one of pp stages, so that a step has as many streams as with dp in place of pp.
         candidates: every valid split, the best first; splits that fit come before the others.
     """
 
@@ -53,7 +56,7 @@ class Plan:
 
     def explain(self) -> str:
         """Return the reasons, in words, why the best split is the best."""
-        return explain(self.candidates, self.seq_len)
+        return explain(self.candidates, self.seq_len, stages.refusal(self.model))
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures, as plain numbers and strings."""
@@ -85,7 +88,8 @@ def plan(
         hosts: number of hosts.
         gpus_per_host: number of GPUs in each host.
         batch: streams per step, over all of dp; a replica computes its streams one by one. None
-            gives each replica one stream, so splits with more dp have larger steps.
+            gives each replica one stream, so splits with more dp have larger steps; a replica of pp
+            stages has pp of them, which is few: give the batch of the run to rank pipelines.
         implementation: implementation of the attention core, whose rates are used.
 
     Returns:
@@ -116,7 +120,15 @@ def plan(
 
 
 def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
-    """Yield every split of `gpus` devices that is valid for the model's heads and the sequence."""
+    """Yield every split of `gpus` devices that is valid for the model and the sequence."""
+    for pp, virtual in itertools.product(_divisors(gpus), VIRTUAL_STAGES):
+        if stages.cut(model, pp, virtual) is not None:
+            for split in _stage_splits(model, gpus // pp, seq_len):
+                yield dataclasses.replace(split, pp=pp, virtual_stages=virtual)
+
+
+def _stage_splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
+    """Yield every split of the devices of one stage."""
     for tp in _divisors(gpus):
         if any(size % tp for size in model.tp_sizes):
             continue
@@ -128,9 +140,21 @@ def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
             for inner, comm_type in itertools.product(_divisors(cp), comm_types):
                 split = Split(dp, tp, cp // inner, inner, comm_type)
                 if _valid(model, split):
-                    for remat, fsdp in itertools.product(REMATS, (True, False)):
+                    choices = itertools.product(REMATS, (True, False), _expert_cuts(model, split))
+                    for remat, fsdp, ep in choices:
                         if fsdp or dp * cp > 1:
-                            yield dataclasses.replace(split, remat=remat, fsdp=fsdp)
+                            yield dataclasses.replace(split, remat=remat, fsdp=fsdp, ep=ep)
+
+
+def _expert_cuts(model: ModelShape, split: Split) -> list[int]:
+    """Return every ep: numbers of devices of the innermost axes that divide the experts."""
+    numbers = {kind.experts.number for kind in model.by_kind if kind.experts is not None}
+    found, ep = [1], 1
+    for axis in reversed(FLAT_AXES):
+        ep *= getattr(split, axis)
+        if ep > found[-1] and numbers and not any(number % ep for number in numbers):
+            found.append(ep)
+    return found
 
 
 def _ranked(
@@ -140,11 +164,13 @@ def _ranked(
     for split in splits(model, cluster.size, seq_len):
         if batch is not None and batch % split.dp:
             continue
-        # A replica computes its streams one by one: accumulation costs time, not memory.
-        rows = 1 if batch is None else batch // split.dp
+        # A replica computes its streams one by one: more of them cost time, not memory.
+        each = split.pp if batch is None else batch // split.dp
         chunks = 2 * split.cp
         padded = -(-seq_len // chunks) * chunks
-        cost = estimate(model, split, cluster, padded, rows=rows, implementation=implementation)
+        cost = estimate(
+            model, split, cluster, padded, microbatches=each, implementation=implementation
+        )
         memory = estimate_memory(model, split, padded)
         found.append(Candidate(split, cost, memory, cluster.gpu.memory_bytes))
     return sorted(found, key=_rank)
@@ -184,7 +210,8 @@ def _nothing_fits(model: ModelShape, cluster: Cluster, seq_len: int, found: list
     for doublings in range(1, 8):
         bigger = dataclasses.replace(cluster, hosts=cluster.hosts * 2**doublings)
         limit = USABLE * cluster.gpu.memory_bytes
-        tried = splits(model, bigger.size, seq_len)
+        # Nothing needs less memory than these.
+        tried = (s for s in splits(model, bigger.size, seq_len) if s.fsdp and s.remat == "full")
         if any(estimate_memory(model, split, seq_len).peak <= limit for split in tried):
             return f"{words} {bigger} would do."
     return words

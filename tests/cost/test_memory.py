@@ -8,7 +8,7 @@ from hcp_jax.cost.models import model_fields, model_shape
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.split import Split
 from hcp_jax.hardware import Cluster
-from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.config import from_fields
 from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.planner import audit
 from hcp_jax.train.config import TrainConfig
@@ -44,7 +44,7 @@ def test_modelled_memory_is_within_15_percent_of_compiled(name):
         steps=1000,
         batch_size=rows * split.dp,
         seq_len=seq_len,
-        model=ModelConfig(**model_fields(model) | {"remat": split.remat}),
+        model=from_fields(model_fields(model) | {"remat": split.remat}),
         parallel=ParallelConfig(**{axis: getattr(split, axis) for axis in axes}),
     )
     devices = config.parallel.num_devices

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 
 from hcp_jax import hardware
+from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.split import Split, path
 from hcp_jax.cost.step import estimate
 from hcp_jax.cost.traffic import COMM_TYPES, STRATEGIES, layer_traffic, total
 from hcp_jax.hardware import Cluster
+from hcp_jax.models.layers.moe_dispatch import Dispatch
 
 LLAMA3_8B = ModelShape(128256, 32, 4096, 14336, 32, 8, 128)
 H200 = Cluster(hardware.gpu("h200"), 8, 8)
@@ -184,6 +186,44 @@ def test_fsdp_waits_for_what_lasts_longer_than_the_layers():
     ]
     assert 0 < waits[0].exposed < waits[0].seconds
     assert waits[1].exposed == 0
+
+
+def test_every_microbatch_gathers_the_weights_and_gradients_are_summed_once_without_fsdp():
+    cluster, split = Cluster(hardware.gpu("h200"), 1, 8), Split(dp=8, comm_type="p2p")
+    for fsdp, times, words in ((True, 4, "weights gathered"), (False, 1, "gradients summed")):
+        once, four = (
+            transfer(
+                estimate(
+                    LLAMA3_8B, dataclasses.replace(split, fsdp=fsdp), cluster, 8192, microbatches=m
+                ),
+                words,
+            )
+            for m in (1, 4)
+        )
+        assert four.bytes == times * once.bytes
+
+
+def test_rows_travel_as_dispatch_says_and_experts_are_gathered_over_what_is_left():
+    qwen3, cluster = model_shape("qwen3-30b-a3b"), Cluster(H200.gpu, 2, 8)
+    split = Split(dp=2, cp_outer=2, cp_inner=4, ep=8, remat="attention")
+    found = estimate(qwen3, split, cluster, 2**15)
+    rows = 2**15 // 8 * 8
+    dispatch = Dispatch(split.expert_axes, 8, rows)
+    assert dispatch.axes == ("cp_outer", "cp_inner")
+    listed = dispatch.traffic(2048, 2, "attention")
+    sent = transfer(found, "rows sent")
+    assert sent.bytes == pytest.approx(48 * sum(t.count * t.sent_bytes for t in listed))
+    assert (sent.link, sent.exposed) == (hardware.INSIDE, sent.seconds)
+    # Each device holds an eighth of the experts; two replicas of it share them by FSDP.
+    own = qwen3.experts_params / 8
+    gathered = transfer(found, "experts' weights gathered")
+    assert gathered.bytes == pytest.approx(own * (3 * 2 / 2 + 4 / 2))
+    assert gathered.axes == ("dp",)
+    # No row is computed twice: FLOPs are those of the token's own experts.
+    flops = {
+        ep: estimate(qwen3, dataclasses.replace(split, ep=ep), cluster, 2**15) for ep in (1, 8)
+    }
+    assert flops[1].compute["matmul"] == flops[8].compute["matmul"]
 
 
 def test_the_slowest_group_of_a_collective_sets_its_pace():

@@ -1,6 +1,7 @@
 """Every split of a cluster, costed, ranked and explained."""
 
 import itertools
+import math
 import re
 from collections import Counter
 
@@ -19,13 +20,14 @@ def million():
     return search.plan("llama3-8b", 2**20, gpu="h200", hosts=8)
 
 
-def possible(model, gpus):
-    """Every split that the model's heads allow, by trying all."""
+def possible(model, gpus, length):
+    """Every split that the model allows, by trying all."""
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
-    for dp, tp, outer, inner in itertools.product(divisors, repeat=4):
-        if dp * tp * outer * inner != gpus or model.num_kv_heads % tp:
+    for pp, dp, tp, outer, inner in itertools.product(divisors, repeat=5):
+        if pp * dp * tp * outer * inner != gpus or model.num_kv_heads % tp:
             continue
-        if model.intermediate_size % tp or model.vocab_size % tp:
+        width = model.experts.intermediate_size if model.experts else model.intermediate_size
+        if width % tp or model.vocab_size % tp or length < 256 * outer * inner:
             continue
         # One level is written on its own axis; two levels need two axes.
         kinds = {
@@ -35,30 +37,51 @@ def possible(model, gpus):
             "a2a+p2p": outer > 1 < inner,
             "a2a+all_gather": outer > 1 < inner,
         }
+        eps = {1}
+        if model.experts:
+            eps |= {inner, outer * inner, dp * outer * inner}
+            eps = {ep for ep in eps if model.experts.number % ep == 0}
         for comm_type in (kind for kind, allowed in kinds.items() if allowed):
             exchange = inner if "a2a" in comm_type else 1
             if model.num_heads // tp % exchange:
                 continue
-            for remat, fsdp in itertools.product(("none", "attention", "full"), (True, False)):
-                if fsdp or dp * outer * inner > 1:
-                    yield Split(dp, tp, outer, inner, comm_type, remat, fsdp)
+            choices = itertools.product(("none", "attention", "full"), (True, False), eps, (1, 2))
+            for remat, fsdp, ep, v in choices:
+                if (fsdp or dp * outer * inner > 1) and _has_stages(model, pp, v):
+                    yield Split(dp, tp, outer, inner, comm_type, remat, fsdp, ep, pp, v)
 
 
-@pytest.mark.parametrize(("name", "gpus"), [("llama3-8b", 16), ("qwen3-32b", 24)])
-def test_every_split_that_the_heads_allow_is_tried_and_no_other(name, gpus):
+def _has_stages(model, pp, v):
+    """Whether each of pp · v chunks has a layer, when all have as many as the first."""
+    if pp == 1:
+        return v == 1
+    turns = math.ceil(model.num_layers / pp / v)
+    return (
+        not model.experts and model.vocab_size % pp == 0 and model.num_layers > turns * (pp * v - 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "length"),
+    [
+        ("llama3-8b", 16, 2**17),
+        ("llama3-8b", 16, 2048),  # no chunks of less than a tile
+        ("qwen3-32b", 24, 2**17),
+        ("qwen3-30b-a3b", 24, 2**17),
+    ],
+)
+def test_every_split_that_the_model_allows_is_tried_and_no_other(name, gpus, length):
     model = model_shape(name)
-    assert Counter(search.splits(model, gpus, 2**17)) == Counter(possible(model, gpus))
-
-
-def test_short_streams_are_not_cut_into_chunks_of_less_than_a_tile():
-    found = {split.cp for split in search.splits(model_shape("llama3-8b"), 16, 2048)}
-    assert max(found) == 8  # two chunks of 128 tokens for each device
+    found = Counter(search.splits(model, gpus, length))
+    assert found == Counter(possible(model, gpus, length))
+    assert max(split.cp for split in found) == min(gpus if gpus == 16 else 24, length // 256)
+    assert {split.pp > 1 for split in found} == ({False} if model.experts else {False, True})
 
 
 def test_every_split_uses_every_gpu_and_divides_the_heads(million):
     assert len({c.split for c in million.candidates}) == len(million.candidates)
     for split in (c.split for c in million.candidates):
-        assert split.dp * split.tp * split.cp == 64
+        assert split.pp * split.dp * split.tp * split.cp == 64
         assert 32 // split.tp % split.exchange == 0
         assert 8 % split.tp == 0
 
@@ -89,6 +112,29 @@ def test_the_explanation_names_what_the_best_does_and_every_other_comm_type(mill
     assert f"over {split.cp} GPUs" in text
     for comm_type in set(COMM_TYPES) - {split.comm_type}:
         assert f"{comm_type}, at its best" in text or f"{comm_type}: does not fit" in text
+
+
+def test_a_pipeline_is_found_where_gathering_the_weights_takes_longer_than_the_layers():
+    large = search.plan("llama3-405b", 8192, gpu="h100", hosts=64, batch=64)
+    split = large.best.split
+    assert split.pp > 1
+    assert f"cut over {split.pp} stages" in large.explain()
+    without = next(c for c in large.candidates if c.split.pp == 1)
+    waits = max(without.cost.transfers, key=lambda t: t.exposed)
+    assert waits.what == "weights gathered, gradients scattered"
+    assert waits.exposed > 0.3 * without.cost.step_s
+    small = search.plan("llama3-8b", 2**17, gpu="h100", hosts=8, batch=16)
+    assert small.best.split.pp == 1
+    assert "No pipeline: with pp" in small.explain()
+    assert any(c.split.pp == 8 and c.fits for c in small.candidates)
+
+
+def test_experts_are_cut_over_devices_where_that_is_faster_and_the_reason_is_given():
+    plan = search.plan("mixtral-8x7b", 2**15, gpu="h200", hosts=4, batch=32)
+    ep = plan.best.split.ep
+    assert ep > 1
+    assert f"Experts are cut over {ep} GPUs" in plan.explain()
+    assert "No pipeline: pipelines do not support experts yet" in plan.explain()
 
 
 @pytest.mark.parametrize(

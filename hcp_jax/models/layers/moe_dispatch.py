@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from hcp_jax.cost.traffic import EXPERT_DISPATCH, Direction, Remat, Traffic
+from hcp_jax.cost import experts
+from hcp_jax.cost.traffic import EXPERT_DISPATCH, Remat, Traffic
 from hcp_jax.models.layers.moe_order import by_expert, collect, spread
-
-_ROOM = 1.25  # rows that a round has slots for, over the rows of an even load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Dispatch:
     @property
     def slots(self) -> int:
         """Rows that a device has for each other device in one round."""
-        return min(self.rows, math.ceil(_ROOM * self.rows / self.devices))
+        return experts.slots(self.rows, self.devices)
 
     @property
     def rounds(self) -> int:
@@ -89,21 +88,14 @@ class Dispatch:
             item_bytes: bytes of one activation.
             remat: what backward recomputes; all policies but "none" repeat the forward pass.
         """
-        put = self.devices * self.slots
-
-        def rows(direction: Direction, count: int, repeated: bool = False) -> Traffic:
-            size = put * width * item_bytes
-            names = EXPERT_DISPATCH, "all-to-all", direction, self.axes, self.devices
-            return Traffic(*names, 1, count, size, repeated)
-
-        def experts(direction: Direction, repeated: bool = False) -> Traffic:
-            names = EXPERT_DISPATCH, "all-to-all", direction, self.axes, self.devices
-            return Traffic(*names, 1, 1, 4 * put, repeated)
-
-        again: tuple[Traffic, ...] = ()
-        if remat != "none":
-            again = rows("backward", 2, repeated=True), experts("backward", repeated=True)
-        return (rows("forward", 2), experts("forward"), *again, rows("backward", 2))
+        return experts.dispatch_traffic(
+            self.axes,
+            self.devices,
+            rows=self.rows,
+            width=width,
+            item_bytes=item_bytes,
+            remat=remat,
+        )
 
     def _round(self, x: Any, sizes: Any, compute: Callable[[Any, Any], Any], number: Any) -> Any:
         per = sizes.size // self.devices

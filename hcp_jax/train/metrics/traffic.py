@@ -7,6 +7,7 @@ repetitions of a remat policy. `hcp audit` and `hcp verify` read the compiled pr
 from collections.abc import Iterator
 
 from hcp_jax.cost import traffic
+from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.traffic import (
     EXCHANGE_HEADS,
     EXPERT_DISPATCH,
@@ -19,7 +20,7 @@ from hcp_jax.cost.traffic import (
 )
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.moe_dispatch import Dispatch
-from hcp_jax.models.specs import Mixer, MoESpec
+from hcp_jax.models.specs import Mixer
 from hcp_jax.parallel.context import ContextParallel
 
 
@@ -74,18 +75,13 @@ def describe(
         return
     share = num_params // cp.axis_size(cp.tp)
     # Each expert is on as many devices as there are of them over ep.
-    experts = _expert_params(model) // cp.axis_size(cp.tp)
+    experts = ModelShape.from_config(model).experts_params // cp.axis_size(cp.tp)
     sent = sum(
         traffic.state_bytes(part, over, ITEM_BYTES[model.compute_dtype], fsdp=fsdp)
         for part, over in ((share - experts, copies), (experts // cp.ep, copies // cp.ep))
     )
     what = "parameters, gathered twice, and gradients, summed" if fsdp else "gradients, summed"
     yield f"{what} over {copies} devices: {_bytes(sent)}"
-
-
-def _expert_params(model: ModelConfig) -> int:
-    layers = (model.specs[number].ffn for number in model.computed_layers)
-    return sum(layer.expert_params for layer in layers if isinstance(layer, MoESpec))
 
 
 def expert_traffic(

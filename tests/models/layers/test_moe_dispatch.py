@@ -6,8 +6,8 @@ from flax import nnx
 
 import hcp_jax as hcp
 from hcp_jax.compiled import hlo
+from hcp_jax.cost import experts
 from hcp_jax.cost.traffic import EXPERT_DISPATCH, total
-from hcp_jax.models.layers import moe_dispatch
 from hcp_jax.models.layers.moe import MoE
 from hcp_jax.models.layers.moe_dispatch import Dispatch
 from hcp_jax.models.specs import MoESpec
@@ -32,7 +32,7 @@ SPEC = MoESpec(
 
 
 def test_one_round_sends_what_is_told(monkeypatch):
-    monkeypatch.setattr(moe_dispatch, "_ROOM", 8.0)  # so that there is no second round
+    monkeypatch.setattr(experts, "ROOM", 8.0)  # so that there is no second round
     cp = hcp.ContextParallel(hcp.make_mesh(dp=2, cp_outer=2, cp_inner=2), ep=4)
     dispatch = Dispatch(cp.expert_axes, cp.ep, rows=2 * 16)
     assert (cp.expert_axes, dispatch.rounds) == (("cp_outer", "cp_inner"), 1)
