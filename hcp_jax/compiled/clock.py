@@ -18,10 +18,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hcp_jax.compiled import hlo
 from hcp_jax.cost.shape import BACKWARD
+from hcp_jax.cost.traffic import EXPERT_ROUNDS
 from hcp_jax.hardware import GPU, Path
 
 LAUNCH_S = 2e-6  # seconds from one kernel to the next on one stream
@@ -199,7 +200,9 @@ class _Walk:
                 assert body is not None, instruction.name
                 self.loop(self.module.computations[body.group(1)], instruction.trip_count or 1)
             elif instruction.opcode == "conditional":
-                self.longest([self.module.computations[name] for name in instruction.called])
+                branches = [self.module.computations[name] for name in instruction.called]
+                # An even load is assumed, which needs no second round of dispatch.
+                self.one_of(branches, min if EXPERT_ROUNDS in instruction.op_name else max)
             elif instruction.opcode == "call":
                 self.walk(self.module.computations[instruction.called[0]])
             else:
@@ -260,17 +263,26 @@ class _Walk:
                 dataclasses.replace(s, begin=s.begin + shift, end=s.end + shift) for s in spans
             ]
 
-    def longest(self, branches: list[hlo.Computation]) -> None:
-        """Walk over all branches from the same start time, and keep the time of the longest."""
-        start, last = self.now, (-math.inf, self.exposed, dict(self.compute), self.free)
+    def one_of(self, branches: list[hlo.Computation], choose: Callable[..., Any]) -> None:
+        """Walk over all branches from the same start time, and keep what happened in one.
+
+        Args:
+            branches: the branches of a conditional.
+            choose: `max` keeps the branch that takes longest, `min` the one that ends first.
+        """
+        start, flights, waited = self.now, dict(self.flights), dict(self.waited)
+        ends = []
         exposed, compute, free = self.exposed, dict(self.compute), dict(self.free)
         for branch in branches:
             self.now, self.exposed, self.compute = start, exposed, dict(compute)
             self.free = dict(free)  # only one branch runs: none waits for another's transfers
+            self.flights, self.waited = dict(flights), dict(waited)
             self.walk(branch)
-            ended = self.now, self.exposed, dict(self.compute), self.free
-            last = max(last, ended, key=lambda x: x[0])
-        self.now, self.exposed, self.compute, self.free = last
+            ends.append(
+                (self.now, self.exposed, self.compute, self.free, self.flights, self.waited)
+            )
+        kept = choose(ends, key=lambda end: end[0])
+        self.now, self.exposed, self.compute, self.free, self.flights, self.waited = kept
 
     def execute(self, computation: hlo.Computation, instruction: hlo.Instruction) -> None:
         kind = kind_of(self.module, computation, instruction)

@@ -17,7 +17,14 @@ from hcp_jax.compiled import clock, hlo
 from hcp_jax.cost.mixers import stream_pairs
 from hcp_jax.cost.pairs import pairs_by_hop
 from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.traffic import EXCHANGE_HEADS, GATHER_KV, HALO, RING_HOP, STATE_SCAN
+from hcp_jax.cost.traffic import (
+    EXCHANGE_HEADS,
+    EXPERT_DISPATCH,
+    GATHER_KV,
+    HALO,
+    RING_HOP,
+    STATE_SCAN,
+)
 from hcp_jax.hardware import Cluster, Path
 
 # A transfer counts as hidden if the device waits for at most this share of its duration.
@@ -28,6 +35,7 @@ _NAMES = {
     GATHER_KV: "gather",
     STATE_SCAN: "states",
     HALO: "halo",
+    EXPERT_DISPATCH: "experts",
 }
 
 
@@ -42,6 +50,7 @@ class Memory:
         temp_bytes: peak of all temporary buffers.
         device_bytes: memory of the GPU.
         host_bytes: bytes offloaded to the host's memory.
+        beside_bytes: bytes of arrays that live there besides, and that the program does not get.
     """
 
     argument_bytes: int
@@ -50,11 +59,13 @@ class Memory:
     temp_bytes: int
     device_bytes: int
     host_bytes: int = 0
+    beside_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of arguments, outputs and temporaries; aliased outputs count once."""
-        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+        """Bytes of all arrays; aliased outputs count once."""
+        program = self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+        return program + self.beside_bytes
 
     @property
     def fits(self) -> bool:
@@ -68,8 +79,9 @@ class Moved:
 
     Attributes:
         kind: kind of collective, as HLO names it.
-        what: "ring", "heads" or "gather" for attention, "states" or "halo" for recurrent layers;
-            "" for other collectives.
+        what: "ring", "heads" or "gather" for attention, "states" or "halo" for recurrent layers,
+            "experts" for rows that travel to them, "stages" for what the stages of a pipeline
+            exchange; "" for other collectives.
         axes: mesh axes that they run over.
         link: "inside a host" or "between hosts".
         bytes: bytes that one device puts in, each time.
@@ -237,6 +249,9 @@ def _number(device: jax.Device, cluster: Cluster) -> int:
 
 def _moved(c: hlo.Collective, flight: clock.Flight, mesh: Mesh, link: str) -> Moved:
     what = next((name for scope, name in _NAMES.items() if scope in c.op_name), "")
+    axes = collective_axes(c, mesh)
+    if not what and axes == ("pp",):
+        what = "stages"
     if what == "ring":
         hidden = flight.attention >= flight.until
     else:
@@ -244,7 +259,7 @@ def _moved(c: hlo.Collective, flight: clock.Flight, mesh: Mesh, link: str) -> Mo
     return Moved(
         c.kind,
         what,
-        collective_axes(c, mesh),
+        axes,
         link,
         c.bytes,
         c.sent_bytes,

@@ -30,6 +30,7 @@ EXCHANGE_HEADS, RING_HOP, GATHER_KV = "exchange_heads", "ring_hop", "gather_kv"
 SCOPES = (RING_HOP, GATHER_KV, EXCHANGE_HEADS)
 STATE_SCAN, HALO = "state_scan", "halo"  # of recurrent layers
 EXPERT_DISPATCH = "expert_dispatch"  # of a mixture of experts
+EXPERT_ROUNDS = "expert_rounds"  # rounds of dispatch after the first, for an uneven load
 RECURRENT_SCOPES = (STATE_SCAN, HALO)
 
 GRADIENT_BYTES = 4  # dK and dV are sent and summed in float32

@@ -159,6 +159,26 @@ class Pipeline:
         grads, loss = self._end(carry.grads, carry.loss)
         return grads, loss
 
+    def abstract_tick(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Return the program of a tick with both passes, and shapes of its arguments, to compile.
+
+        Args:
+            batch: shapes and shardings of a microbatch, as for `sums`.
+        """
+
+        def like(shapes: Any, shardings: Any) -> Any:
+            return jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+            )
+
+        pp = self.stages.num_stages
+        params = like(jax.eval_shape(self._cut, self._shapes), self._shardings)
+        begin = functools.partial(self._begin, *batch["tokens"].shape)
+        carry = like(jax.eval_shape(begin), self._carry_shardings)
+        whole = NamedSharding(self.cp.mesh, PartitionSpec())
+        work = jax.ShapeDtypeStruct((pp, 3), jnp.int32, sharding=whole)
+        return self._tick(True, True), (params, carry, work, work, [batch] * pp, [batch] * pp)
+
     @functools.cached_property
     def _num_slots(self) -> int:
         """Slots of a step with many microbatches, so that every step has the same shapes."""

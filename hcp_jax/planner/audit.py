@@ -81,7 +81,7 @@ def compile_attention(
         flags: XLA flags.
     """
     grouped = isinstance(cp.placement, Groups)
-    mask = _abstract_batch(cp, rows, seq_len)["mask"] if grouped else model.mask()
+    mask = abstract_batch(cp, rows, seq_len)["mask"] if grouped else model.mask()
     sharding = NamedSharding(cp.mesh, PartitionSpec(cp.dp, cp.cp_axes or None, cp.tp))
 
     def array(heads: int) -> jax.ShapeDtypeStruct:
@@ -148,13 +148,13 @@ def audit_step(
         accumulation=config.accumulation,
     )
     seq_len = cp.padded_length(config.seq_len)
-    batch = _abstract_batch(cp, config.batch_size, seq_len, config.model.mtp_depths)
+    batch = abstract_batch(cp, config.batch_size, seq_len, config.model.mtp_depths)
     begin = time.perf_counter()
     compiled = compile_for(step, state, batch, flags=flags)
     return read_model(compiled, cp, cluster, config.model, seq_len, time.perf_counter() - begin)
 
 
-def _abstract_batch(
+def abstract_batch(
     cp: ContextParallel, rows: int, seq_len: int, mtp_depths: int = 0
 ) -> dict[str, Any]:
     """Return the shapes of a batch after `cp.shard_batch` (or `place_microbatch`)."""
@@ -256,6 +256,14 @@ _ABOUT = {
         "The passing of states of recurrent layers is not hidden; it takes",
         "Its bytes do not depend on the length: use fewer devices along cp for short sequences, or "
         "more tokens per GPU.",
+    ),
+    "experts": (
+        "Rows that travel to their experts are not hidden; they take",
+        "Use a smaller ep, or one whose devices share a host.",
+    ),
+    "stages": (
+        "What stages exchange (mostly sums of embeddings and outputs) is not hidden; it takes",
+        "Use fewer virtual stages, or more layers per stage.",
     ),
     "": (
         "Waiting for weights, gradients and activations takes",

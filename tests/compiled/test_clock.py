@@ -128,7 +128,20 @@ def test_a_branch_does_not_wait_for_the_transfers_of_another():
     conditional = (
         f"  %c = {KV} conditional(%i, %k, %k), branch_computations={{%branch0, %branch1}}\n"
     )
-    assert walk("".join(branches) + entry(conditional)).step_s == pytest.approx(SENT_S)
+    found = walk("".join(branches) + entry(conditional))
+    assert found.step_s == pytest.approx(SENT_S)
+    assert len(found.flights) == 1  # the other one is never sent
+
+
+def test_of_a_dispatch_to_experts_the_first_round_counts_alone():
+    more = f"%more (p: {KV}) -> {KV} {{\n  %k = {KV} parameter(0)\n{start('a')}{done('a')}}}\n\n"
+    none = f"%none (p: {KV}) -> {KV} {{\n  %k = {KV} parameter(0)\n}}\n\n"
+    scope = 'metadata={op_name="jit(f)/expert_rounds/cond"}'
+    conditional = (
+        f"  %c = {KV} conditional(%i, %k, %k), branch_computations={{%none, %more}}, {scope}\n"
+    )
+    found = walk(more + none + entry(conditional))
+    assert (found.step_s, found.flights) == (0, {})
 
 
 def test_masked_pairs_take_no_time():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.cost import experts
-from hcp_jax.cost.traffic import EXPERT_DISPATCH, Remat, Traffic
+from hcp_jax.cost.traffic import EXPERT_DISPATCH, EXPERT_ROUNDS, Remat, Traffic
 from hcp_jax.models.layers.moe_order import by_expert, collect, spread
 
 
@@ -78,7 +78,8 @@ class Dispatch:
         def rest(out: Any) -> Any:
             return jax.lax.scan(one, out, jnp.arange(1, self.rounds))[0]
 
-        return jax.lax.cond(needed > 1, rest, lambda out: out, out)
+        with jax.named_scope(EXPERT_ROUNDS):
+            return jax.lax.cond(needed > 1, rest, lambda out: out, out)
 
     def traffic(self, width: int, item_bytes: int, remat: Remat = "none") -> tuple[Traffic, ...]:
         """List the collectives of one layer in one step, if one round takes all rows.
