@@ -83,7 +83,7 @@ def test_rope_is_read_from_both_forms_of_the_file(form, values, expected):
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("gpt_oss", {}, "model_type='gpt_oss' is not supported. Supported are llama .*qwen3"),
+        ("deepseek_v3", {}, "model_type='deepseek_v3' is not supported. Supported are llama .*qwen3"),
         (None, {}, "model_type=None"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
