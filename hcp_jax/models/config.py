@@ -63,7 +63,10 @@ class ModelConfig:
         attention_scale: factor of the attention logits; 1 / sqrt(head size) if None.
         qk_norm_over: what qk_norm normalises: each "head", or all "heads" together (OLMo 2).
         o_bias: a bias on the output of attention.
-        activation: activation of the MLP's gate: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        output_gate: multiply the output of attention, before its last product, by a learnt sigmoid
+            per entry (Qwen3-Next).
+        activation: activation of the MLP: "silu" (SwiGLU), "gelu_tanh" (GeGLU) or "clamped_silu"
+            (gpt-oss).
         mlp_bias: a bias on each product of the MLP.
         norms: where a layer has RMSNorm: "before" attention and MLP (Llama), "after" them (OLMo
             2), or "both" (Gemma 3).
@@ -124,6 +127,7 @@ class ModelConfig:
     attention_scale: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
     qk_norm_over: QKNorm = field(default="head", metadata=fixed_later())
     o_bias: bool = field(default=False, metadata=fixed_later())
+    output_gate: bool = field(default=False, metadata=fixed_later())
     activation: Activation = field(default="silu", metadata=numbers())
     mlp_bias: bool = field(default=False, metadata=fixed_later())
     norms: Norms = field(default="before", metadata=fixed_later())

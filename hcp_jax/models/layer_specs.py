@@ -59,7 +59,7 @@ def _feed_forward(config: Any, get: Callable[[str], Any], number: int) -> FeedFo
         return mlp(get("intermediate_size"))
     if get("mlp_bias"):
         raise NotImplementedError(
-            "mlp_bias with model.moe is not supported: experts have no biases here."
+            "mlp_bias with model.moe is not supported: the biases of experts are model.moe.bias."
         )
     shared = moe.shared_expert_intermediate_size
     return MoESpec(
@@ -73,6 +73,7 @@ def _feed_forward(config: Any, get: Callable[[str], Any], number: int) -> FeedFo
         groups=moe.n_group,
         topk_groups=moe.topk_group,
         correction=moe.score_correction,
+        bias=moe.bias,
         shared=mlp(shared) if shared else None,
         shared_gate=moe.shared_expert_gate,
         activation=get("activation"),
@@ -96,6 +97,7 @@ def _attention(config: Any, get: Callable[[str], Any]) -> AttentionSpec:
         qk_norm=config.qk_norm_over if get("qk_norm") else None,
         qkv_bias=get("qkv_bias"),
         o_bias=get("o_bias"),
+        gate=config.output_gate,
         norm=config.norm_spec,
         depth=config.num_layers,
         dtype=config.compute_dtype,
@@ -159,4 +161,13 @@ def _rotary(get: Callable[[str], Any], head_size: int) -> Rotary | None:
     if dims % 2 or not dims:
         share = "" if dims == head_size else f" times rotary_share={get('rotary_share')}"
         raise ValueError(f"the head size is {head_size}{share}; rotary embeddings need it even.")
-    return Rotary(get("rope_theta"), dims, get("rope_scaling"))
+    scaling = get("rope_scaling")
+    if scaling is not None and scaling.kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            number = len(getattr(scaling, name))
+            if number != dims // 2:
+                raise ValueError(
+                    f"rope_scaling.{name} must have {dims // 2} numbers, one for each pair of "
+                    f"rotated dims, got {number}."
+                )
+    return Rotary(get("rope_theta"), dims, scaling)

@@ -38,6 +38,7 @@ SHAPES = (
     "activation",
     "norms",
     "norm_shifted",
+    "output_gate",
     "mixer",
     "mamba2",
     "gated_delta",
@@ -256,7 +257,11 @@ def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> N
             "weights are read as float32, bfloat16 or float16; take the folder that was quantised",
         ),
         **{
-            key: (not raw.get(key), "depths of multi-token prediction are not read")
+            # GLM-4.5's files say 1 even without the depth; its tensors are refused, if there.
+            key: (
+                not raw.get(key) or family == "glm4_moe",
+                "depths of multi-token prediction are not read",
+            )
             for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers")
         },
         "auto_map": (

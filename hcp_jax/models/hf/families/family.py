@@ -100,6 +100,11 @@ def write_rope(raw: dict[str, Any], model: ModelConfig) -> None:
     rope_json.write(raw, model.rope_theta, model.rope_scaling)
 
 
+def write_share(raw: dict[str, Any], model: ModelConfig) -> None:
+    """Write the share of each head that is rotated, where both forms of the file are read."""
+    raw["partial_rotary_factor"] = model.rotary_share
+
+
 def biases(fields: Fields) -> dict[str, Any]:
     """Return the biases of attention, which one setting gives all projections."""
     bias = fields.flag("attention_bias", False)
