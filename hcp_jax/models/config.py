@@ -2,35 +2,25 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hcp_jax.base.settings import MOST, check, fixed, fixed_later, free, numbers
-from hcp_jax.models import pattern, specs
+from hcp_jax.models import layer_specs, pattern, specs
 from hcp_jax.models.layers.rope_scaling import RopeScaling
 from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.pattern import LayerConfig, MixerKind
 from hcp_jax.models.recurrent_specs import (
     GatedDeltaConfig,
-    GatedDeltaSpec,
     KDAConfig,
-    KDASpec,
     Mamba2Config,
-    Mamba2Spec,
 )
 from hcp_jax.models.specs import (
     Activation,
-    AttentionSpec,
-    FeedForward,
     LayerSpec,
-    Mixer,
-    MLPSpec,
-    MoESpec,
     Norms,
     NormSpec,
     QKNorm,
-    Rotary,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +63,10 @@ class ModelConfig:
         attention_scale: factor of the attention logits; 1 / sqrt(head size) if None.
         qk_norm_over: what qk_norm normalises: each "head", or all "heads" together (OLMo 2).
         o_bias: a bias on the output of attention.
-        activation: activation of the MLP's gate: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        output_gate: multiply the output of attention, before its last product, by a learnt sigmoid
+            per entry (Qwen3-Next).
+        activation: activation of the MLP: "silu" (SwiGLU), "gelu_tanh" (GeGLU) or "clamped_silu"
+            (gpt-oss).
         mlp_bias: a bias on each product of the MLP.
         norms: where a layer has RMSNorm: "before" attention and MLP (Llama), "after" them (OLMo
             2), or "both" (Gemma 3).
@@ -134,6 +127,7 @@ class ModelConfig:
     attention_scale: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
     qk_norm_over: QKNorm = field(default="head", metadata=fixed_later())
     o_bias: bool = field(default=False, metadata=fixed_later())
+    output_gate: bool = field(default=False, metadata=fixed_later())
     activation: Activation = field(default="silu", metadata=numbers())
     mlp_bias: bool = field(default=False, metadata=fixed_later())
     norms: Norms = field(default="before", metadata=fixed_later())
@@ -167,7 +161,7 @@ class ModelConfig:
                     f"got {getattr(self, name)!r}."
                 )
         _plan(self)  # reads the layers, and checks each of them
-        _check_used(self)
+        layer_specs.check_used(self)
         if self.offload_activations and self.remat == "none":
             raise ValueError(
                 "offload_activations needs remat 'attention' or 'full', which name what is kept; "
@@ -286,145 +280,4 @@ def _plan(config: ModelConfig) -> specs.Plan:
 @functools.lru_cache(maxsize=64)
 def _specs(config: ModelConfig) -> tuple[LayerSpec, ...]:
     found = pattern.overrides(config.layers, config.num_layers, config.sliding_window)
-    return tuple(_layer(config, own, number) for number, own in enumerate(found))
-
-
-def _layer(config: ModelConfig, own: Mapping[str, Any], number: int) -> LayerSpec:
-    """Return the spec of a layer with settings of its own."""
-
-    def get(name: str) -> Any:
-        return own.get(name, getattr(config, name))
-
-    kind = get("mixer")
-    unused = sorted(pattern.ATTENTION_SETTINGS & set(own)) if kind != "attention" else []
-    if unused:
-        raise ValueError(
-            f"model.layers: a layer with mixer={kind!r} has no {', '.join(unused)}, which only "
-            "attention has; leave it out, or give it to another layer."
-        )
-    return LayerSpec(
-        mixer=_MIXERS[kind](config, get),
-        ffn=_feed_forward(config, get, number),
-        norms=get("norms"),
-        norm=config.norm_spec,
-    )
-
-
-def _feed_forward(config: ModelConfig, get: Callable[[str], Any], number: int) -> FeedForward:
-    def mlp(size: int) -> MLPSpec:
-        return MLPSpec(
-            hidden_size=config.hidden_size,
-            intermediate_size=size,
-            activation=get("activation"),
-            bias=get("mlp_bias"),
-            depth=config.num_layers,
-            dtype=config.compute_dtype,
-            chunk=config.mlp_chunk,
-        )
-
-    moe = config.moe
-    if moe is None or not moe.has_experts(number):
-        return mlp(get("intermediate_size"))
-    if get("mlp_bias"):
-        raise NotImplementedError(
-            "mlp_bias with model.moe is not supported: experts have no biases here."
-        )
-    shared = moe.shared_expert_intermediate_size
-    return MoESpec(
-        hidden_size=config.hidden_size,
-        num_experts=moe.num_experts,
-        top_k=moe.num_experts_per_tok,
-        intermediate_size=moe.moe_intermediate_size,
-        router=moe.router,
-        norm_topk=moe.norm_topk_prob,
-        scaling=moe.routed_scaling_factor,
-        groups=moe.n_group,
-        topk_groups=moe.topk_group,
-        correction=moe.score_correction,
-        shared=mlp(shared) if shared else None,
-        shared_gate=moe.shared_expert_gate,
-        activation=get("activation"),
-        depth=config.num_layers,
-        dtype=config.compute_dtype,
-    )
-
-
-def _attention(config: ModelConfig, get: Callable[[str], Any]) -> AttentionSpec:
-    head_size = get("head_size") or config.head_dim
-    return AttentionSpec(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_size=head_size,
-        window=get("sliding_window"),
-        rotary=_rotary(get, head_size),
-        scale=get("attention_scale"),
-        soft_cap=get("logits_soft_cap"),
-        sinks=get("attention_sinks"),
-        qk_norm=config.qk_norm_over if get("qk_norm") else None,
-        qkv_bias=get("qkv_bias"),
-        o_bias=get("o_bias"),
-        norm=config.norm_spec,
-        depth=config.num_layers,
-        dtype=config.compute_dtype,
-        implementation=config.implementation,
-    )
-
-
-def _recurrent(name: str, spec: type, config: ModelConfig, get: Callable[[str], Any]) -> Mixer:
-    sizes = getattr(config, name)
-    if sizes is None:
-        raise ValueError(
-            f"a layer has mixer={name!r}, but model.{name} is null; give its sizes there, such as "
-            f"{_EXAMPLES[name]}."
-        )
-    made: Mixer = spec(
-        **vars(sizes),
-        hidden_size=config.hidden_size,
-        norm_eps=config.norm_eps,
-        depth=config.num_layers,
-        dtype=config.compute_dtype,
-    )
-    return made
-
-
-_MIXERS: dict[MixerKind, Callable[[ModelConfig, Callable[[str], Any]], Mixer]] = {
-    "attention": _attention,
-    "mamba2": functools.partial(_recurrent, "mamba2", Mamba2Spec),
-    "gated_delta": functools.partial(_recurrent, "gated_delta", GatedDeltaSpec),
-    "kda": functools.partial(_recurrent, "kda", KDASpec),
-}
-"""What makes the spec of each kind of mixer."""
-
-_EXAMPLES = {
-    "mamba2": "{num_heads: 8, head_size: 64}",
-    "gated_delta": "{num_key_heads: 4, num_value_heads: 8}",
-    "kda": "{num_heads: 8}",
-}
-
-
-def _check_used(config: ModelConfig) -> None:
-    """Refuse sizes and windows that no layer uses: the pattern is not what the user means."""
-    kinds = {type(layer.mixer) for layer in config.specs}
-    sections = {"mamba2": Mamba2Spec, "gated_delta": GatedDeltaSpec, "kda": KDASpec}
-    for name, spec in sections.items():
-        if getattr(config, name) is not None and spec not in kinds:
-            raise ValueError(
-                f"model.{name} is given, but no layer has mixer={name!r}; write it in "
-                f"model.layers or model.mixer, or leave model.{name} out."
-            )
-    if config.sliding_window is not None and AttentionSpec not in kinds:
-        raise ValueError(
-            f"model.sliding_window={config.sliding_window} is given, but no layer attends; leave "
-            "it out."
-        )
-
-
-def _rotary(get: Callable[[str], Any], head_size: int) -> Rotary | None:
-    if not get("rotary"):
-        return None
-    dims = int(head_size * get("rotary_share"))
-    if dims % 2 or not dims:
-        share = "" if dims == head_size else f" times rotary_share={get('rotary_share')}"
-        raise ValueError(f"the head size is {head_size}{share}; rotary embeddings need it even.")
-    return Rotary(get("rope_theta"), dims, get("rope_scaling"))
+    return tuple(layer_specs.layer(config, own, number) for number, own in enumerate(found))

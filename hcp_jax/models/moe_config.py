@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal, get_args
 
-from hcp_jax.base.settings import MOST, check, fixed, numbers
+from hcp_jax.base.settings import MOST, check, fixed, fixed_later, numbers
 
 Router = Literal["softmax", "sigmoid"]
 
@@ -27,6 +27,7 @@ class MoEConfig:
         score_correction: add a bias to the scores that choose the experts, not to their weights
             (DeepSeek-V3's balancing without an auxiliary loss). Each step changes it by
             `optimizer.score_correction_rate` towards equal load.
+        bias: a bias on the router and on each product of the experts (gpt-oss).
         shared_expert_intermediate_size: width of an MLP that all tokens go through, too; 0 for
             none.
         shared_expert_gate: multiply its output by a learnt sigmoid per token (Qwen2-MoE).
@@ -54,6 +55,7 @@ class MoEConfig:
     score_correction: bool = field(default=False, metadata=fixed())
     shared_expert_intermediate_size: int = field(default=0, metadata=fixed(least=0, most=MOST))
     shared_expert_gate: bool = field(default=False, metadata=fixed())
+    bias: bool = field(default=False, metadata=fixed_later())
     router_aux_loss_coef: float = field(default=1e-3, metadata=numbers(least=0, most=1e6))
     router_z_loss_coef: float = field(default=0.0, metadata=numbers(least=0, most=1e6))
     first_k_dense_replace: int = field(default=0, metadata=fixed(least=0, most=100_000))

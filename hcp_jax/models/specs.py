@@ -24,7 +24,7 @@ from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
 if TYPE_CHECKING:
     from hcp_jax.parallel.context import ContextParallel
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
 Norms = Literal["before", "after", "both"]
 QKNorm = Literal["head", "heads"]
 
@@ -75,6 +75,7 @@ class AttentionSpec:
         qk_norm: RMSNorm of q and k over each "head" or over all "heads" together; None for none.
         qkv_bias: a bias on q, k and v.
         o_bias: a bias on the output.
+        gate: multiply the output of each head by a learnt sigmoid per entry, before o_proj.
         norm: the norm of q and k.
         depth: number of layers of the model, which scales the initial output weights.
         dtype: dtype of activations, and of weights when they are used.
@@ -93,6 +94,7 @@ class AttentionSpec:
     qk_norm: QKNorm | None
     qkv_bias: bool
     o_bias: bool
+    gate: bool
     norm: NormSpec
     depth: int
     dtype: str
@@ -114,7 +116,8 @@ class AttentionSpec:
     @property
     def product_params(self) -> int:
         """Number of weights of the matrix products."""
-        return 2 * self.hidden_size * self.head_size * (self.num_heads + self.num_kv_heads)
+        heads = (2 + self.gate) * self.num_heads + 2 * self.num_kv_heads
+        return self.hidden_size * self.head_size * heads
 
     @property
     def tp_sizes(self) -> dict[str, int]:
@@ -152,7 +155,8 @@ class MLPSpec:
     Attributes:
         hidden_size: D.
         intermediate_size: F.
-        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU with GELU's tanh form).
+        activation: "silu" (SwiGLU), "gelu_tanh" (GeGLU with GELU's tanh form) or "clamped_silu"
+            (gpt-oss: a steeper SwiGLU of clamped gate and up, with 1 added to up).
         bias: a bias on each of the three products.
         depth: number of layers of the model, which scales the initial output weights.
         dtype: dtype of activations, and of weights when they are used.
@@ -189,7 +193,7 @@ class MLPSpec:
 class MoESpec:
     """Mixture of experts: Σ weight · expert(x) over the top k experts of each token.
 
-    Each expert is a gated MLP as in `MLPSpec`, without biases.
+    Each expert is a gated MLP as in `MLPSpec`.
 
     Attributes:
         hidden_size: D.
@@ -207,6 +211,7 @@ class MoESpec:
         activation: as in `MLPSpec`.
         depth: as in `MLPSpec`.
         dtype: as in `MLPSpec`; the router computes in float32.
+        bias: a bias on the router and on each product of the experts, not of the shared MLP.
     """
 
     hidden_size: int
@@ -224,6 +229,7 @@ class MoESpec:
     activation: Activation
     depth: int
     dtype: str
+    bias: bool = False
 
     @property
     def product_params(self) -> int:

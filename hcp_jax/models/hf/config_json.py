@@ -19,7 +19,6 @@ from hcp_jax.models.hf.families import FAMILIES, family_of
 from hcp_jax.models.hf.json_fields import Fields
 from hcp_jax.models.hf.model_folder import CONFIG
 from hcp_jax.models.pattern import LayerConfig
-from hcp_jax.models.specs import LayerSpec
 
 SHAPES = (
     "vocab_size",
@@ -39,6 +38,7 @@ SHAPES = (
     "activation",
     "norms",
     "norm_shifted",
+    "output_gate",
     "mixer",
     "mamba2",
     "gated_delta",
@@ -103,7 +103,7 @@ def model_config(raw: dict[str, Any], place: str = "config.json") -> ModelConfig
     """
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        known = "; ".join(f"{name} ({what})" for name, (_, what, *_) in FAMILIES.items())
+        known = "; ".join(f"{name} ({each.title})" for name, each in FAMILIES.items())
         raise NotImplementedError(
             f"{place}: model_type={printable(repr(family))} is not supported. Supported are "
             f"{known}."
@@ -157,15 +157,22 @@ def differences(names: Sequence[str], there: ModelConfig, here: ModelConfig) -> 
 
 
 def _differing(names: Sequence[str], there: ModelConfig, here: ModelConfig) -> list[str]:
-    if _specs(there) == _specs(here):  # one model, however its pattern is written
+    there, here = _plain(there), _plain(here)
+    if there.specs == here.specs:  # one model, however its pattern is written
         names = [name for name in names if name not in _BY_LAYER]
     return [name for name in names if getattr(there, name) != getattr(here, name)]
 
 
-def _specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
-    """Return the specs of all layers, without what changes neither parameters nor results."""
-    plain = dataclasses.replace(model, compute_dtype="float32", mlp_chunk=None, implementation=None)
-    return plain.specs
+def _plain(model: ModelConfig) -> ModelConfig:
+    """Return the model without what changes neither parameters nor results."""
+    recurrent = {
+        name: dataclasses.replace(getattr(model, name), chunk=64)
+        for name in ("mamba2", "gated_delta", "kda")
+        if getattr(model, name) is not None
+    }
+    return dataclasses.replace(
+        model, compute_dtype="float32", mlp_chunk=None, implementation=None, **recurrent
+    )
 
 
 def refuse_depths(config: ModelConfig) -> None:
@@ -198,13 +205,15 @@ def raw_config(
         ValueError: if the weights of `like` have other shapes.
     """
     refuse_depths(model)
-    recurrent = [i for i, layer in enumerate(model.specs) if layer.mixer.recurrence is not None]
-    if recurrent:
-        raise NotImplementedError(
-            f"layer {recurrent[0]} is recurrent, and no supported family of Hugging Face models "
-            "has such layers; keep the model as a checkpoint of hcp."
-        )
     raw = _fresh(model) if like is None else dict(like)
+    has = FAMILIES[raw["model_type"]].mixers
+    for number, layer in enumerate(model.specs):
+        if layer.mixer.kind not in has:
+            raise NotImplementedError(
+                f"layer {number} is {layer.mixer.kind}, which is recurrent, and no supported "
+                "family of Hugging Face models has such layers beside the others; keep the model "
+                "as a checkpoint of hcp."
+            )
     came = Fields(raw, CONFIG).whole_or_none("max_position_embeddings")
     positions = max(max_positions, came or 0)
     raw["max_position_embeddings"] = positions
@@ -248,7 +257,11 @@ def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> N
             "weights are read as float32, bfloat16 or float16; take the folder that was quantised",
         ),
         **{
-            key: (not raw.get(key), "depths of multi-token prediction are not read")
+            # GLM-4.5's files say 1 even without the depth; its tensors are refused, if there.
+            key: (
+                not raw.get(key) or family == "glm4_moe",
+                "depths of multi-token prediction are not read",
+            )
             for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers")
         },
         "auto_map": (
@@ -261,8 +274,9 @@ def _refuse_what_would_differ(raw: dict[str, Any], family: str, place: str) -> N
             shown = printable(repr(raw[key]))
             raise NotImplementedError(f"{place}: {key}={shown} is not supported: {why}.")
     fields = Fields(raw, place)
-    for part in (fields, fields.mapping("rope_scaling"), fields.mapping("rope_parameters")):
-        rope_json.require_whole_heads(part)
+    if not FAMILIES[family].partial_rotary:
+        for part in (fields, fields.mapping("rope_scaling"), fields.mapping("rope_parameters")):
+            rope_json.require_whole_heads(part)
 
 
 def _iterable(value: Any) -> Any:

@@ -70,6 +70,16 @@ class Fields:
         """Return the same, or None if the field is missing or null."""
         return None if self.values.get(key) is None else self.number(key, low, high)
 
+    def numbers_or_none(self, key: str, low: float, high: float) -> tuple[float, ...] | None:
+        """Return a list of at most 4096 finite numbers; None if the field is missing or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) > 4096:
+            raise self.wrong(key, "a list of numbers")
+        inside = Fields({f"{key}[{i}]": one for i, one in enumerate(value)}, self.place)
+        return tuple(inside.number(name, low, high) for name in inside.values)
+
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false, or the default if the field is missing or null."""
         value = self.values.get(key)

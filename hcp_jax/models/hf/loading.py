@@ -1,9 +1,6 @@
-"""Load weights of Hugging Face folders (safetensors) into parameters, and convert them back.
+"""Load weights of Hugging Face folders (safetensors) into parameters.
 
-The modules of the model have the names that these folders use, so no table of names is needed: the
-parameter `layers.self_attn.q_proj.kernel` holds the `model.layers.{i}.self_attn.q_proj.weight` of
-all layers, stacked. A matrix is `[outputs, inputs]` in the folder and `[inputs, outputs]` here,
-with inputs or outputs split into heads.
+`slots.py` says which tensor is which parameter.
 
 Each process reads only the parts that its devices hold, one tensor at a time: a tensor is put on
 its devices, at its index among the layers, before the next one is opened. Nothing is unpickled.
@@ -14,7 +11,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,87 +19,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
+from hcp_jax.base import reading
 from hcp_jax.base.terminal import printable
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.hf.config_json import refuse_depths
-from hcp_jax.models.hf.families import FAMILIES, family_of
-from hcp_jax.models.hf.model_folder import Stored, some, stored_tensors
-from hcp_jax.models.layers.moe import MoE
-from hcp_jax.models.specs import MoESpec
-from hcp_jax.models.transformer import abstract_model, inside_layer, rule
+from hcp_jax.models.hf.families import FAMILIES
+from hcp_jax.models.hf.model_folder import CONFIG, Stored, member, some, stored_tensors
+from hcp_jax.models.hf.parts import Part
+from hcp_jax.models.hf.slots import Slot, slots
+from hcp_jax.models.transformer import abstract_model
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Dtypes that a stored tensor may have; each is exact in float32."""
-
-
-class Slot(NamedTuple):
-    """Position of a tensor of a folder in the parameters.
-
-    Attributes:
-        name: name of the tensor.
-        path: path of the parameter, keys from the outside in.
-        layer: index among the layers that are stacked in the parameter; None if the tensor belongs
-            to no layer.
-        shape: shape of its part of the parameter, without the layer dim.
-        inputs: number of these dims that are inputs of a matrix; None if the tensor is stored
-            untransposed.
-        expert: number of the expert, if the parameter has a dim of experts after that of layers;
-            `shape` is without it.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    layer: int | None
-    shape: tuple[int, ...]
-    inputs: int | None
-    expert: int | None = None
-
-    @property
-    def at(self) -> tuple[int, ...]:
-        """Where the tensor lies in the parameter: its layer and its expert, if it has them."""
-        return tuple(i for i in (self.layer, self.expert) if i is not None)
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor in the folder."""
-        if self.inputs is None:
-            return self.shape
-        inputs, outputs = self.shape[: self.inputs], self.shape[self.inputs :]
-        return tuple(math.prod(dims) for dims in (outputs, inputs) if dims)
-
-
-def slots(config: ModelConfig) -> list[Slot]:
-    """Return the slots of all tensors of a model, by parameter, with its layers in order."""
-    return list(_slots(config))
-
-
-@functools.lru_cache(maxsize=4)
-def _slots(config: ModelConfig) -> tuple[Slot, ...]:
-    refuse_depths(config)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])
-    found = []
-    for keys, leaf in leaves:
-        path = tuple(key.key for key in keys)
-        stack, inside = inside_layer(path)
-        *modules, kind = inside
-        suffix = "weight" if kind in ("kernel", "scale", "embedding") else kind
-        inputs = rule(path).inputs
-        if stack is None:
-            root = [] if modules[0] == "lm_head" else ["model"]
-            name = ".".join([*root, *modules, suffix])
-            found.append(Slot(name, path, None, tuple(leaf.shape), inputs))
-            continue
-        routed = isinstance(config.plan.stacks[stack].spec.ffn, MoESpec) and inside[0] == MoE.NAME
-        renamed = FAMILIES[family_of(config)].renamed if routed else {}
-        experts: list[int | None] = list(range(leaf.shape[1])) if rule(path).stacked else [None]
-        shape = tuple(leaf.shape[1:] if experts == [None] else leaf.shape[2:])
-        for index, layer in enumerate(config.plan.stacks[stack].layers):
-            for expert in experts:
-                parts = [*modules, suffix] if expert is None else [*modules, expert, kind, "weight"]
-                parts = [renamed.get(str(part), str(part)) for part in parts]
-                name = ".".join(["model", "layers", str(layer), *parts])
-                found.append(Slot(name, path, index, shape, inputs, expert))
-    return tuple(found)
 
 
 def check(config: ModelConfig, folder: pathlib.Path) -> dict[str, Stored]:
@@ -114,7 +41,7 @@ def check(config: ModelConfig, folder: pathlib.Path) -> dict[str, Stored]:
     """
     found = stored_tensors(folder)
     place = printable(folder)
-    needed = {slot.name: slot for slot in slots(config)}
+    needed = {slot.name: slot for slot in slots(config, stored_family(folder))}
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(f"{place} lacks {some(missing)}{_why_missing(found, needed)}.")
@@ -140,6 +67,18 @@ def check(config: ModelConfig, folder: pathlib.Path) -> dict[str, Stored]:
     return {name: found[name] for name in needed}
 
 
+def stored_family(folder: pathlib.Path) -> str | None:
+    """Return the family that a folder's config.json names, whose names its tensors have.
+
+    None if the folder has no config.json, or one of a family that is not supported.
+    """
+    if not reading.is_regular(folder / CONFIG):
+        return None
+    raw = reading.read_json(member(folder, CONFIG))
+    family = raw.get("model_type") if isinstance(raw, dict) else None
+    return family if isinstance(family, str) and family in FAMILIES else None
+
+
 def load_params(config: ModelConfig, folder: pathlib.Path, shardings: Any = None) -> dict[str, Any]:
     """Load the parameters of a model in float32 onto their devices.
 
@@ -159,7 +98,7 @@ def load_params(config: ModelConfig, folder: pathlib.Path, shardings: Any = None
     alone = SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: alone, shapes) if shardings is None else shardings
     params = jax.tree.map(lambda x: x, shapes)
-    for slot in slots(config):
+    for slot in slots(config, stored_family(folder)):
         parent: Any = functools.reduce(lambda tree, key: tree[key], slot.path[:-1], params)
         sharding = functools.reduce(lambda tree, key: tree[key], slot.path, shardings)
         key, stored = slot.path[-1], found[slot.name]
@@ -179,14 +118,6 @@ def read_slot(slot: Slot, stored: Stored) -> np.ndarray:
     return _read(slot, stored, tuple(slice(None) for _ in slot.shape))
 
 
-def to_stored(slot: Slot, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Convert a slot's values from the form of the parameter to the form of the folder."""
-    if slot.inputs is not None:
-        split = (math.prod(slot.shape[: slot.inputs]), math.prod(slot.shape[slot.inputs :]))
-        values = values.reshape(split).T
-    return np.ascontiguousarray(values.reshape(slot.stored_shape), dtype)
-
-
 def _placed(slot: Slot, stored: Stored, sharding: Any) -> jax.Array:
     """Put a tensor on its devices."""
     read: dict[str, np.ndarray] = {}
@@ -202,6 +133,8 @@ def _placed(slot: Slot, stored: Stored, sharding: Any) -> jax.Array:
 
 def _read(slot: Slot, stored: Stored, index: tuple[slice, ...]) -> np.ndarray:
     """Read the part `index` of a tensor, in the form of its parameter."""
+    if slot.part is not None:
+        return _read_shared(slot, slot.part, stored)[index]
     k = slot.inputs
     # In a file heads and head size are one dim; only the outermost dim can be read in part.
     outermost = {0, k}
@@ -216,12 +149,25 @@ def _read(slot: Slot, stored: Stored, index: tuple[slice, ...]) -> np.ndarray:
             outputs = _flat(read[k:], slot.shape[k:])
             part = tensor[outputs, _flat(read[:k], slot.shape[:k])].T if k else tensor[outputs]
     except SafetensorError as error:
-        raise ValueError(
-            f"{printable(stored.file)}: {slot.name} cannot be read ({printable(error)})."
-        ) from None
+        raise _unreadable(slot, stored, error) from None
     sizes = [len(range(*i.indices(n))) for i, n in zip(read, slot.shape, strict=True)]
     part = np.ascontiguousarray(part.reshape(sizes)[rest], np.float32)
     return _finite(part, slot.name, stored)
+
+
+def _read_shared(slot: Slot, part: Part, stored: Stored) -> np.ndarray:
+    """Read the whole parameter of a slot from the rows of a tensor that has others, too."""
+    try:
+        with safe_open(stored.file, framework="numpy") as file:
+            rows = np.asarray(file.get_slice(slot.name)[part.rows], np.float32)
+    except SafetensorError as error:
+        raise _unreadable(slot, stored, error) from None
+    values = np.ascontiguousarray(part.take(rows).reshape(slot.shape))
+    return _finite(values, slot.name, stored)
+
+
+def _unreadable(slot: Slot, stored: Stored, error: Exception) -> ValueError:
+    return ValueError(f"{printable(stored.file)}: {slot.name} cannot be read ({printable(error)}).")
 
 
 def _finite(values: np.ndarray, name: str, stored: Stored) -> np.ndarray:

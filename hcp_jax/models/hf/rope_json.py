@@ -1,6 +1,7 @@
 """Read and write the rotary settings of a config.json."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from hcp_jax.base.terminal import printable
@@ -16,8 +17,18 @@ THETA = 1.5, 1e15
 _LEAST, _MOST = 1e-6, 1e6  # bounds of RoPE's factors
 
 
-def read(fields: Fields, default_theta: float = 10_000.0) -> Rope:
-    """Return the base of the frequencies and their scaling, from either form of config.json."""
+KINDS = ("default", "linear", "llama3", "yarn")
+"""Kinds of scaling that all families but Phi-3 have."""
+
+
+def read(fields: Fields, default_theta: float = 10_000.0, kinds: Sequence[str] = KINDS) -> Rope:
+    """Return the base of the frequencies and their scaling, from either form of config.json.
+
+    Args:
+        fields: the whole file.
+        default_theta: base of the frequencies if the file has none.
+        kinds: values of rope_type that the family has.
+    """
     rope = fields.mapping("rope_scaling")
     if not rope.values:
         rope = fields.mapping("rope_parameters")
@@ -27,7 +38,16 @@ def read(fields: Fields, default_theta: float = 10_000.0) -> Rope:
             f"rotation is one for all layers of model_type={fields.values.get('model_type')!r}."
         )
     theta = fields.number_or_none("rope_theta", *THETA) or default_theta
-    return read_part(rope, fields, theta)
+    return read_part(rope, fields, theta, kinds)
+
+
+def read_share(fields: Fields, usual: float) -> float:
+    """Return the share of each head that is rotated; `usual` if the file has none."""
+    for part in (fields.mapping("rope_scaling"), fields.mapping("rope_parameters"), fields):
+        share = part.number_or_none("partial_rotary_factor", 1e-6, 1)
+        if share is not None:
+            return share
+    return usual
 
 
 def require_whole_heads(part: Fields) -> None:
@@ -44,24 +64,27 @@ def require_whole_heads(part: Fields) -> None:
         )
 
 
-def read_part(rope: Fields, fields: Fields, default_theta: float) -> Rope:
+def read_part(
+    rope: Fields, fields: Fields, default_theta: float, kinds: Sequence[str] = KINDS
+) -> Rope:
     """Return the base and the scaling that one mapping describes.
 
     Args:
         rope: the mapping, such as rope_parameters.
         fields: the whole file.
         default_theta: base of the frequencies if the mapping has none.
+        kinds: as in `read`.
     """
     longest = fields.whole_or_none("max_position_embeddings")
     theta = rope.number_or_none("rope_theta", *THETA) or default_theta
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    if kind not in kinds:
+        raise NotImplementedError(
+            f"{fields.place}: rope_type={printable(repr(kind))} is not supported for "
+            f"model_type={fields.values.get('model_type')!r}; supported are {', '.join(kinds)}."
+        )
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3", "yarn"):
-        raise NotImplementedError(
-            f"{fields.place}: rope_type={printable(repr(kind))} is not supported; supported are "
-            "default, linear, llama3 and yarn."
-        )
     return theta, _scaling(kind, rope, fields, longest)
 
 
@@ -74,7 +97,10 @@ def _scaling(kind: str, rope: Fields, fields: Fields, longest: int | None) -> Ro
     if kind == "llama3":
         for name in ("low_freq_factor", "high_freq_factor"):
             needed[name] = rope.number_or_none(name, _LEAST, _MOST)
-    if kind == "yarn" and needed["factor"] is None and longest and context:
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            needed[name] = rope.numbers_or_none(name, _LEAST, _MOST)
+    if kind in ("yarn", "longrope") and needed["factor"] is None and longest and context:
         needed["factor"] = longest / context
     missing = [name for name, value in needed.items() if value is None]
     if missing:
@@ -87,6 +113,8 @@ def _scaling(kind: str, rope: Fields, fields: Fields, longest: int | None) -> Ro
             "attention_factor": _attention_factor(rope, options["factor"]),
             "truncate": rope.flag("truncate", True),
         }
+    if kind == "longrope":
+        options["attention_factor"] = rope.number_or_none("attention_factor", _LEAST, _MOST)
     return RopeScaling(kind, **options)  # type: ignore[arg-type]
 
 
@@ -117,6 +145,8 @@ def write(raw: dict[str, Any], theta: float, scaling: RopeScaling | None) -> Non
         "linear": (),
         "llama3": ("low_freq_factor", "high_freq_factor"),
         "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+        "longrope": ("attention_factor", "short_factor", "long_factor"),
     }[scaling.kind]
     values |= {name: getattr(scaling, name) for name in names}
+    values = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
     raw["rope_scaling"] = {name: value for name, value in values.items() if value is not None}

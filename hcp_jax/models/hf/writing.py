@@ -10,8 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.hf.loading import Slot, slots, to_stored
 from hcp_jax.models.hf.model_folder import CONFIG, INDEX, ONE_FILE
+from hcp_jax.models.hf.slots import Slot, slots, to_stored
 
 NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -30,7 +30,8 @@ def write_folder(
 ) -> int:
     """Write the weights and the config, and return the number of shards.
 
-    Only one shard is in memory at a time, besides the memory that `values_of` uses.
+    One shard is in memory at a time, besides the memory that `values_of` uses, and the tensors
+    that hold several parameters, from the first of these parameters to the last.
 
     Args:
         folder: an existing folder.
@@ -41,13 +42,24 @@ def write_folder(
         shard_bytes: size limit of a file; a larger single tensor gets a file of its own.
     """
     dtype = NUMPY_DTYPES[raw["torch_dtype"]]
-    shards = _shards(slots(config), dtype.itemsize, shard_bytes)
+    every = slots(config, raw["model_type"])
+    last = {slot.name: slot for slot in every}
+    shards = _shards(every, last, dtype.itemsize, shard_bytes)
     placed: dict[str, str] = {}
     total = 0
+    begun: dict[str, np.ndarray] = {}  # tensors of several parameters, until they are whole
     for number, shard in enumerate(shards, 1):
         alone = len(shards) == 1
         name = ONE_FILE if alone else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {slot.name: to_stored(slot, values_of(slot), dtype) for slot in shard}
+        tensors = {}
+        for slot in shard:
+            if slot.part is None:
+                tensors[slot.name] = to_stored(slot, values_of(slot), dtype)
+                continue
+            tensor = begun.setdefault(slot.name, np.zeros(slot.stored_shape, dtype))
+            slot.part.put(tensor, values_of(slot).astype(dtype))
+            if slot is last[slot.name]:
+                tensors[slot.name] = begun.pop(slot.name)
         # transformers requires this word in a file's header before it reads the tensors.
         save_file(tensors, folder / name, metadata={"format": "pt"})
         placed |= dict.fromkeys(tensors, name)
@@ -60,13 +72,23 @@ def write_folder(
     return len(shards)
 
 
-def _shards(all_slots: list[Slot], itemsize: int, limit: int) -> list[list[Slot]]:
-    """Split the slots, in order, into files of at most `limit` bytes."""
+def _shards(
+    every: list[Slot], last: dict[str, Slot], itemsize: int, limit: int
+) -> list[list[Slot]]:
+    """Split the slots, in order, so that the tensors that end in each have at most `limit` bytes.
+
+    Args:
+        every: the slots.
+        last: the last slot of each tensor.
+        itemsize: bytes of an entry.
+        limit: size limit of a file.
+    """
     shards: list[list[Slot]] = [[]]
     size = 0
-    for slot in all_slots:
-        slot_bytes = int(np.prod(slot.shape)) * itemsize
-        if shards[-1] and size + slot_bytes > limit:
+    for slot in every:
+        ends = slot is last[slot.name]
+        slot_bytes = int(np.prod(slot.stored_shape)) * itemsize if ends else 0
+        if size and size + slot_bytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(slot)

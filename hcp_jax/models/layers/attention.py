@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
@@ -39,6 +40,8 @@ class Attention(nnx.Module):
         ("q_proj", "kernel"): matrix(tp=1),  # [D, N, H]
         ("k_proj", "kernel"): matrix(tp=1),  # [D, K, H]
         ("v_proj", "kernel"): matrix(tp=1),  # [D, K, H]
+        ("gate_proj", "kernel"): matrix(tp=1),  # [D, N, H]
+        ("gate_proj", "bias"): bias(tp=0),  # [N, H]
         ("q_proj", "bias"): bias(tp=0),  # [N, H]
         ("k_proj", "bias"): bias(tp=0),  # [K, H]
         ("v_proj", "bias"): bias(tp=0),  # [K, H]
@@ -51,6 +54,7 @@ class Attention(nnx.Module):
         self.q_proj = self._project_in(spec.num_heads, rngs)
         self.k_proj = self._project_in(spec.num_kv_heads, rngs)
         self.v_proj = self._project_in(spec.num_kv_heads, rngs)
+        self.gate_proj = self._project_in(spec.num_heads, rngs) if spec.gate else None
         self.o_proj = nnx.LinearGeneral(
             (spec.num_heads, spec.head_size),
             spec.hidden_size,
@@ -108,6 +112,8 @@ class Attention(nnx.Module):
             sinks=None if self.sinks is None else self.sinks[...],
             implementation=spec.implementation,
         )
+        if self.gate_proj is not None:
+            out = out * jax.nn.sigmoid(self.gate_proj(x))
         return self.o_proj(out)
 
     def _normed(self, norm: Any, x: Float[Array, "B T n H"]) -> Float[Array, "B T n H"]:

@@ -42,7 +42,7 @@ class Mamba2(nnx.Module):
         ("dt_bias",): Rule(tp=0),  # [H]
         ("A_log",): Rule(tp=0),  # [H]
         ("D",): Rule(tp=0),  # [H]
-        ("norm", "scale"): Rule(tp=0),  # [H, P]
+        ("norm", "scale"): bias(tp=0),  # [H, P]
         ("out_proj", "kernel"): matrix(tp=0, inputs=2),  # [H, P, D]
     }
     share = staticmethod(recurrent.share)

@@ -24,11 +24,19 @@ from hcp_jax.models.specs import Activation, MLPSpec
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 
-ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
-    "silu": nnx.silu,
-    "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
+
+def _clamped_silu(gate: Array, up: Array) -> Array:
+    """Gate as gpt-oss does: steeper than SiLU, of clamped inputs, and with 1 added to `up`."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATED: dict[Activation, Callable[[Array, Array], Array]] = {
+    "silu": lambda gate, up: nnx.silu(gate) * up,
+    "gelu_tanh": lambda gate, up: nnx.gelu(gate, approximate=True) * up,
+    "clamped_silu": _clamped_silu,
 }
-"""Function of each activation."""
+"""Function of gate and up for each activation."""
 
 
 class MLP(nnx.Module):
@@ -77,8 +85,8 @@ class MLP(nnx.Module):
         return self(x, cp), None
 
     def _at_once(self, x: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
-        activation = ACTIVATIONS[self.spec.activation]
-        return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
+        gated = GATED[self.spec.activation]
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 def _cut(name: str, kind: str, ndim: int, tp: tuple[str, ...]) -> PartitionSpec:

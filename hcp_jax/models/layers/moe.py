@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float
 
 from hcp_jax.models.layers import moe_order, moe_router
 from hcp_jax.models.layers.embedding import live_axes, live_tp
-from hcp_jax.models.layers.mlp import ACTIVATIONS, MLP
+from hcp_jax.models.layers.mlp import GATED, MLP
 from hcp_jax.models.layers.moe_dispatch import Dispatch
 from hcp_jax.models.layers.moe_router import RouterSums
-from hcp_jax.models.rules import Rule, Rules, find, matrix
+from hcp_jax.models.rules import Rule, Rules, bias, find, matrix
 from hcp_jax.models.specs import MoESpec
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
@@ -34,6 +34,8 @@ class Gate(nnx.Module):
         shape = spec.hidden_size, spec.num_experts
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        zeros = jnp.zeros(spec.num_experts, jnp.float32)
+        self.bias = nnx.Param(zeros) if spec.bias else None
         correction = jnp.zeros(spec.num_experts, jnp.float32)
         self.correction = nnx.Param(correction) if spec.correction else None
 
@@ -51,6 +53,9 @@ class Experts(nnx.Module):
         self.gate_proj = weights(outer, inner, 1.0)
         self.up_proj = weights(outer, inner, 1.0)
         self.down_proj = weights(inner, outer, 0.5 / spec.depth)
+        for name, size in (("gate", inner), ("up", inner), ("down", outer)):
+            zeros = jnp.zeros((number, size), jnp.float32)
+            setattr(self, f"{name}_bias", nnx.Param(zeros) if spec.bias else None)
 
 
 class MoE(nnx.Module):
@@ -63,6 +68,9 @@ class MoE(nnx.Module):
         ("experts", "gate_proj"): matrix(tp=2)._replace(stacked=True),  # [E, D, F]
         ("experts", "up_proj"): matrix(tp=2)._replace(stacked=True),  # [E, D, F]
         ("experts", "down_proj"): matrix(tp=1)._replace(stacked=True),  # [E, F, D]
+        ("experts", "gate_bias"): bias(tp=1)._replace(stacked=True),  # [E, F]
+        ("experts", "up_bias"): bias(tp=1)._replace(stacked=True),  # [E, F]
+        ("experts", "down_bias"): bias()._replace(stacked=True),  # [E, D]
         ("shared_expert_gate", "kernel"): matrix(),  # [D, 1]
     } | {("shared_experts", *p): rule for p, rule in MLP.RULES.items() if p[-1] == "kernel"}
 
@@ -155,7 +163,7 @@ def _on_device(
         real: False for padding.
     """
     flat, real = x.reshape(-1, x.shape[-1]), real.reshape(-1)
-    routing = moe_router.route(spec, flat, gate["kernel"], gate.get("correction"))
+    routing = moe_router.route(spec, flat, gate["kernel"], gate.get("correction"), gate.get("bias"))
     order = moe_order.by_expert(routing.expert, real, spec.num_experts)
     counts = order.sizes.astype(jnp.float32)
     counts = jax.lax.psum(counts, everywhere) if everywhere else counts
@@ -164,8 +172,11 @@ def _on_device(
     rows = moe_order.spread(spec.top_k, flat, order)
     weight = routing.weight.reshape(-1, 1)
     weight = moe_order.spread(1, weight, order)
-    compute = functools.partial(_experts, spec, experts)
     tp = () if cp is None else tuple(a for a in as_tuple(cp.tp) if cp.mesh.shape[a] > 1)
+    if tp and spec.bias:  # added by one tp device, because outputs are summed over tp
+        first = jax.lax.axis_index(tp) == 0
+        experts = experts | {"down_bias": jnp.where(first, experts["down_bias"], 0)}
+    compute = functools.partial(_experts, spec, experts)
     if cp is None or cp.ep == 1:
         out = compute(rows, order.sizes)
     else:
@@ -179,6 +190,13 @@ def _on_device(
 
 def _experts(spec: MoESpec, weights: dict[str, Array], rows: Array, sizes: Array) -> Array:
     """Apply each expert to its rows; rows behind those of the last expert become zero."""
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-    inner = ACTIVATIONS[spec.activation](product(rows, weights["gate_proj"]))
-    return product(inner * product(rows, weights["up_proj"]), weights["down_proj"])
+    ones = jnp.ones((rows.shape[0], 1), rows.dtype)
+
+    def product(x: Array, name: str) -> Array:
+        out = jax.lax.ragged_dot(x, weights[f"{name}_proj"], group_sizes=sizes)
+        if not spec.bias:
+            return out
+        return out + jax.lax.ragged_dot(ones, weights[f"{name}_bias"][:, None], group_sizes=sizes)
+
+    inner = GATED[spec.activation](product(rows, "gate"), product(rows, "up"))
+    return product(inner, "down")

@@ -61,6 +61,7 @@ def route(
     x: Float[Array, "n D"],
     kernel: Float[Array, "D E"],
     correction: Float[Array, "E"] | None = None,
+    bias: Float[Array, "E"] | None = None,
 ) -> Routing:
     """Choose the experts of each token; all in float32.
 
@@ -69,8 +70,11 @@ def route(
         x: activations.
         kernel: weights of the router.
         correction: added to the scores that choose experts; no gradient.
+        bias: added to the logits.
     """
     logits = jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    if bias is not None:
+        logits = logits + bias[None]
     if spec.router == "softmax":
         scores = share = jax.nn.softmax(logits, axis=-1)
     else:

@@ -11,7 +11,7 @@ angle is then at most 4e-4 at a million tokens.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int32
 
 from hcp_jax.models.layers.rope_scaling import RopeScaling
+from hcp_jax.parallel import spmd
 
 _SPLIT = 1024
 
@@ -31,7 +32,7 @@ class Rotation(NamedTuple):
 
 
 def rope_frequencies(
-    head_size: int, theta: float, scaling: RopeScaling | None = None
+    head_size: int, theta: float, scaling: RopeScaling | None = None, long: bool = False
 ) -> Float64[np.ndarray, "H/2"]:
     """Return the rotation of each pair from one token to the next, in radians.
 
@@ -39,6 +40,7 @@ def rope_frequencies(
         head_size: H, even.
         theta: base of the geometric series, theta^(-2i/H).
         scaling: None for the frequencies as they are.
+        long: whether a document is longer than the original context; counts for longrope only.
 
     >>> rope_frequencies(4, 10_000.0).tolist()
     [1.0, 0.01]
@@ -48,6 +50,8 @@ def rope_frequencies(
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
+    if scaling.kind == "longrope":
+        return frequency / np.asarray(scaling.long_factor if long else scaling.short_factor)
     keep = (_llama3_share if scaling.kind == "llama3" else _yarn_share)(frequency, theta, scaling)
     return keep * frequency + (1 - keep) * frequency / scaling.factor
 
@@ -64,17 +68,38 @@ def rotation(
         positions: position of each token in its document, in any order.
         head_size: as in `rope_frequencies`.
         theta: as in `rope_frequencies`.
-        scaling: as in `rope_frequencies`; the result includes yarn's attention factor.
+        scaling: as in `rope_frequencies`; the result includes its attention factor. Under longrope
+            the longest document of the whole batch decides, over all devices.
+
+    Raises:
+        NotImplementedError: for longrope inside a `shard_map`, where a device sees its own tokens
+            only.
     """
-    frequency = rope_frequencies(head_size, theta, scaling)
-    per_low = frequency.astype(np.float32)[None, None, None]
-    per_high = np.mod(_SPLIT * frequency, 2 * np.pi).astype(np.float32)[None, None, None]
+    per_low, per_high = _per_token(rope_frequencies(head_size, theta, scaling))
+    if scaling is not None and scaling.kind == "longrope":
+        if spmd.inside_shard_map():
+            raise NotImplementedError(
+                "rope_scaling.kind='longrope' inside a shard_map (such as a pipeline's) is not "
+                "supported: its frequencies depend on the longest document of all devices."
+            )
+        long = jnp.max(positions) >= jnp.asarray(scaling.original_max_position_embeddings)
+        stretched = _per_token(rope_frequencies(head_size, theta, scaling, long=True))
+        per_low, per_high = (
+            jnp.where(long, a, b) for a, b in zip(stretched, (per_low, per_high), strict=True)
+        )
     low, high = (
         x.astype(np.float32)[..., None, None] for x in (positions % _SPLIT, positions // _SPLIT)
     )
     angle = low * per_low + high * per_high
     factor = _attention_factor(scaling)
     return Rotation(factor * jnp.cos(angle), factor * jnp.sin(angle))
+
+
+def _per_token(frequency: np.ndarray) -> tuple[Any, Any]:
+    """Return the rotation of each pair per token, and per `_SPLIT` tokens less whole turns."""
+    per_high = np.mod(_SPLIT * frequency, 2 * np.pi)
+    low, high = (x.astype(np.float32)[None, None, None] for x in (frequency, per_high))
+    return low, high
 
 
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
@@ -115,8 +140,13 @@ def _yarn_share(frequency, theta: float, scaling: RopeScaling):
 
 
 def _attention_factor(scaling: RopeScaling | None) -> float:
-    if scaling is None or scaling.kind != "yarn":
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
+    if scaling.kind == "longrope":
+        assert scaling.original_max_position_embeddings is not None
+        return math.sqrt(
+            1 + math.log(scaling.factor) / math.log(scaling.original_max_position_embeddings)
+        )
     return 0.1 * math.log(scaling.factor) + 1.0

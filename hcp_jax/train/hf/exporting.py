@@ -17,7 +17,7 @@ from etils import epath
 
 from hcp_jax.base import terminal
 from hcp_jax.models.hf import config_json, loading, writing
-from hcp_jax.models.hf.loading import Slot
+from hcp_jax.models.hf.slots import Slot
 from hcp_jax.train import config as configuration
 from hcp_jax.train.checkpoint import checksums, sealed, writers
 from hcp_jax.train.config import TrainConfig
