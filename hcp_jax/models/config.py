@@ -325,6 +325,7 @@ def _feed_forward(config: ModelConfig, get: Callable[[str], Any], number: int) -
         activation=get("activation"),
         depth=config.num_layers,
         dtype=config.compute_dtype,
+        product=moe.product,
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from hcp_jax.cost.recurrence import Recurrence
 from hcp_jax.cost.traffic import ITEM_BYTES, Remat, Traffic, layer_traffic
+from hcp_jax.kernels.tiles import Product
 from hcp_jax.models.layers.rope_scaling import RopeScaling
 from hcp_jax.models.moe_config import Router
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
@@ -209,6 +210,7 @@ class MoESpec:
         activation: as in `MLPSpec`.
         depth: as in `MLPSpec`.
         dtype: as in `MLPSpec`; the router computes in float32.
+        product: what multiplies rows with weights; None for the best on the devices.
     """
 
     hidden_size: int
@@ -226,6 +228,7 @@ class MoESpec:
     activation: Activation
     depth: int
     dtype: str
+    product: Product | None = None
 
     @property
     def product_params(self) -> int:

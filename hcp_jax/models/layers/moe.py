@@ -1,9 +1,9 @@
 """Compute a mixture of experts without dropping tokens.
 
-A device sorts its tokens by expert, computes the experts one group of rows after the other
-(`ragged_dot`), and adds up each token's rows. So an expert may get all tokens, or none. All of it
-is written per device (`shard_map`): the counts of the load-balance loss cross devices, and rows, if
-experts are cut over devices (`moe_dispatch.py`).
+A device sorts its tokens by expert, multiplies each row with the weights of its expert
+(`kernels/expert_product.py`), and adds up each token's rows. So an expert may get all tokens, or
+none. All of it is written per device (`shard_map`): the counts of the load-balance loss cross
+devices, and rows, if experts are cut over devices (`moe_dispatch.py`).
 """
 
 import functools
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
+from hcp_jax.kernels import expert_product
 from hcp_jax.models.layers import moe_order, moe_router
 from hcp_jax.models.layers.embedding import live_axes, live_tp
 from hcp_jax.models.layers.mlp import ACTIVATIONS, MLP
@@ -22,7 +23,7 @@ from hcp_jax.models.layers.moe_dispatch import Dispatch
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.rules import Rule, Rules, find, matrix
 from hcp_jax.models.specs import MoESpec
-from hcp_jax.parallel import spmd
+from hcp_jax.parallel import one_device, spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import as_tuple
 
@@ -164,7 +165,9 @@ def _on_device(
     rows = moe_order.spread(spec.top_k, flat, order)
     weight = routing.weight.reshape(-1, 1)
     weight = moe_order.spread(1, weight, order)
-    compute = functools.partial(_experts, spec, experts)
+    device = one_device.resolve(cp, x)
+    how = expert_product.resolve(spec.product, spec.dtype, device.platform, device.device_kind)
+    compute = functools.partial(_experts, spec, how, experts)
     tp = () if cp is None else tuple(a for a in as_tuple(cp.tp) if cp.mesh.shape[a] > 1)
     if cp is None or cp.ep == 1:
         out = compute(rows, order.sizes)
@@ -177,8 +180,17 @@ def _on_device(
     return out, jax.lax.psum(sums, live) if live else sums
 
 
-def _experts(spec: MoESpec, weights: dict[str, Array], rows: Array, sizes: Array) -> Array:
+def _experts(
+    spec: MoESpec,
+    how: expert_product.How,
+    weights: dict[str, Array],
+    rows: Float[Array, "n D"],
+    sizes: Int32[Array, "E"],
+) -> Float[Array, "n D"]:
     """Apply each expert to its rows; rows behind those of the last expert become zero."""
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-    inner = ACTIVATIONS[spec.activation](product(rows, weights["gate_proj"]))
-    return product(inner * product(rows, weights["up_proj"]), weights["down_proj"])
+
+    def product(x: Array, name: str) -> Array:
+        return expert_product.product(how, x, weights[name], sizes)
+
+    inner = ACTIVATIONS[spec.activation](product(rows, "gate_proj"))
+    return product(inner * product(rows, "up_proj"), "down_proj")
