@@ -336,6 +336,8 @@ def _product_flops(
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     elif instruction.opcode == "custom-call" and "cublas" in instruction.target:
         dims = re.search(r'"lhs_contracting_dimensions":\[([\d,"]*)\]', instruction.attributes)
+    elif instruction.opcode == "custom-call" and "expert_product" in instruction.op_name:
+        return _expert_flops(computation, instruction)
     elif instruction.opcode in ("fusion", "call", "async-start"):
         inner = [module.computations[name] for name in instruction.called]
         return sum(_product_flops(module, c, i) for c in inner for i in c.instructions)
@@ -345,6 +347,18 @@ def _product_flops(
     contracted = [int(dim) for dim in re.findall(r"\d+", dims.group(1) if dims else "")]
     out = hlo.shape_sizes(instruction.shape)
     return 2.0 * math.prod(out) * math.prod(left[dim] for dim in contracted)
+
+
+def _expert_flops(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+    """Return the FLOPs of a kernel that multiplies `[M, K]` rows with `[E, K, N]` weights.
+
+    Rows and weights are its operands, or operands and result, in any order. Each row is multiplied
+    with the weights of one expert, as if no row were padding.
+    """
+    shapes = [computation.by_name[name].shape for name in instruction.operands]
+    sizes = [hlo.shape_sizes(shape) for shape in (*shapes[1:], instruction.shape)]
+    [weights] = [s for s in sizes if len(s) == 3]
+    return 2.0 * max(s[0] for s in sizes if len(s) == 2) * math.prod(weights[1:])
 
 
 def _bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> float:

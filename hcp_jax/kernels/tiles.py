@@ -8,6 +8,10 @@ alternatives.
 """
 
 import dataclasses
+from typing import Literal
+
+Product = Literal["triton", "ragged_dot"]
+"""Implementations of the products of experts (`expert_product.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,38 @@ class Tiles:
     forward: Tile
     dq: Tile
     dkv: Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTile:
+    """The block sizes and compiler parameters of a kernel that multiplies rows with experts.
+
+    Attributes:
+        rows: number of rows of a block of the result.
+        columns: number of its columns.
+        inner: length of the sum that one step of the inner loop adds.
+        warps: as in `Tile`.
+        stages: as in `Tile`.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTiles:
+    """The tiles of the products of experts.
+
+    Attributes:
+        rows: of the products of rows with weights, forward and dx.
+        weights: of the gradient of the weights; its blocks have K as rows and N as columns.
+    """
+
+    rows: ProductTile
+    weights: ProductTile
 
 
 # Keys are the largest head size that the tiles are for.
@@ -79,6 +115,11 @@ MOSAIC_HEAD_SIZES = tuple(_MOSAIC)
 # The smallest sizes that wgmma supports.
 _MOSAIC_INTERPRETER = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
 
+# Products of experts; 96 KiB of shared memory, which any GPU since Ampere has.
+_PRODUCTS = ProductTiles(ProductTile(128, 128, 64, 8, 3), ProductTile(128, 128, 64, 8, 3))
+_PRODUCTS_FLOAT32 = ProductTiles(ProductTile(64, 64, 16, 4, 1), ProductTile(64, 64, 16, 4, 1))
+_PRODUCTS_INTERPRETER = ProductTiles(ProductTile(4, 8, 8, 4, 1), ProductTile(8, 4, 8, 4, 1))
+
 _PROCESSORS = {"A100": 108, "H100": 132, "H200": 132, "B200": 148}
 
 _TABLES = {"A100": _AMPERE, "H100": _HOPPER, "H200": _HOPPER, "B200": _HOPPER}
@@ -103,6 +144,13 @@ def tiles_for(device_kind: str, dtype: str, head_size: int, v_head_size: int) ->
 def mosaic_tiles_for(device_kind: str, head_size: int) -> Tiles:
     """Return the tiles for a call of the Mosaic kernels; arguments as in `tiles_for`."""
     return _MOSAIC_INTERPRETER if device_kind in ("", "cpu") else _MOSAIC[head_size]
+
+
+def product_tiles_for(device_kind: str, dtype: str) -> ProductTiles:
+    """Return the tiles of products of experts; arguments as in `tiles_for`."""
+    if device_kind in ("", "cpu"):
+        return _PRODUCTS_INTERPRETER
+    return _PRODUCTS_FLOAT32 if dtype == "float32" else _PRODUCTS
 
 
 def has_wgmma(device_kind: str) -> bool:

@@ -79,6 +79,7 @@ def _feed_forward(config: Any, get: Callable[[str], Any], number: int) -> FeedFo
         activation=get("activation"),
         depth=config.num_layers,
         dtype=config.compute_dtype,
+        product=moe.product,
     )
 
 

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import field
 from typing import Literal, get_args
 
-from hcp_jax.base.settings import MOST, check, fixed, fixed_later, numbers
+from hcp_jax.base.settings import MOST, check, fixed, fixed_later, free, numbers
+from hcp_jax.kernels.tiles import Product
 
 Router = Literal["softmax", "sigmoid"]
 
@@ -38,6 +39,8 @@ class MoEConfig:
         first_k_dense_replace: the first layers, as many as this, have an MLP.
         decoder_sparse_step: of the other layers, those whose number (from 1) is a multiple of this
             have experts.
+        product: what multiplies rows with the weights of their experts, as in
+            `hcp_jax.kernels.expert_product`; None for "triton" on GPUs and "ragged_dot" elsewhere.
 
     Raises:
         ValueError: if sizes do not fit each other.
@@ -60,14 +63,17 @@ class MoEConfig:
     router_z_loss_coef: float = field(default=0.0, metadata=numbers(least=0, most=1e6))
     first_k_dense_replace: int = field(default=0, metadata=fixed(least=0, most=100_000))
     decoder_sparse_step: int = field(default=1, metadata=fixed(least=1, most=100_000))
+    product: Product | None = field(default=None, metadata=free())
 
     def __post_init__(self) -> None:
         check(self, "model.moe.")
-        if self.router not in get_args(Router):
-            raise ValueError(
-                f"model.moe.router must be one of {', '.join(get_args(Router))}, "
-                f"got {self.router!r}."
-            )
+        for name, allowed in (("router", Router), ("product", Product)):
+            value = getattr(self, name)
+            if value not in get_args(allowed) and not (name == "product" and value is None):
+                raise ValueError(
+                    f"model.moe.{name} must be one of {', '.join(get_args(allowed))}, "
+                    f"got {value!r}."
+                )
         experts, per_token = self.num_experts, self.num_experts_per_tok
         if experts % self.n_group or self.topk_group > self.n_group:
             raise ValueError(

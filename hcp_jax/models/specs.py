@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from hcp_jax.cost.experts import Experts
 from hcp_jax.cost.recurrence import Recurrence
 from hcp_jax.cost.traffic import ITEM_BYTES, Remat, Traffic, layer_traffic
+from hcp_jax.kernels.tiles import Product
 from hcp_jax.models.layers.rope_scaling import RopeScaling
 from hcp_jax.models.moe_config import Router
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
@@ -212,6 +213,7 @@ class MoESpec:
         depth: as in `MLPSpec`.
         dtype: as in `MLPSpec`; the router computes in float32.
         bias: a bias on the router and on each product of the experts, not of the shared MLP.
+        product: what multiplies rows with weights; None for the best on the devices.
     """
 
     hidden_size: int
@@ -230,6 +232,7 @@ class MoESpec:
     depth: int
     dtype: str
     bias: bool = False
+    product: Product | None = None
 
     @property
     def product_params(self) -> int:

@@ -17,6 +17,8 @@ import jax
 import rich.console
 
 from hcp_jax.base import terminal
+from hcp_jax.kernels import expert_product
+from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train import evaluation, folder, lock
 from hcp_jax.train.config import TrainConfig
@@ -249,12 +251,25 @@ def _introduction(
             cp.describe(),
             f"model: {model.num_layers} layers{depths}, {num_params / 1e6:,.2f} M parameters, "
             f"{model.num_heads} query heads and {model.num_kv_heads} kv heads of {model.head_dim}",
+            *_describe_experts(model, cp),
             f"data: {corpus}",
             *_describe_warmup(config),
             *(f"  {line}" for line in corpus.report),
             *program.describe(num_params),
         ]
     )
+
+
+def _describe_experts(model: ModelConfig, cp: ContextParallel) -> list[str]:
+    if model.moe is None:
+        return []
+    how = expert_product.describe(
+        model.moe.product, model.compute_dtype, cp.platform, cp.device_kind
+    )
+    return [
+        f"experts: {model.moe.num_experts_per_tok} of {model.moe.num_experts} for each token, "
+        f"multiplied by {how}"
+    ]
 
 
 def _describe_mesh(cp: ContextParallel) -> str:

@@ -1,9 +1,9 @@
 """Compute a mixture of experts without dropping tokens.
 
-A device sorts its tokens by expert, computes the experts one group of rows after the other
-(`ragged_dot`), and adds up each token's rows. So an expert may get all tokens, or none. All of it
-is written per device (`shard_map`): the counts of the load-balance loss cross devices, and rows, if
-experts are cut over devices (`moe_dispatch.py`).
+A device sorts its tokens by expert, multiplies each row with the weights of its expert
+(`kernels/expert_product.py`), and adds up each token's rows. So an expert may get all tokens, or
+none. All of it is written per device (`shard_map`): the counts of the load-balance loss cross
+devices, and rows, if experts are cut over devices (`moe_dispatch.py`).
 """
 
 import functools
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
+from hcp_jax.kernels import expert_product
 from hcp_jax.models.layers import moe_order, moe_router
 from hcp_jax.models.layers.embedding import live_axes, live_tp
 from hcp_jax.models.layers.mlp import GATED, MLP
@@ -22,7 +23,7 @@ from hcp_jax.models.layers.moe_dispatch import Dispatch
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.rules import Rule, Rules, bias, find, matrix
 from hcp_jax.models.specs import MoESpec
-from hcp_jax.parallel import spmd
+from hcp_jax.parallel import one_device, spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import as_tuple
 
@@ -172,11 +173,13 @@ def _on_device(
     rows = moe_order.spread(spec.top_k, flat, order)
     weight = routing.weight.reshape(-1, 1)
     weight = moe_order.spread(1, weight, order)
+    device = one_device.resolve(cp, x)
+    how = expert_product.resolve(spec.product, spec.dtype, device.platform, device.device_kind)
     tp = () if cp is None else tuple(a for a in as_tuple(cp.tp) if cp.mesh.shape[a] > 1)
     if tp and spec.bias:  # added by one tp device, because outputs are summed over tp
         first = jax.lax.axis_index(tp) == 0
         experts = experts | {"down_bias": jnp.where(first, experts["down_bias"], 0)}
-    compute = functools.partial(_experts, spec, experts)
+    compute = functools.partial(_experts, spec, how, experts)
     if cp is None or cp.ep == 1:
         out = compute(rows, order.sizes)
     else:
@@ -188,15 +191,29 @@ def _on_device(
     return out, jax.lax.psum(sums, live) if live else sums
 
 
-def _experts(spec: MoESpec, weights: dict[str, Array], rows: Array, sizes: Array) -> Array:
+def _experts(
+    spec: MoESpec,
+    how: expert_product.How,
+    weights: dict[str, Array],
+    rows: Float[Array, "n D"],
+    sizes: Int32[Array, "E"],
+) -> Float[Array, "n D"]:
     """Apply each expert to its rows; rows behind those of the last expert become zero."""
-    ones = jnp.ones((rows.shape[0], 1), rows.dtype)
 
     def product(x: Array, name: str) -> Array:
-        out = jax.lax.ragged_dot(x, weights[f"{name}_proj"], group_sizes=sizes)
-        if not spec.bias:
-            return out
-        return out + jax.lax.ragged_dot(ones, weights[f"{name}_bias"][:, None], group_sizes=sizes)
+        out = expert_product.product(how, x, weights[f"{name}_proj"], sizes)
+        return out + _biases(weights[f"{name}_bias"], sizes, x.shape[0]) if spec.bias else out
 
     inner = GATED[spec.activation](product(rows, "gate"), product(rows, "up"))
     return product(inner, "down")
+
+
+def _biases(bias: Float[Array, "E F"], sizes: Int32[Array, "E"], rows: int) -> Float[Array, "n F"]:
+    """Return the bias of each row's expert, zero behind the rows of the last one.
+
+    A dense product with 0 and 1, because the gradient of a gather adds rows in no fixed order.
+    """
+    end = jnp.cumsum(sizes)
+    row = jnp.arange(rows)[:, None]
+    own = (row < end) & (row >= end - sizes)
+    return jnp.dot(own.astype(bias.dtype), bias, precision=jax.lax.Precision.HIGHEST)

@@ -1,5 +1,6 @@
 """Mixtures of experts against all experts of all tokens, computed in float64."""
 
+import dataclasses
 import functools
 import math
 
@@ -147,6 +148,14 @@ def test_output_sums_and_gradients_are_those_of_all_experts(name):
     assert_exact(SPECS[name])
 
 
+@pytest.mark.slow
+def test_the_kernels_of_gpus_compute_the_same():
+    cp = hcp.ContextParallel(hcp.make_mesh(cp_inner=2, devices=jax.devices()[:2]), ep=2)
+    spec = dataclasses.replace(SPECS["top 2 of 8"], product="triton")
+    assert_exact(spec, cp=cp)
+    assert_exact(spec, "one expert", cp)
+
+
 @pytest.mark.parametrize("name", ["top 1 of 3", "top 2 of 8"])
 def test_no_token_is_lost_if_all_choose_the_same_experts(name):
     spec = SPECS[name]
@@ -194,6 +203,7 @@ def test_padding_is_not_routed():
         ({"n_group": 4, "router": "sigmoid"}, ValueError, "needs two"),
         ({"shared_expert_gate": True}, ValueError, "shared_expert_intermediate_size"),
         ({"router": "hash"}, ValueError, "router must be one of"),
+        ({"product": "cublas"}, ValueError, "product must be one of triton, ragged_dot"),
     ],
 )
 def test_wrong_settings_are_refused(own, error, words):
