@@ -50,7 +50,7 @@ def batches_of(spec: str, tokens: int, num_devices: int, count: int) -> list[np.
 
 def head_to_head(spec: str, tokens: int, devices: Sequence[int], count: int) -> None:
     """Print times as multiples of ours, under our cost model and one that knows L² and tokens."""
-    table(
+    head(
         *("devices", "ours, ms", "fixed CP, packed", "fixed CP, DP-balanced"),
         *("reference's second", "with its padding", "its padding", "under L²", "L² and tokens"),
         *("batches together", "token fill", "programs", "above the bound"),
@@ -67,7 +67,7 @@ def head_to_head(spec: str, tokens: int, devices: Sequence[int], count: int) -> 
             for linear in (0, tokens)
         ]
         padded = rows.get(PADDED)
-        table(
+        row(
             num_devices,
             f"{1e3 * rows[OURS]['seconds']:.1f}",
             *(times(rows[f"fixed CP, {how}"]) for how in ("packed", "DP-balanced")),
@@ -97,13 +97,13 @@ def lookahead() -> None:
     """Print the time of 32 steps as a share of that of steps scheduled alone, and the fill."""
     print("\n**Lookahead**\n")
     ahead = (1, 2, 4, 8, 16)
-    table("lengths", "devices", "documents a step", *ahead)
+    head("lengths", "devices", "documents a step", *ahead)
     for spec, tokens in DISTRIBUTIONS.items():
         for num_devices, each in ((8, 2), (64, 2), (8, 16), (64, 16)):
             batches = [draw_lengths(spec, each * num_devices, seed) for seed in range(32)]
             found = [together(batches, many, num_devices, tokens) for many in ahead]
             cells = [f"{seconds / found[0][0]:.2f}, fill {fill:.2f}" for seconds, fill in found]
-            table(spec.split(",")[0], num_devices, each * num_devices, *cells)
+            row(spec.split(",")[0], num_devices, each * num_devices, *cells)
 
 
 def together(
@@ -122,11 +122,11 @@ def together(
 def network() -> None:
     """Print the step of Llama-3-8B on 64 H200, 90/9/1 mix, M = 16K, with and without exchange."""
     print("\n**Llama-3-8B on 64 H200**\n")
-    table("heads exchanged over", "seconds a step", "network GB a device", "programs", "fill")
+    head("heads exchanged over", "seconds a step", "network GB a device", "programs", "fill")
     for lanes in (1, 8):
         cost = model_cost("llama3-8b", lanes=lanes)
         plans = [schedule(b, 64, 16384, cost=cost) for b in batches_of(MIX, 16384, 64, 4)]
-        table(
+        row(
             f"{lanes} devices",
             f"{np.mean([plan.modelled_seconds for plan in plans]):.1f}",
             f"{np.mean([network_gb(plan) for plan in plans]):.1f}",
@@ -146,16 +146,15 @@ def times(row: dict) -> str:
     return f"{row['ours_is_faster_by']:.3f}"
 
 
-_width = 0
+def head(*cells: object) -> None:
+    """Print the first line of a table, and the line below it."""
+    row(*cells)
+    print("|" + "---|" * len(cells))
 
 
-def table(*cells: object) -> None:
-    """Print a row of a table; a row of another width begins a new table."""
-    global _width
+def row(*cells: object) -> None:
+    """Print a line of a table."""
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    if len(cells) != _width:
-        print("|" + "---|" * len(cells))
-    _width = len(cells)
 
 
 if __name__ == "__main__":

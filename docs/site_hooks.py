@@ -5,6 +5,7 @@ mkdocs calls these functions; `mkdocs.yml` names this file.
 
 import contextlib
 import io
+import logging
 import pathlib
 import re
 from typing import Any
@@ -13,6 +14,8 @@ from mkdocs.structure.files import File, Files
 
 import hcp_jax
 from hcp_jax import cli
+
+_log = logging.getLogger("mkdocs.hooks")
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -38,9 +41,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", markdown)
 
 
+def on_page_content(html: str, page: Any, **_: Any) -> None:
+    """Warn, which ends a strict build, of examples that are shown as quotations."""
+    if page.file.src_uri == "api.md" and "<blockquote>" in html:
+        _log.warning("the reference shows an example of a docstring as a quotation.")
+
+
 def front() -> str:
     """Return the README, with links as the site has them."""
     text = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    text = re.sub(r"\[docs/([\w-]+)\.md\]", r"[\1]", text)  # pages are named without folder here
     return re.sub(r"\[([^\]]*)\]\((?!https?:|#|[\w-]+\.(?:md|png))[^)]*\)", r"\1", text)
 
 

@@ -34,7 +34,7 @@ def draw_ticks(
     """
     figure = style.figure(14, 1.5 + 0.7 * schedule.num_stages)
     axes = figure.subplots()
-    kinds = sorted(set(names), key=list(names).index)
+    kinds = sorted(set(names))  # the same colours for the same names in another order
     colours = {
         kind: np.array(to_rgb(style.AREAS[i % len(style.AREAS)])) for i, kind in enumerate(kinds)
     }
