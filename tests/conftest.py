@@ -55,15 +55,6 @@ hypothesis.settings.register_profile("hcp", deadline=None, derandomize=True, max
 hypothesis.settings.load_profile("hcp")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_padding_of_other_modules():
-    """Forget which lengths other tests have padded: attention warns of padding by its length."""
-    from hcp_jax.parallel import placing
-
-    placing._padded.clear()
-    placing._warned.clear()
-
-
 def pytest_collection_modifyitems(items):
     # Files with many slow tests first: one that began last would leave the other worker without
     # work. Each file stays whole, and keeps the order of its tests.

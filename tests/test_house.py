@@ -42,12 +42,9 @@ FLOORS = [
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 
 # Modules of one room that still import each other, and what will end it.
-_PLACEMENT = frozenset({"parallel.context", "parallel.describe", "parallel.placing"})
 KNOWN_CIRCLES: dict[str, dict[frozenset[str], str]] = {
     "rooms": {},
-    "modules": {
-        _PLACEMENT: "for types alone; a Placement object will answer (issue 13, move 2)",
-    },
+    "modules": {},
 }
 
 
