@@ -3,6 +3,8 @@
 `HCP_TEST_PLATFORM=gpu` leaves the platform alone, so that `pytest -m gpu` sees the GPUs.
 """
 
+import collections
+import gc
 import os
 import signal
 
@@ -15,12 +17,21 @@ NUM_DEVICES = 8
 
 if os.environ.get("HCP_TEST_PLATFORM", "cpu") == "cpu":
     # Tests compile much and compute little: without LLVM's optimisations they take a third less.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # The older emitters of loops compile in less than half the time. Later jaxlibs have lost them,
+    # and a flag that they do not know ends the process.
+    flags = ["--xla_backend_optimization_level=0"]
+    if jax.__version_info__ < (0, 11):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 else:
     # The workers of pytest-xdist share the GPU: none may take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# Tracing makes many objects and little garbage: collecting it as often as Python does by default
+# takes a fifth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 # A shell that starts tests in the background lets them, and all that they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -44,16 +55,11 @@ hypothesis.settings.register_profile("hcp", deadline=None, derandomize=True, max
 hypothesis.settings.load_profile("hcp")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_padding_of_other_modules():
-    """Forget which lengths other tests have padded: attention warns of padding by its length."""
-    from hcp_jax.parallel import placing
-
-    placing._padded.clear()
-    placing._warned.clear()
-
-
 def pytest_collection_modifyitems(items):
+    # Files with many slow tests first: one that began last would leave the other worker without
+    # work. Each file stays whole, and keeps the order of its tests.
+    slow = collections.Counter(i.path for i in items if i.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="no GPU here (run with HCP_TEST_PLATFORM=gpu on a GPU machine)")

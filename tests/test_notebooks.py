@@ -44,8 +44,6 @@ def test_it_runs_and_draws(path, monkeypatch):
         pytest.importorskip(package)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", str(pathlib.Path(sys.executable).parent), prepend=os.pathsep)
-    # As for all tests: they compile much and compute little.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     notebook = nbformat.read(path, as_version=4)
     ran = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     kinds = {

@@ -19,7 +19,6 @@ from hcp_jax.kernels.core import CoreSpec, Problem, resolve
 from hcp_jax.parallel import one_device, spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.one_device import OneDevice
-from hcp_jax.parallel.placing import warn_of_padding
 from hcp_jax.sequence.mask import Intervals, Mask
 from hcp_jax.sequence.placed_mask import PlacedMask, place, require_fit
 
@@ -109,7 +108,7 @@ def dot_product_attention(
     )
     if cp is not None and isinstance(mask, Mask) and mask.looks_ahead:
         times = cp.size if cp.on_device else 1
-        warn_of_padding(cp, mask, times * q.shape[1], times * k.shape[1])
+        cp.padded_streams.warn_if_seen(mask, times * q.shape[1], times * k.shape[1])
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
         out, lse = arguments.without_tokens(q, v, sinks)
     else:

@@ -1,21 +1,18 @@
 """Describe a `ContextParallel` in words, for the start of a run's log.
 
-It is separate from `context.py` because it only reports and decides nothing.
+It is separate from `roles.py` because it only reports and decides nothing.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
 from hcp_jax.kernels import core
 from hcp_jax.parallel.mesh import as_tuple, axis_groups, axis_link
-
-if TYPE_CHECKING:
-    from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.roles import MeshRoles
 
 
-def describe(cp: "ContextParallel") -> str:
+def describe(cp: MeshRoles) -> str:
     """Describe the mesh, the groups and the link of each axis, the comm types and the core."""
     lines = [
         f"{cp.mesh.devices.size} devices ({cp.device_kind}), context parallel size "
@@ -35,7 +32,7 @@ def describe(cp: "ContextParallel") -> str:
     return "\n".join(lines)
 
 
-def describe_strategy(cp: "ContextParallel") -> str:
+def describe_strategy(cp: MeshRoles) -> str:
     """Return one line on how attention with `cp`'s comm type communicates on `cp`'s mesh.
 
     >>> import hcp_jax as hcp
@@ -66,15 +63,3 @@ def _describe_axis(mesh: Mesh, axis: str) -> str:
     shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:8])
     more = f" ... {len(groups)} groups" if len(groups) > 8 else ""
     return f"size {size}, {axis_link(mesh, axis)}: {shown}{more}"
-
-
-def collapse(cp: "ContextParallel", comm_type: str) -> str:
-    """Return a note if a two-level comm type has an axis of size 1; else an empty string."""
-    if "+" not in comm_type or cp.size == 1:
-        return ""
-    outer = comm_type.split("+")[1]
-    if cp.axis_size(cp.cp_inner) == 1:
-        return f"comm_type {comm_type!r} with cp_inner of size 1 is {outer!r} over cp_outer."
-    if cp.axis_size(cp.cp_outer) == 1:
-        return f"comm_type {comm_type!r} with cp_outer of size 1 is 'a2a' over cp_inner."
-    return ""

@@ -6,9 +6,8 @@ data. With groups, streams are not reordered: see `microbatch.py`.
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,13 @@ from jaxtyping import Array
 
 from hcp_jax.base import checks
 from hcp_jax.parallel import spmd
+from hcp_jax.parallel.roles import MeshRoles
 from hcp_jax.parallel.roll import roll_local
 from hcp_jax.sequence import placed_mask
 from hcp_jax.sequence.layout import runs_per_device
 from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.sequence.terms import Given
-
-if TYPE_CHECKING:
-    from hcp_jax.parallel.context import ContextParallel
 
 _log = logging.getLogger("hcp_jax")
 
@@ -47,7 +44,7 @@ class Gathered(NamedTuple):
         return self.read(self.places)
 
 
-def shard(cp: "ContextParallel", x: Array | np.ndarray | Gathered, dim: int) -> jax.Array:
+def shard(cp: MeshRoles, x: Array | np.ndarray | Gathered, dim: int) -> jax.Array:
     """See `ContextParallel.shard`."""
     _require_whole_streams(cp, "shard")
     x, read = x if isinstance(x, Gathered) else (x, None)
@@ -55,7 +52,7 @@ def shard(cp: "ContextParallel", x: Array | np.ndarray | Gathered, dim: int) -> 
     length = x.shape[dim]
     padding = cp.padded_length(length) - length
     if padding:
-        _note_padding(length, padding, cp.size, cp.layout)
+        _note_padding(cp, length, padding)
     if dim != 0:
         _require_batch(cp, x.shape[0], f"an array of shape {tuple(x.shape)}")
     if isinstance(x, jax.Array):
@@ -69,7 +66,7 @@ def shard(cp: "ContextParallel", x: Array | np.ndarray | Gathered, dim: int) -> 
     return jax.make_array_from_callback(host.shape, cp.sharding(x.ndim, dim), part)
 
 
-def unshard(cp: "ContextParallel", x: jax.Array, dim: int, length: int | None) -> jax.Array:
+def unshard(cp: MeshRoles, x: jax.Array, dim: int, length: int | None) -> jax.Array:
     """See `ContextParallel.unshard`."""
     _require_whole_streams(cp, "unshard")
     dim = checks.dimension("dim", dim, x.ndim)
@@ -79,7 +76,7 @@ def unshard(cp: "ContextParallel", x: jax.Array, dim: int, length: int | None) -
     return y if length is None else jax.lax.slice_in_dim(y, 0, length, axis=dim)
 
 
-def shard_batch(cp: "ContextParallel", batch: Mapping[str, Any]) -> dict[str, Any]:
+def shard_batch(cp: MeshRoles, batch: Mapping[str, Any]) -> dict[str, Any]:
     """See `ContextParallel.shard_batch`."""
     arrays = {n: x.places if isinstance(x, Gathered) else x for n, x in batch.items()}
     lengths = {
@@ -95,15 +92,11 @@ def shard_batch(cp: "ContextParallel", batch: Mapping[str, Any]) -> dict[str, An
     return {name: _shard_entry(cp, name, x, length) for name, x in batch.items()}
 
 
-class PaddingWarning(UserWarning):
-    """Attention sees tokens that only pad a stream."""
-
-
 class MaskLengthError(ValueError):
     """A mask was written for fewer queries than there are, and padding does not explain it."""
 
 
-def require_ids_of_all_tokens(cp: "ContextParallel | None", mask: Mask, length: int) -> None:
+def require_ids_of_all_tokens(cp: MeshRoles | None, mask: Mask, length: int) -> None:
     """Refuse a mask that was written for fewer queries than there are.
 
     Args:
@@ -128,7 +121,7 @@ def require_ids_of_all_tokens(cp: "ContextParallel | None", mask: Mask, length: 
 
 
 def place_mask(
-    cp: "ContextParallel", mask: Mask | PlacedMask, length: int, key_length: int | None = None
+    cp: MeshRoles, mask: Mask | PlacedMask, length: int, key_length: int | None = None
 ) -> PlacedMask:
     """See `ContextParallel.place`."""
     if not isinstance(mask, Mask):
@@ -150,7 +143,7 @@ def place_mask(
     return jax.tree.map(lambda x: _from_host(x, cp, spec), placed)
 
 
-def positions(cp: "ContextParallel", length: int) -> jax.Array:
+def positions(cp: MeshRoles, length: int) -> jax.Array:
     """See `ContextParallel.positions`."""
     index = cp.placement.global_index(cp.padded_length(length))[None]
     if cp.on_device:
@@ -162,7 +155,7 @@ def positions(cp: "ContextParallel", length: int) -> jax.Array:
     return jax.make_array_from_callback(index.shape, sharding, index.__getitem__)
 
 
-def roll(cp: "ContextParallel", x: jax.Array, shift: int, dim: int) -> jax.Array:
+def roll(cp: MeshRoles, x: jax.Array, shift: int, dim: int) -> jax.Array:
     """See `ContextParallel.roll`."""
     dim %= x.ndim
     length = x.shape[dim] * (cp.size if cp.on_device else 1)
@@ -174,32 +167,7 @@ def roll(cp: "ContextParallel", x: jax.Array, shift: int, dim: int) -> jax.Array
     return _roll(x, cp, int(shift), dim)
 
 
-def warn_of_padding(cp: "ContextParallel", mask: Mask, length: int, key_length: int) -> None:
-    """Warn, once per shape, if a mask lets queries see padding that `shard` has added.
-
-    Args:
-        cp: the context parallelism.
-        mask: in natural order.
-        length: T, padded.
-        key_length: S, padded.
-    """
-    shape = cp.size, cp.layout, key_length
-    for real in sorted(_padded.get(shape, set()) - _warned.get(shape, set())):
-        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask)):
-            start, end = mask.intervals(length, key_length)
-            if not np.any((end > np.maximum(start, real))[:, :real]):
-                continue
-        _warned.setdefault(shape, set()).add(real)
-        warnings.warn(
-            f"attention with this mask also sees padding: cp.shard has padded {real} tokens to "
-            f"{key_length}, and the mask does not say where the stream ends. Join it with "
-            f"hcp.lengths({real}), or place it with cp.place(mask, {real}).",
-            PaddingWarning,
-            stacklevel=3,
-        )
-
-
-def _shard_entry(cp: "ContextParallel", name: str, x: Any, length: int) -> Any:
+def _shard_entry(cp: MeshRoles, name: str, x: Any, length: int) -> Any:
     if isinstance(x, Mask | PlacedMask):
         return place_mask(cp, x, length)
     if isinstance(x, Gathered):
@@ -212,11 +180,11 @@ def _shard_entry(cp: "ContextParallel", name: str, x: Any, length: int) -> Any:
     return _from_host(x, cp, PartitionSpec(cp.dp) if x.ndim else PartitionSpec())
 
 
-def _from_host(x: np.ndarray, cp: "ContextParallel", spec: PartitionSpec) -> jax.Array:
+def _from_host(x: np.ndarray, cp: MeshRoles, spec: PartitionSpec) -> jax.Array:
     return jax.make_array_from_callback(x.shape, NamedSharding(cp.mesh, spec), x.__getitem__)
 
 
-def _require_batch(cp: "ContextParallel", rows: int, what: str) -> None:
+def _require_batch(cp: MeshRoles, rows: int, what: str) -> None:
     if rows % cp.axis_size(cp.dp):
         raise ValueError(
             f"{what} has a batch of {rows}, which dp={cp.axis_size(cp.dp)} does not "
@@ -224,30 +192,22 @@ def _require_batch(cp: "ContextParallel", rows: int, what: str) -> None:
         )
 
 
-# (C, layout, padded length) -> the lengths that `shard` has padded to it, and those that a warning
-# was given for. Arrays do not record their padding, and attention must not see it silently.
-_padded: dict[tuple[int, str, int], set[int]] = {}
-_warned: dict[tuple[int, str, int], set[int]] = {}
-
-
-def _note_padding(length: int, padding: int, size: int, layout: str) -> None:
-    known = _padded.setdefault((size, layout, length + padding), set())
-    if length in known:
+def _note_padding(cp: MeshRoles, length: int, padding: int) -> None:
+    if not cp.padded_streams.add(length, length + padding):
         return
-    known.add(length)
     _log.info(
         "padded %d tokens with %d: a %s layout over %d devices needs a multiple of %d. The padding "
         "is never seen under a causal mask; join others with hcp.lengths(%d).",
         length,
         padding,
-        layout,
-        size,
-        runs_per_device(layout) * size,
+        cp.layout,
+        cp.size,
+        runs_per_device(cp.layout) * cp.size,
         length,
     )
 
 
-def _require_whole_streams(cp: "ContextParallel", what: str) -> None:
+def _require_whole_streams(cp: MeshRoles, what: str) -> None:
     if cp.on_device:
         raise ValueError(
             f"cp.{what} was called inside a shard_map over {', '.join(cp.cp_axes)}, where arrays "
@@ -256,7 +216,7 @@ def _require_whole_streams(cp: "ContextParallel", what: str) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _reorder(x: jax.Array, cp: "ContextParallel", dim: int, padded: int) -> Any:
+def _reorder(x: jax.Array, cp: MeshRoles, dim: int, padded: int) -> Any:
     widths = [(0, padded - x.shape[dim] if d == dim else 0) for d in range(x.ndim)]
     spec = cp.spec(x.ndim, dim)
 
@@ -268,7 +228,7 @@ def _reorder(x: jax.Array, cp: "ContextParallel", dim: int, padded: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _restore(x: jax.Array, cp: "ContextParallel", dim: int) -> Any:
+def _restore(x: jax.Array, cp: MeshRoles, dim: int) -> Any:
     def restore(x: Any) -> Any:
         return cp.placement.from_layout(x, dim)
 
@@ -279,7 +239,7 @@ def _restore(x: jax.Array, cp: "ContextParallel", dim: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _roll(x: jax.Array, cp: "ContextParallel", shift: int, dim: int) -> Any:
+def _roll(x: jax.Array, cp: MeshRoles, shift: int, dim: int) -> Any:
     spec = cp.spec(x.ndim, dim)
     local = functools.partial(
         roll_local, axes=cp.cp_axes, cp_size=cp.size, layout=cp.layout, shift=shift, dim=dim

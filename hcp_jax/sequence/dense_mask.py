@@ -7,19 +7,17 @@ import math
 from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from hcp_jax.sequence import arrays
+from hcp_jax.sequence.arrays import Array
 from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.terms import NO_LIMIT, Alike, Given
 
 
 def from_dense(
-    mask: Shaped[jax.Array | np.ndarray, "T S"]
-    | Shaped[jax.Array | np.ndarray, "B1 T S"]
-    | Shaped[jax.Array | np.ndarray, "*B N1 T S"],
+    mask: Shaped[Array, "T S"] | Shaped[Array, "B1 T S"] | Shaped[Array, "*B N1 T S"],
 ) -> Mask:
     """Return the mask of a boolean matrix in which each query sees one interval of keys.
 
@@ -42,16 +40,16 @@ def from_dense(
     >>> from_dense([[True, False], [True, True]]).intervals(2).end.tolist()
     [[1, 2]]
     """
-    dense = mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    known = dense.dtype == bool or jnp.issubdtype(dense.dtype, np.number)
+    dense = mask if arrays.is_jax(mask) else np.asarray(mask)
+    known = dense.dtype == bool or arrays.is_kind(dense.dtype, np.number)
     heads = dense.shape[-3] if dense.ndim > 3 else 1
     if dense.ndim < 2 or not known or not heads:
         raise ValueError(
             "from_dense needs a boolean mask [T, S], [B, T, S] or [B, N, T, S], got "
             f"{dense.dtype} of shape {dense.shape}."
         )
-    traced = isinstance(dense, jax.core.Tracer)
-    dense, xp = (dense, jnp) if traced else (np.asarray(dense), np)
+    traced = arrays.is_traced(dense)
+    dense, xp = (dense, arrays.here) if traced else (np.asarray(dense), np)
     rows = math.prod(dense.shape[:-3] if dense.ndim > 3 else dense.shape[:-2])
     dense = dense.reshape(rows, heads, *dense.shape[-2:])
     shown = dense[:, 0] == 1
@@ -59,7 +57,9 @@ def from_dense(
     sound = xp.all((dense == 0) | (dense == 1), axis=(1, 3)) & whole
     alike = xp.all(dense == dense[:, :1], axis=(1, 3))
     if traced:
-        jax.debug.callback(_require_intervals, sound, alike)
+        from jax import debug  # here alone: the host needs no jax
+
+        debug.callback(_require_intervals, sound, alike)
     else:
         _require_intervals(sound, alike)
     if shown.shape[2] == 1:

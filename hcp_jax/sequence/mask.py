@@ -15,12 +15,12 @@ import dataclasses
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32, Integer
 
 from hcp_jax.base import checks
+from hcp_jax.sequence import arrays
+from hcp_jax.sequence.arrays import Array
 from hcp_jax.sequence.terms import (
     NO_LIMIT,
     Causal,
@@ -41,11 +41,11 @@ class Intervals(NamedTuple):
     (`end <= start`) is padding: its output and gradients are zero.
     """
 
-    start: Int32[jax.Array | np.ndarray, "B1 T"]
-    end: Int32[jax.Array | np.ndarray, "B1 T"]
+    start: Int32[Array, "B1 T"]
+    end: Int32[Array, "B1 T"]
 
 
-@jax.tree_util.register_dataclass
+@arrays.pytree
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """A conjunction of interval masks; a pytree, so that it passes through `jit`.
@@ -182,7 +182,7 @@ def chunked_local(chunk: int) -> Mask:
     return Mask((ChunkedLocal(min(chunk, NO_LIMIT)),))
 
 
-def prefix_lm(prefix_length: int | Integer[jax.Array | np.ndarray, "B"]) -> Mask:
+def prefix_lm(prefix_length: int | Integer[Array, "B"]) -> Mask:
     """Build a prefix-LM mask: the first `prefix_length` tokens see each other, the rest is causal.
 
     Args:
@@ -198,8 +198,8 @@ def prefix_lm(prefix_length: int | Integer[jax.Array | np.ndarray, "B"]) -> Mask
 
 
 def lengths(
-    length: int | Integer[jax.Array | np.ndarray, "B"],
-    key_length: int | Integer[jax.Array | np.ndarray, "B"] | None = None,
+    length: int | Integer[Array, "B"],
+    key_length: int | Integer[Array, "B"] | None = None,
 ) -> Mask:
     """Mark tokens at or past `length` as padding: no query sees them, and they see nothing.
 
@@ -221,7 +221,7 @@ def lengths(
 
 
 def documents(
-    segment_ids: Integer[jax.Array | np.ndarray, "B1 T"] | Integer[jax.Array | np.ndarray, "T"],
+    segment_ids: Integer[Array, "B1 T"] | Integer[Array, "T"],
     *,
     padding_id: int | None = None,
 ) -> Mask:
@@ -257,16 +257,14 @@ def documents(
             least=int(info.min),
             most=int(info.max),
         )
-    if not isinstance(ids, jax.core.Tracer):
+    if not arrays.is_traced(ids):
         # Renumber: 64-bit ids would be cut to 32 bits when they are copied to a device.
         ids = _renumbered(np.asarray(ids), padding_id)
         padding_id = None if padding_id is None else _PADDING_ID
     return Mask((Documents(ids, padding_id),))
 
 
-def intervals(
-    start: Integer[jax.Array | np.ndarray, "B1 T"], end: Integer[jax.Array | np.ndarray, "B1 T"]
-) -> Mask:
+def intervals(start: Integer[Array, "B1 T"], end: Integer[Array, "B1 T"]) -> Mask:
     """Build a mask from numbers: query i sees keys `[start_i, end_i)`.
 
     Args:
@@ -288,7 +286,7 @@ def intervals(
     return Mask((Given(_to_int32(start), _to_int32(end)),))
 
 
-_PADDING_ID = -1
+_PADDING_ID = -1  # the id of padding after `_renumbered`
 
 
 def _renumbered(ids: np.ndarray, padding_id: int | None) -> np.ndarray:
@@ -324,13 +322,12 @@ def _integers(name: str, value: Any) -> Any:
     """
     try:
         # A ShapeDtypeStruct takes the place of an array when a program is only compiled.
-        given = isinstance(value, jax.Array | jax.ShapeDtypeStruct)
-        x = value if given else np.asarray(value)
+        x = value if arrays.has_shape(value) else np.asarray(value)
     except (TypeError, ValueError) as error:  # lists of unequal lengths
         raise ValueError(f"{name} must be integers of one shape: {error}") from None
     if isinstance(x, np.ndarray) and x is not value and x.size == 0:
         x = x.astype(np.int32)  # an empty list has no dtype of its own
-    if not jnp.issubdtype(x.dtype, jnp.integer):
+    if not arrays.is_kind(x.dtype, np.integer):
         raise ValueError(f"{name} must be integers, got {x.dtype} of shape {x.shape}.")
     return x
 
@@ -339,9 +336,9 @@ def _to_int32(x: Any) -> Any:
     """Return integers as int32, clipped to its range."""
     if x.dtype == np.int32:
         return x
-    xp, own, wanted = jnp if isinstance(x, jax.Array) else np, np.iinfo(x.dtype), np.iinfo(np.int32)
+    own, wanted = np.iinfo(x.dtype), np.iinfo(np.int32)
     least, most = max(int(own.min), int(wanted.min)), min(int(own.max), int(wanted.max))
-    return xp.clip(x, least, most).astype(np.int32)
+    return arrays.module_of(x).clip(x, least, most).astype(np.int32)
 
 
 def _per_row(name: str, value: Any) -> Any:
@@ -349,7 +346,7 @@ def _per_row(name: str, value: Any) -> Any:
     x = _integers(name, value)
     if x.ndim > 1:
         raise ValueError(f"{name} must be one number, or one per row, got shape {x.shape}.")
-    known = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    known = not arrays.is_traced(x) and getattr(x, "is_fully_addressable", True)
     if known and np.any(np.asarray(x) < 0):
         raise ValueError(f"{name} must be 0 or greater, got {np.asarray(x).min()}.")
     return _to_int32(x).reshape(-1, 1)

@@ -8,16 +8,15 @@ import dataclasses
 from types import ModuleType
 from typing import Any, NoReturn
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from hcp_jax.sequence import arrays
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals, Mask
 from hcp_jax.sequence.placement import Groups, Placement, Streams
 
 
-@jax.tree_util.register_dataclass
+@arrays.pytree
 @dataclasses.dataclass(frozen=True)
 class PlacedMask:
     """The intervals of all queries, in the order of the devices; a pytree.
@@ -49,8 +48,9 @@ class PlacedMask:
         """
         start, end = self.intervals
         after = self.placement.index_after(self.intervals)
-        end = jnp.minimum(end, after)
-        start = jnp.minimum(jnp.maximum(start, after - window), end)
+        xp = arrays.here
+        end = xp.minimum(end, after)
+        start = xp.minimum(xp.maximum(start, after - window), end)
         return dataclasses.replace(self, intervals=Intervals(start, end))
 
     def __and__(self, other: Any) -> NoReturn:

@@ -10,8 +10,9 @@ import dataclasses
 from types import ModuleType
 from typing import Any, dataclass_transform
 
-import jax
 import numpy as np
+
+from hcp_jax.sequence import arrays
 
 # Greater than the index of any key.
 NO_LIMIT = np.iinfo(np.int32).max
@@ -38,11 +39,7 @@ class Term:
 @dataclass_transform(frozen_default=True)
 def _term(cls: Any) -> Any:
     """Make a frozen dataclass a pytree; its fields marked `_static` are not leaves."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
-    static = [f.name for f in fields if f.metadata.get("static")]
-    data = [f.name for f in fields if f.name not in static]
-    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+    return arrays.pytree(dataclasses.dataclass(frozen=True)(cls))
 
 
 def _static() -> Any:
@@ -170,7 +167,8 @@ class Alike(Term):
 
 
 def _accumulate_max(x: Any, xp: ModuleType) -> Any:
-    return np.maximum.accumulate(x, axis=1) if xp is np else jax.lax.cummax(x, axis=1)
+    if xp is np:
+        return np.maximum.accumulate(x, axis=1)
+    from jax import lax  # here alone: the host needs no jax
 
-
-# The id of padding after `_renumbered`.
+    return lax.cummax(x, axis=1)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.parallel.placing import PaddingWarning
+from hcp_jax.parallel.padding import PaddingWarning
 from hcp_jax.verify.repairs import Order, Trial
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hcp_jax as hcp
-from hcp_jax.parallel.context import STRATEGIES
+from hcp_jax.cost.traffic import STRATEGIES
 from tests import oracle
 
 T = 50  # not a multiple of anything: padded to 64 on eight devices, 60 on six

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hcp_jax as hcp
-from hcp_jax.parallel.context import STRATEGIES
+from hcp_jax.cost.traffic import STRATEGIES
 from tests import oracle
 
 T, S = 13, 21  # padded to 16 and 24

@@ -9,7 +9,7 @@ import pytest
 
 import hcp_jax as hcp
 from hcp_jax.compiled.hlo import collectives
-from hcp_jax.parallel.context import STRATEGIES
+from hcp_jax.cost.traffic import STRATEGIES
 
 B, T, N, K, H = 1, 64, 8, 2, 8
 ITEM = 4  # float32

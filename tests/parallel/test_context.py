@@ -1,5 +1,6 @@
 """ContextParallel: arrays go into the layout and come back; what cannot be is refused."""
 
+import dataclasses
 import logging
 
 import jax
@@ -8,9 +9,9 @@ import pytest
 
 import hcp_jax as hcp
 from hcp_jax.compiled.hlo import collectives
-from hcp_jax.parallel import placing
-from hcp_jax.parallel.context import STRATEGIES
+from hcp_jax.cost.traffic import STRATEGIES
 from hcp_jax.parallel.describe import describe_strategy
+from hcp_jax.parallel.padding import PaddingWarning
 
 LAYOUTS = ["zigzag", "contiguous"]
 
@@ -95,22 +96,30 @@ def test_padding_is_logged(caplog):
     assert "padded 33 tokens with 7" in caplog.text
 
 
-def test_attention_to_padding_is_warned_of_once_per_shape():
+def test_attention_to_padding_is_warned_of_once_per_context_and_length():
     cp = context(cp_outer=4, layout="contiguous", comm_type="p2p")
     x = cp.shard(np.zeros((1, 34, 1, 4), np.float32))
 
-    def attend(mask, x=x):
+    def attend(mask, x=x, cp=cp):
         return jax.eval_shape(lambda x: hcp.dot_product_attention(x, x, x, cp=cp, mask=mask), x)
 
     quiet = [hcp.lengths(34), hcp.causal() & hcp.chunked_local(5), hcp.prefix_lm(20)]
     for mask in (*quiet, cp.place(hcp.bidirectional(), 34), hcp.chunked_local(17)):
         attend(mask)  # a warning is an error
     for mask in (hcp.prefix_lm(35), None, hcp.bidirectional(), hcp.chunked_local(5)):
-        placing._warned.clear()
-        with pytest.warns(UserWarning, match=r"34 tokens to 36, .* hcp.lengths\(34\)"):
-            attend(mask)
-    attend(None)
+        again = dataclasses.replace(cp)
+        again.shard(np.zeros((1, 34)))
+        with pytest.warns(PaddingWarning, match=r"34 tokens to 36, .* hcp.lengths\(34\)"):
+            attend(mask, cp=again)
+        attend(mask, cp=again)
     attend(None, cp.shard(np.zeros((1, 40, 1, 4), np.float32)))
+    # Another context has padded nothing, though it is equal; that of a layer has padded what it
+    # is made from has.
+    attend(None, cp=dataclasses.replace(cp))
+    of_layers = dataclasses.replace(cp, comm_type=("p2p", "all_gather"))
+    of_layers.shard(np.zeros((1, 34)))
+    with pytest.warns(PaddingWarning):
+        attend(None, cp=of_layers.for_layer(1))
 
 
 def test_a_context_is_hashable_and_names_its_groups():
