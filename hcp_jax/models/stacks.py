@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
 from hcp_jax.attention.local import RESIDUALS
+from hcp_jax.models import small_params
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers import moe_router
 from hcp_jax.models.layers.decoder import MIXERS, DecoderLayer
@@ -71,15 +72,21 @@ def apply_layers(
     routed = config.moe is not None
     real = real_tokens(mask, x.shape[:2], cp) if routed else None
     whole = len(plan.stacks) == 1
-    modules = [layers] if whole else [getattr(layers, str(i)) for i in range(len(plan.stacks))]
+    modules: list[Any] = (
+        [layers] if whole else [getattr(layers, str(i)) for i in range(len(plan.stacks))]
+    )
     split = [nnx.split(module) for module in modules]
 
     def layer(stack: int, cp: ContextParallel | None, x: Any, params: dict[str, Any]) -> Any:
         x = checkpoint_name(x, LAYER_INPUT)
-        x, sums = nnx.merge(split[stack][0], params)(x, shared[stack], real, cp)
+        module = small_params.use_copies(nnx.merge(split[stack][0], params), cp)
+        x, sums = module(x, shared[stack], real, cp)
         return constrained(x, cp), sums
 
-    params = [nnx.to_pure_dict(state) for _, state in split]
+    params = [
+        small_params.copied(module, nnx.to_pure_dict(state), cp)
+        for module, (_, state) in zip(modules, split, strict=True)
+    ]
     total = moe_router.no_sums() if routed else None
     for stretch in _stretches(plan, cp, sum(len(stack.layers) for stack in plan.stacks)):
         x, total = _scan(layer, stretch, (x, total), params, config)
