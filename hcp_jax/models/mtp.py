@@ -12,21 +12,28 @@ may be cut in any layout or into groups. Depth d embeds what the depth before it
 other array is needed. `look_ahead` is for batches that have been made without them.
 """
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
 from hcp_jax.base import checks
 from hcp_jax.models import rules
+from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers import decoder
-from hcp_jax.models.layers.moe_router import RouterSums
+from hcp_jax.models.layers.moe_router import RouterSums, no_sums
 from hcp_jax.models.layers.norm import make_norm
 from hcp_jax.models.specs import LayerSpec
+from hcp_jax.models.stacks import LAYER_INPUT, constrained, real_tokens, remat
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.mask import Mask
+from hcp_jax.sequence.placed_mask import PlacedMask
 
 
 class MTPDepth(nnx.Module):
@@ -70,6 +77,50 @@ class MTPDepth(nnx.Module):
         """
         both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
         return self.layer(self.eh_proj(both), shared, real, cp)
+
+
+def apply_depths(
+    depths: MTPDepth,
+    config: ModelConfig,
+    hidden: Float[Array, "B T D"],
+    embedded: Callable[[int], Float[Array, "B T D"]],
+    batch: tuple[Int32[Array, "B T"], Mask | PlacedMask],
+    cp: ContextParallel | None,
+) -> tuple[list[Float[Array, "B T D"]], RouterSums | None]:
+    """Return each depth's hidden states, after its norm; inside `spmd.run`.
+
+    The sums of the depths' routers come with them; None if the model has no experts.
+
+    Args:
+        depths: from `make_depths`.
+        config: the model.
+        hidden: hidden states of the model, after its last norm.
+        embedded: returns the embeddings of the tokens that a depth embeds, by its number from 0.
+        batch: positions and mask, as in `Transformer.__call__`.
+        cp: as in `Transformer.__call__`.
+    """
+    positions, mask = batch
+    total = None if config.moe is None else no_sums()
+    real = None if total is None else real_tokens(mask, positions.shape, cp)
+    last = config.specs[-1].mixer
+    shared = decoder.MIXERS[type(last)].share(last, positions, mask, config.widest_window)
+    layer_cp = None if cp is None else cp.for_layer(config.num_layers - 1)
+    graphdef, params = nnx.split(depths)
+
+    def depth(params: Any, hidden: Any, embedded: Any) -> Any:
+        hidden = checkpoint_name(hidden, LAYER_INPUT)
+        depth = nnx.merge(graphdef, params)
+        hidden, sums = depth(hidden, embedded, shared, real, layer_cp)
+        return constrained(hidden, cp), sums
+
+    depth = remat(depth, config, 1)
+    outputs = []
+    for number in range(config.mtp_depths):
+        own = jax.tree.map(operator.itemgetter(number), params)
+        hidden, sums = depth(own, hidden, embedded(number))
+        total = total if sums is None else jax.tree.map(jnp.add, total, sums)
+        outputs.append(nnx.merge(graphdef, own).norm(hidden))
+    return outputs, total
 
 
 def make_depths(spec: LayerSpec, depths: int, rngs: nnx.Rngs) -> MTPDepth:

@@ -209,7 +209,8 @@ def real_tokens(
             start, end = (cp.placement.to_layout(x, 1) for x in (start, end))
     real = jnp.asarray(end > start)
     if cp is not None and inside and real.shape[1] != here:
-        own = jax.lax.axis_index(cp.cp_axes)
+        # Under groups, the intervals may be cut already, over all but the axes that exchange heads.
+        own = jax.lax.axis_index(cp.cp_axes) % (real.shape[1] // here)
         real = jax.lax.dynamic_slice_in_dim(real, own * here, here, axis=1)
     return jnp.broadcast_to(real, (rows, here))
 

@@ -10,26 +10,24 @@ Submodules have the names of Hugging Face's models, so that their weights map on
 dim: they lie in `layers` if all layers are equal, else in `layers.0`, `layers.1`, ... (`specs.py`).
 """
 
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from hcp_jax.models import mtp, rules
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers import decoder, moe_router
-from hcp_jax.models.layers.decoder import MIXERS, DecoderLayer
+from hcp_jax.models.layers.decoder import DecoderLayer
 from hcp_jax.models.layers.embedding import live_tp, lookup
 from hcp_jax.models.layers.loss import soft_capped
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.layers.norm import make_norm
 from hcp_jax.models.specs import LayerSpec
-from hcp_jax.models.stacks import LAYER_INPUT, Stacks, apply_layers, constrained, real_tokens, remat
+from hcp_jax.models.stacks import Stacks, apply_layers
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.mask import Mask
@@ -172,28 +170,10 @@ class Transformer(nnx.Module):
         return None if self.config.moe is None else moe_router.WHOLE
 
     def _further(self, hidden: Any, targets: Any, positions: Any, mask: Any, cp: Any) -> Any:
-        config = self.config
-        total = None if config.moe is None else moe_router.no_sums()
-        real = None if total is None else real_tokens(mask, positions.shape, cp)
-        last = config.specs[-1].mixer
-        shared = MIXERS[type(last)].share(last, positions, mask, config.widest_window)
-        layer_cp = None if cp is None else cp.for_layer(config.num_layers - 1)
-        graphdef, params = nnx.split(self.mtp)
+        def embedded(depth: int) -> Any:
+            return self._embedded(targets[..., depth], cp)
 
-        def depth(params: Any, hidden: Any, embedded: Any) -> Any:
-            hidden = checkpoint_name(hidden, LAYER_INPUT)
-            depth = nnx.merge(graphdef, params)
-            hidden, sums = depth(hidden, embedded, shared, real, layer_cp)
-            return constrained(hidden, cp), sums
-
-        depth = remat(depth, config, 1)
-        outputs = []
-        for number in range(config.mtp_depths):
-            own = jax.tree.map(operator.itemgetter(number), params)
-            hidden, sums = depth(own, hidden, self._embedded(targets[..., number], cp))
-            total = total if sums is None else jax.tree.map(jnp.add, total, sums)
-            outputs.append(nnx.merge(graphdef, own).norm(hidden))
-        return outputs, total
+        return mtp.apply_depths(self.mtp, self.config, hidden, embedded, (positions, mask), cp)
 
     def _embedded(self, tokens: Any, cp: ContextParallel | None) -> Any:
         config = self.config

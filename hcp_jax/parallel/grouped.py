@@ -94,9 +94,16 @@ class BlockOrder(NamedTuple):
 
 
 def block_order(
-    block: Peers, order: Int32[Array, "1 t"], positions: Int32[Array, "1 t"]
+    block: Peers, order: Int32[Array, "1 nt"], positions: Int32[Array, "1 t"]
 ) -> BlockOrder:
-    """Return the stream order of a block's tokens, from `order` and `positions` of one device's."""
+    """Return the stream order of a block's tokens, from `order` and `positions` of one device's.
+
+    `order` may be that of several devices of one row, as masks inside a `shard_map` have it.
+    """
+    own = positions.shape[1]
+    if order.shape[1] != own:
+        part = jax.lax.axis_index(block.axes) % (order.shape[1] // own)
+        order = jax.lax.dynamic_slice_in_dim(order, part * own, own, axis=1)
     # Empty slots (0) come last. There a document of one token begins in every slot.
     keys = jnp.where(order == 0, np.iinfo(np.int32).max, order)
     both = jnp.stack([keys, positions])

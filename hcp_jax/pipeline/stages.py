@@ -4,9 +4,9 @@ Every stage holds equal chunks of consecutive layers, whole periods of the model
 one program computes all stages. The embedding, the output matrix and the loss are no stage's own:
 the vocabulary is cut over the stages, so that each has an equal share of that work.
 
-If the periods do not divide by the chunks, the last chunks are filled with layers whose parameters
-are zero. Such a layer adds zero to its input, so it changes nothing; it takes no more time than
-the stages with one more layer take anyhow.
+If the layers do not divide by the chunks, or end with a part of a period, the last chunks are
+filled with layers whose parameters are zero. Such a layer adds zero to its input, so it changes
+nothing; it takes no more time than the stages with one more layer take anyhow.
 
 Parameters of stages are a tree like the model's own, except that the dim of layers [L] becomes
 [pp, v, layers of a chunk] (`stage_params`), with pp cut over the stages.
@@ -23,8 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hcp_jax.base import checks
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.embedding import live_axes
-from hcp_jax.models.specs import AttentionSpec, Plan, Section
-from hcp_jax.models.transformer import inside_layer, rule
+from hcp_jax.models.specs import MoESpec, Plan, Section
+from hcp_jax.models.transformer import inside_layer, is_stacked, rule
 from hcp_jax.parallel.context import ContextParallel
 
 
@@ -39,8 +39,8 @@ class Stages:
 
     Raises:
         ValueError: if a chunk would have no layer, or pp does not divide the vocabulary.
-        NotImplementedError: if the model's layers do not repeat in whole periods, or recurrent ones
-            do not divide by the chunks.
+        NotImplementedError: if the model's layers do not repeat a period, or layers with experts do
+            not divide by the chunks.
 
     >>> model = ModelConfig(vocab_size=64, num_layers=7, hidden_size=16, intermediate_size=32,
     ...                     num_heads=4, num_kv_heads=2)
@@ -55,18 +55,13 @@ class Stages:
     def __post_init__(self) -> None:
         pp = checks.integer("num_stages", self.num_stages, least=1)
         checks.integer("virtual_stages", self.virtual_stages, least=1)
-        sections = self.model.plan.sections
-        if len(sections) != 1:
-            period = len(sections[0].stacks)
-            layers = self.model.num_layers
-            hint = (
-                f"use num_layers={layers // period * period} or {-(-layers // period) * period}"
-                if sections[0].turns > 1
-                else "use layers that repeat a period"
-            )
+        first, *rest = self.model.plan.sections
+        if any(not set(section.stacks) <= set(first.stacks) for section in rest):
             raise NotImplementedError(
-                f"pipeline stages hold whole periods of a model's pattern of layers, but these "
-                f"{layers} layers are not whole periods (of {period}): {hint}, or no pipeline."
+                f"all stages of a pipeline run one program, so the {self.model.num_layers} layers "
+                f"must repeat a period, but they are runs of {len(rest) + 1} kinds, such as dense "
+                "layers before layers with experts: give all layers one kind or a repeating "
+                "pattern (model.layers; model.moe.first_k_dense_replace: 0), or use no pipeline."
             )
         if self._empty >= self.turns:
             chunks = pp * self.virtual_stages
@@ -77,12 +72,15 @@ class Stages:
                 f"have no layer. {filled} chunks take no more time: use a pp x virtual_stages of "
                 f"at most {filled}."
             )
-        mixers = {type(stack.spec.mixer) for stack in self.model.plan.stacks}
-        if self._empty and mixers != {AttentionSpec}:
+        routed = any(isinstance(stack.spec.ffn, MoESpec) for stack in self.model.plan.stacks)
+        if routed and self._empty_layers:
+            layers, whole = self.model.num_layers, self._empty_layers + self.model.num_layers
+            fewer = whole - pp * self.virtual_stages * len(first.stacks)
             raise NotImplementedError(
-                f"{self.periods} periods of layers do not divide by pp={pp} x "
-                f"virtual_stages={self.virtual_stages}, and chunks are filled with layers of zeros "
-                "for attention only; use a pp x virtual_stages that divides them."
+                f"{layers} layers with experts do not divide by pp={pp} x virtual_stages="
+                f"{self.virtual_stages}, and routers of layers of zeros would count in the losses: "
+                f"use num_layers={f'{fewer} or ' if fewer else ''}{whole}, or a pp x "
+                f"virtual_stages that divides the layers."
             )
         if self.model.vocab_size % pp:
             raise ValueError(
@@ -93,8 +91,8 @@ class Stages:
 
     @property
     def periods(self) -> int:
-        """Number of periods of the model's pattern."""
-        return self.model.plan.sections[0].turns
+        """Number of periods of the model's pattern, the last of which may be a part of one."""
+        return len(self.model.plan.stacks[0].layers)
 
     @property
     def turns(self) -> int:
@@ -111,10 +109,48 @@ class Stages:
         ]
         return Plan(tuple(stacks), (Section(plan.sections[0].stacks, 0, self.turns, 0),))
 
+    def chunk_context(self, cp: ContextParallel) -> ContextParallel:
+        """Return the context of the layers of a chunk, whose comm types all chunks have.
+
+        Args:
+            cp: with one comm type, or one for each layer of the model.
+
+        Raises:
+            ValueError: if there are comm types for another number of layers.
+            NotImplementedError: if the comm types of two chunks differ.
+        """
+        if isinstance(cp.comm_type, str):
+            return cp
+        given, width = cp.comm_type, len(self.model.plan.stacks)
+        if len(given) != self.model.num_layers:
+            raise ValueError(
+                f"comm_type names {len(given)} layers, but the model has {self.model.num_layers}; "
+                "give one per layer, or one string for all."
+            )
+        layers = self.turns * width
+        one = (*given, *[given[-1]] * layers)[:layers]
+        if any(comm_type != one[i % layers] for i, comm_type in enumerate(given)):
+            raise NotImplementedError(
+                f"all chunks of a pipeline run one program, so comm_type must repeat every "
+                f"{layers} layers, those of one chunk; got {given}."
+            )
+        return dataclasses.replace(cp, comm_type=one)
+
+    def layers_of(self, stack: int) -> int:
+        """Number of layers of a stack that are the model's own, not of zeros."""
+        return len(self.model.plan.stacks[stack].layers)
+
     @property
     def _empty(self) -> int:
         """Number of periods of zeros behind the model's own."""
         return self.num_stages * self.virtual_stages * self.turns - self.periods
+
+    @property
+    def _empty_layers(self) -> int:
+        """Number of layers of zeros."""
+        width = len(self.model.plan.stacks)
+        chunks = self.num_stages * self.virtual_stages
+        return chunks * self.turns * width - self.model.num_layers
 
 
 def stage_params(stages: Stages, params: Any) -> Any:
@@ -133,7 +169,7 @@ def stage_params(stages: Stages, params: Any) -> Any:
     """
     pp, v, turns = stages.num_stages, stages.virtual_stages, stages.turns
 
-    def cut(x: Any) -> Any:
+    def cut(stack: int, x: Any) -> Any:
         fill = pp * v * turns - x.shape[0]
         if fill:
             # Arrays of the host stay there: no device needs room for all layers.
@@ -152,8 +188,8 @@ def whole_params(stages: Stages, params: Any) -> Any:
         params: a tree from `stage_params`.
     """
 
-    def join(x: Any) -> Any:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])[: stages.periods]
+    def join(stack: int, x: Any) -> Any:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])[: stages.layers_of(stack)]
 
     return _map_layers(join, params)
 
@@ -166,19 +202,23 @@ def without_empty(stages: Stages, grads: Any) -> Any:
         grads: a tree from `stage_params`, or of its shapes.
     """
     pp, v, turns = stages.num_stages, stages.virtual_stages, stages.turns
-    if stages.periods == pp * v * turns:
-        return grads
     stage, chunk, turn = jnp.indices((pp, v, turns))
-    live = (chunk * pp + stage) * turns + turn < stages.periods
-    return _map_layers(
-        lambda x: jnp.where(live.reshape(*live.shape, *[1] * (x.ndim - 3)), x, 0), grads
-    )
+    number = (chunk * pp + stage) * turns + turn
+
+    def clear(stack: int, x: Any) -> Any:
+        own = stages.layers_of(stack)
+        live = (number < own).reshape(*number.shape, *[1] * (x.ndim - 3))
+        return x if own == number.size else jnp.where(live, x, 0)
+
+    return _map_layers(clear, grads)
 
 
 def stage_shardings(
     stages: Stages, cp: ContextParallel, params: Any, *, axis: str = "pp", fsdp: bool = False
 ) -> Any:
     """Return the shardings of `stage_params`: layers and vocabulary over pp, and all over tp.
+
+    Experts are cut over the axes that `cp` names for them.
 
     Args:
         stages: how the model is cut.
@@ -191,29 +231,37 @@ def stage_shardings(
 
     def one(path: tuple[Any, ...], x: Any) -> NamedSharding:
         keys = tuple(key.key for key in path)
-        layered, needs = inside_layer(keys)[0] is not None, rule(keys)
-        cut = needs.tp
-        dims: list[Any] = [None] * (x.ndim + (2 if layered else 0))
-        if cut is not None and tp:
-            dims[cut + (3 if layered else 0)] = tp
+        layered, needs = keys[0] == "layers", rule(keys)
+        # Dims before those that rules count: [pp, v, layers of a chunk], or depths.
+        lead = 3 if layered else int(is_stacked(keys))
+        sizes = [0] * lead + list(x.shape[1 if lead else 0 :])
+        dims: list[Any] = [None] * len(sizes)
+        free = flat
+        if needs.stacked and cp.ep > 1:
+            dims[lead] = cp.expert_axes
+            free = tuple(axis for axis in flat if axis not in cp.expert_axes)
+        if needs.tp is not None and tp:
+            dims[lead + needs.tp] = tp
         if layered:
             dims[0] = axis
         elif keys[-1] == "embedding":
             dims[0] = (axis, *tp)
-        if flat and needs.fsdp:
-            sizes = [0, 0, 0, *x.shape[1:]] if layered else x.shape
+        if free and needs.fsdp:
             fits = [
-                d for d, n in enumerate(sizes) if not dims[d] and n and n % cp.axis_size(flat) == 0
+                d for d, n in enumerate(sizes) if not dims[d] and n and n % cp.axis_size(free) == 0
             ]
             if fits:
-                dims[fits[0]] = flat
+                dims[fits[0]] = free
         return NamedSharding(cp.mesh, PartitionSpec(*dims))
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _map_layers(function: Any, params: Any) -> Any:
+    """Apply `function(stack, x)` to the parameters of layers."""
+
     def one(path: tuple[Any, ...], x: Any) -> Any:
-        return function(x) if path[0].key == "layers" else x
+        stack = inside_layer(tuple(key.key for key in path))[0]
+        return x if stack is None else function(stack, x)
 
     return jax.tree_util.tree_map_with_path(one, params)

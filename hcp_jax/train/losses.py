@@ -21,22 +21,11 @@ from jaxtyping import Array, Float
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers.loss import summed_cross_entropy
 from hcp_jax.models.layers.moe_router import RouterSums
+from hcp_jax.models.loss_terms import Mean, depth_means, router_loss, router_means
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.parallel import host_memory, spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.batch import Batch
-
-
-class Mean(NamedTuple):
-    """A mean, as sums that microbatches and devices add up.
-
-    Attributes:
-        total: Σ of what is averaged.
-        tokens: over how many.
-    """
-
-    total: Any
-    tokens: Any
 
 
 class Losses(NamedTuple):
@@ -95,33 +84,11 @@ def summed_losses(
             [summed(x, targets[..., d], weights[..., d]) for d, x in enumerate(outputs)]
         )
         total = main + model.mtp_loss_weight * jnp.mean(by_depth)
-        counts = jnp.sum(weights, axis=(0, 1))
-        means = {f"mtp_loss_{d + 1}": Mean(by_depth[d], counts[d]) for d in range(len(outputs))}
+        means = depth_means(by_depth, weights)
         sums = None if sums is None else jax.tree.map(jnp.add, sums, more)
         return _with_routers(model, cp, Losses(total, main, means), sums, batch)
 
     return losses
-
-
-_ROUTERS = {
-    "load_balance": "balance",
-    "router_z": "z",
-    "router_entropy": "entropy",
-    "max_load": "max_load",
-}
-"""Metric of each of a router's sums."""
-
-
-def mean_names(model: ModelConfig) -> tuple[str, ...]:
-    """Return the names of the means that come with a model's losses.
-
-    They are "mtp_loss_1" and so on: each depth's loss in nats per token that has a target; and of
-    the routers, as means over tokens and layers, "load_balance" (the loss, about 1 at best),
-    "router_z", "router_entropy" in nats, and "max_load", the load of the fullest expert in
-    multiples of the mean load.
-    """
-    depths = tuple(f"mtp_loss_{d + 1}" for d in range(model.mtp_depths))
-    return depths + (() if model.moe is None else tuple(_ROUTERS))
 
 
 def values(means: dict[str, Mean]) -> dict[str, Float[Array, ""]]:
@@ -142,10 +109,8 @@ def _with_routers(
     # `sums.tokens` counts each token once per layer, so this is Σ over layers of means over tokens.
     layers = sum(model.moe.has_experts(number) for number in model.computed_layers)
     weight, tokens = (_over_devices(x, cp) for x in (jnp.sum(batch["weights"]), sums.tokens))
-    added = model.moe.router_aux_loss_coef * sums.balance + model.moe.router_z_loss_coef * sums.z
-    total = losses.total + added * (layers * weight / nonzero(tokens)) + sums.signal
-    means = {name: Mean(getattr(sums, field), sums.tokens) for name, field in _ROUTERS.items()}
-    return Losses(total, losses.main, losses.means | means)
+    total = losses.total + router_loss(model.moe, sums, layers * weight / nonzero(tokens))
+    return Losses(total, losses.main, losses.means | router_means(sums))
 
 
 def _over_devices(x: Float[Array, ""], cp: ContextParallel | None) -> Float[Array, ""]:

@@ -21,10 +21,10 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from hcp_jax.models.loss_terms import mean_names
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.batch import Batch, PlacedMicrobatch
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.losses import mean_names
 from hcp_jax.train.portions import (
     Sums,
     abstract_sums,

@@ -15,12 +15,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from hcp_jax.models.layers.embedding import live_axes
+from hcp_jax.models.loss_terms import Mean
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.sequence.placement import Groups
 from hcp_jax.train.batch import Batch
-from hcp_jax.train.losses import Mean
 
 
 class Sums(NamedTuple):

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
-from hcp_jax.models.recurrent_specs import Mamba2Config
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.pipeline.stages import (
     Stages,
@@ -38,25 +37,36 @@ def numbered(model):
     return jax.tree.map(lambda x: 1.0 + np.arange(x.size).reshape(x.shape), shapes)
 
 
-@pytest.mark.parametrize(("pp", "v"), [(2, 1), (4, 1), (2, 2), (1, 1)])
-def test_parameters_of_stages_are_the_model_s_own(pp, v):
-    stages, params = Stages(MODEL, pp, v), numbered(MODEL)
+@pytest.mark.parametrize(
+    ("pp", "v", "layers"), [(2, 1, "A"), (4, 1, "WA"), (2, 2, "A"), (1, 1, "WWA")]
+)
+def test_parameters_of_stages_are_the_model_s_own(pp, v, layers):
+    window = 4 if "W" in layers else None
+    model = dataclasses.replace(MODEL, layers=layers, sliding_window=window)
+    stages, params = Stages(model, pp, v), numbered(model)
     staged = stage_params(stages, params)
     back = whole_params(stages, staged)
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
-    scale = np.asarray(staged["layers"]["input_layernorm"]["scale"])
-    own = np.asarray(params["layers"]["input_layernorm"]["scale"])
-    for stage, chunk, turn in np.ndindex(scale.shape[:3]):
-        layer = (chunk * pp + stage) * stages.turns + turn
-        assert np.array_equal(scale[stage, chunk, turn], own[layer] if layer < 7 else 0 * own[0])
+    width = len(layers)
+    for kind in range(width):
+        staged_kind, own_kind = (
+            tree["layers"][str(kind)] if width > 1 else tree["layers"] for tree in (staged, params)
+        )
+        scale, own = (np.asarray(x["input_layernorm"]["scale"]) for x in (staged_kind, own_kind))
+        for stage, chunk, turn in np.ndindex(scale.shape[:3]):
+            period = (chunk * pp + stage) * stages.turns + turn
+            real = period * width + kind < 7
+            assert np.array_equal(scale[stage, chunk, turn], own[period] if real else 0 * own[0])
 
 
 def test_layers_of_zeros_get_no_gradients():
-    stages = Stages(MODEL, 2, 2)
-    ones = jax.tree.map(np.ones_like, stage_params(stages, numbered(MODEL)))
+    model = dataclasses.replace(MODEL, layers="WA", sliding_window=4)
+    stages = Stages(model, 2, 2)  # W A  W A  W A  W 0
+    ones = jax.tree.map(np.ones_like, stage_params(stages, numbered(model)))
     cleared = jax.jit(without_empty, static_argnums=0)(stages, ones)
-    scale = cleared["layers"]["input_layernorm"]["scale"][..., 0]
-    assert scale.tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 0]]]
+    w, a = (cleared["layers"][kind]["input_layernorm"]["scale"][..., 0] for kind in "01")
+    assert w.tolist() == [[[1], [1]], [[1], [1]]]
+    assert a.tolist() == [[[1], [1]], [[1], [0]]]
     assert np.all(np.asarray(cleared["norm"]["scale"]) == 1)
 
 
@@ -76,19 +86,20 @@ def test_stages_and_fsdp_cut_every_matrix():
         ({"num_layers": 2}, 2, 2, ValueError, "2 of 4 chunks"),
         ({"vocab_size": 33}, 2, 1, ValueError, "Round vocab_size up to 34"),
         (
-            {"layers": "WA", "sliding_window": 4},
-            2,
+            {"layers": "AWW", "sliding_window": 4, "num_layers": 3},
+            1,
             1,
             NotImplementedError,
-            "whole periods.*num_layers=6 or 8",
+            "runs of 2 kinds",
         ),
         ({}, 0, 1, ValueError, "num_stages"),
+        ({"moe": MoEConfig(4, 2, 8)}, 2, 1, NotImplementedError, "num_layers=6 or 8"),
         (
-            {"layers": "M", "mamba2": Mamba2Config(num_heads=4)},
+            {"moe": MoEConfig(4, 2, 8, first_k_dense_replace=1)},
             2,
             1,
             NotImplementedError,
-            "zeros for attention only",
+            "first_k_dense_replace: 0",
         ),
     ],
 )
@@ -104,11 +115,19 @@ def test_what_cannot_be_cut_is_refused_with_what_can(changes, pp, v, error, mess
         ({"pp": 2, "cp_outer": 4}, {"dp": "pp"}, {}, ValueError, "has a role in cp"),
         (
             {"pp": 2, "cp_outer": 4},
-            {"comm_type": ("p2p",) * 7},
+            {"comm_type": ("p2p",) * 4 + ("a2a",) * 3},
             {},
             NotImplementedError,
-            "need one comm_type",
+            "must repeat every 4 layers",
         ),
+        (
+            {"pp": 2, "cp_outer": 4},
+            {"comm_type": ("p2p",) * 8},
+            {},
+            ValueError,
+            "names 8 layers, but the model has 7",
+        ),
+        ({"pp": 2, "tp": 4}, {}, {}, ValueError, "tp=4 cannot cut num_kv_heads=2"),
         (
             {"pp": 2, "cp_outer": 4},
             {},
@@ -116,33 +135,12 @@ def test_what_cannot_be_cut_is_refused_with_what_can(changes, pp, v, error, mess
             NotImplementedError,
             "offload_activations",
         ),
-        (
-            {"pp": 2, "cp_outer": 4},
-            {},
-            {"mtp_depths": 1},
-            NotImplementedError,
-            "no place for the model's mtp",
-        ),
-        (
-            {"pp": 2, "cp_outer": 4},
-            {},
-            {"moe": MoEConfig(4, 2, 8)},
-            NotImplementedError,
-            "but this model has MoESpec",
-        ),
     ],
 )
 def test_what_a_pipeline_does_not_support_is_refused(mesh, words, changes, error, message):
     cp = hcp.ContextParallel(hcp.make_mesh(**mesh), **{"comm_type": "p2p"} | words)
     with pytest.raises(error, match=message):
         Pipeline(dataclasses.replace(MODEL, **changes), cp)
-
-
-def test_mamba2_in_groups_is_refused():
-    cp = hcp.ContextParallel(hcp.make_mesh(pp=2, cp_outer=4), "p2p", widest_group=4)
-    model = dataclasses.replace(MODEL, layers="M", mamba2=Mamba2Config(num_heads=4))
-    with pytest.raises(NotImplementedError, match="use streams"):
-        Pipeline(model, cp)
 
 
 def test_microbatches_that_are_not_alike_are_refused():
@@ -156,6 +154,9 @@ def test_microbatches_that_are_not_alike_are_refused():
 
     with pytest.raises(ValueError, match="at least one microbatch"):
         pipeline.sums(None, [])
+    further = Pipeline(dataclasses.replace(MODEL, mtp_depths=2), cp)
+    with pytest.raises(ValueError, match=r"mtp_weights \[B, T, 2\]; microbatch 0 does not"):
+        further.sums(None, [batch(8)])
     with pytest.raises(ValueError, match="microbatch 1 has other arrays"):
         pipeline.sums(None, [batch(8), batch(16)])
     with pytest.raises(ValueError, match="microbatch 0 is not placed"):

@@ -1,23 +1,27 @@
-"""A pipeline's loss and gradients are one device's, for any number of microbatches and grouping."""
+"""A pipeline's sums are one device's, for any number of microbatches, grouping and kind of layer."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from jax.sharding import AxisType, Mesh
 
 import hcp_jax as hcp
 from hcp_jax import dynamic
 from hcp_jax.dynamic import Microbatch
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.layers.loss import summed_cross_entropy
-from hcp_jax.models.recurrent_specs import Mamba2Config
-from hcp_jax.models.transformer import abstract_model, init_params
+from hcp_jax.models.moe_config import MoEConfig
+from hcp_jax.models.mtp import look_ahead
+from hcp_jax.models.recurrent_specs import GatedDeltaConfig, KDAConfig, Mamba2Config
+from hcp_jax.models.transformer import init_params
 from hcp_jax.pipeline.stages import whole_params
 from hcp_jax.pipeline.ticks import Pipeline
+from hcp_jax.train.losses import summed_losses
 
 M = 6  # tokens of a device
 MODEL = ModelConfig(
@@ -40,27 +44,46 @@ class Case:
     """A pipeline, and the groupings of its microbatches (None: static)."""
 
     mesh: tuple[tuple[str, int], ...]
-    comm_type: str
+    comm_type: str | tuple[str, ...]
     virtual_stages: int
     model: ModelConfig
     groupings: tuple[tuple[int, ...], ...] | None
     numbers: tuple[int, ...]
     fsdp: bool
+    ep: int
+    explicit: bool
 
     @functools.cached_property
     def cp(self):
-        mesh = hcp.make_mesh(**dict(self.mesh))
-        cp = hcp.ContextParallel(mesh, self.comm_type)
+        sizes = dict(self.mesh)
+        devices = jax.devices()[: math.prod(sizes.values())]
+        mesh = hcp.make_mesh(**sizes, devices=devices)
+        if self.explicit:
+            types = (AxisType.Explicit,) * len(mesh.axis_names)
+            mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+        cp = hcp.ContextParallel(mesh, self.comm_type, ep=self.ep)
         if self.groupings is None:
             return cp
         return dataclasses.replace(cp, widest_group=cp.axis_size(cp.flat_axes))
 
 
-def case(mesh, comm_type="p2p", v=1, groupings=None, numbers=(1, 3), fsdp=False, **model):
-    config = dataclasses.replace(MODEL, **model)
-    return Case(tuple(mesh.items()), comm_type, v, config, groupings, numbers, fsdp)
+def case(mesh, comm_type="p2p", v=1, groupings=None, numbers=(1, 3), **others):
+    words = {"fsdp": False, "ep": 1, "explicit": False}
+    words |= {name: others.pop(name) for name in words if name in others}
+    config = dataclasses.replace(MODEL, **others)
+    return Case(tuple(mesh.items()), comm_type, v, config, groupings, numbers, **words)
 
 
+EXPERTS = MoEConfig(
+    4,
+    2,
+    8,
+    router="sigmoid",
+    score_correction=True,
+    shared_expert_intermediate_size=8,
+    router_aux_loss_coef=0.02,
+    router_z_loss_coef=0.01,
+)
 GROUPS = ((4,), (2, 2), (1, 1, 2), (1, 1, 1, 1), (2, 1, 1))
 CASES = [
     pytest.param(
@@ -74,60 +97,89 @@ CASES = [
         id="groups",
     ),
     pytest.param(
-        case({"pp": 4, "cp_outer": 2}, v=2, numbers=(1, 6, 16), num_layers=8, **TIED),
+        case(
+            {"pp": 2, "cp_outer": 2},
+            v=2,
+            numbers=(3,),
+            num_layers=4,
+            moe=EXPERTS,
+            mtp_depths=2,
+            **TIED,
+        ),
         marks=pytest.mark.slow,
-        id="pp4 v2",
+        id="v2, experts, depths",
     ),
     pytest.param(
-        case({"pp": 2, "dp": 2, "tp": 2}, v=2, numbers=(3, 8), num_layers=4, remat="full"),
+        case(
+            {"pp": 4, "tp": 2},
+            v=2,
+            numbers=(1, 6),
+            explicit=True,
+            num_layers=8,
+            remat="full",
+        ),
         marks=pytest.mark.slow,
-        id="dp2 tp2 v2",
+        id="pp4 tp2 v2, Explicit axes",
     ),
     pytest.param(
         case(
             {"pp": 2, "dp": 2, "cp_outer": 2},
+            ("p2p", "all_gather", "a2a", "p2p", "all_gather"),
             groupings=GROUPS,
-            numbers=(8,),
-            num_layers=4,
-            layers="WA",
+            numbers=(5,),
+            num_layers=5,  # the last layer of the second period is one of zeros
+            layers="WAK",
             sliding_window=4,
+            kda=KDAConfig(num_heads=4, head_size=4, chunk=4),
             **TIED,
         ),
         marks=pytest.mark.slow,
-        id="groups over dp, two kinds of layers",
+        id="groups over dp, kinds and comm types by layer",
     ),
     pytest.param(
         case(
-            {"pp": 2, "cp_outer": 4},
+            {"pp": 2, "cp_outer": 2},
             numbers=(3,),
-            num_layers=4,
-            layers="MA",
+            num_layers=3,
+            layers="MG",
             mamba2=Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),
+            gated_delta=GatedDeltaConfig(num_key_heads=2, num_value_heads=4, chunk=4),
         ),
         marks=pytest.mark.slow,
         id="recurrent layers",
     ),
     pytest.param(
-        case({"pp": 2, "dp": 2, "cp_outer": 2}, numbers=(3,), fsdp=True),
+        case(
+            {"pp": 2, "dp": 2, "cp_outer": 2},
+            numbers=(3,),
+            groupings=GROUPS,
+            fsdp=True,
+            ep=2,
+            moe=EXPERTS,
+        ),
         marks=pytest.mark.slow,
-        id="fsdp",
+        id="fsdp, experts over devices, groups",
     ),
 ]
 
 
 def static_batches(case, number, rng):
-    cp = case.cp
+    """Microbatches in streams, on the devices and as one device has them."""
+    cp, model = case.cp, case.model
     for _ in range(number):
         shape = cp.axis_size(cp.dp), 2 * M * cp.size
         tokens = rng.integers(0, 32, shape).astype(np.int32)
         positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
         host = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "positions": positions}
-        host |= {"weights": rng.random(shape).astype(np.float32), "mask": case.model.mask()}
-        documents = [np.append(row, row[0]) for row in tokens]
-        yield cp.shard_batch(host), documents, host["weights"]
+        host |= {"weights": rng.random(shape).astype(np.float32), "mask": model.mask()}
+        if model.mtp_depths:
+            arrays = look_ahead(host["targets"], host["weights"], positions, model.mtp_depths)
+            host |= dict(zip(("mtp_targets", "mtp_weights"), arrays, strict=True))
+        yield cp.shard_batch(host), host
 
 
 def grouped_batches(case, number, rng):
+    """Microbatches in groups; one device has all documents in one row, and padding."""
     for i in range(number):
         grouping = case.groupings[i % len(case.groupings)]
         # In each group one document that does not fill it, and one more that may.
@@ -137,55 +189,57 @@ def grouped_batches(case, number, rng):
             int(rng.integers(1, g * M - n + 1)) for g, n in zip(grouping, sizes, strict=True)
         ]
         packed = dynamic.pack(Microbatch(grouping, held), lengths, M)
-        documents = [rng.integers(0, 32, n + 1) for n in lengths]
-
-        def slots(ahead, packed=packed, documents=documents):
-            rows = zip(packed.document, packed.position, strict=True)
-            of = [
-                [documents[d][p + ahead] if d >= 0 else 0 for d, p in zip(*row, strict=True)]
-                for row in rows
-            ]
-            return np.array(of, np.int32)
-
-        arrays = {"tokens": slots(0), "targets": slots(1)}
-        arrays["weights"] = (packed.document >= 0).astype(np.float32)
-        placed = hcp.place_microbatch(
-            case.cp, packed, arrays, sliding_window=case.model.widest_window
+        ahead = case.model.mtp_depths + 1
+        documents = [rng.integers(0, 32, n + ahead) for n in lengths]
+        placed = arrays_of(packed.document, packed.position, documents, case.model)
+        batch = hcp.place_microbatch(
+            case.cp, packed, placed, sliding_window=case.model.widest_window
         )
-        yield placed, documents, [np.ones(n) for n in lengths]
+        document = np.full((1, M * sum(grouping)), -1)
+        document[0, : sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.zeros_like(document)
+        position[0, : sum(lengths)] = np.concatenate([np.arange(n) for n in lengths])
+        alone = arrays_of(document, position, documents, case.model)
+        mask = case.model.packed_mask((document + 1).astype(np.int32))
+        yield batch, alone | {"positions": position.astype(np.int32), "mask": mask}
+
+
+def arrays_of(document, position, documents, model):
+    """Arrays `[rows, slots]` of tokens; a slot of no document has -1."""
+    real = document >= 0
+
+    def slots(ahead):
+        found = [
+            documents[d][p + ahead] for d, p in zip(document[real], position[real], strict=True)
+        ]
+        array = np.zeros(document.shape, np.int32)
+        array[real] = found
+        return array
+
+    arrays = {"tokens": slots(0), "targets": slots(1), "weights": real.astype(np.float32)}
+    if model.mtp_depths:
+        depths = range(2, model.mtp_depths + 2)
+        arrays["mtp_targets"] = np.stack([slots(d) for d in depths], axis=-1)
+        arrays["mtp_weights"] = np.stack([arrays["weights"] for _ in depths], axis=-1)
+    return arrays
 
 
 @functools.cache
 def one_device(model):
-    """Return the gradient of one document's loss: its ids, padded, and weights of its tokens."""
+    """Return the function of a microbatch that returns its loss and means, and gradients."""
+    losses = summed_losses(model)
 
-    def loss(params, ids, weights):
-        module = nnx.merge(abstract_model(model)[0], params)
-        positions = np.arange(ids.size - 1, dtype=np.int32)[None]
-        hidden = module(ids[None, :-1], positions)
-        return summed_cross_entropy(
-            hidden,
-            module.unembedding,
-            ids[None, 1:],
-            weights[None],
-            z_loss=model.z_loss,
-            soft_cap=model.final_soft_cap,
-        )
+    def total(params, batch):
+        found = losses(params, batch)
+        return found.total, (found.main, found.means)
 
-    return jax.jit(jax.value_and_grad(loss))
+    return jax.jit(jax.grad(total, has_aux=True))
 
 
-def expected(case, params, documents):
-    total = None
-    length = max(ids.size for ids, _ in documents)
-    for ids, weights in documents:
-        tail = length - ids.size
-        padded = np.pad(ids, (0, tail)).astype(np.int32)
-        found = one_device(case.model)(
-            params, padded, np.pad(weights, (0, tail)).astype(np.float32)
-        )
-        total = found if total is None else jax.tree.map(np.add, total, found)
-    return total
+def expected(model, params, batches):
+    found = [one_device(model)(params, batch) for batch in batches]
+    grads, (loss, means) = jax.tree.map(lambda *x: np.sum(x, axis=0), *found)
+    return grads, loss, means
 
 
 def relative(found, right):
@@ -200,14 +254,17 @@ def test_loss_and_gradients_are_those_of_one_device(case):
     make = static_batches if case.groupings is None else grouped_batches
     batches = list(make(case, max(case.numbers), np.random.default_rng(0)))
     for number in case.numbers:
-        grads, loss = pipeline.sums(staged, [batch for batch, _, _ in batches[:number]])
-        documents = [pair for _, *pairs in batches[:number] for pair in zip(*pairs, strict=True)]
-        right = expected(case, params, documents)
-        pairs = (
-            zip(jax.tree.leaves_with_path(found), jax.tree.leaves(want), strict=True)
-            for found, want in [((loss, whole_params(pipeline.stages, grads)), right)]
+        placed, alone = zip(*batches[:number], strict=True)
+        with jax.set_mesh(case.cp.mesh) if case.explicit else contextlib.nullcontext():
+            grads, *scalars = pipeline.sums_and_means(staged, placed)
+        assert jax.tree.leaves(grads)[0].sharding.mesh == case.cp.mesh
+        found = whole_params(pipeline.stages, grads), *scalars
+        pairs = zip(
+            jax.tree.leaves_with_path(found),
+            jax.tree.leaves(expected(case.model, params, alone)),
+            strict=True,
         )
-        errors = {jax.tree_util.keystr(p): relative(a, b) for each in pairs for (p, a), b in each}
+        errors = {jax.tree_util.keystr(p): relative(a, b) for (p, a), b in pairs}
         assert max(errors.values()) <= 2e-6, (number, errors)
     # Forward, both, backward, whatever the number of microbatches; and the two ends.
     assert pipeline.num_programs == 5
@@ -216,7 +273,7 @@ def test_loss_and_gradients_are_those_of_one_device(case):
 @pytest.mark.slow
 def test_fifty_steps_with_a_layer_of_zeros_are_those_of_one_device():
     model = dataclasses.replace(MODEL, num_layers=3)
-    alone = case({"pp": 2, "devices": jax.devices()[:2]}, num_layers=3)
+    alone = case({"pp": 2}, num_layers=3)
     pipeline = Pipeline(model, alone.cp)
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     optimizer = optax.adamw(3e-3, weight_decay=0.1)
@@ -230,10 +287,10 @@ def test_fifty_steps_with_a_layer_of_zeros_are_those_of_one_device():
         return optax.apply_updates(params, updates), state
 
     batches = list(static_batches(alone, 2, np.random.default_rng(0)))
-    documents = [pair for _, *pairs in batches for pair in zip(*pairs, strict=True)]
+    placed, host = zip(*batches, strict=True)
     for _ in range(50):
-        loss, grads = expected(alone, states[0][0], documents)
-        staged_grads, staged_loss = pipeline.sums(states[1][0], [batch for batch, *_ in batches])
+        grads, loss, _ = expected(model, states[0][0], host)
+        staged_grads, staged_loss = pipeline.sums(states[1][0], placed)
         losses.append((float(loss), float(staged_loss)))
         states = [update(*s, g) for s, g in zip(states, (grads, staged_grads), strict=True)]
     one, pipelined = np.transpose(losses)

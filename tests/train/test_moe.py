@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 import hcp_jax as hcp
+from hcp_jax import dynamic
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.stacks import real_tokens
+from hcp_jax.parallel import spmd
 from hcp_jax.train import data
 from hcp_jax.train.losses import summed_losses, values
+from hcp_jax.train.portions import batch_specs
 from hcp_jax.train.sections import OptimizerConfig
 from hcp_jax.train.step import init_state, make_optimizer, make_train_step
 
@@ -98,3 +101,16 @@ def test_the_padding_of_packed_streams_is_not_routed():
     routed = np.asarray(real_tokens(batch["mask"], (2, 64), None))
     assert np.array_equal(routed, batch["weights"] > 0)
     assert not np.all(routed)
+
+
+def test_the_padding_of_groups_is_not_routed_on_any_device():
+    cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=4, cp_inner=2), "a2a+p2p", widest_group=8)
+    packed = dynamic.pack(dynamic.Microbatch((4, 2, 2), ((0,), (1,), (2,))), [17, 3, 7], 6)
+    batch = hcp.place_microbatch(cp, packed, {"tokens": np.zeros_like(packed.document)})
+    # Devices that exchange heads have each other's intervals too.
+    specs = batch_specs(batch, cp)["mask"]
+    on_device = spmd.shard_map(
+        cp.mesh, cp.axes, lambda mask: real_tokens(mask, (1, 6), cp), (specs,), cp.spec(2)
+    )
+    found = np.asarray(jax.jit(on_device)(batch["mask"]))
+    assert np.array_equal(found.reshape(8, 6), packed.document >= 0)
