@@ -4,7 +4,9 @@
 
 Documents of a step are scheduled by `hcp.dynamic.schedule`; the seconds of its microbatches are
 those of its cost model. The table says how long the ticks of a step take, over the time of stages
-that never wait.
+that never wait: in order of length, with two chunks a stage, in random order; scheduled for the
+stages (`num_stages`); and, with two chunks, as the reference aligns: it splits microbatches of its
+own schedule until their number is a multiple of pp, and fails if none can be split.
 """
 
 import argparse
@@ -12,6 +14,8 @@ import argparse
 import numpy as np
 
 from hcp_jax.dynamic import schedule
+from hcp_jax.dynamic.baselines import seeded_greedy
+from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.lengths import draw_lengths, mean_length
 from hcp_jax.dynamic.pipeline import make_schedule, order, ratio_to_ideal, seconds
 from hcp_jax.sequence import groupings
@@ -29,8 +33,9 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=16, help="devices of a stage (dp * cp)")
     parser.add_argument("--plot", help="file for a picture of the ticks")
     args = parser.parse_args()
-    print("| lengths | microbatches | pp | in order | two chunks | in random order |")
-    print("|---|---|---|---|---|---|")
+    head = "lengths | microbatches | pp | in order | two chunks | in random order | for stages"
+    print(f"| {head} | reference, two chunks |")
+    print("|---|---|---|---|---|---|---|---|")
     for spec, tokens in DISTRIBUTIONS.items():
         for number in (12, 28, 60):
             plan = planned(spec, tokens, args.devices, number)
@@ -38,22 +43,52 @@ def main() -> None:
             for pp in (2, 4, 8):
                 shuffled = np.random.default_rng(0).permutation(times)
                 drawn = seconds(make_schedule(times.size, pp), shuffled / 3, shuffled * (2 / 3))
+                known = np.array(planned(spec, tokens, args.devices, number, pp).microbatch_seconds)
                 cells = (
                     ratio_to_ideal(times, pp),
                     ratio_to_ideal(times, pp, 2),
                     drawn / times.sum(),
+                    ratio_to_ideal(known, pp) * known.sum() / times.sum(),
                 )
-                print(
-                    f"| {spec} | {times.size} | {pp} |", " | ".join(f"{x:.2f}" for x in cells), "|"
-                )
+                text = " | ".join([*(f"{x:.2f}" for x in cells), aligned(plan, pp)])
+                print(f"| {spec} | {times.size} | {pp} | {text} |", flush=True)
     if args.plot:
         picture(args.plot)
 
 
-def planned(spec: str, tokens: int, devices: int, number: int):
+def planned(spec: str, tokens: int, devices: int, number: int, pp: int = 1):
     """Return a schedule of about `number` microbatches."""
     documents = round(number * devices * tokens * 0.97 / mean_length(spec))
-    return schedule(draw_lengths(spec, max(1, documents), 0), devices, tokens)
+    drawn = draw_lengths(spec, max(1, documents), 0)
+    return schedule(drawn, devices, tokens, num_stages=pp)
+
+
+def aligned(plan, pp: int) -> str:
+    """Return the time of the reference's microbatches in their own order, over that unaligned.
+
+    The fullest microbatch that has documents for two is split first: its groups stay, and each
+    deals its documents to both. Every group must keep one, as the reference needs.
+    """
+    made = seeded_greedy(plan.lengths, plan.num_devices, plan.max_tokens_per_device, Cost())
+    left = [(mb.grouping, [list(g) for g in mb.documents]) for mb in made.microbatches]
+    while len(left) % pp:
+        able = [i for i, (_, groups) in enumerate(left) if min(map(len, groups)) > 1]
+        if not able:
+            return f"{len(made.microbatches)}: fails"
+        grouping, groups = left.pop(max(able, key=lambda i: sum(map(len, left[i][1]))))
+        left += [(grouping, [g[half::2] for g in groups]) for half in range(2)]
+    times = np.array(
+        [
+            made.cost.microbatch_seconds(
+                grouping,
+                [[plan.lengths[d] for d in group] for group in groups],
+                plan.max_tokens_per_device,
+            )
+            for grouping, groups in left
+        ]
+    )
+    took = seconds(make_schedule(times.size, pp, 2), times / 3, times * (2 / 3))
+    return f"{len(made.microbatches)} to {times.size}: {took / made.modelled_seconds:.2f}"
 
 
 def picture(path: str) -> None:

@@ -74,6 +74,18 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         "--batches", type=arguments.whole(most=10**4), default=1, help="batches to average over"
     )
     parser.add_argument("--seed", type=arguments.whole(least=0, most=2**32 - 1), default=0)
+    parser.add_argument(
+        "--pp",
+        type=arguments.whole(most=256),
+        default=1,
+        help="stages of a pipeline, each of the --devices; microbatches pass them in ticks",
+    )
+    parser.add_argument(
+        "--virtual-stages",
+        type=arguments.whole(most=64),
+        default=1,
+        help="chunks of layers on each stage",
+    )
     _add_model(parser)
     parser.add_argument(
         "--cost",
@@ -145,6 +157,11 @@ def _simulate(args: argparse.Namespace) -> int:
 
     from hcp_jax.base import tables
 
+    if args.virtual_stages > 1 and args.pp == 1:
+        raise ValueError(
+            f"--virtual-stages {args.virtual_stages} needs a pipeline: give --pp the number of "
+            "stages."
+        )
     cost = _modelled(args) if args.cost is None else read_cost(args.cost)
     mean = mean_length(args.lengths)
     records = []
@@ -158,6 +175,8 @@ def _simulate(args: argparse.Namespace) -> int:
             args.max_cp_size,
             cost,
             args.seed,
+            args.pp,
+            args.virtual_stages,
         )
         with rich.progress.Progress(console=tables.console(), transient=True) as bar:
             task = bar.add_task(f"{num_devices} devices", total=count)
@@ -228,6 +247,13 @@ def _print(records: Sequence[dict]) -> None:
         drop = ("padding", "unpadded ms", "programs", "balance", "microbatches", "token fill")
         tables.show(console, _HEADINGS, rows, left=("strategy",), drop=drop, title=title)
         console.print(f"ours is {record['above_lower_bound']:.2%} above the proven lower bound")
+        stages = record["stages"]
+        if stages["pp"] > 1:
+            console.print(
+                f"{stages['pp']} stages of {record['devices']} devices, "
+                f"{stages['virtual_stages']} chunks on each: {stages['over_ideal']:.3f} times the "
+                "time of stages that never wait for each other"
+            )
         programs = ", ".join(map(str, record["programs"]))
         console.print(f"programs: widest groups of {programs} devices")
         if record["advice"]:

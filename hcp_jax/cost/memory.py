@@ -43,7 +43,9 @@ class MemoryEstimate:
     @property
     def peak(self) -> float:
         """Bytes of the permanent buffers and of the larger of the two moments."""
-        moment = max(self.vocabulary, self.gradients + self.layer)
+        moments = self.vocabulary, self.gradients + self.layer
+        # In a tick, the loss of one microbatch and layers' backward of another lie side by side.
+        moment = sum(moments) if self.stages else max(moments)
         return self.state + self.kept + self.hidden + self.stages + moment
 
 

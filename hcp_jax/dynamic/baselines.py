@@ -7,7 +7,7 @@ best fit, fixed CP pays for no padding inside documents, and groups exchange hea
 
 import dataclasses
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -64,27 +64,33 @@ class Outcome:
     padding: float
 
 
-def outcome(plan: Schedule, multiple: int | None = 1) -> Outcome:
+def outcome(
+    plan: Schedule,
+    multiple: int | None = 1,
+    step_seconds: Callable[[Sequence[float]], float] = sum,
+) -> Outcome:
     """Measure a schedule.
 
     Args:
         plan: schedule of any scheduler.
         multiple: documents are padded to multiples of this number; it changes only
             `Outcome.padding`, neither time nor room. None means twice the size of the group.
+        step_seconds: returns the seconds of a step from those of its microbatches.
     """
-    unpadded, padding, cost = 0.0, 0, plan.cost
+    unpadded: list[float] = []
+    padding, cost = 0, plan.cost
     for mb in plan.microbatches:
         of_groups = mb.lengths(plan.lengths)
         fullest = max(
             -(-sum(of_group) // size) for size, of_group in zip(mb.grouping, of_groups, strict=True)
         )
-        unpadded += cost.microbatch_seconds(mb.grouping, of_groups, fullest)
+        unpadded.append(cost.microbatch_seconds(mb.grouping, of_groups, fullest))
         for size, of_group in zip(mb.grouping, of_groups, strict=True):
             pad_to = 2 * size if multiple is None else multiple
             padding += sum(-length % pad_to for length in of_group)
     return Outcome(
-        seconds=plan.modelled_seconds,
-        seconds_unpadded=unpadded,
+        seconds=step_seconds(plan.microbatch_seconds),
+        seconds_unpadded=step_seconds(unpadded),
         num_microbatches=len(plan.microbatches),
         num_programs=len({mb.widest for mb in plan.microbatches}),
         token_fill=plan.token_fill,

@@ -16,6 +16,8 @@ floats in a fixed order, so every host gets the same schedule. Every microbatch 
 remaining document, so scheduling always ends.
 """
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -24,7 +26,10 @@ import numpy as np
 from hcp_jax.base import checks
 from hcp_jax.dynamic.bound import best_groups, document_prices
 from hcp_jax.dynamic.cost import Cost, Group
+from hcp_jax.dynamic.even import even_microbatches
 from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
+from hcp_jax.dynamic.pipeline import order as order_of_ticks
+from hcp_jax.dynamic.pipeline import ratio_to_ideal
 from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.refine import refine
 from hcp_jax.sequence import groupings
@@ -50,6 +55,7 @@ def schedule(
     cost: Cost | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    num_stages: int = 1,
 ) -> Schedule:
     """Schedule every document on as many devices as it needs.
 
@@ -65,6 +71,9 @@ def schedule(
         cost: cost model, with the cluster's lanes and devices per host; `Cost()` if None.
         seed: decides the order of documents of equal length.
         progress: called now and then with the number of documents that are in microbatches.
+        num_stages: stages of a pipeline that the microbatches pass; the schedule then minimises
+            the time of its ticks, which is at most that of all microbatches plus (num_stages - 1)
+            times that of the longest, and has them in the order in which stages wait least.
 
     Returns:
         The schedule, immutable, with every document exactly once and no device above M tokens.
@@ -87,8 +96,13 @@ def schedule(
 
     order = _ascending(of_length, checks.integer("seed", seed, least=0))
     ascending = of_length[order]
-    problem = _problem(ascending, num_devices, max_tokens_per_device, cost, sizes, widths)
+    problem = dataclasses.replace(
+        _problem(ascending, num_devices, max_tokens_per_device, cost, sizes, widths),
+        num_stages=checks.integer("num_stages", num_stages, least=1),
+    )
     filled = _search(problem, progress)
+    if num_stages > 1 and filled:
+        filled = [filled[i] for i in order_of_ticks([mb.seconds for mb in filled], num_stages)]
     return Schedule(
         lengths=tuple(of_length.tolist()),
         num_devices=num_devices,
@@ -191,13 +205,21 @@ def _problem(
 def _search(problem: Problem, progress: Callable[[int], None] | None = None) -> list[Filled]:
     """Try a few ways to choose groupings; return the microbatches of the best one.
 
+    In a pipeline, where the longest microbatch counts once for each stage, the result is compared
+    with microbatches of equal work (`even_microbatches`).
+
     The ways are: by efficiency, one microbatch at a time, which is best for most data; each
     document in the narrowest group that holds it; and groups of one size throughout, which packs
     tightest if there are few documents. Among ways that take the same time within the model's
     accuracy, the most even one is chosen. With many documents it is always the first way.
     """
     ways = [_by_target, _narrowest_only, _equal_groups, *_one_size(problem)]
-    return _try_ways(problem, ways[: 1 if len(problem.lengths) > _MANY else None], progress)
+    found = _try_ways(problem, ways[: 1 if len(problem.lengths) > _MANY else None], progress)
+    if problem.num_stages == 1 or not found:
+        return found
+    able = _able(problem, problem.lengths[-1])
+    even = (even_microbatches(problem, group.size, len(found)) for group in able)
+    return min([found, *even], key=functools.partial(_step_seconds, problem))
 
 
 def _try_ways(
@@ -212,10 +234,18 @@ def _try_ways(
         filled = _build(problem, way, give_up, progress)
         if filled is not None:
             filled = refine(problem, filled) if filled else filled
-            found.append((sum(mb.seconds for mb in filled), filled))
+            found.append((_step_seconds(problem, filled), filled))
     least = min(seconds for seconds, _ in found)
     tied = [filled for seconds, filled in found if seconds <= least * _TIE]
     return min(tied, key=lambda filled: _busiest_pairs(filled, problem.lengths))
+
+
+def _step_seconds(problem: Problem, filled: Sequence[Filled]) -> float:
+    """Return the seconds of a step over all layers: in a pipeline, those of its ticks."""
+    times = [mb.seconds for mb in filled]
+    if problem.num_stages == 1 or not times:
+        return sum(times)
+    return ratio_to_ideal(times, problem.num_stages) * sum(times)
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:

@@ -14,6 +14,7 @@ from hcp_jax.dynamic import baselines
 from hcp_jax.dynamic.baselines import Outcome
 from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.menu import schedule_batches
+from hcp_jax.dynamic.pipeline import ratio_to_ideal
 from hcp_jax.dynamic.plan import LOW_FILL, Schedule, advice
 from hcp_jax.dynamic.scheduler import schedule
 
@@ -37,6 +38,8 @@ class Limits:
         max_cp_size: largest width of a program; N if None.
         cost: cost model.
         seed: order of documents of equal length.
+        num_stages: stages of a pipeline; each has `num_devices`.
+        virtual_stages: chunks of layers on each stage.
     """
 
     num_devices: int
@@ -45,6 +48,8 @@ class Limits:
     max_cp_size: int | None = None
     cost: Cost = dataclasses.field(default_factory=Cost)
     seed: int = 0
+    num_stages: int = 1
+    virtual_stages: int = 1
 
     def schedule(
         self, lengths: Sequence[int] | np.ndarray, progress: Callable[[int], None] | None = None
@@ -52,13 +57,30 @@ class Limits:
         """Schedule one batch."""
         return schedule(lengths, **self._arguments, progress=progress)
 
+    def seconds(self, times: Sequence[float]) -> float:
+        """Return the modelled seconds of a step: of all ticks, if there is a pipeline.
+
+        Microbatches run in the order in which the stages wait least for each other.
+
+        Args:
+            times: seconds of each microbatch, over all layers; a stage has its share of them.
+        """
+        if self.num_stages == 1 or not times:
+            return sum(times)
+        ratio = ratio_to_ideal(times, self.num_stages, self.virtual_stages)
+        return ratio * sum(times) / self.num_stages
+
     def schedule_together(self, batches: Sequence[np.ndarray]) -> list[Schedule]:
         """Schedule all batches together; return a plan for each step."""
-        return [step.plan for step in schedule_batches(batches, **self._arguments)]
+        given = self._arguments
+        del given["num_stages"]  # the steps share out what is scheduled for all of them
+        return [step.plan for step in schedule_batches(batches, **given)]
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del given["virtual_stages"]
+        return given
 
 
 def simulate(
@@ -84,7 +106,12 @@ def simulate(
     }
     ours = [limits.schedule(batch, progress) for batch in batches]
     record["programs"] = sorted({mb.widest for plan in ours for mb in plan.microbatches})
-    record["lower_bound"] = sum(plan.lower_bound for plan in ours) / len(ours)
+    pp = limits.num_stages
+    record["lower_bound"] = sum(plan.lower_bound for plan in ours) / len(ours) / pp
+    record["stages"] = {"pp": pp, "virtual_stages": limits.virtual_stages}
+    ideal = sum(plan.modelled_seconds for plan in ours) / pp
+    ticks = sum(limits.seconds(plan.microbatch_seconds) for plan in ours)
+    record["stages"]["over_ideal"] = ticks / ideal if ideal else 1.0
     plans_of: dict[str, list[tuple[Schedule, int | None]]] = {OURS: [(plan, 1) for plan in ours]}
     if len(batches) > 1:
         together = limits.schedule_together(batches)
@@ -99,7 +126,7 @@ def simulate(
     if all(-(-batch.max() // multiple) * multiple <= capacity for batch in batches):
         plans_of[PADDED] = [(baselines.seeded_greedy(*of, multiple), 1) for of in given]
     for name, plans in plans_of.items():
-        outcomes = [baselines.outcome(plan, pad) for plan, pad in plans]
+        outcomes = [baselines.outcome(plan, pad, limits.seconds) for plan, pad in plans]
         record["strategies"][name] = dataclasses.asdict(_mean(outcomes))
     if PADDED in plans_of:
         padded = sum(sum(plan.lengths) for plan, _ in plans_of[PADDED])

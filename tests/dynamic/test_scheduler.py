@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost, fill, schedule, scheduler
 from hcp_jax.dynamic.lengths import draw_lengths
+from hcp_jax.dynamic.pipeline import ratio_to_ideal, step_bound
 from tests.dynamic.strategies import QUICK, Case, all_groupings, cases
 
 OTHERS = {
@@ -257,3 +258,31 @@ def test_scheduling_and_packing_import_no_jax_and_nothing_that_draws():
         "print(p); sys.exit(any(m in sys.modules for m in ('jax', 'matplotlib', 'rich', 'scipy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_in_a_pipeline_long_documents_are_spread_over_microbatches_of_equal_work():
+    lengths = [262144] * 4 + [2048] * 1500
+    plain, staged = (schedule(lengths, 16, 65536, num_stages=pp) for pp in (1, 4))
+    for plan in (plain, staged):
+        plan.check()
+    longest = [max(plan.microbatch_seconds) for plan in (plain, staged)]
+    assert longest[1] < 0.7 * longest[0]
+    least = [step_bound(plan.microbatch_seconds, 4) for plan in (plain, staged)]
+    assert least[1] < 0.9 * least[0]
+    times = staged.microbatch_seconds
+    assert list(times) in (sorted(times), sorted(times, reverse=True))
+    assert schedule([], 8, 1024, num_stages=4).microbatches == ()
+
+
+@given(case=cases(), pp=st.integers(2, 8))
+@settings(**QUICK | {"max_examples": 10})
+def test_a_schedule_for_stages_is_complete_and_never_slower_in_them(case, pp):
+    plain, staged = (plan_of(case, num_stages=n) for n in (1, pp))
+    staged.check()
+    if not case.lengths:
+        return
+    before, after = (
+        ratio_to_ideal(plan.microbatch_seconds, pp) * plan.modelled_seconds
+        for plan in (plain, staged)
+    )
+    assert after <= before * (1 + 1e-9)

@@ -44,6 +44,23 @@ def test_a_batch_is_drawn_to_the_number_of_microbatches_that_was_asked_for(tmp_p
     assert abs(record["tokens"] / (8 * 128) - 20) < 4
 
 
+def test_a_pipeline_takes_the_time_of_its_ticks(tmp_path, capsys):
+    found = []
+    for stages in ((), ("--pp", 4), ("--pp", 4, "--virtual-stages", 2)):
+        out = "--json", tmp_path / "out.json"
+        assert run(*ARGUMENTS, "--devices", 4, *stages, *out) == 0
+        found += json.loads((tmp_path / "out.json").read_text())
+    seconds = [record["strategies"]["fixed CP, packed"]["seconds"] for record in found]
+    # Microbatches of one width take about the same time: m + (pp - 1) / v of them.
+    m = found[0]["strategies"]["fixed CP, packed"]["num_microbatches"]
+    assert seconds[1] / seconds[0] == pytest.approx((m + 3) / m / 4, rel=0.02)
+    assert seconds[2] < seconds[1]
+    assert found[1]["stages"]["over_ideal"] > found[2]["stages"]["over_ideal"] > 1
+    assert "4 stages of 4 devices, 2 chunks on each" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--virtual-stages 2 needs a pipeline"):
+        run(*ARGUMENTS, "--devices", 4, "--virtual-stages", 2)
+
+
 def test_calibrated_costs_are_used(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     row = {"grouping": [2, 2], "lengths": [[100], [90]], "tokens": 128, "seconds": 0.5}
