@@ -81,7 +81,7 @@ def given_specs(given: Given, cp: ContextParallel, rows: int) -> Given:
     )
 
 
-def ends_of(f_batches: Sequence[Any], b_batches: Sequence[Any]) -> dict[str, Any]:
+def end_arrays(f_batches: Sequence[Any], b_batches: Sequence[Any]) -> dict[str, Any]:
     """Return the arrays of the first stage's and of the last stage's microbatches."""
     last = f_batches[-1]
     names = ("targets", "weights", "mtp_targets", "mtp_weights")

@@ -6,6 +6,7 @@ at its door; no byte moves.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,3 +32,18 @@ def on_mesh(mesh: Mesh, tree: Any) -> Any:
         return jax.device_put(x, NamedSharding(mesh, sharding.spec))
 
     return jax.tree.map(one, tree)
+
+
+def on_auto_axes(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return `function(tree)`, computed with Auto axes if the mesh of the arrays has Explicit ones.
+
+    Explicit axes allow no reshape of dims that are cut; Auto axes do.
+    """
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
+    meshes = (x.mesh for x in shardings if isinstance(x, NamedSharding))
+    explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if explicit is None:
+        return function(tree)
+    auto = Mesh(explicit.devices, explicit.axis_names)
+    with jax.set_mesh(auto):
+        return function(on_mesh(auto, tree))

@@ -13,6 +13,7 @@ Parameters of stages are a tree like the model's own, except that the dim of lay
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from hcp_jax.models.layers.embedding import live_axes
 from hcp_jax.models.specs import MoESpec, Plan, Section
 from hcp_jax.models.transformer import inside_layer, is_stacked, rule
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.pipeline.meshes import on_auto_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Stages:
             )
         return dataclasses.replace(cp, comm_type=one)
 
-    def layers_of(self, stack: int) -> int:
+    def own_layers(self, stack: int) -> int:
         """Number of layers of a stack that are the model's own, not of zeros."""
         return len(self.model.plan.stacks[stack].layers)
 
@@ -185,13 +187,14 @@ def whole_params(stages: Stages, params: Any) -> Any:
 
     Args:
         stages: how the model is cut.
-        params: a tree from `stage_params`.
+        params: a tree from `stage_params`; arrays on a mesh with Explicit axes come back on one of
+            Auto axes.
     """
 
     def join(stack: int, x: Any) -> Any:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])[: stages.layers_of(stack)]
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])[: stages.own_layers(stack)]
 
-    return _map_layers(join, params)
+    return on_auto_axes(functools.partial(_map_layers, join), params)
 
 
 def without_empty(stages: Stages, grads: Any) -> Any:
@@ -206,7 +209,7 @@ def without_empty(stages: Stages, grads: Any) -> Any:
     number = (chunk * pp + stage) * turns + turn
 
     def clear(stack: int, x: Any) -> Any:
-        own = stages.layers_of(stack)
+        own = stages.own_layers(stack)
         live = (number < own).reshape(*number.shape, *[1] * (x.ndim - 3))
         return x if own == number.size else jnp.where(live, x, 0)
 

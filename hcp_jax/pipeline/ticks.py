@@ -29,7 +29,7 @@ from hcp_jax.models.transformer import abstract_model
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.pipeline.carry import SHARED, Carry, shardings, specs_over, zeros
-from hcp_jax.pipeline.feed import Feed, check_alike, ends_of, given_specs, stacked, work_numbers
+from hcp_jax.pipeline.feed import Feed, check_alike, end_arrays, given_specs, stacked, work_numbers
 from hcp_jax.pipeline.meshes import on_mesh, with_auto_axes
 from hcp_jax.pipeline.on_device import OnDevice, Tick
 from hcp_jax.pipeline.refusals import require_supported
@@ -237,7 +237,7 @@ class Pipeline:
         f_work, b_work, f_batches, b_batches = args
         model, cp = self.stages.model, self.cp
         feed = Feed(stacked(f_batches, model), stacked(b_batches, model))
-        tick = Tick(Feed(f_work, b_work), feed, ends_of(f_batches, b_batches))
+        tick = Tick(Feed(f_work, b_work), feed, end_arrays(f_batches, b_batches))
         rows = tick.ends["in"].shape[0]
         specs = Tick(
             Feed(PartitionSpec(), PartitionSpec()),

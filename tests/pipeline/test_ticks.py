@@ -191,7 +191,7 @@ def grouped_batches(case, number, rng):
         packed = dynamic.pack(Microbatch(grouping, held), lengths, M)
         ahead = case.model.mtp_depths + 1
         documents = [rng.integers(0, 32, n + ahead) for n in lengths]
-        placed = arrays_of(packed.document, packed.position, documents, case.model)
+        placed = token_arrays(packed.document, packed.position, documents, case.model)
         batch = hcp.place_microbatch(
             case.cp, packed, placed, sliding_window=case.model.widest_window
         )
@@ -199,12 +199,12 @@ def grouped_batches(case, number, rng):
         document[0, : sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
         position = np.zeros_like(document)
         position[0, : sum(lengths)] = np.concatenate([np.arange(n) for n in lengths])
-        alone = arrays_of(document, position, documents, case.model)
+        alone = token_arrays(document, position, documents, case.model)
         mask = case.model.packed_mask((document + 1).astype(np.int32))
         yield batch, alone | {"positions": position.astype(np.int32), "mask": mask}
 
 
-def arrays_of(document, position, documents, model):
+def token_arrays(document, position, documents, model):
     """Arrays `[rows, slots]` of tokens; a slot of no document has -1."""
     real = document >= 0
 
