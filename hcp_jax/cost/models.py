@@ -136,11 +136,17 @@ def _shape(fields: dict[str, Any]) -> ModelShape:
     one = ModelShape(**shape | {"sliding_window": next(iter(windows))})
     if len(windows) == 1:
         return one
+    once = collections.Counter(
+        p.get("sliding_window", fields.get("sliding_window")) for p in pattern
+    )
     kinds = (
-        LayerKind(count, one.intermediate_size, one.head_size, window, None, one.experts)
+        LayerKind(
+            *(count, one.intermediate_size, one.head_size, window, None, one.experts),
+            in_period=once[window],
+        )
         for window, count in windows.items()
     )
-    return dataclasses.replace(one, kinds=tuple(kinds), period=0 if layers % period else period)
+    return dataclasses.replace(one, kinds=tuple(kinds), period=period)
 
 
 def model_fields(name: str) -> dict[str, Any]:

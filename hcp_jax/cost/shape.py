@@ -36,6 +36,7 @@ class LayerKind:
         sliding_window: number of tokens that a query sees; None for all earlier tokens.
         recurrence: the recurrence of layers that do not attend; None for attention.
         experts: as in `ModelShape`.
+        in_period: number of these layers in one period of the pattern.
     """
 
     count: int
@@ -44,6 +45,7 @@ class LayerKind:
     sliding_window: int | None
     recurrence: Recurrence | None = None
     experts: Experts | None = None
+    in_period: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,8 @@ class ModelShape:
             size, one more layer as the last one, and a use of the output head.
         experts: the experts of a layer; None for a dense MLP. `intermediate_size` is then the sum
             over the experts of a token, with the shared one.
-        period: number of layers of the pattern that the layers repeat; 0 if they are not whole
-            periods.
+        period: number of layers of the pattern that the layers repeat, the last time perhaps a
+            part of it; 0 if they repeat none.
         kinds: the kinds of layers, if there are several; they replace the sizes above. The layers
             of depths are counted in theirs.
     """
@@ -84,22 +86,26 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
         """Return the shape of a `ModelConfig`."""
-        counted = collections.Counter(
-            (layer.ffn.width, layer.mixer.cost, layer.ffn.experts)
-            for layer in (config.specs[number] for number in config.computed_layers)
-        )
+        first, *others = config.plan.sections
+        repeats = all(set(section.stacks) <= set(first.stacks) for section in others)
+        period = len(first.stacks) if repeats else 0
+
+        def kind_of(layer: Any) -> Any:
+            return layer.ffn.width, layer.mixer.cost, layer.ffn.experts
+
+        counted = collections.Counter(kind_of(config.specs[i]) for i in config.computed_layers)
+        once = collections.Counter(map(kind_of, config.specs[:period]))
         kinds = tuple(
-            LayerKind(count, width, head_size, window, recurrence, experts)
-            for (width, (head_size, window, recurrence), experts), count in counted.items()
+            LayerKind(count, width, head_size, window, recurrence, experts, once[key])
+            for key, count in counted.items()
+            for width, (head_size, window, recurrence), experts in (key,)
         )
         one = dict(vars(next((kind for kind in kinds if kind.head_size), kinds[0])))
-        del one["count"]
+        del one["count"], one["in_period"]
         ours = {"mlp_products", "kinds", "period", *one}
         named = {
             f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name not in ours
         }
-        sections = config.plan.sections
-        period = len(sections[0].stacks) if len(sections) == 1 else 0
         return cls(**named, **one, period=period, kinds=kinds if len(kinds) > 1 else ())
 
     @functools.cached_property

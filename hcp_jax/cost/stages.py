@@ -1,8 +1,8 @@
 """Model the stages of a pipeline: their layers, and the ticks in which they wait for each other.
 
 Stages run in lockstep (`dynamic/pipeline.py`), and hold whole periods of a model's pattern of
-layers (`pipeline/stages.py`); if these do not divide, the last chunks are filled with layers of
-zeros, which take time.
+layers (`pipeline/stages.py`); if the layers do not divide, the last chunks are filled with layers
+of zeros, which take time.
 """
 
 import dataclasses
@@ -14,11 +14,9 @@ from hcp_jax.cost.traffic import Traffic
 def refusal(model: ModelShape) -> str | None:
     """Return why a model has no pipeline, in words; None if it has one."""
     if not model.period:
-        return "its layers are not whole periods of its pattern"
-    if any(kind.experts for kind in model.by_kind):
-        return "pipelines do not support experts yet"
+        return "its layers repeat no pattern"
     if model.mtp_depths:
-        return "pipelines do not support multi-token prediction"
+        return "the planner does not model multi-token prediction in a pipeline"
     if any(kind.recurrence for kind in model.by_kind):
         return "the planner does not model recurrent layers in a pipeline"
     return None
@@ -42,12 +40,14 @@ def cut(model: ModelShape, num_stages: int, virtual_stages: int = 1) -> ModelSha
         return model if virtual_stages == 1 else None
     if refusal(model) is not None or model.vocab_size % num_stages:
         return None
-    chunks, periods = num_stages * virtual_stages, model.num_layers // model.period
+    chunks, periods = num_stages * virtual_stages, -(-model.num_layers // model.period)
     turns = -(-periods // chunks)
     if chunks * turns - periods >= turns:
         return None
+    if any(k.experts for k in model.by_kind) and chunks * turns * model.period != model.num_layers:
+        return None  # routers of layers of zeros would count in the losses
     kinds = (
-        dataclasses.replace(kind, count=kind.count * turns * virtual_stages // periods)
+        dataclasses.replace(kind, count=kind.in_period * turns * virtual_stages)
         for kind in model.kinds
     )
     layers = turns * virtual_stages * model.period

@@ -119,7 +119,7 @@ def estimate(
     """
     stage = stages.cut(model, split.pp, split.virtual_stages)
     if stage is None:
-        why = stages.refusal(model) or "a chunk would have no layer, or pp cuts no vocabulary"
+        why = stages.refusal(model) or "its layers or its vocabulary do not divide"
         raise ValueError(f"{split} is no split of this model: {why}.")
     t = rows * seq_len // split.cp
     attention = [

@@ -61,8 +61,9 @@ def weight_transfers(
 ) -> Iterator[Transfer]:
     """Yield the transfers of a step that gather weights and sum gradients over dp and cp.
 
-    Gradients are summed once a step; with FSDP, weights are gathered and gradients scattered for
-    every microbatch, hidden behind the layers as long as these last.
+    Gradients are summed once a step (for each microbatch, where a pipeline has ep). With FSDP,
+    weights are gathered and gradients scattered for every microbatch, hidden behind the layers as
+    long as these last.
 
     Args:
         weights: weights of one device.
@@ -81,7 +82,8 @@ def weight_transfers(
         link, rate, latency = path(cluster, split, own.axes, "all-gather")
         sent = state_bytes(own.params, copies, 2, fsdp=split.fsdp, gathers=gathers)
         if not split.fsdp:
-            seconds = sent / rate + latency
+            times = microbatches if split.pp > 1 and split.ep > 1 else 1
+            sent, seconds = times * sent, times * (sent / rate + latency)
             what = "gradients summed" if own.what == "weights" else "experts' gradients summed"
             yield Transfer(what, own.axes, link, sent, seconds, seconds)
             continue

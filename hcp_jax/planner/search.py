@@ -124,6 +124,8 @@ def splits(model: ModelShape, gpus: int, seq_len: int) -> Iterator[Split]:
     for pp, virtual in itertools.product(_divisors(gpus), VIRTUAL_STAGES):
         if stages.cut(model, pp, virtual) is not None:
             for split in _stage_splits(model, gpus // pp, seq_len):
+                if split.tp > 1 and model.vocab_size % (split.tp * pp):
+                    continue
                 yield dataclasses.replace(split, pp=pp, virtual_stages=virtual)
 
 

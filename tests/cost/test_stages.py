@@ -1,5 +1,6 @@
 """Stages of a pipeline, against the ticks and the cut that run."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -29,7 +30,7 @@ def test_time_ticks_and_kept_inputs_are_those_of_the_schedule(pp, v):
     assert stages.kept_inputs(pp, v) == make_schedule(4 * pp, pp, v).num_slots
 
 
-@pytest.mark.parametrize("layers", ["A", "WA", "WWA"])
+@pytest.mark.parametrize("layers", ["A", "WA", "WWA", "WWWWA"])  # the last one not in 12 layers
 def test_a_stage_has_the_layers_that_a_pipeline_gives_it(layers):
     window = 8 if "W" in layers else None
     config = ModelConfig(64, 12, 16, 32, 4, 2, layers=layers, sliding_window=window)
@@ -48,11 +49,13 @@ def test_a_stage_has_the_layers_that_a_pipeline_gives_it(layers):
 
 
 def test_what_a_pipeline_does_not_compute_is_refused_in_words():
-    for name, words in (("mixtral-8x7b", "experts"), ("gemma3-27b", "whole periods")):
-        assert words in stages.refusal(model_shape(name))
-        assert stages.cut(model_shape(name), 2) is None
-    with pytest.raises(ValueError, match="pipelines do not support experts"):
-        estimate(model_shape("mixtral-8x7b"), Split(pp=2), Cluster(hardware.gpu("h200"), 1, 2), 512)
+    ahead = dataclasses.replace(LLAMA3_8B, mtp_depths=1)
+    assert "multi-token prediction" in stages.refusal(ahead)
+    with pytest.raises(ValueError, match="does not model multi-token prediction"):
+        estimate(ahead, Split(pp=2), Cluster(hardware.gpu("h200"), 1, 2), 512)
+    moe = model_shape("mixtral-8x7b")
+    assert stages.cut(moe, 8).num_layers == 4
+    assert stages.cut(moe, 3) is None  # its routers do not allow layers of zeros
 
 
 def test_a_stage_computes_its_layers_once_more_and_waits_in_ticks_that_others_fill():
