@@ -16,8 +16,8 @@ from hcp_jax.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hcp_jax.dynamic.cost import Cost as Cost
-    from hcp_jax.dynamic.cost import TimedMicrobatch as TimedMicrobatch
     from hcp_jax.dynamic.cost import model_cost as model_cost
+    from hcp_jax.dynamic.group import TimedMicrobatch as TimedMicrobatch
     from hcp_jax.dynamic.menu import choose_menu as choose_menu
     from hcp_jax.dynamic.menu import schedule_batches as schedule_batches
     from hcp_jax.dynamic.plan import Schedule as Schedule
@@ -32,7 +32,7 @@ _HOME = {
     "Microbatch": "hcp_jax.sequence.packing",
     "PackedMicrobatch": "hcp_jax.sequence.packing",
     "Schedule": "hcp_jax.dynamic.plan",
-    "TimedMicrobatch": "hcp_jax.dynamic.cost",
+    "TimedMicrobatch": "hcp_jax.dynamic.group",
     "choose_menu": "hcp_jax.dynamic.menu",
     "max_runs": "hcp_jax.sequence.packing",
     "model_cost": "hcp_jax.dynamic.cost",

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from hcp_jax.dynamic.cost import Cost, Group
+from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.group import Group
 from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.sequence.packing import Microbatch
 

@@ -52,7 +52,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hcp_jax.dynamic.cost import Cost, Group
+from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.group import Group
 
 _PHI_MIX = (0.0, 0.5, 1.0)  # weight of the step function in φ
 

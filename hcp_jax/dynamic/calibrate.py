@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 from hcp_jax.base import reading
-from hcp_jax.dynamic.cost import Cost, TimedMicrobatch
+from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.group import TimedMicrobatch
 
 
 def read_rows(path: Path) -> list[TimedMicrobatch]:

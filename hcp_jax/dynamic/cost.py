@@ -32,7 +32,7 @@ hidden, so `Cost.calibrate` fits them to timed microbatches by least squares.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from hcp_jax.base import checks
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import BACKWARD, ModelShape, step_flops
 from hcp_jax.cost.traffic import GRADIENT_BYTES, ITEM_BYTES
+from hcp_jax.dynamic.group import Group, Move, TimedMicrobatch
 from hcp_jax.hardware import GPU, gpu
 from hcp_jax.sequence import groupings
 
@@ -57,81 +58,6 @@ LINEAR_SHARE = 0.6
 # Fixed seconds of one microbatch. Modelled.
 MICROBATCH_SECONDS = 2e-3
 DEFAULT_MODEL, DEFAULT_GPU = "gpt-12x2048", "h200"
-
-
-class Move(NamedTuple):
-    """Equal transfers of a program, as a group sees them.
-
-    Attributes:
-        share: share of the group's attention that runs beside each of them; 0 if nothing does.
-        seconds: seconds of one transfer.
-        times: number of transfers.
-        latencies: latencies in one transfer.
-        bytes: bytes that a device sends in one transfer.
-        across: True if it uses the network, False if it stays inside a host.
-    """
-
-    share: float
-    seconds: float
-    times: int
-    latencies: int
-    bytes: float
-    across: bool
-
-
-class Group(NamedTuple):
-    """Cost of one group in a program, with all constants multiplied out.
-
-    Attributes:
-        size: number of devices.
-        members: number of members.
-        work: seconds per (query, key) pair on one device.
-        fixed: seconds of the transfers that no attention hides.
-        hidden: (share of the attention, seconds, times) of the other transfers.
-        padding: tokens that rounding to tiles adds to a document.
-    """
-
-    size: int
-    members: int
-    work: float
-    fixed: float
-    hidden: tuple[tuple[float, float, int], ...]
-    padding: int
-
-    def pairs(self, length: int) -> float:
-        """Return the pairs that each device computes for a document of `length` tokens."""
-        padded = length + self.padding
-        return padded * padded / (2 * self.size)
-
-    def seconds(self, pairs: float) -> float:
-        """Return the seconds for `pairs` pairs per device; increasing and convex in `pairs`."""
-        work = pairs * self.work
-        total = work + self.fixed
-        for share, seconds, times in self.hidden:
-            exposed = seconds - share * work
-            if exposed > 0.0:
-                total += times * exposed
-        return total
-
-
-class TimedMicrobatch(NamedTuple):
-    """Timed microbatch, for `Cost.calibrate`.
-
-    Attributes:
-        grouping: group sizes in device order.
-        lengths: the lengths of each group's documents.
-        tokens: tokens of each device's buffer, with padding.
-        seconds: measured seconds, forward and backward.
-
-    >>> timed = TimedMicrobatch((4, 4), ((3000,), (900, 800)), tokens=1024, seconds=0.021)
-    >>> sum(timed.grouping)
-    8
-    """
-
-    grouping: tuple[int, ...]
-    lengths: tuple[tuple[int, ...], ...]
-    tokens: int
-    seconds: float
 
 
 def _parameters(model: ModelShape, on: GPU, tp: int) -> dict[str, float]:

@@ -11,7 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from hcp_jax.dynamic.cost import Cost, Group
+from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.group import Group
 from hcp_jax.sequence.groupings import Grouping
 from hcp_jax.sequence.packing import max_documents
 

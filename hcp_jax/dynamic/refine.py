@@ -6,8 +6,8 @@ It starts from a finished schedule and can only improve it.
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from hcp_jax.dynamic.cost import Group
 from hcp_jax.dynamic.fill import Filled, Problem
+from hcp_jax.dynamic.group import Group
 
 # Enough for most of the possible gain, and few enough to take little of the scheduler's time.
 _STEPS, _PARTNERS = 12, 4

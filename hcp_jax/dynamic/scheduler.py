@@ -25,9 +25,10 @@ import numpy as np
 
 from hcp_jax.base import checks
 from hcp_jax.dynamic.bound import best_groups, document_prices
-from hcp_jax.dynamic.cost import Cost, Group
+from hcp_jax.dynamic.cost import Cost
 from hcp_jax.dynamic.even import even_microbatches
 from hcp_jax.dynamic.fill import Filled, Problem, Unscheduled, fill
+from hcp_jax.dynamic.group import Group
 from hcp_jax.dynamic.pipeline import order as order_of_ticks
 from hcp_jax.dynamic.pipeline import ratio_to_ideal
 from hcp_jax.dynamic.plan import Schedule

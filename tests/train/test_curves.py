@@ -84,14 +84,14 @@ def test_a_mesh_does_not_change_the_loss_of_the_first_steps(mesh):
 
 @functools.cache
 def quickstart(mesh: str) -> list[float]:
-    """Twenty steps of the quickstart, in streams of half its length: four meshes take a while."""
-    config = dataclasses.replace(configuration.load(QUICKSTART), seq_len=512)
+    """Twenty steps of the quickstart, in streams of a quarter of its length."""
+    config = dataclasses.replace(configuration.load(QUICKSTART), seq_len=256)
     batches = first_batches(config, data.open_corpus(config.data), 20)
     return curve(dataclasses.replace(config, parallel=MESHES[mesh]), 20, batches)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["p2p(8)", "mixed(4x2)", "dp=2, a2a+p2p(2x2)"])
+@pytest.mark.parametrize("mesh", ["mixed(4x2)", "dp=2, a2a+p2p(2x2)"])
 def test_the_quickstart_s_curve_is_the_same_on_every_mesh(mesh):
     assert quickstart("cp=1")[-1] < quickstart("cp=1")[0] - 2
     assert quickstart(mesh) == pytest.approx(quickstart("cp=1"), abs=TOLERANCE)

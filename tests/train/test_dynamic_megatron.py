@@ -11,6 +11,7 @@ import rich.console
 from hcp_jax.train import config as configuration
 from hcp_jax.train import loop
 from hcp_jax.train.metrics import metrics
+from tests.kept_programs import kept_programs
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +59,8 @@ def train(text, run_dir, resume=None, **words):
 
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
-    return train(text, tmp_path_factory.mktemp("runs"))
+    with kept_programs(tmp_path_factory.mktemp("cache"), 0.1):
+        yield train(text, tmp_path_factory.mktemp("runs"))
 
 
 def test_a_run_that_goes_on_from_its_middle_keeps_its_losses(text, whole, tmp_path):

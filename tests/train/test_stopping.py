@@ -11,6 +11,7 @@ from hcp_jax.train import config as configuration
 from hcp_jax.train import folder, loop
 from hcp_jax.train.evaluation import Evaluator
 from hcp_jax.train.metrics import metrics
+from tests.kept_programs import kept_programs
 from tests.train.tiny import write_config
 
 STEPS = 4
@@ -18,7 +19,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Evaluates after two steps and after four, in several batches; on one device."""
+    """Evaluates after two steps and after four, in several batches; all runs share programs."""
     place = tmp_path_factory.mktemp("stopping")
     path = write_config(
         place,
@@ -27,7 +28,15 @@ def config(tmp_path_factory):
         eval={"every": 2, "holdout": 0.2},
         parallel={"cp_outer": 8},
     )
-    return configuration.load(path)
+    with kept_programs(place / "cache", 0.1):
+        yield configuration.load(path)
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    """The last evaluation of a run that no signal came to."""
+    outcome, _ = train(config)
+    return metrics.read_evaluations(outcome.folder)[-1]
 
 
 def train(config, **options):
@@ -80,9 +89,8 @@ def test_a_signal_breaks_an_evaluation_off_and_what_was_made_is_saved(config, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["in the last step", "in the last evaluation"])
 def test_an_evaluation_that_a_signal_cost_is_made_when_the_run_is_started_again(
-    config, monkeypatch, when
+    config, whole, monkeypatch, when
 ):
-    whole, _ = train(config)
     write = metrics.Recorder.write
     with monkeypatch.context() as patch:
         if when == "in the last evaluation":
@@ -101,9 +109,8 @@ def test_an_evaluation_that_a_signal_cost_is_made_when_the_run_is_started_again(
     again, printed = train(config, resume=outcome.folder, begin=True)
     assert "its last evaluation is missing" in printed
     assert again.steps == STEPS
-    lines = {run: metrics.read_evaluations(run)[-1] for run in (whole.folder, outcome.folder)}
-    assert lines[outcome.folder]["step"] == STEPS
-    assert lines[outcome.folder]["loss"] == lines[whole.folder]["loss"]
+    last = metrics.read_evaluations(outcome.folder)[-1]
+    assert (last["step"], last["loss"]) == (STEPS, whole["loss"])
     assert len(metrics.read(outcome.folder)) == STEPS
     _, printed = train(config, resume=outcome.folder, begin=True)
     assert "has made all its 4 steps." in printed

@@ -5,29 +5,25 @@ about a megabyte, so that a file needs no more memory than its longest document;
 is one document in several pieces.
 """
 
-import codecs
 import contextlib
 import csv
 import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from hcp_jax.base.terminal import printable as shown
 from hcp_jax.train.data import unpacking
 from hcp_jax.train.data.unpacking import PACKED, pieces, require_package
+from hcp_jax.train.data.utf8 import BOM, Bad, checked_pieces, numbered_lines
 
 _HEAD = 2**16  # bytes by which a format is recognised
-_BOM = codecs.BOM_UTF8
 _LINES = {".jsonl", ".ndjson", ".jsonlines", ".ldjson"}
 _TABLES = {".csv", ".tsv"}
 _PARQUET = {".parquet", ".parq", ".pq"}
 _KEYS_SHOWN = 12
-
-Bad = Callable[[str], None]
-"""Called with what is wrong with a line or record; raises, or returns so that it is skipped."""
 
 
 class Piece(NamedTuple):
@@ -73,7 +69,7 @@ def detect_format(file: pathlib.Path, field: str) -> str:
         head += piece
         if len(head) >= _HEAD:
             break
-    head = head[:_HEAD].removeprefix(_BOM)
+    head = head[:_HEAD].removeprefix(BOM)
     if suffix == ".json":
         return "JSON lines" if _has_lines(head) else "JSON"
     if re.match(rb'\s*\[\s*\{\s*"', head) and _has_field(head[head.index(b"{") :], field):
@@ -118,7 +114,7 @@ def check_text(file: pathlib.Path) -> None:
 
 def _text(file: pathlib.Path) -> Iterator[Piece]:
     last = b""
-    for piece in _checked(file):
+    for piece in checked_pieces(file):
         if last:
             yield Piece(last, False)
         last = piece
@@ -126,79 +122,8 @@ def _text(file: pathlib.Path) -> Iterator[Piece]:
         yield Piece(last, True)
 
 
-def _checked(file: pathlib.Path) -> Iterator[bytes]:
-    """Yield the pieces of a file after checking that they are text; each ends after a character."""
-    offset, line, begun = 0, 1, b""
-    for piece in pieces(file):
-        text = begun + piece
-        if offset == 0 and text.startswith(_BOM):
-            text, offset = text[len(_BOM) :], len(_BOM)
-        size = _check(file, text, offset, line, final=False)
-        begun, text = text[size:], text[:size]
-        offset, line = offset + size, line + text.count(b"\n")
-        if text:
-            yield text
-    _check(file, begun, offset, line, final=True)
-
-
-def _check(file: pathlib.Path, text: bytes, offset: int, line: int, final: bool) -> int:
-    """Return how many of the bytes are whole characters; raise ValueError if they are not text.
-
-    Args:
-        file: the file, for the message.
-        text: some of its bytes.
-        offset: the offset of the first of them in the file.
-        line: the line of the first of them in the file.
-        final: whether these are the last bytes, so that no character may be cut.
-    """
-    at, size = text.find(b"\0"), len(text)
-    wide = offset == 0 and text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if wide:
-        at = 0
-    if at < 0:
-        try:
-            size = codecs.utf_8_decode(text, "strict", final)[1]
-        except UnicodeDecodeError as error:
-            at = error.start
-    if at >= 0:
-        line += text.count(b"\n", 0, at)
-        raise ValueError(
-            f"data.path: {shown(file)} is not text: byte 0x{text[at]:02x} at offset {offset + at} "
-            f"(line {line}). Training reads UTF-8 text{', and this is UTF-16' if wide else ''}."
-        )
-    return size
-
-
-def _lines(file: pathlib.Path, bad: Bad) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the bytes of each line that is text; numbers begin at 1."""
-    offset = 0
-    for number, line in enumerate(_cut_lines(pieces(file)), 1):
-        text = line
-        if number == 1 and text.startswith(_BOM):
-            text, offset = text[len(_BOM) :], len(_BOM)
-        try:
-            _check(file, text, offset, number, final=True)
-        except ValueError as error:
-            bad(str(error))
-            text = b""
-        yield number, text
-        offset += len(line) + 1
-
-
-def _cut_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    begun: list[bytes] = []
-    for piece in pieces:
-        first, *more = piece.split(b"\n")
-        begun.append(first)
-        if more:
-            yield b"".join(begun)
-            yield from more[:-1]
-            begun = [more[-1]]
-    yield b"".join(begun)
-
-
 def _json_lines(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
-    for number, line in _lines(file, bad):
+    for number, line in numbered_lines(file, bad):
         if line.strip():
             where = f"data.path: {shown(file)}, line {number}"
             try:
@@ -211,7 +136,7 @@ def _json_lines(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
 
 def _json_array(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
     """Yield the texts of the records of an array; only one record is in memory at a time."""
-    decoder, pieces = json.JSONDecoder(), _checked(file)
+    decoder, pieces = json.JSONDecoder(), checked_pieces(file)
     text, at, number, ended = "", 0, 0, False
 
     def more(least: int) -> None:
@@ -282,7 +207,7 @@ def _json_object(file: pathlib.Path, begun: str, field: str) -> Iterator[bytes]:
         return
     where = f"data.path: {shown(file)}"
     try:
-        record = json.loads(b"".join(_checked(file)))
+        record = json.loads(b"".join(checked_pieces(file)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}).") from None
     if not isinstance(record.get(field), str):
@@ -302,7 +227,7 @@ def _csv(file: pathlib.Path, field: str, bad: Bad) -> Iterator[bytes]:
         raise ValueError(message)
 
     # A line that is not text may be in the middle of a record, so it cannot be skipped.
-    lines = (line.decode() + "\n" for _, line in _lines(file, refuse))
+    lines = (line.decode() + "\n" for _, line in numbered_lines(file, refuse))
     name = f"data.path: {shown(file)}"
     first = next(lines, "")
     tables = [(delimiter, next(csv.reader([first], delimiter=delimiter))) for delimiter in ",;\t"]
