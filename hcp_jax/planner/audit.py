@@ -27,6 +27,7 @@ from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.sequence.placement import Groups
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.optimizer import make_optimizer
+from hcp_jax.train.remat_choice import with_remat
 from hcp_jax.train.step import abstract_state, make_train_step
 
 
@@ -136,6 +137,7 @@ def audit_step(
         config: config of the run.
         flags: XLA flags.
     """
+    config, _ = with_remat(config, cp, cluster.gpu.memory_bytes)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
