@@ -5,6 +5,7 @@ bytes and the order of instructions are facts; seconds are modelled.
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -222,8 +223,13 @@ def title(found: Audit, attention: bool) -> str:
     return f"{what} on {found.cluster}"
 
 
-def advice(found: Audit) -> list[str]:
-    """Return advice about exposed transfers and memory; one line if nothing is wrong."""
+def advice(found: Audit, flags: Mapping[str, Any]) -> list[str]:
+    """Return advice about exposed transfers and memory; one line if nothing is wrong.
+
+    Args:
+        found: the audit.
+        flags: XLA flags that the program was compiled with.
+    """
     lines = []
     memory, step = found.memory, found.schedule.step_s
     if not memory.fits:
@@ -234,7 +240,7 @@ def advice(found: Audit) -> list[str]:
         )
     exposed_hops = found.ring_hops - found.ring_hops_hidden
     if exposed_hops:
-        lines.append(_about_hops(found, exposed_hops))
+        lines.append(_about_hops(found, exposed_hops, flags))
     for what, words in _ABOUT.items():
         waits = sum(m.exposed_s for m in found.collectives if m.what == what)
         if what != "ring" and waits > 0.03 * step:
@@ -274,12 +280,18 @@ _ABOUT = {
 }
 
 
-def _about_hops(found: Audit, hops: int) -> str:
+def _about_hops(found: Audit, hops: int, flags: Mapping[str, Any]) -> str:
     ring = [m for m in found.collectives if m.what == "ring" and not m.hidden]
     waits = sum(moved.exposed_s for moved in ring)
     alone = [m for m in ring if m.exposed_s >= 0.9 * m.seconds]
-    if alone:
+    ours = xla_flags(f"NVIDIA {found.cluster.gpu.device_kind}")
+    if alone and any(str(flags.get(name)).lower() != str(v).lower() for name, v in ours.items()):
         why = "no attention is scheduled beside them: set the flags of hcp.xla_flags"
+    elif alone:
+        why = (
+            "the compiler schedules no attention beside them, with the flags of hcp.xla_flags set: "
+            "make cp_inner larger, so that there are fewer hops"
+        )
     else:
         why = (
             "attention beside them is too short: cut the sequence over fewer GPUs, or make "
