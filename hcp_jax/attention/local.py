@@ -25,6 +25,8 @@ from hcp_jax.sequence.mask import Intervals
 
 # Names of the residuals. A remat policy that saves them avoids a second forward of attention.
 RESIDUALS = ("hcp_out", "hcp_lse")
+# Names of q, k and v as attention takes them: rotated, and with their heads exchanged.
+OPERANDS = ("hcp_q", "hcp_k", "hcp_v")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,7 @@ def _forward(
     spec: LocalSpec, q: Any, k: Any, v: Any, intervals: Intervals, runs: KeyRuns, sinks: Any
 ) -> Any:
     q, k, v, sinks = first_order((q, k, v, sinks))
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), OPERANDS, strict=True))
     out, lse = _attend_moving(spec, q, k, v, intervals, runs, sinks)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
     return (out, lse), (q, k, v, intervals, runs, sinks, out, lse)

@@ -122,7 +122,7 @@ def tell(found: "Audit", flags: dict[str, Any], attention: bool) -> None:
         f"{duration(compute['other'])} + waiting {duration(found.schedule.exposed_s)}; "
         f"bound by {_bound(found)}"
     )
-    for line in advice(found):
+    for line in advice(found, flags):
         console.print(f"- {line}")
 
 

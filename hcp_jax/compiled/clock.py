@@ -368,11 +368,12 @@ def _bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo.In
         return 2.0 * instruction.bytes
     if instruction.opcode == "dynamic-update-slice":
         return 2.0 * operands[1].bytes
-    if instruction.opcode != "fusion":
+    if instruction.opcode not in ("fusion", "fusion-start"):
         return float(instruction.bytes + sum(operand.bytes for operand in operands))
     fused = module.computations[instruction.called[0]]
     updates = [i for i in fused.instructions if i.opcode == "dynamic-update-slice"]
-    written = float(instruction.bytes)
+    # The type of a start lists its operands as well; the root comes last and is the result alone.
+    written = float(fused.instructions[-1].bytes)
     for update in updates:
         written += fused.by_name[update.operands[1]].bytes - update.bytes
     return max(0.0, written) + sum(_read(fused, index) for index in range(len(operands)))

@@ -20,12 +20,16 @@ effect. `hcp plan --verify` replaces these figures by those of the compiled prog
 """
 
 import dataclasses
+from typing import get_args
 
 from hcp_jax.cost import stages
 from hcp_jax.cost.experts import ROOM
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.split import Split
+from hcp_jax.cost.traffic import Remat
 from hcp_jax.cost.weights import device_weights
+
+USABLE = 0.9  # share of the memory; the rest is left for CUDA, NCCL and fragmentation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,37 @@ def _stages(model: ModelShape, split: Split, t: float, held: float) -> float:
     return inputs * 2.0 * t * model.hidden_size + 4.0 * held
 
 
+def remat_that_fits(
+    model: ModelShape,
+    split: Split,
+    seq_len: int,
+    rows: int,
+    memory_bytes: float,
+    among: tuple[Remat, ...] = get_args(Remat),
+) -> Remat:
+    """Return the policy that recomputes the least and fits by the model of memory.
+
+    Args:
+        model: shape of the decoder.
+        split: split of the run over the cluster; its policy is not used.
+        seq_len: T.
+        rows: streams of each data-parallel replica in a microbatch.
+        memory_bytes: memory of a GPU, of which nine tenths are used.
+        among: the policies to choose from, those that recompute less first; the last one is taken
+            if none fits.
+
+    >>> from hcp_jax.cost.models import model_shape
+    >>> one, split = model_shape("llama3-8b"), Split(cp_outer=8, cp_inner=8)
+    >>> [remat_that_fits(one, split, 2**20, 1, gib * 2**30) for gib in (141, 80, 40, 12)]
+    ['mlp', 'mlp', 'projections', 'full']
+    """
+    for remat in among:
+        tried = dataclasses.replace(split, remat=remat)
+        if estimate_memory(model, tried, seq_len, rows).peak <= USABLE * memory_bytes:
+            return remat
+    return among[-1]
+
+
 def _kept(model: ModelShape, split: Split, t: float) -> float:
     """Return the bytes that a layer keeps for its backward pass over t tokens."""
     heads = model.query_width / split.tp
@@ -102,6 +137,12 @@ def _kept(model: ModelShape, split: Split, t: float) -> float:
         return inputs
     if split.remat == "attention":
         return inputs + outputs
+    projected = 2.0 * t * heads + 2.0 * t * 2 * _kv_width(model, split) + inputs
+    if split.remat == "projections":
+        return inputs + outputs + projected
+    if split.remat == "mlp":
+        products = 2.0 * t * (model.mlp_products - 1) * model.intermediate_size / split.tp
+        return inputs + outputs + projected + products
     # These counts come from compiled programs: norms and rotations also keep float32 copies.
     kv_heads = 2.0 * t * 2 * _kv_width(model, split)
     mlp = 2.0 * t * (model.mlp_products + 1) * model.intermediate_size / split.tp

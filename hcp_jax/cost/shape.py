@@ -21,6 +21,7 @@ from typing import Any
 
 from hcp_jax.cost.experts import Experts
 from hcp_jax.cost.recurrence import Recurrence
+from hcp_jax.cost.traffic import Remat
 
 BACKWARD = 2.5  # FLOPs of an attention kernel's backward over its forward: five products to two
 
@@ -162,6 +163,19 @@ class ModelShape:
         attention = 2 * self.query_width + 2 * self.kv_width
         mixer = 0 if self.recurrence is None else self.recurrence.product_params
         return self.hidden_size * (attention + mlp) + mixer
+
+    def repeated_params(self, remat: Remat) -> int:
+        """Return the number of weights of one layer whose products backward computes again.
+
+        Experts and recurrences are computed again by every policy except "none".
+        """
+        if remat in ("attention", "full"):
+            return self.layer_params
+        if remat == "none":
+            return 0
+        mixer = 0 if self.recurrence is None else self.recurrence.product_params
+        ffn = self.hidden_size * self.mlp_products * self.intermediate_size
+        return mixer + (0 if remat == "mlp" and self.experts is None else ffn)
 
     @property
     def idle_params(self) -> int:

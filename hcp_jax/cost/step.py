@@ -133,7 +133,10 @@ def estimate(
         if kind.recurrence is not None
     ]
     bandwidth, rate = cluster.gpu.memory_bandwidth, cluster.gpu.product_rate.value
-    layers_s = 2.0 * t * stage.layers_params / split.tp * (2 + split.forwards) / rate
+    again = sum(k.num_layers * k.repeated_params(split.remat) for k in stage.by_kind)
+    # Stages of a pipeline run the forward pass once more.
+    products = stage.layers_params * (3 + (split.pp > 1)) + again
+    layers_s = 2.0 * t * products / split.tp / rate
     # The output head is always recomputed in backward: its logits are never kept.
     head = (1 + model.mtp_depths) * model.head_params / split.tp / split.pp
     head_s = 2.0 * t * head * 4 / rate
@@ -207,8 +210,9 @@ def _tensor_parallel(model: ModelShape, split: Split, cluster: Cluster, t: int) 
     """Return the sums of activations over tp, for all layers."""
     link, rate, latency = path(cluster, split, ("tp",), "all-reduce")
     # The second sum of a layer that is computed again is not needed, except by the next layers of a
-    # pipeline's chunk.
-    sums = model.computed_layers * (4 + (split.remat != "none") + 2 * (split.pp > 1))
+    # pipeline's chunk; some policies keep the first.
+    again = split.remat in ("attention", "full")
+    sums = model.computed_layers * (4 + again + 2 * (split.pp > 1))
     sent = sums * sent_bytes("all-reduce", 2.0 * t * model.hidden_size, split.tp)
     seconds = sent / rate + sums * latency
     return [Transfer("activations summed over tp", ("tp",), link, sent, seconds, seconds)]

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, get_args
 
 CommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p", "a2a+all_gather"]
 COMM_TYPES: tuple[CommType, ...] = get_args(CommType)
-Remat = Literal["none", "attention", "full"]
+Remat = Literal["none", "mlp", "projections", "attention", "full"]
 Direction = Literal["forward", "backward"]
 
 # Names of the collectives in a compiled program (`jax.named_scope`).
@@ -215,7 +215,7 @@ def exchange(
 
     qkv, out = (3, q_bytes + kv_bytes), (1, q_bytes)
     found = [one("forward", *qkv), one("forward", *out)]
-    if remat != "none":
+    if remat in ("attention", "full"):
         found.append(one("backward", *qkv, repeated=True))
     if remat == "full":
         found.append(one("backward", *out, repeated=True))

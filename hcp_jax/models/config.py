@@ -27,7 +27,7 @@ from hcp_jax.models.specs import (
 if TYPE_CHECKING:
     from hcp_jax.sequence.mask import Mask
 
-Remat = Literal["none", "attention", "full"]
+RematSetting = Literal["auto", "none", "mlp", "projections", "attention", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -83,8 +83,11 @@ class ModelConfig:
         mamba2: sizes of the Mamba-2 layers; None if there are none.
         gated_delta: sizes of the gated delta nets; None if there are none.
         kda: sizes of the KDA layers; None if there are none.
-        remat: what a layer's backward pass recomputes: "none", "attention" (everything except
-            attention, whose outputs are kept) or "full" (the whole layer).
+        remat: what a layer's backward pass recomputes, from the least to the most: "none"; "mlp"
+            (norms, rotations and activations), "projections" (of the products those of the MLP
+            and of experts alone), "attention" (everything except attention, whose outputs are
+            kept) or "full" (the whole layer). With "auto", `hcp train` and `hcp audit` take the
+            least that fits the GPU by the model of memory; elsewhere it means "attention".
         offload_activations: keep what a layer needs for its backward pass (its input, and what
             `remat` keeps) in the host's memory.
         compute_dtype: dtype of activations, and of weights when they are used.
@@ -115,7 +118,7 @@ class ModelConfig:
     sliding_window: int | None = field(default=None, metadata=numbers(above=0, most=MOST))
     logits_soft_cap: float | None = field(default=None, metadata=numbers(above=0, most=1e9))
     attention_sinks: bool = field(default=False, metadata=fixed())
-    remat: Remat = field(default="attention", metadata=free())
+    remat: RematSetting = field(default="attention", metadata=free())
     offload_activations: bool = field(default=False, metadata=free())
     compute_dtype: ComputeDtype = field(default="bfloat16", metadata=numbers())
     mlp_chunk: int | None = field(default=None, metadata=free(above=0, most=MOST))
@@ -167,6 +170,11 @@ class ModelConfig:
             raise ValueError(
                 "offload_activations needs remat 'attention' or 'full', which name what is kept; "
                 "got 'none'."
+            )
+        if self.mlp_chunk is not None and self.remat == "mlp":
+            raise ValueError(
+                "remat='mlp' keeps the MLP's products, and mlp_chunk recomputes them; use "
+                "remat='projections', or mlp_chunk=null."
             )
 
     @property
@@ -265,7 +273,7 @@ def from_fields(fields: Mapping[str, Any]) -> ModelConfig:
 
 _CHOICES: dict[str, Any] = {
     "mixer": MixerKind,
-    "remat": Remat,
+    "remat": RematSetting,
     "compute_dtype": ComputeDtype,
     "qk_norm_over": QKNorm,
     "activation": Activation,

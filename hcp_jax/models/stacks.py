@@ -16,11 +16,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
-from hcp_jax.attention.local import RESIDUALS
+from hcp_jax.attention.local import OPERANDS, RESIDUALS
 from hcp_jax.models import small_params
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers import moe_router
-from hcp_jax.models.layers.decoder import MIXERS, DecoderLayer
+from hcp_jax.models.layers.decoder import MIXED, MIXERS, DecoderLayer
+from hcp_jax.models.layers.mlp import PRODUCTS
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.specs import Plan
 from hcp_jax.parallel import spmd
@@ -29,6 +30,16 @@ from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.placed_mask import PlacedMask
 
 LAYER_INPUT = "hcp_layer_input"
+
+_PROJECTIONS = (*RESIDUALS, *OPERANDS, MIXED)
+KEPT: dict[str, tuple[str, ...]] = {
+    "mlp": (*_PROJECTIONS, *PRODUCTS),
+    "projections": _PROJECTIONS,
+    "attention": RESIDUALS,
+    "auto": RESIDUALS,
+    "full": (),
+}
+"""Names of what a layer keeps beside its input, by remat policy."""
 
 
 class Stacks(nnx.Module):
@@ -219,7 +230,7 @@ def remat(layer: Callable, config: ModelConfig, turns: int) -> Callable:
     """Wrap a layer so that backward recomputes what the config's policy does not keep."""
     if config.remat == "none":
         return layer
-    kept = {"attention": RESIDUALS, "full": ()}[config.remat]
+    kept = KEPT[config.remat]
     if config.offload_activations:
         # The inputs of a checkpoint stay on the device under every policy. Here the input is read
         # only through its checkpoint name, so that the offloaded copy is all that backward needs.

@@ -5,6 +5,7 @@ bytes and the order of instructions are facts; seconds are modelled.
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.sequence.placement import Groups
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.optimizer import make_optimizer
+from hcp_jax.train.remat_choice import with_remat
 from hcp_jax.train.step import abstract_state, make_train_step
 
 
@@ -136,6 +138,7 @@ def audit_step(
         config: config of the run.
         flags: XLA flags.
     """
+    config, _ = with_remat(config, cp, cluster.gpu.memory_bytes)
     fsdp = config.parallel.fsdp
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
@@ -220,8 +223,13 @@ def title(found: Audit, attention: bool) -> str:
     return f"{what} on {found.cluster}"
 
 
-def advice(found: Audit) -> list[str]:
-    """Return advice about exposed transfers and memory; one line if nothing is wrong."""
+def advice(found: Audit, flags: Mapping[str, Any]) -> list[str]:
+    """Return advice about exposed transfers and memory; one line if nothing is wrong.
+
+    Args:
+        found: the audit.
+        flags: XLA flags that the program was compiled with.
+    """
     lines = []
     memory, step = found.memory, found.schedule.step_s
     if not memory.fits:
@@ -232,7 +240,7 @@ def advice(found: Audit) -> list[str]:
         )
     exposed_hops = found.ring_hops - found.ring_hops_hidden
     if exposed_hops:
-        lines.append(_about_hops(found, exposed_hops))
+        lines.append(_about_hops(found, exposed_hops, flags))
     for what, words in _ABOUT.items():
         waits = sum(m.exposed_s for m in found.collectives if m.what == what)
         if what != "ring" and waits > 0.03 * step:
@@ -272,12 +280,18 @@ _ABOUT = {
 }
 
 
-def _about_hops(found: Audit, hops: int) -> str:
+def _about_hops(found: Audit, hops: int, flags: Mapping[str, Any]) -> str:
     ring = [m for m in found.collectives if m.what == "ring" and not m.hidden]
     waits = sum(moved.exposed_s for moved in ring)
     alone = [m for m in ring if m.exposed_s >= 0.9 * m.seconds]
-    if alone:
+    ours = xla_flags(f"NVIDIA {found.cluster.gpu.device_kind}")
+    if alone and any(str(flags.get(name)).lower() != str(v).lower() for name, v in ours.items()):
         why = "no attention is scheduled beside them: set the flags of hcp.xla_flags"
+    elif alone:
+        why = (
+            "the compiler schedules no attention beside them, with the flags of hcp.xla_flags set: "
+            "make cp_inner larger, so that there are fewer hops"
+        )
     else:
         why = (
             "attention beside them is too short: cut the sequence over fewer GPUs, or make "

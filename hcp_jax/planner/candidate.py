@@ -4,11 +4,9 @@ import dataclasses
 from typing import Any
 
 from hcp_jax import hardware
-from hcp_jax.cost.memory import MemoryEstimate
+from hcp_jax.cost.memory import USABLE, MemoryEstimate
 from hcp_jax.cost.split import Split
 from hcp_jax.cost.step import Estimate
-
-USABLE = 0.9  # share of the memory; the rest is left for CUDA, NCCL and fragmentation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,6 +177,8 @@ def _transfers(best: Candidate) -> list[str]:
 def _memory(best: Candidate) -> list[str]:
     words = {
         "none": "nothing is recomputed",
+        "mlp": "norms and activations are recomputed in backward",
+        "projections": "MLPs are recomputed in backward, attention and its projections are kept",
         "attention": "layers are recomputed in backward, attention is kept",
         "full": "whole layers are recomputed in backward, attention too",
     }[best.split.remat]

@@ -15,14 +15,14 @@ from hcp_jax import hardware
 from hcp_jax.base import checks
 from hcp_jax.base.arguments import MOST_TOKENS
 from hcp_jax.cost import stages
-from hcp_jax.cost.memory import estimate_memory
+from hcp_jax.cost.memory import USABLE, estimate_memory
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.split import FLAT_AXES, Split
 from hcp_jax.cost.step import estimate
 from hcp_jax.cost.traffic import COMM_TYPES, Remat
 from hcp_jax.hardware import Cluster
-from hcp_jax.planner.candidate import USABLE, Candidate
+from hcp_jax.planner.candidate import Candidate
 from hcp_jax.planner.explain import explain
 
 REMATS: tuple[Remat, ...] = get_args(Remat)

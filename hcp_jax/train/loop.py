@@ -34,6 +34,7 @@ from hcp_jax.train.metrics.meter import Meter
 from hcp_jax.train.metrics.profile import Profiler, ProfileSteps, check_profile
 from hcp_jax.train.optimizer import fitted_warmup, make_optimizer
 from hcp_jax.train.program import FixedProgram, Program
+from hcp_jax.train.remat_choice import memory_by_kind, with_remat
 from hcp_jax.train.resuming import Resumption
 from hcp_jax.train.step import TrainState, abstract_state
 from hcp_jax.train.steps import Outcome, Steps
@@ -75,13 +76,15 @@ def train(
     console.quiet = console.quiet or jax.process_index() != 0
     corpus, held_out, files = _open_texts(config, peers)
     cp = config.parallel.context_parallel(config.model.num_layers)
+    # The run folder keeps "auto": a resumed run may be on other GPUs.
+    computed, chosen = with_remat(config, cp, memory_by_kind(cp.device_kind))
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config.model, optimizer, cp, fsdp=config.parallel.fsdp)
     if resume is None and config.init_from is not None:
         _print(console, weights.check(config.model, config.init_from, config.seq_len))
     kind = DynamicProgram if config.parallel.dynamic.enabled else FixedProgram
-    with contextlib.closing(kind(config, cp, corpus, console)) as program, ExitStack() as held:
-        _print(console, _introduction(config, cp, corpus, abstract, program))
+    with contextlib.closing(kind(computed, cp, corpus, console)) as program, ExitStack() as held:
+        _print(console, "\n".join([_introduction(config, cp, corpus, abstract, program), *chosen]))
         state = None
         if resume is not None:
             held.enter_context(lock.held(resume))

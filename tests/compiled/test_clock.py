@@ -198,9 +198,17 @@ ENTRY %main (x: f32[64,1048576], i: s32[]) -> f32[1,1048576] {
 """
 
 
-def test_a_slice_of_a_stack_reads_the_slice_alone():
+# The same in the form of a start and a done; the type of a start lists the operands as well.
+SLICED_ASYNC = SLICED.replace(
+    "ROOT %f = f32[1,1048576]{1,0} fusion(",
+    "%f = ((f32[64,1048576]{1,0}, s32[]), f32[1,1048576]{1,0}, u32[]) fusion-start(",
+).replace("calls=%fused\n", "calls=%fused\n  ROOT %g = f32[1,1048576]{1,0} fusion-done(%f)\n")
+
+
+@pytest.mark.parametrize("text", [SLICED, SLICED_ASYNC], ids=["fusion", "start and done"])
+def test_a_slice_of_a_stack_reads_the_slice_alone(text):
     seconds = 2 * 4 * 2**20 / H200.memory_bandwidth
-    assert walk(SLICED).step_s == pytest.approx(seconds + clock.LAUNCH_S, rel=0.01)
+    assert walk(text).step_s == pytest.approx(seconds + clock.LAUNCH_S, rel=0.01)
 
 
 def test_of_two_branches_the_longer_one_counts():

@@ -44,7 +44,7 @@ def test_the_ring_sends_k_and_v_and_their_float32_gradients():
 
 
 @pytest.mark.parametrize("comm_type", COMM_TYPES)
-@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+@pytest.mark.parametrize("remat", ["none", "mlp", "attention", "full"])
 def test_a_step_moves_what_the_list_of_traffic_says(comm_type, remat):
     outer, inner = {"a2a": (1, 8), "p2p": (8, 1), "all_gather": (8, 1)}.get(comm_type, (4, 2))
     split = Split(cp_outer=outer, cp_inner=inner, comm_type=comm_type, remat=remat, fsdp=False)
@@ -111,7 +111,7 @@ def test_compute_is_products_attention_and_memory_at_their_own_rates():
 
 
 def test_tensor_parallelism_sums_activations_four_times_a_layer():
-    for remat, sums in (("none", 4), ("attention", 5)):
+    for remat, sums in (("none", 4), ("mlp", 4), ("projections", 4), ("attention", 5)):
         split = Split(tp=8, comm_type="p2p", remat=remat)
         found = transfer(estimate(LLAMA3_8B, split, Cluster(H200.gpu, 1, 8), 8192), "over tp")
         assert found.bytes == 32 * sums * 2 * 7 / 8 * 2 * 8192 * 4096

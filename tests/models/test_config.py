@@ -20,7 +20,7 @@ SMALL = {
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"hidden_size": 18}, "give head_size"),
         ({"head_size": 5}, "head size is 5"),
-        ({"remat": "some"}, "none, attention, full"),
+        ({"remat": "some"}, "auto, none, mlp, projections, attention, full"),
         ({"compute_dtype": "float16"}, "float32, bfloat16"),
         ({"sliding_window": 0}, "sliding_window must be positive, got 0"),
         ({"loss_chunk": 0}, "loss_chunk must be positive, got 0"),

@@ -10,7 +10,8 @@ from flax import nnx
 
 import hcp_jax as hcp
 from hcp_jax.attention.local import RESIDUALS
-from hcp_jax.models.config import ModelConfig, Remat
+from hcp_jax.cost.traffic import Remat
+from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.transformer import abstract_model, init_params
 
 CONFIG = ModelConfig(
@@ -174,6 +175,7 @@ def test_documents_packed_in_one_stream_give_what_they_give_alone():
     "change",
     [
         {"remat": "attention"},
+        {"remat": "mlp"},
         {"remat": "full"},
         {"remat": "attention", "offload_activations": True},
         {"remat": "full", "offload_activations": True, "mlp_chunk": 5},
@@ -208,6 +210,19 @@ def test_remat_policies_keep_and_recompute_what_they_say():
     hops = {r: _count_ppermutes(dataclasses.replace(CONFIG, remat=r), cp) for r in REMATS}
     # "attention" keeps the ring's results, so that only "full" sends keys and values round again.
     assert hops["attention"] == hops["none"] < hops["full"]
+
+    # Products by layer beside those of "none": of q, k, v and the output; of gate and up.
+    products = {r: _count_products(dataclasses.replace(CONFIG, remat=r)) for r in REMATS}
+    more = {r: count - products["none"] for r, count in products.items()}
+    assert more["mlp"] == 0
+    assert more["projections"] == 2
+    assert more["attention"] == 6
+    assert more["full"] > 6
+
+
+def _count_products(config):
+    grad = jax.jit(jax.grad(functools.partial(squares, config)))
+    return grad.lower(abstract_model(config)[1]).as_text().count("stablehlo.dot_general")
 
 
 def _count_ppermutes(config, cp):

@@ -117,10 +117,19 @@ def exposed(what, seconds, waits):
     ],
 )
 def test_what_is_exposed_or_does_not_fit_is_met_with_advice(moved, temp, words):
-    (line,) = audit.advice(an_audit(moved, temp))
+    (line,) = audit.advice(an_audit(moved, temp), {})
     assert words in line
 
 
+def test_flags_that_are_set_are_not_asked_for():
+    found = an_audit([exposed("ring", 0.2, 0.2)])
+    (line,) = audit.advice(found, audit.chosen_flags(found.cluster, []))
+    assert "cp_inner larger" in line
+    first, *_ = flags = audit.chosen_flags(found.cluster, [])
+    (line,) = audit.advice(found, flags | {first: "false"})
+    assert "set the flags" in line
+
+
 def test_where_all_is_well_it_says_so():
-    (line,) = audit.advice(an_audit([exposed("heads", 0.2, 0.001)]))
+    (line,) = audit.advice(an_audit([exposed("heads", 0.2, 0.001)]), {})
     assert line.startswith("Everything fits")

@@ -4,13 +4,14 @@ import itertools
 import math
 import re
 from collections import Counter
+from typing import get_args
 
 import pytest
 
 import hcp_jax as hcp
 from hcp_jax.cost.models import model_shape
 from hcp_jax.cost.split import Split
-from hcp_jax.cost.traffic import COMM_TYPES
+from hcp_jax.cost.traffic import COMM_TYPES, Remat
 from hcp_jax.planner import search
 from hcp_jax.planner.explain import describe_strategy
 
@@ -45,7 +46,7 @@ def possible(model, gpus, length):
             exchange = inner if "a2a" in comm_type else 1
             if model.num_heads // tp % exchange:
                 continue
-            choices = itertools.product(("none", "attention", "full"), (True, False), eps, (1, 2))
+            choices = itertools.product(get_args(Remat), (True, False), eps, (1, 2))
             for remat, fsdp, ep, v in choices:
                 if (fsdp or dp * outer * inner > 1) and _has_stages(model, pp, v, tp):
                     yield Split(dp, tp, outer, inner, comm_type, remat, fsdp, ep, pp, v)

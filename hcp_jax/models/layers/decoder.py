@@ -6,6 +6,7 @@ To add a mixer, write its spec in `specs.py`, its module beside this file, and l
 from typing import Any
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from hcp_jax.models import rules
@@ -20,6 +21,9 @@ from hcp_jax.models.layers.norm import make_norm
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
 from hcp_jax.models.specs import AttentionSpec, LayerSpec, MLPSpec, MoESpec, Norms
 from hcp_jax.parallel.context import ContextParallel
+
+MIXED = "hcp_mixed"
+"""Name of a layer's activations between its mixer and its feed-forward, for remat policies."""
 
 MIXERS: dict[type, Any] = {
     AttentionSpec: Attention,
@@ -76,6 +80,7 @@ class DecoderLayer(nnx.Module):
         mixer, ffn = (getattr(self, name) for name in self.names)
         before, after, before_ffn, after_ffn = _NORM_NAMES[self.spec.norms]
         x = x + self._norm(after, mixer(self._norm(before, x), shared, cp))
+        x = checkpoint_name(x, MIXED)
         out, sums = ffn.treat(self._norm(before_ffn, x), real, cp)
         return x + self._norm(after_ffn, out), sums
 

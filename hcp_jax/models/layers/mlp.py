@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -23,6 +24,9 @@ from hcp_jax.models.rules import Rules, bias, find, matrix
 from hcp_jax.models.specs import Activation, MLPSpec
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
+
+PRODUCTS = ("hcp_gate", "hcp_up")
+"""Names of the outputs of the first two products, for remat policies."""
 
 
 def _clamped_silu(gate: Array, up: Array) -> Array:
@@ -85,8 +89,9 @@ class MLP(nnx.Module):
         return self(x, cp), None
 
     def _at_once(self, x: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
-        gated = GATED[self.spec.activation]
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = (checkpoint_name(y, n) for y, n in zip((gate, up), PRODUCTS, strict=True))
+        return self.down_proj(GATED[self.spec.activation](gate, up))
 
 
 def _cut(name: str, kind: str, ndim: int, tp: tuple[str, ...]) -> PartitionSpec:
