@@ -213,7 +213,7 @@ def _biases(bias: Float[Array, "E F"], sizes: Int32[Array, "E"], rows: int) -> F
 
     A dense product with 0 and 1, because the gradient of a gather adds rows in no fixed order.
     """
-    end = jnp.cumsum(sizes)
+    end = jnp.cumsum(sizes)[None]
     row = jnp.arange(rows)[:, None]
-    own = (row < end) & (row >= end - sizes)
+    own = (row < end) & (row >= end - sizes[None])
     return jnp.dot(own.astype(bias.dtype), bias, precision=jax.lax.Precision.HIGHEST)
