@@ -141,7 +141,7 @@ def test_checkpoints_hold_the_layers_in_a_row_whatever_the_stages(tmp_path):
     model = dataclasses.replace(MODEL, num_layers=7)
 
     def form(**parallel):
-        config = make_config({"comm_type": "p2p", **parallel}, model)
+        config = make_config({"comm_type": "p2p", **parallel}, model, batch_size=8)
         return StateForm(config, config.parallel.context_parallel())
 
     two, four, one = form(pp=2, cp_outer=4), form(pp=4, cp_outer=2), form(cp_outer=8)
