@@ -264,7 +264,7 @@ def _with_devices(carry: Carry) -> Carry:
 def _split(carry: Carry) -> tuple[dict[str, Any], Carry]:
     """Return the sums that are scalars, by name, and the others."""
     scalars = {"loss": carry.loss, "weight": carry.weight, "means": carry.means}
-    return scalars, carry._replace(**dict.fromkeys(scalars))
+    return scalars, carry._replace(loss=None, weight=None, means={})
 
 
 def chunk_of(layers: Any, number: Any) -> Any:

@@ -121,8 +121,13 @@ class Menu:
         """Return the sums of a step, which its update would divide; not with `one_program`."""
         sums = self.zeros()
         for microbatch in microbatches:
-            sums = self._run(microbatch, params, sums)
+            sums = self.add(params, sums, microbatch)
         return sums
+
+    def add(self, params: Any, sums: Sums, microbatch: PlacedMicrobatch) -> Sums:
+        """Return the sums with those of a microbatch added; the given sums are donated."""
+        added: Sums = self._run(microbatch, params, sums)
+        return added
 
     def _tracked(self, console: rich.console.Console) -> Iterable[Any]:
         """Return the keys; iterating over them shows progress."""

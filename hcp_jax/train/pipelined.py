@@ -68,6 +68,10 @@ class PipelineMenu(Menu):
         self.update = make_update(self._config, pipeline, abstract, like).compile()
         return self._most(abstract, most)
 
+    def add(self, params: Any, sums: Any, microbatch: PlacedMicrobatch) -> Any:
+        """Refuse: microbatches pass the stages together."""
+        raise NotImplementedError("a pipeline sums the microbatches of a step together: call sums.")
+
     def sums(self, params: Any, microbatches: Sequence[PlacedMicrobatch]) -> Any:
         """Return the sums of a step of each device, which its update reduces and divides.
 
