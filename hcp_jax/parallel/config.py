@@ -29,7 +29,6 @@ _DYNAMIC_WORDS = (
     "max_seqlen_per_dp_cp_rank",
     "min_dynamic_context_parallel_size",
 )
-_PIPELINE_WORDS = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +60,13 @@ class ParallelConfig:
         max_seqlen_per_dp_cp_rank: Megatron's word for dynamic.max_tokens_per_device.
         min_dynamic_context_parallel_size: Megatron's word for dynamic.min_cp_size.
         hybrid_context_parallel: Megatron's older word for dynamic CP; refused, with what to write.
-        pp: stages of a pipeline; only 1, because runs do not train in pipelines yet.
-        virtual_stages: chunks of layers on each stage; only 1.
+        pp: stages of a pipeline; each has dp * tp * cp_outer * cp_inner devices.
+        virtual_stages: chunks of consecutive layers on each stage; more than 1 only with pp > 1.
         pipeline_model_parallel_size: Megatron's word for pp.
         virtual_pipeline_model_parallel_size: Megatron's word for virtual_stages.
 
     Raises:
         ValueError: for unknown or contradicting values.
-        NotImplementedError: for several stages.
     """
 
     dp: int = field(default=1, metadata=free(least=1, most=MOST))
@@ -106,22 +104,33 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check(self, "parallel.")
-        self._refuse_pipelines()
+        self._take_words_of_pipelines()
         self._take_words_of_dynamic_cp()
         for one in (*_listed(self.comm_type), *_listed(self.cp_comm_type or ())):
             require_known("comm_type", one, COMM_TYPES)
         require_known("layout", self.layout, LAYOUTS)
 
-    def _refuse_pipelines(self) -> None:
-        for word in ("pp", "virtual_stages", *_PIPELINE_WORDS):
-            if getattr(self, word) not in (None, 1):
-                raise NotImplementedError(
-                    f"parallel.{word} is {getattr(self, word)}, but hcp's own commands do not run "
-                    "pipelines yet; hcp_jax.pipeline.ticks.Pipeline computes loss and gradients of "
-                    "one (docs/pipeline.md). Use 1, with tp, fsdp or more context parallelism."
-                )
-        for word in _PIPELINE_WORDS:
+    def _take_words_of_pipelines(self) -> None:
+        """Write Megatron's words for stages into `pp` and `virtual_stages`, and forget them."""
+        for own, word in (
+            ("pp", "pipeline_model_parallel_size"),
+            ("virtual_stages", "virtual_pipeline_model_parallel_size"),
+        ):
+            given, value = getattr(self, word), getattr(self, own)
             object.__setattr__(self, word, None)
+            if given is None:
+                continue
+            if value not in (1, given):
+                raise ValueError(
+                    f"{own}={value} is given together with Megatron's {word}={given}; use one of "
+                    "the two."
+                )
+            object.__setattr__(self, own, given)
+        if self.virtual_stages > 1 and self.pp == 1:
+            raise ValueError(
+                f"virtual_stages={self.virtual_stages} cuts the layers of each stage of a "
+                "pipeline, but pp is 1: give pp the number of stages, or leave virtual_stages out."
+            )
 
     def _take_words_of_dynamic_cp(self) -> None:
         """Write Megatron's words for dynamic CP into `dynamic`, and forget them."""
@@ -200,6 +209,11 @@ class ParallelConfig:
     @property
     def num_devices(self) -> int:
         """The number of devices of the mesh."""
+        return self.pp * self.devices_per_stage
+
+    @property
+    def devices_per_stage(self) -> int:
+        """The number of devices of one stage; of the mesh without a pipeline."""
         r = self.resolve()
         return r.dp * r.tp * r.cp_outer * r.cp_inner
 
@@ -266,7 +280,7 @@ class ParallelConfig:
                 f"comm_type lists {len(comm_type)} layers, but the model has {num_layers}; "
                 "give one comm type, or one per layer."
             )
-        mesh = make_mesh(r.dp, r.tp, r.cp_outer, r.cp_inner, devices=devices)
+        mesh = make_mesh(r.dp, r.tp, r.cp_outer, r.cp_inner, pp=r.pp, devices=devices)
         return ContextParallel(
             mesh, comm_type=comm_type, layout=r.layout, head_groups=r.head_groups, ep=r.ep
         )

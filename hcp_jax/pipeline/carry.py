@@ -22,6 +22,7 @@ class Carry(NamedTuple):
         grads: sums of gradients of each device, like the stages' parameters behind a dim of devices
             [dp · C]; those that stages share have a dim of stages besides, [dp · C, pp].
         loss: sums of the loss of each device, [dp · C, pp]; zero but on the last stage.
+        weight: sums of the weights of each device, likewise.
         means: sums of the means of each device by name, likewise (`loss_terms.mean_names`).
         kept: inputs of chunks until their backward pass, [pp, slots, B, T, D].
         arriving: what the previous stages have computed, [pp, B, T, D].
@@ -30,10 +31,25 @@ class Carry(NamedTuple):
 
     grads: Any
     loss: Any
+    weight: Any
     means: dict[str, Mean]
     kept: Any
     arriving: Any
     leaving: Any
+
+
+class StepSums(NamedTuple):
+    """Sums over the microbatches of a step, of each device as in `Carry`, or over all devices."""
+
+    grads: Any
+    loss: Any
+    weight: Any
+    means: dict[str, Mean]
+
+    @classmethod
+    def of(cls, carry: Carry) -> "StepSums":
+        """Return those of a carry, or of its specs."""
+        return cls(carry.grads, carry.loss, carry.weight, carry.means)
 
 
 def zeros(
@@ -59,6 +75,7 @@ def zeros(
 
     return Carry(
         {name: jax.tree.map(lambda x, n=name: sums(n, x), tree) for name, tree in staged.items()},
+        scalar(),
         scalar(),
         {name: Mean(scalar(), scalar()) for name in mean_names(model)},
         jnp.zeros((pp, slots, *activations), dtype),
@@ -88,6 +105,7 @@ def shardings(
 
     specs = Carry(
         {name: jax.tree.map(lambda x, n=name: sums(n, x.spec), p) for name, p in params.items()},
+        scalar,
         scalar,
         {name: Mean(scalar, scalar) for name in mean_names(model)},
         PartitionSpec(axis, None, *tokens),

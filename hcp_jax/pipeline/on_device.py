@@ -91,7 +91,7 @@ class OnDevice:
             slot = f[mine, SLOT]
             kept = jnp.where(f[mine, LIVE], x, carry.kept[slot])
             carry = carry._replace(kept=carry.kept.at[slot].set(kept))
-            chunk = _chunk(params["layers"], f[mine, CHUNK])
+            chunk = chunk_of(params["layers"], f[mine, CHUNK])
             y, sums = self._apply(chunk, x, self._own(tick.feed.forward))
             carry = carry._replace(arriving=self._send(y, 1))
             if sums is not None:
@@ -101,15 +101,20 @@ class OnDevice:
             live = f[last, LIVE] * (f[last, CHUNK] == self.stages.virtual_stages - 1)
             given = jax.tree.map(lambda x: x[last], tick.feed.forward)
             of_head, dy, loss, means = self._head(params, y, tick.ends, given, live)
-            loss, means = _times((loss, means), mine == last)
-            carry = carry._replace(loss=carry.loss + loss, means=_add(carry.means, means))
+            weight = live * jnp.sum(tick.ends["weights"])
+            loss, weight, means = _times((loss, weight, means), mine == last)
+            carry = carry._replace(
+                loss=carry.loss + loss,
+                weight=carry.weight + weight,
+                means=_add(carry.means, means),
+            )
             grads = _add(grads, of_head)
         if backward:
             to_last = (mine == last) & (b[mine, CHUNK] == self.stages.virtual_stages - 1)
             dy = jnp.where(to_last, dy, returned)
             dy = jnp.where(b[mine, LIVE], dy, 0)
             given = self._own(tick.feed.backward)
-            chunk, kept = _chunk(params["layers"], b[mine, CHUNK]), carry.kept[b[mine, SLOT]]
+            chunk, kept = chunk_of(params["layers"], b[mine, CHUNK]), carry.kept[b[mine, SLOT]]
             added = b[mine, LIVE].astype(jnp.float32)
             apply = functools.partial(self._apply_with_loss, given=given)
             dlayers, dx = jax.vjp(apply, chunk, kept)[1]((dy, added))
@@ -245,18 +250,24 @@ class OnDevice:
 
 def _without_devices(carry: Carry) -> Carry:
     """Return a carry without the dims that count devices, of which each has one."""
-    scalars = jax.tree.map(lambda x: x[0, 0], (carry.loss, carry.means))
-    rest: Carry = jax.tree.map(lambda x: x[0], carry._replace(loss=None, means={}))
-    return rest._replace(loss=scalars[0], means=scalars[1])
+    scalars, rest = _split(carry)
+    alone: Carry = jax.tree.map(lambda x: x[0], rest)
+    return alone._replace(**jax.tree.map(lambda x: x[0, 0], scalars))
 
 
 def _with_devices(carry: Carry) -> Carry:
-    scalars = jax.tree.map(lambda x: x[None, None], (carry.loss, carry.means))
-    rest: Carry = jax.tree.map(lambda x: x[None], carry._replace(loss=None, means={}))
-    return rest._replace(loss=scalars[0], means=scalars[1])
+    scalars, rest = _split(carry)
+    together: Carry = jax.tree.map(lambda x: x[None], rest)
+    return together._replace(**jax.tree.map(lambda x: x[None, None], scalars))
 
 
-def _chunk(layers: Any, number: Any) -> Any:
+def _split(carry: Carry) -> tuple[dict[str, Any], Carry]:
+    """Return the sums that are scalars, by name, and the others."""
+    scalars = {"loss": carry.loss, "weight": carry.weight, "means": carry.means}
+    return scalars, carry._replace(loss=None, weight=None, means={})
+
+
+def chunk_of(layers: Any, number: Any) -> Any:
     """Return the parameters of one chunk of this stage."""
 
     def one(x: Any) -> Any:

@@ -5,7 +5,7 @@ from hcp_jax.parallel.context import ContextParallel
 
 
 def require_supported(model: ModelConfig, cp: ContextParallel, axis: str) -> None:
-    """Check that a pipeline computes this model on this mesh, whatever its stages.
+    """Check that a pipeline computes a model on a mesh, whatever its stages.
 
     Args:
         model: the model.
@@ -27,19 +27,36 @@ def require_supported(model: ModelConfig, cp: ContextParallel, axis: str) -> Non
         raise ValueError(
             f"the mesh axis {axis!r} has a role in cp; stages need an axis of their own."
         )
-    if model.offload_activations:
-        raise NotImplementedError(
-            "offload_activations is not supported in a pipeline: stages keep little besides the "
-            "inputs of their chunks. Use remat='full', or more stages."
-        )
+    require_supported_model(model)
     tp = cp.axis_size(cp.tp)
     sizes = [size for stack in model.plan.stacks for size in stack.spec.tp_sizes.items()]
     for name, size in sizes:
         if size % tp:
             raise ValueError(f"tp={tp} cannot cut {name}={size}; use a tp that divides it.")
-    both = tp * mesh.shape[axis]
-    if tp > 1 and model.vocab_size % both:
+    require_vocabulary(model, mesh.shape[axis], tp)
+
+
+def require_vocabulary(model: ModelConfig, pp: int, tp: int) -> None:
+    """Check that stages and tp together can cut the vocabulary.
+
+    Raises:
+        ValueError: if they cannot; says which size they can.
+    """
+    if tp > 1 and model.vocab_size % (pp * tp):
         raise ValueError(
-            f"{axis} x tp = {both} cannot cut vocab_size={model.vocab_size}: the vocabulary is cut "
-            f"over both. Round vocab_size up to {-(-model.vocab_size // both) * both}."
+            f"pp x tp = {pp * tp} cannot cut vocab_size={model.vocab_size}: the vocabulary is cut "
+            f"over both. Round vocab_size up to {-(-model.vocab_size // (pp * tp)) * pp * tp}."
+        )
+
+
+def require_supported_model(model: ModelConfig) -> None:
+    """Check that a pipeline computes a model, on whatever mesh.
+
+    Raises:
+        NotImplementedError: for what is not supported; the error says what.
+    """
+    if model.offload_activations:
+        raise NotImplementedError(
+            "offload_activations is not supported in a pipeline: stages keep little besides the "
+            "inputs of their chunks. Use remat='full', or more stages."
         )

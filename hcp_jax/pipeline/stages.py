@@ -14,6 +14,7 @@ Parameters of stages are a tree like the model's own, except that the dim of lay
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -121,9 +122,22 @@ class Stages:
             ValueError: if there are comm types for another number of layers.
             NotImplementedError: if the comm types of two chunks differ.
         """
-        if isinstance(cp.comm_type, str):
-            return cp
-        given, width = cp.comm_type, len(self.model.plan.stacks)
+        one = self.chunk_comm_types(cp.comm_type)
+        return cp if isinstance(one, str) else dataclasses.replace(cp, comm_type=one)
+
+    def chunk_comm_types(self, given: str | Sequence[str]) -> str | tuple[str, ...]:
+        """Return the comm types of the layers of a chunk; see `chunk_context`.
+
+        Args:
+            given: one comm type, or one for each layer of the model.
+
+        Raises:
+            ValueError: as `chunk_context`.
+            NotImplementedError: as `chunk_context`.
+        """
+        if isinstance(given, str):
+            return given
+        width = len(self.model.plan.stacks)
         if len(given) != self.model.num_layers:
             raise ValueError(
                 f"comm_type names {len(given)} layers, but the model has {self.model.num_layers}; "
@@ -136,7 +150,7 @@ class Stages:
                 f"all chunks of a pipeline run one program, so comm_type must repeat every "
                 f"{layers} layers, those of one chunk; got {given}."
             )
-        return dataclasses.replace(cp, comm_type=one)
+        return one
 
     def own_layers(self, stack: int) -> int:
         """Number of layers of a stack that are the model's own, not of zeros."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -28,7 +29,7 @@ from hcp_jax.models.loss_terms import Mean
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.pipeline.carry import SHARED, Carry, shardings, specs_over, zeros
+from hcp_jax.pipeline.carry import SHARED, Carry, StepSums, shardings, specs_over, zeros
 from hcp_jax.pipeline.feed import Feed, check_alike, end_arrays, given_specs, stacked, work_numbers
 from hcp_jax.pipeline.meshes import on_mesh, with_auto_axes
 from hcp_jax.pipeline.on_device import OnDevice, Tick
@@ -149,13 +150,46 @@ class Pipeline:
         return self._outside(found)
 
     def _step(self, params: Any, batches: Sequence[Any]) -> Any:
+        found = self._end(self.unreduced(params, batches))
+        return found.grads, found.loss, found.means
+
+    def unreduced(self, params: Any, batches: Sequence[Any]) -> StepSums:
+        """Return the sums of each device over microbatches; `reduced` adds them up.
+
+        Args:
+            params: as for `sums`, on a mesh whose axes are Auto.
+            batches: as for `sums`, which checks them; compiled programs do so, too.
+        """
         ticks = make_schedule(len(batches), self.stages.num_stages, self.stages.virtual_stages)
         carry = self._begin(*batches[0]["tokens"].shape)
         for tick in ticks.ticks:
             program = self._tick(any(tick.forward), any(tick.backward))
             rows = [[batches[0 if w is None else w.microbatch] for w in row] for row in tick]
             carry = program(params, carry, *map(work_numbers, tick), *rows)
-        return self._end(carry.grads, carry.loss, carry.means)
+        return StepSums.of(carry)
+
+    def compile(self, params: Any, batch: Any) -> tuple[StepSums, int]:
+        """Compile the programs of `unreduced`; from then on, nothing else is compiled or accepted.
+
+        Args:
+            params: shapes, dtypes and shardings of the parameters of the stages.
+            batch: a microbatch, on the devices; all must have its shapes.
+
+        Returns:
+            Shapes, dtypes and shardings of the results of `unreduced`; and the bytes per device
+            that the largest program needs, arguments included.
+        """
+        shape, pp = batch["tokens"].shape, self.stages.num_stages
+        begin, carry = self._begin.lower(*shape).compile(), self._abstract_carry(shape)
+        self.__dict__["_begin"] = lambda *_: begin()
+        work, rows = np.zeros((pp, 3), np.int32), [batch] * pp
+        most = 0
+        for key in ((True, False), (True, True), (False, True)):
+            program = self._tick(*key).lower(params, carry, work, work, rows, rows).compile()
+            self._programs[key] = program
+            memory = program.memory_analysis()
+            most = max(most, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+        return StepSums.of(carry), int(most)
 
     def _outside(self, tree: Any) -> Any:
         """Return arrays on the mesh of the caller, whose axes may be Explicit."""
@@ -167,19 +201,18 @@ class Pipeline:
         Args:
             batch: shapes and shardings of a microbatch, as for `sums`.
         """
-
-        def like(shapes: Any, shardings: Any) -> Any:
-            return jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-            )
-
         pp = self.stages.num_stages
-        params = like(jax.eval_shape(self._cut, self._shapes), self._shardings)
-        begin = functools.partial(self._begin, *batch["tokens"].shape)
-        carry = like(jax.eval_shape(begin), self._carry_shardings)
+        params = _like(jax.eval_shape(self._cut, self._shapes), self._shardings)
+        carry = self._abstract_carry(batch["tokens"].shape)
         whole = NamedSharding(self.cp.mesh, PartitionSpec())
         work = jax.ShapeDtypeStruct((pp, 3), jnp.int32, sharding=whole)
         return self._tick(True, True), (params, carry, work, work, [batch] * pp, [batch] * pp)
+
+    def _abstract_carry(self, shape: tuple[int, ...]) -> Carry:
+        """Return shapes, dtypes and shardings of a carry, for microbatches of a shape."""
+        shapes = jax.eval_shape(functools.partial(self._begin, *shape))
+        carry: Carry = _like(shapes, self._carry_shardings)
+        return carry
 
     @functools.cached_property
     def _num_slots(self) -> int:
@@ -198,13 +231,16 @@ class Pipeline:
 
         return jax.jit(begin, static_argnums=(0, 1), out_shardings=self._carry_shardings)
 
-    @functools.cached_property
-    def _end(self) -> Any:
-        """The program `(sums of each device, losses, means) -> (gradients, loss, means)`."""
-        specs = specs_over(self._manual, self._carry_shardings)
+    def reduced(self, sums: StepSums) -> StepSums:
+        """Return the sums over all devices, gradients like the parameters; to be traced.
 
-        def reduce(grads: Any, *scalars: Any) -> Any:
-            grads, scalars = jax.tree.map(lambda x: x[0], (grads, scalars))
+        Args:
+            sums: from `unreduced`.
+        """
+        specs = StepSums.of(specs_over(self._manual, self._carry_shardings))
+
+        def reduce(sums: StepSums) -> Any:
+            grads, *scalars = jax.tree.map(lambda x: x[0], sums)
             if self._flat:
                 grads, scalars = jax.lax.psum((grads, scalars), self._flat)
             shared = {name: grads[name] for name in SHARED if name in grads}
@@ -212,16 +248,18 @@ class Pipeline:
             shared, scalars = jax.lax.psum((shared, scalars), self.axis)
             return grads | shared, *scalars
 
-        out_specs = self._param_specs, PartitionSpec(), PartitionSpec()
-        mapped = self._map(reduce, (specs.grads, specs.loss, specs.means), out_specs)
+        whole = (PartitionSpec(),) * 3
+        mapped = self._map(reduce, (specs,), (self._param_specs, *whole))
+        grads, loss, weight, means = mapped(sums)
+        return StepSums(without_empty(self.stages, grads), loss, weight, means)
+
+    @functools.cached_property
+    def _end(self) -> Any:
+        """The program of `reduced`."""
         whole = NamedSharding(self.cp.mesh, PartitionSpec())
-
-        def end(grads: Any, loss: Any, means: Any) -> Any:
-            grads, *scalars = mapped(grads, loss, means)
-            return without_empty(self.stages, grads), *scalars
-
-        out = self._shardings, whole, jax.tree.map(lambda _: whole, self._carry_shardings.means)
-        return jax.jit(end, donate_argnums=(0, 1, 2), out_shardings=out)
+        means = jax.tree.map(lambda _: whole, self._carry_shardings.means)
+        out = StepSums(self._shardings, whole, whole, means)
+        return jax.jit(self.reduced, donate_argnums=0, out_shardings=out)
 
     def _tick(self, forward: bool, backward: bool) -> Any:
         """Return the program `(params, carry, work forward, backward, batches …) -> carry`."""
@@ -260,3 +298,10 @@ class Pipeline:
     def _param_specs(self) -> Any:
         """Specs of the parameters over the Manual axes."""
         return specs_over(self._manual, self._shardings)
+
+
+def _like(shapes: Any, shardings: Any) -> Any:
+    """Return shapes with shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )

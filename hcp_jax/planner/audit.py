@@ -37,7 +37,13 @@ def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
 
     Raises:
         ValueError: if mesh and cluster differ in their number of devices.
+        NotImplementedError: for a pipeline.
     """
+    if config.parallel.pp > 1:
+        raise NotImplementedError(
+            f"parallel.pp is {config.parallel.pp}, but a pipeline is not compiled for a cluster "
+            "yet: use --parallel.pp 1."
+        )
     needed = config.parallel.num_devices
     if needed != cluster.size:
         raise ValueError(

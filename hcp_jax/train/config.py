@@ -61,7 +61,8 @@ class TrainConfig:
         batch_size: streams per optimizer step, over all of dp and all of `accumulation`; with
             `parallel.dynamic`, a step has up to batch_size * seq_len tokens.
         seq_len: tokens per stream; no document, or segment of one, is longer.
-        accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own.
+        accumulation: microbatches per optimizer step; `parallel.dynamic` makes its own. In a
+            pipeline, use several per stage.
         seed: seed of the initial parameters and of the order of the documents.
         run_dir: the folder in which run folders are made.
         made_for: the GPUs that the config was made for, such as "8 x 8 H200" (`hcp plan --write`
@@ -80,6 +81,7 @@ class TrainConfig:
 
     Raises:
         ValueError: if values do not fit together.
+        NotImplementedError: for what pipelines do not support.
     """
 
     name: str = field(default="run", metadata=free())
@@ -103,6 +105,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self)
         self.parallel.check_model(self.model)
+        if self.parallel.pp > 1:
+            self._check_pipeline()
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}.")
         if self.parallel.dynamic.enabled:
@@ -132,7 +136,24 @@ class TrainConfig:
                 f"data.packing={self.data.packing!r} does not go with parallel.dynamic, which "
                 "keeps documents whole; leave it out."
             )
-        parallel.dynamic.check_sizes(parallel.num_devices // parallel.tp)
+        parallel.dynamic.check_sizes(parallel.devices_per_stage // parallel.tp)
+
+    def _check_pipeline(self) -> None:
+        # Here, because they import jax, which configs without a pipeline do not need.
+        from hcp_jax.pipeline.refusals import require_supported_model, require_vocabulary
+        from hcp_jax.pipeline.stages import Stages
+
+        parallel = self.parallel.resolve()
+        require_supported_model(self.model)
+        require_vocabulary(self.model, parallel.pp, parallel.tp)
+        stages = Stages(self.model, parallel.pp, parallel.virtual_stages)
+        stages.chunk_comm_types(parallel.comm_type)
+        if self.optimizer.offload:
+            raise NotImplementedError(
+                "optimizer.offload is not supported in a pipeline: moments are rearranged when "
+                "they are saved. Set it to false; fsdp, moments_dtype bfloat16 and more stages "
+                "make them smaller."
+            )
 
     @property
     def tokens_per_step(self) -> int:

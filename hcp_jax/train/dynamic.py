@@ -27,6 +27,7 @@ from hcp_jax.attention.strategy import microbatch_lanes
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.dynamic.calibrate import read_cost
 from hcp_jax.dynamic.cost import Cost, model_cost
+from hcp_jax.dynamic.pipeline import order
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import host_of
@@ -39,7 +40,7 @@ from hcp_jax.train.data.corpus import Corpus
 from hcp_jax.train.data.documents import Limits, PlannedStep, PlannedSteps, check_longest
 from hcp_jax.train.data.streams import Segments
 from hcp_jax.train.evaluation import HeldOut
-from hcp_jax.train.menu import Menu
+from hcp_jax.train.pipelined import make_menu
 from hcp_jax.train.program import Program
 
 
@@ -73,7 +74,7 @@ class DynamicProgram(Program):
         _require_same_everywhere(widths)
         contexts = {width: dataclasses.replace(cp, widest_group=width) for width in widths}
         self._text = GroupedText(config, contexts, corpus)
-        menu = Menu(config, contexts, name=_name)
+        menu = make_menu(config, contexts, name=_name)
         super().__init__(config, menu, self._planned.map(self._put_step), console)
 
     def describe(self, num_params: int) -> list[str]:
@@ -140,8 +141,27 @@ class DynamicProgram(Program):
             "pairs": float(pairs),
         }
         documents = sorted({segments.document(number) for number in numbers})
-        placed = (PlacedMicrobatch(self._text.key(mb), self._text.put(mb)) for mb in planned)
+        key, planned = self._text.key, self._in_order(planned)
+        if self._config.parallel.pp > 1:
+            widest = max(map(key, planned))  # one program serves all microbatches of a tick
+            placed = [PlacedMicrobatch(widest, self._text.put(mb, widest)) for mb in planned]
+        else:
+            placed = [PlacedMicrobatch(key(mb), self._text.put(mb)) for mb in planned]
         return PlacedStep(tuple(placed), tuple(documents), facts)
+
+    def _in_order(self, planned: PlannedStep) -> PlannedStep:
+        """Return the microbatches in an order in which stages wait little for each other."""
+        parallel, limits = self._config.parallel, self._planned.limits
+        if parallel.pp == 1:
+            return planned
+        sizes = self._text.segments.sizes
+        seconds = [
+            limits.cost.microbatch_seconds(
+                mb.grouping, [sizes[list(held)].tolist() for held in mb.documents], self._tokens
+            )
+            for mb in planned
+        ]
+        return tuple(planned[i] for i in order(seconds, parallel.pp, parallel.virtual_stages))
 
 
 class GroupedText:
@@ -169,9 +189,14 @@ class GroupedText:
         """Return the key of the narrowest program that serves a microbatch."""
         return min(width for width in self.contexts if width >= microbatch.widest)
 
-    def put(self, microbatch: Microbatch) -> Batch:
-        """Read the tokens of this process's own devices, and put them there."""
-        cp = self.contexts[self.key(microbatch)]
+    def put(self, microbatch: Microbatch, key: int | None = None) -> Batch:
+        """Read the tokens of this process's own devices, and put them there.
+
+        Args:
+            microbatch: its groups and their documents.
+            key: the key of its program; None for the narrowest that serves it.
+        """
+        cp = self.contexts[self.key(microbatch) if key is None else key]
         devices = own_devices(cp)
         packed = pack(microbatch, self.segments.sizes, self._tokens, devices=devices)
         refs = np.zeros(packed.document.shape, np.int64)

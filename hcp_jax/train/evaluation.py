@@ -24,7 +24,7 @@ import abc
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -240,14 +240,18 @@ class Evaluator:
     """
 
     def __init__(self, model: ModelConfig, text: HeldOut, *, seq_len: int):
-        self._text = text
+        self._model, self._text = model, text
         self.borders = borders(seq_len)
         self._programs: dict[Any, Any] = {
-            key: make_sums_by_position(model, self.borders, cp) for key, cp in text.contexts.items()
+            key: self._program(cp) for key, cp in text.contexts.items()
         }
 
     def __str__(self) -> str:
         return str(self._text)
+
+    def _program(self, cp: ContextParallel) -> Any:
+        """Return the program of the microbatches of a context, not compiled yet."""
+        return make_sums_by_position(self._model, self.borders, cp)
 
     def compile(self, params: Any) -> int:
         """Compile the programs; return the bytes per device that the largest needs.
@@ -275,11 +279,11 @@ class Evaluator:
             stops: called before each batch; returns whether to stop, the same in all processes.
         """
         began = time.perf_counter()
-        found = []
-        for number in range(len(self._text)):
+        found, each = [], self._each(params)
+        for _ in range(len(self._text)):
             if stops():
                 return None
-            found.append(self._sums(number, params))
+            found.append(next(each))
         sums, counts = (np.concatenate(x) for x in zip(*found, strict=True))
         return Evaluation(
             step,
@@ -289,13 +293,20 @@ class Evaluator:
             time.perf_counter() - began,
         )
 
+    def _each(self, params: Any) -> Iterator[list[Float64[np.ndarray, "S n"]]]:
+        """Yield `_sums` of every microbatch, in any order."""
+        return (self._sums(number, params) for number in range(len(self._text)))
+
     def _sums(self, number: int, params: Any) -> list[Float64[np.ndarray, "S n"]]:
         """Return the sums of losses and of weights of each stream of a microbatch, by bin."""
         text = self._text
-        pair = np.asarray(self._programs[text.key(number)](params, text.put(number)), np.float64)
-        streams = text.streams(number)
+        return self._of_streams(number, self._programs[text.key(number)](params, text.put(number)))
+
+    def _of_streams(self, number: int, pair: Any) -> list[Float64[np.ndarray, "S n"]]:
+        """Return what a program has computed of a microbatch, summed over each stream's devices."""
+        streams = self._text.streams(number)
         found = []
-        for of_devices in pair:
+        for of_devices in np.asarray(pair, np.float64):
             # Streams lie on neighbouring devices, in ascending order.
             flat = of_devices.reshape(len(streams), -1)
             found.append(np.add.reduceat(flat, np.unique(streams, return_index=True)[1]))

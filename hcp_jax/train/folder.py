@@ -100,7 +100,7 @@ class RunFolder:
 
     def save(self, done: int, state: TrainState, program: Program) -> None:
         """Begin to write a checkpoint after `done` steps."""
-        self._checkpoints.save(done, state, program.data_state())
+        self._checkpoints.save(done, program.form.give(state), program.data_state())
 
     def finish_saving(self) -> None:
         """Wait for the last checkpoint; raise the error if it could not be written."""

@@ -65,8 +65,9 @@ def state_bytes(config: TrainConfig, simulated: int) -> int:
     parallel = config.parallel.resolve()
     moments = 8 if config.optimizer.moments_dtype == "float32" else 4
     per_copy = ModelShape.from_config(config.model).params * (4 + moments + 4)
-    # With fsdp there is one copy, cut over all devices; else one per tp group, cut over tp.
-    copies = simulated / config.parallel.num_devices if parallel.fsdp else simulated / parallel.tp
+    # With fsdp there is one copy, cut over all devices; else one per group of tp and pp.
+    each = config.parallel.num_devices if parallel.fsdp else parallel.tp * parallel.pp
+    copies = simulated / each
     return round(per_copy * copies)
 
 

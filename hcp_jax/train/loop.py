@@ -6,7 +6,6 @@ ends it after the current step, with a checkpoint.
 """
 
 import contextlib
-import math
 import pathlib
 import time
 from collections.abc import Collection
@@ -32,11 +31,12 @@ from hcp_jax.train.hosts.signals import Signals
 from hcp_jax.train.hosts.watchdog import Peers
 from hcp_jax.train.metrics.meter import Meter
 from hcp_jax.train.metrics.profile import Profiler, ProfileSteps, check_profile
-from hcp_jax.train.optimizer import fitted_warmup, make_optimizer
+from hcp_jax.train.optimizer import fitted_warmup
+from hcp_jax.train.pipelined import describe_stages, make_evaluator
 from hcp_jax.train.program import FixedProgram, Program
 from hcp_jax.train.remat_choice import memory_by_kind, with_remat
 from hcp_jax.train.resuming import Resumption
-from hcp_jax.train.step import TrainState, abstract_state
+from hcp_jax.train.step import TrainState
 from hcp_jax.train.steps import Outcome, Steps
 
 
@@ -78,29 +78,26 @@ def train(
     cp = config.parallel.context_parallel(config.model.num_layers)
     # The run folder keeps "auto": a resumed run may be on other GPUs.
     computed, chosen = with_remat(config, cp, memory_by_kind(cp.device_kind))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    abstract = abstract_state(config.model, optimizer, cp, fsdp=config.parallel.fsdp)
     if resume is None and config.init_from is not None:
         _print(console, weights.check(config.model, config.init_from, config.seq_len))
     kind = DynamicProgram if config.parallel.dynamic.enabled else FixedProgram
     with contextlib.closing(kind(computed, cp, corpus, console)) as program, ExitStack() as held:
-        _print(console, "\n".join([_introduction(config, cp, corpus, abstract, program), *chosen]))
+        _print(console, "\n".join([_introduction(config, cp, corpus, program), *chosen]))
         state = None
         if resume is not None:
             held.enter_context(lock.held(resume))
             resumption = Resumption(config, files, frozenset(accept))
-            state = _restore(resumption, resume, abstract, program, begin, console)
+            state = _restore(resumption, resume, program, begin, console)
         evaluator = None
         if held_out is not None:
-            text = program.held_out(held_out)
-            evaluator = Evaluator(config.model, text, seq_len=config.seq_len)
+            evaluator = make_evaluator(computed, program.held_out(held_out))
         if resume is not None and state is not None and int(state.step) >= config.steps:
             return _conclude(config, resume, evaluator, state, files, begin, console)
         check_profile(profile, 0 if state is None else int(state.step), config.steps)
-        _compile(config, program, evaluator, held_out, abstract, console)
+        _compile(config, program, evaluator, held_out, console)
         path = _new_folder(config, held) if resume is None else resume
         if state is None:
-            state = weights.initial_state(config, optimizer, cp, path)
+            state = weights.initial_state(config, program.form, path)
         return _make_steps(
             config, path, program, evaluator, state, cp, files, profile, signals, console
         )
@@ -157,11 +154,11 @@ def _compile(
     program: Program,
     evaluator: Evaluator | None,
     held_out: Corpus | None,
-    abstract: TrainState,
     console: rich.console.Console,
 ) -> None:
     """Compile all that the run needs, and print how long it took and the memory it needs."""
     began = time.perf_counter()
+    abstract = program.form.trained
     size = program.compile(abstract)
     beside = 0 if evaluator is None else evaluator.compile(abstract.params)
     took = time.perf_counter() - began
@@ -176,7 +173,6 @@ def _compile(
 def _restore(
     resumption: Resumption,
     path: pathlib.Path,
-    abstract: TrainState,
     program: Program,
     begin: bool,
     console: rich.console.Console,
@@ -186,13 +182,13 @@ def _restore(
         return None
     config = resumption.config
     checkpoints = folder.open_checkpoints(config, path)
-    restored = checkpoints.restore(abstract, resumption.require)
+    restored = checkpoints.restore(program.form.stored, resumption.require)
     checkpoints.close()
     for line in resumption.describe(restored):
         _print(console, line)
     for line in resumption.restore_data(program, restored.data):
         _print(console, line)
-    return restored.state
+    return program.form.take(restored.state)
 
 
 def _conclude(
@@ -243,11 +239,10 @@ def _introduction(
     config: TrainConfig,
     cp: ContextParallel,
     corpus: Corpus,
-    abstract: TrainState,
     program: Program,
 ) -> str:
     model = config.model
-    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    num_params = program.form.num_params
     depths = f" and {model.mtp_depths} of multi-token prediction" if model.mtp_depths else ""
     return "\n".join(
         [
@@ -258,6 +253,7 @@ def _introduction(
             f"data: {corpus}",
             *_describe_warmup(config),
             *(f"  {line}" for line in corpus.report),
+            *describe_stages(config),
             *program.describe(num_params),
         ]
     )

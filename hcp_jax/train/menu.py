@@ -12,7 +12,7 @@ has to be written to memory between the sums and the update.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,13 +88,7 @@ class Menu:
             example: returns a batch for a key; all its batches have the same shapes.
             console: where progress is shown.
         """
-        keys = rich.progress.track(
-            self.contexts,
-            "compiling the menu",
-            console=console,
-            transient=True,
-            disable=len(self.contexts) == 1,
-        )
+        keys = self._tracked(console)
         if self._one_program:
             for key in keys:
                 step = self._whole_step(self.contexts[key])
@@ -104,9 +98,7 @@ class Menu:
         for key in keys:
             add = make_accumulate(self._config, self.contexts[key], abstract.params)
             self.programs[key] = add.lower(abstract.params, like, example(key)).compile()
-        # The optimizer's state is not their argument, but it is on the devices, too.
-        besides = sum(map(_bytes_per_device, jax.tree.leaves(abstract.opt_state)))
-        return max(_bytes(self.update), besides + max(map(_bytes, self.programs.values())))
+        return self._most(abstract, max(map(_bytes, self.programs.values())))
 
     def step(
         self, state: TrainState, microbatches: Sequence[PlacedMicrobatch]
@@ -137,10 +129,30 @@ class Menu:
         added: Sums = self._run(microbatch, params, sums)
         return added
 
+    def _tracked(self, console: rich.console.Console) -> Iterable[Any]:
+        """Return the keys; iterating over them shows progress."""
+        return rich.progress.track(
+            self.contexts,
+            "compiling the menu",
+            console=console,
+            transient=True,
+            disable=len(self.contexts) == 1,
+        )
+
+    def _most(self, abstract: TrainState, programs: int) -> int:
+        """Return the bytes per device that the largest of the programs and the update needs."""
+        # The optimizer's state is no argument of programs, but it is on the devices, too.
+        besides = sum(map(_bytes_per_device, jax.tree.leaves(abstract.opt_state)))
+        return max(_bytes(self.update), besides + programs)
+
     def _run(self, microbatch: PlacedMicrobatch, *args: Any) -> Any:
         key, arrays = microbatch
+        return self._call(key, lambda: self.programs[key](*args, arrays))
+
+    def _call(self, key: Any, run: Callable[[], Any]) -> Any:
+        """Run programs of a key; an error of compiled programs says why there is no such one."""
         try:
-            return self.programs[key](*args, arrays)
+            return run()
         except (KeyError, TypeError, ValueError) as error:
             cause = str(error) if key in self.programs else "it is not on the menu."
             raise RuntimeError(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -18,6 +19,7 @@ from hcp_jax.models.layers.embedding import live_axes
 from hcp_jax.models.loss_terms import Mean
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.parallel.placing import Gathered
 from hcp_jax.sequence.placed_mask import PlacedMask
 from hcp_jax.sequence.placement import Groups
 from hcp_jax.train.batch import Batch
@@ -60,6 +62,25 @@ def split_portions(batch: Batch, number: int, cp: ContextParallel | None) -> Any
         return x.reshape(rows // number, number, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
+
+
+def portion(batch: Batch, number: int, of: int) -> Batch:
+    """Return one portion of a batch on the host, as `split_portions` cuts it.
+
+    Args:
+        batch: the batch; some arrays may not be read yet.
+        number: the number of the portion.
+        of: how many portions there are; it divides the rows.
+    """
+    rows = batch["weights"].shape[0]
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, Gathered):
+            return x._replace(places=cut(x.places))
+        return x[number::of] if np.ndim(x) and x.shape[0] == rows else x
+
+    found: Any = jax.tree.map(cut, dict(batch), is_leaf=lambda x: isinstance(x, Gathered))
+    return found
 
 
 def reduced_once(

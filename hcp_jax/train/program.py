@@ -6,6 +6,7 @@ has one program, for batches that are all alike; `dynamic.py` has one for each g
 """
 
 import abc
+import functools
 from typing import Any
 
 import grain
@@ -20,7 +21,10 @@ from hcp_jax.train.data.corpus import Corpus
 from hcp_jax.train.evaluation import HeldOut, HeldOutStreams
 from hcp_jax.train.menu import Menu
 from hcp_jax.train.metrics import traffic
-from hcp_jax.train.step import TrainState
+from hcp_jax.train.pipelined import make_menu
+from hcp_jax.train.portions import portion
+from hcp_jax.train.state_form import StateForm
+from hcp_jax.train.step import TrainState, visible_pairs
 
 
 class Program(abc.ABC):
@@ -43,6 +47,11 @@ class Program(abc.ABC):
         self._config, self._console = config, console
         self.menu = menu
         self._steps = iter(prefetched(steps, config.data.prefetch))
+
+    @functools.cached_property
+    def form(self) -> StateForm:
+        """How this run holds its state, and how checkpoints store it."""
+        return StateForm(self._config, next(iter(self.menu.contexts.values())))
 
     @abc.abstractmethod
     def describe(self, num_params: int) -> list[str]:
@@ -109,6 +118,8 @@ class Program(abc.ABC):
 class FixedProgram(Program):
     """One program on one mesh, for batches of equal streams.
 
+    In a pipeline, the portions of a batch (`accumulation`) are microbatches of their own.
+
     Args:
         config: the run.
         cp: the context parallelism on the run's mesh.
@@ -136,7 +147,7 @@ class FixedProgram(Program):
             packing=config.data.packing,
             mtp_depths=config.model.mtp_depths,
         )
-        menu = Menu(config, {self._KEY: cp}, one_program=True)
+        menu = make_menu(config, {self._KEY: cp}, one_program=True)
         super().__init__(config, menu, batches.map(self._put), console)
 
     def describe(self, num_params: int) -> list[str]:
@@ -147,7 +158,7 @@ class FixedProgram(Program):
             config.model,
             config.batch_size,
             config.seq_len,
-            num_params,
+            num_params // config.parallel.pp,
             fsdp=config.parallel.fsdp,
         )
         microbatches = f" in {config.accumulation} microbatches" if config.accumulation > 1 else ""
@@ -200,6 +211,12 @@ class FixedProgram(Program):
         refs = batch["tokens"].places
         begins = refs[(batch["positions"] == 0) & (refs > 0)]
         documents = np.unique(self._corpus.documents_at(begins)).tolist()
-        arrays: Any = self._cp.shard_batch(batch)
-        placed = PlacedMicrobatch(self._KEY, arrays)
-        return PlacedStep((placed,), tuple(documents), packing_metrics(self._corpus, batch))
+        facts = packing_metrics(self._corpus, batch)
+        portions = [batch]
+        if self._config.parallel.pp > 1:
+            number = self._config.accumulation
+            portions = [portion(batch, i, number) for i in range(number)]
+            facts["pairs"] = visible_pairs(batch, self._config.model)
+        arrays: Any = (self._cp.shard_batch(batch) for batch in portions)
+        placed = tuple(PlacedMicrobatch(self._KEY, x) for x in arrays)
+        return PlacedStep(placed, tuple(documents), facts)

@@ -92,7 +92,20 @@ def state_shardings(
     """
     specs = param_specs(params, cp, fsdp=fsdp)
     param_shardings = jax.tree.map(lambda spec: NamedSharding(cp.mesh, spec), specs)
-    whole = NamedSharding(cp.mesh, PartitionSpec())
+    return param_shardings, optimizer_shardings(params, optimizer, param_shardings)
+
+
+def optimizer_shardings(
+    params: Any, optimizer: optax.GradientTransformation, param_shardings: Any
+) -> Any:
+    """Return the shardings of the optimizer state; see `state_shardings`.
+
+    Args:
+        params: the parameters, or their shapes.
+        optimizer: as in `state_shardings`.
+        param_shardings: a tree like `params`.
+    """
+    whole = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
     closed, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
     opt_shardings = optax.tree.map_params(
         optimizer,
@@ -106,7 +119,7 @@ def state_shardings(
         on_host(sharding) if aval.memory_space == jax.memory.Space.Host else sharding
         for sharding, aval in zip(shardings, closed.out_avals, strict=True)
     ]
-    return param_shardings, jax.tree.unflatten(tree, placed)
+    return jax.tree.unflatten(tree, placed)
 
 
 def jit_on_mesh(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -78,22 +79,37 @@ def abstract_state(
         ValueError: if tp cannot cut the model.
     """
     params = abstract_model(model)[1]
-    state = TrainState(
+    if cp is None:
+        return _abstract(params, optimizer)
+    check_divides(model, cp)
+    return sharded_state(params, optimizer, state_shardings(params, optimizer, cp, fsdp=fsdp))
+
+
+def sharded_state(
+    params: Any, optimizer: optax.GradientTransformation, shardings: tuple[Any, Any]
+) -> TrainState:
+    """Return shapes, dtypes and shardings of the state of any parameters.
+
+    Args:
+        params: their shapes.
+        optimizer: from `make_optimizer`.
+        shardings: those of the parameters, and of the optimizer state.
+    """
+    whole = NamedSharding(jax.tree.leaves(shardings[0])[0].mesh, PartitionSpec())
+    sharded: TrainState = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        _abstract(params, optimizer),
+        TrainState(whole, *shardings),
+    )
+    return sharded
+
+
+def _abstract(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=params,
         opt_state=jax.eval_shape(optimizer.init, params),
     )
-    if cp is None:
-        return state
-    check_divides(model, cp)
-    param_shardings, opt_shardings = state_shardings(params, optimizer, cp, fsdp=fsdp)
-    whole = NamedSharding(cp.mesh, PartitionSpec())
-    sharded: TrainState = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        TrainState(whole, param_shardings, opt_shardings),
-    )
-    return sharded
 
 
 def init_state(
@@ -300,8 +316,20 @@ def updates_made(state: TrainState) -> Any:
     )
 
 
+def visible_pairs(batch: Batch, model: ModelConfig) -> float:
+    """Return the visible pairs of one head, the mean over the layers, of a batch on the host."""
+    shape = batch["weights"].shape
+
+    def pairs(mask: Mask) -> float:
+        start, end = mask.intervals(shape[1], xp=np)
+        return float(np.broadcast_to(end - start, shape).sum(dtype=np.float64))
+
+    masks: Any = layer_masks(model, batch["mask"])
+    return sum(share * pairs(mask) for share, mask in masks)
+
+
 def _tokens_and_pairs(batch: Batch, model: ModelConfig) -> tuple[Any, Any]:
-    """Return the sum of the weights, and the visible pairs of one head, the mean over the layers.
+    """Return the sum of the weights, and `visible_pairs`.
 
     Both are one sum over the devices: a second one would be independent of the first, and CPU
     processes may begin independent sums in different orders.

@@ -80,8 +80,15 @@ def checks(
 
     Raises:
         ValueError: if the data or the menu do not fit the groups, as in training.
-        NotImplementedError: if a grouping does not support the comm type of a layer.
+        NotImplementedError: if a grouping does not support the comm type of a layer; for a
+            pipeline.
     """
+    if config.parallel.pp > 1:
+        raise NotImplementedError(
+            f"parallel.pp is {config.parallel.pp}, and hcp verify does not check groups in a "
+            "pipeline yet: check the groups with --parallel.pp 1, and the pipeline with "
+            "--parallel.dynamic.enabled false."
+        )
     corpus, _ = evaluation.open_corpora(config.data, config.eval, config.model.vocab_size)
     with contextlib.closing(DynamicProgram(config, cp, corpus, console)) as training:
         menu = tuple(training.menu.contexts)

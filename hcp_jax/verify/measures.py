@@ -48,14 +48,18 @@ def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
             for i, layer in enumerate(model.specs)
         )
         comm_types = tuple(comm_type for comm_type, _ in kept)
-        cp = dataclasses.replace(cp, comm_type=comm_types)
-        tp = cp.axis_size(cp.tp)
+        kinds = [kind for _, kind in kept]
+        stages, tp = config.parallel.pp, cp.axis_size(cp.tp)
+        if stages == 1:
+            cp = dataclasses.replace(cp, comm_type=comm_types)
+        else:  # one comm type for all layers, and a period of the mixers for each chunk
+            kinds *= stages * config.parallel.virtual_stages
         model = dataclasses.replace(
             model,
-            num_layers=len(kept),
+            num_layers=len(kinds),
             # A pattern may be longer than this model; the mixers and the widest window stay.
             mixer="attention",
-            layers=tuple(_layer(kind, model.widest_window) for _, kind in kept),
+            layers=tuple(_layer(kind, model.widest_window) for kind in kinds),
             sliding_window=None,
             mamba2=shrunk(model.mamba2, 32),
             gated_delta=shrunk(model.gated_delta, 32),
@@ -63,11 +67,11 @@ def narrowed(config: TrainConfig, cp: ContextParallel) -> tuple[TrainConfig, Con
             hidden_size=64 * tp,
             intermediate_size=128 * tp,
             head_size=min(model.head_dim, 32),
-            vocab_size=512 * tp,
+            vocab_size=512 * tp * stages,
         )
-        parallel = dataclasses.replace(
-            config.parallel, comm_type=list(comm_types), cp_comm_type=None
-        )
+        parallel = config.parallel
+        if stages == 1:
+            parallel = dataclasses.replace(parallel, comm_type=list(comm_types), cp_comm_type=None)
         # The ids of bytes fit a vocabulary of 512.
         return dataclasses.replace(config, model=model, parallel=parallel, data=DataConfig()), cp
     return dataclasses.replace(config, model=model), cp

@@ -3,7 +3,8 @@
 1. outputs and gradients of attention, for every comm type of the config's layers and with the
    config's own masks, against dense attention in float64; and of recurrent layers, for every kind,
    against one token after the other in float64;
-2. loss and gradient norm of one training step, against the same step on one device;
+2. loss and gradient norm of one training step, against the same step on one device; in a pipeline,
+   loss and every gradient;
 3. bytes that the compiled programs move, against the bytes that the algorithm must move. A program
    that moves less attends to less than it should: throughput looks better, but the model is wrong
    (a fault that other systems have shipped).
@@ -27,17 +28,20 @@ from hcp_jax.train.data.batches import read
 from hcp_jax.train.losses import make_eval_loss
 from hcp_jax.train.optimizer import make_optimizer
 from hcp_jax.train.step import init_state, make_train_step
-from hcp_jax.verify import measures, recurrences
+from hcp_jax.verify import measures, pipelines, recurrences
 from hcp_jax.verify.measures import EXACT, Check
 
 
 def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iterator[Check]]]:
     """Yield the title and rows of each table of checks; rows are computed during iteration."""
     small, cp = _reduced(config, cp)
+    pipelined = small.parallel.pp > 1
+    number = pipelines.num_microbatches(small) if pipelined else 1
     batch = next(
         data.make_batches(
             data.open_corpus(small.data, small.model.vocab_size),
-            batch_size=cp.axis_size(cp.dp),
+            batch_size=cp.axis_size(cp.dp)
+            * (pipelines.num_microbatches(small) if pipelined else 1),
             seq_len=small.seq_len,
             seed=small.seed,
             mask=small.model.packed_mask,
@@ -57,6 +61,14 @@ def checks(config: TrainConfig, cp: ContextParallel) -> Iterator[tuple[str, Iter
             f"(T={small.seq_len}, packed; at most {recurrences.EXACT:.0e})",
             recurrences.checks(cp, small.model, small.seq_len),
         )
+    if pipelined:
+        yield (
+            f"loss and gradients of {number} microbatches through "
+            f"{small.parallel.pp} stages\nin float32 against one device, largest error over "
+            "largest value\n(what a pipeline moves is not checked)",
+            pipelines.one_step(small, cp, batch),
+        )
+        return
     yield "one training step in float32 against one device", _one_step(small, cp, batch)
     yield (
         "bytes that each device puts into collectives, and what the algorithm needs",

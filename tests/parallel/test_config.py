@@ -48,19 +48,16 @@ def test_invalid_parallel_configs_are_refused(words, message):
         ParallelConfig(**words).context_parallel(num_layers=3)
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "pp",
-        "virtual_stages",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-    ],
-)
-def test_several_stages_are_refused_by_the_word_that_asks_for_them(word):
-    assert ParallelConfig(**{word: 1}) == ParallelConfig()
-    with pytest.raises(NotImplementedError, match=rf"parallel\.{word} is 2"):
-        ParallelConfig(**{word: 2})
+def test_megatron_s_words_for_stages_are_pp_and_virtual_stages():
+    words = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3}
+    config = ParallelConfig(**words, cp_outer=4)
+    assert config == ParallelConfig(pp=2, virtual_stages=3, cp_outer=4)
+    assert (config.num_devices, config.devices_per_stage) == (8, 4)
+    assert config.context_parallel().mesh.shape["pp"] == 2
+    with pytest.raises(ValueError, match=r"pp=4 is given together.*use one of the two"):
+        ParallelConfig(pp=4, **words)
+    with pytest.raises(ValueError, match="virtual_stages=2 cuts the layers.*but pp is 1"):
+        ParallelConfig(virtual_stages=2)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,23 @@ def test_a_run_that_goes_on_from_its_middle_keeps_its_losses(text, whole, tmp_pa
     assert losses_of(folder) == losses_of(whole)
 
 
+def test_two_stages_train_the_same_documents_and_go_on_from_their_middle(text, whole, tmp_path):
+    """Megatron's other shape, tp 2 · pp 2 · cp 2; here with FSDP inside a stage."""
+    words = {
+        "parallel.pipeline_model_parallel_size": "2",
+        "parallel.context_parallel_size": "2",
+        "parallel.fsdp": "true",
+        "parallel.max_seqlen_per_dp_cp_rank": str(1024 // SMALLER),
+        "parallel.dynamic.menu": "[2]",
+    }
+    folder = train(text, tmp_path / "whole", **words)
+    assert losses_of(folder) == pytest.approx(losses_of(whole), abs=2e-5)
+    again = tmp_path / folder.name
+    shutil.copytree(folder, again, ignore=shutil.ignore_patterns("6"))
+    train(text, tmp_path, resume=again, **words)
+    assert losses_of(again) == losses_of(folder)
+
+
 def test_dp_balanced_trains_the_same_documents_on_one_cp_size(text, whole, tmp_path):
     folder = train(text, tmp_path, **BALANCED)
     assert losses_of(folder) == pytest.approx(losses_of(whole), abs=2e-5)

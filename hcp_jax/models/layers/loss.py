@@ -74,6 +74,7 @@ def cross_entropy_by_bin(
     cp: ContextParallel | None = None,
     chunk: int = 1024,
     soft_cap: float | None = None,
+    vocab_axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B C n"], Float[Array, "B C n"]]:
     """Return Σ weight · cross entropy in nats, and Σ weight, for each row, cp device and bin.
 
@@ -90,6 +91,7 @@ def cross_entropy_by_bin(
         cp: context; None for one device.
         chunk: number of tokens per device whose logits exist at one time.
         soft_cap: soft cap of the logits; None for no cap.
+        vocab_axes: as for `summed_cross_entropy`.
     """
 
     def on_device(hidden, unembedding, targets, weights, bins, *, tp):
@@ -109,7 +111,7 @@ def cross_entropy_by_bin(
     if cp is None:
         return on_device(hidden, unembedding, targets, weights, bins, tp=())
     tokens, tp = cp.spec(2), live_tp(cp)
-    on_each_device = functools.partial(on_device, tp=tp)
+    on_each_device = functools.partial(on_device, tp=(*vocab_axes, *tp))
     sums = cp.spec(3)
     in_specs = (cp.spec(3), PartitionSpec(tp or None, None), tokens, tokens, tokens)
     binned = spmd.shard_map(cp.mesh, cp.axes, on_each_device, in_specs, (sums, sums))

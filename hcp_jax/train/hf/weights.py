@@ -9,18 +9,15 @@ longer exists.
 import json
 import pathlib
 import shutil
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from hcp_jax.base import reading
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.hf import config_json, loading, model_folder
-from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.train.config import TrainConfig
-from hcp_jax.train.step import TrainState, abstract_state, init_state
+from hcp_jax.train.state_form import StateForm
+from hcp_jax.train.step import TrainState
 
 KEPT = "huggingface"
 """The folder in a run folder with the small files."""
@@ -78,34 +75,20 @@ def check(model: ModelConfig, folder: str, seq_len: int = 0) -> str:
     return "\n".join(lines)
 
 
-def initial_state(
-    config: TrainConfig,
-    optimizer: optax.GradientTransformation,
-    cp: ContextParallel,
-    run: pathlib.Path,
-) -> TrainState:
+def initial_state(config: TrainConfig, form: StateForm, run: pathlib.Path) -> TrainState:
     """Return the state before the first step: with the weights of `init_from`, or random ones.
 
     Args:
         config: the run; its weights have been checked.
-        optimizer: from `make_optimizer`.
-        cp: the context parallelism.
+        form: how the run holds its state.
         run: the run folder, which exists.
     """
-    fsdp = config.parallel.fsdp
     if config.init_from is None:
-        return init_state(config.model, optimizer, config.seed, cp, fsdp=fsdp)
+        return form.initial(config.seed)
     if jax.process_index() == 0:
         keep_small_files(pathlib.Path(config.init_from), run / KEPT)
-    abstract = abstract_state(config.model, optimizer, cp, fsdp=fsdp)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    params = loading.load_params(config.model, pathlib.Path(config.init_from), shardings.params)
-
-    def begin(params: Any) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    state: TrainState = jax.jit(begin, donate_argnums=0, out_shardings=shardings)(params)
-    return state
+    shardings = jax.tree.map(lambda x: x.sharding, form.stored.params)
+    return form.begun(loading.load_params(config.model, pathlib.Path(config.init_from), shardings))
 
 
 def keep_small_files(origin: pathlib.Path, kept: pathlib.Path) -> None:

@@ -18,7 +18,7 @@ from hcp_jax.train import config as configuration
 from hcp_jax.train.checkpoint.manager import Checkpoints
 from hcp_jax.train.config import TrainConfig
 from hcp_jax.train.hf import weights
-from hcp_jax.train.step import abstract_state, make_optimizer
+from hcp_jax.train.state_form import StateForm
 from tests.models.folders import CONFIG, make_folder, tensors_of
 
 
@@ -54,13 +54,21 @@ def run(folder, tmp_path_factory):
     path.mkdir()
     (path / "config.yaml").write_text(configuration.dump(config))
     cp = config.parallel.context_parallel(config.model.num_layers)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = weights.initial_state(config, optimizer, cp, path)
+    form = StateForm(config, cp)
+    state = weights.initial_state(config, form, path)
     checkpoints = Checkpoints(path, dataclasses.asdict(config.model))
     checkpoints.save(7, state, {})
     checkpoints.close()
     shutil.rmtree(origin)
-    return Run(config, path, state, abstract_state(config.model, optimizer, cp, fsdp=True))
+    return Run(config, path, state, form.stored)
+
+
+def test_stages_of_a_pipeline_get_the_folder_s_weights(folder, tmp_path):
+    parallel = ParallelConfig(pp=2, tp=2, cp_outer=2, fsdp=True)
+    config = TrainConfig(model=CONFIG, seq_len=4096, init_from=str(folder), parallel=parallel)
+    form = StateForm(config, config.parallel.context_parallel())
+    stored = form.give(weights.initial_state(config, form, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, stored.params, loading.load_params(CONFIG, folder))
 
 
 def test_the_initial_state_has_the_folder_s_weights_where_they_belong(folder, run):
