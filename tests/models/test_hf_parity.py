@@ -14,6 +14,7 @@ from hcp_jax.models.hf import config_json, loading, writing
 from hcp_jax.models.pattern import LayerConfig
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.train.sharding import param_specs
+from tests.models.folders import tensors_of
 
 NEEDED = "compares with transformers on torch; pip install 'hcp_jax[parity]'"
 torch = pytest.importorskip("torch", reason=NEEDED)
@@ -217,7 +218,7 @@ def test_logits_are_those_of_transformers(folder_of, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3.1", "qwen3-yarn"])
+@pytest.mark.parametrize("name", ["phi3-long", "gpt-oss", "qwen3-next"])
 def test_logits_over_eight_devices_are_those_of_transformers(folder_of, name):
     folder, expected = folder_of(name)
     config = imported(folder)
@@ -266,3 +267,4 @@ def test_transformers_reads_what_is_written(folder_of, tmp_path, name):
     with torch.no_grad():
         logits = model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
     np.testing.assert_array_equal(logits, expected)
+    assert tensors_of(tmp_path) == tensors_of(folder)

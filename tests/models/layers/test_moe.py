@@ -49,6 +49,14 @@ def inputs(spec, skew):
         )
     if "correction" in params["gate"]:
         params["gate"]["correction"] = jnp.asarray(rng.normal(size=spec.num_experts), jnp.float32)
+    if spec.bias:  # and inputs that the clamps change
+        experts = params["experts"]
+        experts["gate_proj"], experts["up_proj"] = (
+            4 * experts[n] for n in ("gate_proj", "up_proj")
+        )
+        for part in (params["gate"], experts):
+            for name in [name for name in part if name.endswith("bias")]:
+                part[name] = jnp.asarray(rng.normal(size=part[name].shape), jnp.float32)
     real = np.ones((ROWS, T), bool)
     real[1, 11:] = False
     return graph, params, x, real, rng.normal(size=x.shape).astype(np.float32)
@@ -56,7 +64,7 @@ def inputs(spec, skew):
 
 def dense(spec, params, x, real):
     """Return the output and the sums of the router, with every expert computed for every token."""
-    logits = x @ params["gate"]["kernel"]
+    logits = x @ params["gate"]["kernel"] + params["gate"].get("bias", 0.0)
     share = jax.nn.softmax(logits, -1)
     scores = share if spec.router == "softmax" else jax.nn.sigmoid(logits)
     if spec.router == "sigmoid":
@@ -73,8 +81,17 @@ def dense(spec, params, x, real):
         weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-30)
     weight = weight * spec.scaling
     gate, up, down = (params["experts"][f"{n}_proj"] for n in ("gate", "up", "down"))
-    inner = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
-    out = jnp.einsum("btef,efd,bte->btd", inner, down, weight)
+    biases = (params["experts"].get(f"{n}_bias", 0.0) for n in ("gate", "up", "down"))
+    gate_bias, up_bias, down_bias = biases
+    gate = jnp.einsum("btd,edf->btef", x, gate) + gate_bias
+    up = jnp.einsum("btd,edf->btef", x, up) + up_bias
+    if spec.activation == "silu":
+        inner = jax.nn.silu(gate) * up
+    else:
+        gate, up = jnp.minimum(gate, 7), jnp.clip(up, -7, 7)
+        inner = gate / (1 + jnp.exp(-1.702 * gate)) * (1 + up)
+    every = jnp.einsum("btef,efd->bted", inner, down) + down_bias
+    out = jnp.einsum("bted,bte->btd", every, weight)
     if spec.shared is not None:
         own = {name: p["kernel"] for name, p in params["shared_experts"].items()}
         inner = jax.nn.silu(x @ own["gate_proj"]) * (x @ own["up_proj"])
@@ -138,12 +155,13 @@ SPECS = {
     "top 1 of 3": spec_of(3, 1, norm_topk=False),
     "top 2 of 8": spec_of(8, 2),
     "top 8 of 64": spec_of(64, 8, scaling=2.5),
+    "biased": spec_of(8, 2, bias=True, activation="clamped_silu"),
     "shared": spec_of(4, 2, shared=True),
     "groups": spec_of(8, 3, router="sigmoid", groups=4, topk_groups=2, correction=True),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "top 2 of 8"])
+@pytest.mark.parametrize("name", [name for name in SPECS if name not in ("top 2 of 8", "biased")])
 def test_output_sums_and_gradients_are_those_of_all_experts(name):
     assert_exact(SPECS[name])
 
@@ -176,7 +194,7 @@ def test_no_token_is_lost_if_all_choose_the_same_experts(name):
 def test_meshes_compute_the_same(sizes, ep):
     devices = jax.devices()[: math.prod(sizes.values())]
     cp = hcp.ContextParallel(hcp.make_mesh(**sizes, devices=devices), ep=ep)
-    assert_exact(SPECS["top 2 of 8"], cp=cp)
+    assert_exact(SPECS["biased"], cp=cp)
     if ep > 1:  # all rows go to one or two devices: many rounds
         assert_exact(SPECS["top 2 of 8"], "one expert", cp)
 
