@@ -5,9 +5,6 @@ import pytest
 import hcp_jax as hcp
 from hcp_jax import hardware
 from hcp_jax.compiled.aot import devices
-from hcp_jax.cost.memory import estimate_memory
-from hcp_jax.cost.shape import ModelShape
-from hcp_jax.cost.split import Split
 from hcp_jax.hardware import Cluster
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.pipeline.ticks import Pipeline
@@ -33,7 +30,9 @@ def test_sends_between_stages_are_hidden_and_nothing_else_but_sums_leaves_a_stag
     mesh = hcp.make_mesh(pp=2, cp_outer=2, cp_inner=2, devices=devices(cluster))
     pipeline = Pipeline(MODEL, hcp.ContextParallel(mesh, "a2a+p2p"))
     found = audit_tick(pipeline, cluster, T, 1, hcp.xla_flags("h200"))
-    moved = found.collectives
+    moved, memory = found.collectives, found.memory
+    # Of 8 devices' 2 stages, each holds parameters, and besides two moments of the same bytes.
+    assert 0 < memory.beside_bytes < 2 * memory.argument_bytes
     between = [one for one in moved if "pp" in one.axes]
     assert {one.axes for one in between} == {("pp",)}  # never together with axes of a stage
     sends = [one for one in between if one.kind == "collective-permute"]
@@ -44,7 +43,3 @@ def test_sends_between_stages_are_hidden_and_nothing_else_but_sums_leaves_a_stag
     assert {one.kind for one in sums} == {"collective-permute", "all-reduce"}
     assert sum(one.count for one in sums if one.kind == "all-reduce") == 4
     assert {one.what for one in between} == {"stages"}
-    # Its memory is foreseen: the state, inputs of chunks, sums of gradients, one microbatch.
-    split = Split(cp_outer=2, cp_inner=2, remat="none", fsdp=False, pp=2)
-    foreseen = estimate_memory(ModelShape.from_config(MODEL), split, T).peak
-    assert foreseen == pytest.approx(found.memory.peak_bytes, rel=0.15)
