@@ -43,17 +43,18 @@ class Experts:
         return hidden_size * (others + self.number + int(self.shared_gate))
 
 
-def slots(rows: int, devices: int) -> int:
-    """Return the rows that a device can send to each other device in one round.
+def slots(rows: int, devices: int, parts: int = 1) -> int:
+    """Return the rows that a device can send to each other device in one part of a round.
 
     Args:
         rows: rows of a device.
         devices: devices that experts are cut over.
+        parts: parts of the first round.
 
-    >>> slots(64, 4), slots(3, 4)
-    (20, 1)
+    >>> slots(64, 4), slots(64, 4, parts=2), slots(3, 4)
+    (20, 10, 1)
     """
-    return min(rows, math.ceil(ROOM * rows / devices))
+    return min(rows, math.ceil(ROOM * rows / devices / parts))
 
 
 def dispatch_traffic(
@@ -64,6 +65,7 @@ def dispatch_traffic(
     width: int,
     item_bytes: int,
     remat: Remat = "none",
+    parts: int = 1,
 ) -> tuple[Traffic, ...]:
     """List the collectives of one layer's experts in one step, if one round takes all rows.
 
@@ -74,17 +76,18 @@ def dispatch_traffic(
         width: D.
         item_bytes: bytes of one activation.
         remat: what backward recomputes; all policies but "none" repeat the forward pass.
+        parts: parts in which the first round travels.
 
     Returns:
         All collectives; none for one device.
     """
     if devices == 1:
         return ()
-    put = devices * slots(rows, devices)
+    put = devices * slots(rows, devices, parts)
 
     def one(direction: Direction, count: int, size: int, repeated: bool = False) -> Traffic:
         names = EXPERT_DISPATCH, "all-to-all", direction, axes, devices
-        return Traffic(*names, 1, count, size, repeated)
+        return Traffic(*names, 1, count * parts, size, repeated)
 
     activations, numbers = put * width * item_bytes, 4 * put
     again: tuple[Traffic, ...] = ()

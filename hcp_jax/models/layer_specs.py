@@ -80,6 +80,7 @@ def _feed_forward(config: Any, get: Callable[[str], Any], number: int) -> FeedFo
         depth=config.num_layers,
         dtype=config.compute_dtype,
         product=moe.product,
+        dispatch_parts=moe.dispatch_parts,
     )
 
 

@@ -41,6 +41,8 @@ class MoEConfig:
             have experts.
         product: what multiplies rows with the weights of their experts, as in
             `hcp_jax.kernels.expert_product`; None for "triton" on GPUs and "ragged_dot" elsewhere.
+        dispatch_parts: with `parallel.ep`, rows travel in this many parts, so that one part
+            travels while experts compute another; docs/moe.md says when 2 is better than 1.
 
     Raises:
         ValueError: if sizes do not fit each other.
@@ -64,6 +66,7 @@ class MoEConfig:
     first_k_dense_replace: int = field(default=0, metadata=fixed(least=0, most=100_000))
     decoder_sparse_step: int = field(default=1, metadata=fixed(least=1, most=100_000))
     product: Product | None = field(default=None, metadata=free())
+    dispatch_parts: int = field(default=1, metadata=free(least=1, most=16))
 
     def __post_init__(self) -> None:
         check(self, "model.moe.")

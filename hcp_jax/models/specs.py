@@ -214,6 +214,7 @@ class MoESpec:
         dtype: as in `MLPSpec`; the router computes in float32.
         bias: a bias on the router and on each product of the experts, not of the shared MLP.
         product: what multiplies rows with weights; None for the best on the devices.
+        dispatch_parts: number of parts in which rows travel to experts on other devices.
     """
 
     hidden_size: int
@@ -233,6 +234,7 @@ class MoESpec:
     dtype: str
     bias: bool = False
     product: Product | None = None
+    dispatch_parts: int = 1
 
     @property
     def product_params(self) -> int:

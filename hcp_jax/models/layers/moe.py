@@ -183,7 +183,7 @@ def _on_device(
     if cp is None or cp.ep == 1:
         out = compute(rows, order.sizes)
     else:
-        dispatch = Dispatch(cp.expert_axes, cp.ep, rows.shape[0])
+        dispatch = Dispatch(cp.expert_axes, cp.ep, rows.shape[0], spec.dispatch_parts)
         out = dispatch.through(rows, order.sizes, compute, (*everywhere, *tp))
     out = out * weight.astype(rows.dtype)
     out = moe_order.collect(spec.top_k, out, order).reshape(x.shape)

@@ -91,7 +91,8 @@ def expert_traffic(
     if model.moe is None or cp.ep == 1:
         return ()
     tokens = batch_size // cp.axis_size(cp.dp) * cp.padded_length(seq_len) // cp.size
-    dispatch = Dispatch(cp.expert_axes, cp.ep, tokens * model.moe.num_experts_per_tok)
+    rows = tokens * model.moe.num_experts_per_tok
+    dispatch = Dispatch(cp.expert_axes, cp.ep, rows, model.moe.dispatch_parts)
     return dispatch.traffic(model.hidden_size, ITEM_BYTES[model.compute_dtype])
 
 

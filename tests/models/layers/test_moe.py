@@ -169,7 +169,7 @@ def test_output_sums_and_gradients_are_those_of_all_experts(name):
 @pytest.mark.slow
 def test_the_kernels_of_gpus_compute_the_same():
     cp = hcp.ContextParallel(hcp.make_mesh(cp_inner=2, devices=jax.devices()[:2]), ep=2)
-    spec = dataclasses.replace(SPECS["top 2 of 8"], product="triton")
+    spec = dataclasses.replace(SPECS["top 2 of 8"], product="triton", dispatch_parts=2)
     assert_exact(spec, cp=cp)
     assert_exact(spec, "one expert", cp)
 
