@@ -82,7 +82,10 @@ def test_a_written_config_reads_back_equal(load):
         ("parallel: {fsdp: 3}", r"parallel\.fsdp must be true or false, got 3"),
         ("parallel: {comm_type: 3}", r"parallel\.comm_type must be str or a list of str.*got 3"),
         ("model: 3", "model must hold keys and values, got 3"),
-        ("model: {remat: ful}", r"model\.remat must be one of auto, none, .*'ful'; did you mean 'full'"),
+        (
+            "model: {remat: ful}",
+            r"model\.remat must be one of auto, none, .*'ful'; did you mean 'full'",
+        ),
         ("model: {rope_scaling: {kind: yan, factor: 2}}", r"rope_scaling\.kind .*mean 'yarn'"),
         ("model: {rope_scaling: {kind: yarn}}", r"model\.rope_scaling needs factor, too"),
         ("a: [", "is not YAML"),
