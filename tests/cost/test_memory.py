@@ -76,6 +76,7 @@ def test_sharding_the_state_divides_it():
         estimate_memory(moe, Split(dp=2, cp_outer=4, comm_type="p2p", fsdp=fsdp, ep=ep), 2**13)
         for fsdp, ep in ((False, 1), (True, 1), (True, 8))
     )
+    assert whole.gradients == 4 * moe.held_params
     assert [whole.gradients / part.gradients for part in parts] == pytest.approx([8, 8])
 
 
