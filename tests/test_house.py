@@ -201,6 +201,13 @@ def test_a_schedule_is_made_without_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_no_merge_was_left_half_done():
+    files = [p for end in ("*.py", "*.md", "*.yaml") for p in ROOT.parent.rglob(end)]
+    ours = [p for p in files if not p.relative_to(ROOT.parent).parts[0].startswith(".")]
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    assert not [p for p in ours if any(x.startswith(marks) for x in p.read_text().splitlines())]
+
+
 WITHOUT_JAX = """
 import sys
 sys.modules["jax"] = None  # importing it is an error

@@ -70,6 +70,14 @@ def test_sharding_the_state_divides_it():
         for fsdp in (False, True)
     )
     assert whole.state == 8 * cut.state == 12 * MHA.params
+    # So it divides the gradients of layers, whether ep or FSDP cuts their experts.
+    moe = model_shape("mixtral-8x7b")
+    whole, *parts = (
+        estimate_memory(moe, Split(dp=2, cp_outer=4, comm_type="p2p", fsdp=fsdp, ep=ep), 2**13)
+        for fsdp, ep in ((False, 1), (True, 1), (True, 8))
+    )
+    assert whole.gradients == 4 * moe.held_params
+    assert [whole.gradients / part.gradients for part in parts] == pytest.approx([8, 8])
 
 
 def test_the_worst_moment_is_the_loss_or_a_layer_s_backward_and_not_both():

@@ -108,6 +108,7 @@ def test_attention_to_padding_is_warned_of_once_per_context_and_length():
         attend(mask)  # a warning is an error
     for mask in (hcp.prefix_lm(35), None, hcp.bidirectional(), hcp.chunked_local(5)):
         again = dataclasses.replace(cp)
+        again.shard(np.zeros((1, 70)))
         again.shard(np.zeros((1, 34)))
         with pytest.warns(PaddingWarning, match=r"34 tokens to 36, .* hcp.lengths\(34\)"):
             attend(mask, cp=again)

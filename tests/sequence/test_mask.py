@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hcp_jax as hcp
+from hcp_jax.attention import arguments
 from tests import oracle
 
 T = 37
@@ -93,6 +94,14 @@ def test_a_mask_is_a_pytree_whose_arrays_are_leaves():
 def test_invalid_masks_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_masks_that_do_not_say_where_keys_end_look_ahead():
+    queries_alone = arguments.combined_mask(None, False, np.array([3]), None, None)
+    for mask in (hcp.bidirectional(), hcp.prefix_lm(2), hcp.chunked_local(2), queries_alone):
+        assert mask.looks_ahead
+        assert not (mask & hcp.lengths(3)).looks_ahead
+        assert not (hcp.causal() & mask).looks_ahead
 
 
 def test_masks_of_different_lengths_do_not_join():
