@@ -89,12 +89,12 @@ CASES = [
     pytest.param(
         case(
             {"pp": 2, "cp_outer": 2, "cp_inner": 2},
-            "a2a+p2p",
+            ("a2a+p2p", "p2p", "a2a+p2p"),
             groupings=GROUPS,
             numbers=(5, 1),
             num_layers=3,  # the second stage has one layer and one of zeros
         ),
-        id="groups",
+        id="groups, comm types by layer",
     ),
     pytest.param(
         case(
@@ -124,25 +124,24 @@ CASES = [
     pytest.param(
         case(
             {"pp": 2, "dp": 2, "cp_outer": 2},
-            ("p2p", "all_gather", "a2a", "p2p", "all_gather"),
             groupings=GROUPS,
-            numbers=(5,),
-            num_layers=5,  # the last layer of the second period is one of zeros
-            layers="WAK",
+            numbers=(3,),
+            num_layers=3,  # the last layer of the second period is one of zeros
+            layers="WM",
             sliding_window=4,
-            kda=KDAConfig(num_heads=4, head_size=4, chunk=4),
+            mamba2=Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),
             **TIED,
         ),
         marks=pytest.mark.slow,
-        id="groups over dp, kinds and comm types by layer",
+        id="groups over dp, two kinds of layers",
     ),
     pytest.param(
         case(
             {"pp": 2, "cp_outer": 2},
             numbers=(3,),
             num_layers=3,
-            layers="MG",
-            mamba2=Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),
+            layers="KG",
+            kda=KDAConfig(num_heads=4, head_size=4, chunk=4),
             gated_delta=GatedDeltaConfig(num_key_heads=2, num_value_heads=4, chunk=4),
         ),
         marks=pytest.mark.slow,
@@ -265,7 +264,8 @@ def test_loss_and_gradients_are_those_of_one_device(case):
             strict=True,
         )
         errors = {jax.tree_util.keystr(p): relative(a, b) for (p, a), b in pairs}
-        assert max(errors.values()) <= 2e-6, (number, errors)
+        worst = max(errors, key=errors.__getitem__)
+        assert errors[worst] <= 2e-6, (number, worst, errors[worst])
     # Forward, both, backward, whatever the number of microbatches; and the two ends.
     assert pipeline.num_programs == 5
 
