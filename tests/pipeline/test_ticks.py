@@ -17,7 +17,7 @@ from hcp_jax.dynamic import Microbatch
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.mtp import look_ahead
-from hcp_jax.models.recurrent_specs import GatedDeltaConfig, KDAConfig, Mamba2Config
+from hcp_jax.models.recurrent_specs import GatedDeltaConfig, Mamba2Config
 from hcp_jax.models.transformer import init_params
 from hcp_jax.pipeline.stages import whole_params
 from hcp_jax.pipeline.ticks import Pipeline
@@ -89,12 +89,12 @@ CASES = [
     pytest.param(
         case(
             {"pp": 2, "cp_outer": 2, "cp_inner": 2},
-            "a2a+p2p",
+            ("a2a+p2p", "p2p", "a2a+p2p"),
             groupings=GROUPS,
             numbers=(5, 1),
             num_layers=3,  # the second stage has one layer and one of zeros
         ),
-        id="groups",
+        id="groups, comm types by layer",
     ),
     pytest.param(
         case(
@@ -124,17 +124,15 @@ CASES = [
     pytest.param(
         case(
             {"pp": 2, "dp": 2, "cp_outer": 2},
-            ("p2p", "all_gather", "a2a", "p2p", "all_gather"),
             groupings=GROUPS,
-            numbers=(5,),
-            num_layers=5,  # the last layer of the second period is one of zeros
-            layers="WAK",
+            numbers=(3,),
+            num_layers=3,  # the last layer of the second period is one of zeros
+            layers="WA",
             sliding_window=4,
-            kda=KDAConfig(num_heads=4, head_size=4, chunk=4),
             **TIED,
         ),
         marks=pytest.mark.slow,
-        id="groups over dp, kinds and comm types by layer",
+        id="groups over dp, two kinds of layers",
     ),
     pytest.param(
         case(
@@ -265,7 +263,8 @@ def test_loss_and_gradients_are_those_of_one_device(case):
             strict=True,
         )
         errors = {jax.tree_util.keystr(p): relative(a, b) for (p, a), b in pairs}
-        assert max(errors.values()) <= 2e-6, (number, errors)
+        worst = max(errors, key=errors.__getitem__)
+        assert errors[worst] <= 2e-6, (number, worst, errors[worst])
     # Forward, both, backward, whatever the number of microbatches; and the two ends.
     assert pipeline.num_programs == 5
 
