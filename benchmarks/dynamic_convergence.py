@@ -10,8 +10,10 @@ On 16 devices, with documents of up to 1024 tokens and buffers of 64 tokens a de
     dynamic     each microbatch with its own groups of up to 16 devices
 
 The three see the same documents in every step, and start from the same parameters, so they differ
-in rounding only. A seed decides the parameters and the documents. Each step is a line of JSON in
-`--out`, so that a picture can be drawn of what there is (`--steps 0`).
+in rounding only. With `--experts` the second layer has 8 experts, 2 for each token, cut over 4
+devices; their load-balance loss has no weight, since its shares are those of a microbatch, which
+the three cut differently. A seed decides the parameters and the documents. Each step is a line of
+JSON in `--out`, so that a picture can be drawn of what there is (`--steps 0`).
 """
 
 import argparse
@@ -37,12 +39,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("curves.jsonl"))
     parser.add_argument("--plot", type=pathlib.Path)
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts")
     args = parser.parse_args()
     if args.steps:
         set_up_platform(DEVICES)
         with args.out.open("w") as out:
             for seed in args.seeds:
-                for step, losses in enumerate(curves(seed, args.steps)):
+                for step, losses in enumerate(curves(seed, args.steps, args.experts)):
                     out.write(json.dumps({"seed": seed, "step": step, **losses}) + "\n")
                     out.flush()
     found = [json.loads(line) for line in args.out.read_text().splitlines()]
@@ -51,7 +54,7 @@ def main() -> None:
         draw(found, args.plot)
 
 
-def curves(seed: int, steps: int) -> Iterator[dict[str, float | str]]:
+def curves(seed: int, steps: int, experts: bool = False) -> Iterator[dict[str, float | str]]:
     """Yield the losses of each step of the three ways."""
     import jax
     import jax.numpy as jnp
@@ -62,7 +65,7 @@ def curves(seed: int, steps: int) -> Iterator[dict[str, float | str]]:
     from hcp_jax.train.optimizer import make_optimizer
     from hcp_jax.train.step import abstract_state, init_state, make_train_step
 
-    config = make_config(seed, steps)
+    config = make_config(seed, steps, experts)
     cp = config.parallel.context_parallel(config.model.num_layers)
     corpus = data.Corpus(texts(seed), "files of the standard library, cut at random lengths")
     program = DynamicProgram(config, cp, corpus, rich.console.Console(file=io.StringIO()))
@@ -94,14 +97,22 @@ def curves(seed: int, steps: int) -> Iterator[dict[str, float | str]]:
     program.close()
 
 
-def make_config(seed: int, steps: int) -> Any:
-    """Return the run: 2 layers, 64 wide, on 4 × 4 devices."""
+def make_config(seed: int, steps: int, experts: bool) -> Any:
+    """Return the run: 2 layers, 64 wide, the second perhaps with experts, on 4 × 4 devices."""
     from hcp_jax.dynamic.config import DynamicConfig
     from hcp_jax.models.config import ModelConfig
+    from hcp_jax.models.moe_config import MoEConfig
     from hcp_jax.parallel.config import ParallelConfig
     from hcp_jax.train.config import TrainConfig
     from hcp_jax.train.sections import OptimizerConfig
 
+    moe = MoEConfig(
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        router_aux_loss_coef=0.0,
+        decoder_sparse_step=2,
+    )
     model = ModelConfig(
         vocab_size=264,
         num_layers=2,
@@ -111,6 +122,7 @@ def make_config(seed: int, steps: int) -> Any:
         num_kv_heads=4,
         compute_dtype="float32",
         remat="none",
+        moe=moe if experts else None,
     )
     groups = DynamicConfig(
         enabled=True, max_tokens_per_device=TOKENS, menu=[4, 8, 16], min_cp_size=4, lookahead=1
@@ -122,7 +134,7 @@ def make_config(seed: int, steps: int) -> Any:
         seed=seed,
         model=model,
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
-        parallel=ParallelConfig(cp_outer=4, cp_inner=4, dynamic=groups),
+        parallel=ParallelConfig(cp_outer=4, cp_inner=4, ep=4 if experts else 1, dynamic=groups),
     )
 
 
