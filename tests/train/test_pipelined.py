@@ -149,6 +149,7 @@ def test_checkpoints_hold_the_layers_in_a_row_whatever_the_stages(tmp_path):
     right = jax.device_get(one.initial(3))
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(1, two.give(two.initial(3)), {})
+    checkpoints.wait()
     for other in (one, four, chunks):
         restored = checkpoints.restore(other.stored).state
         again = jax.device_get(other.give(other.take(restored)))
