@@ -67,7 +67,10 @@ class StateForm:
         return sum(x.size for x in jax.tree.leaves(self.stored.params))
 
     def initial(self, seed: int) -> TrainState:
-        """Return a new state with random parameters, which depend on the seed alone."""
+        """Return a new state with random parameters.
+
+        They depend on the seed alone; rounding may differ with the mesh in the last bit.
+        """
 
         def init(key: jax.Array) -> TrainState:
             params = init_params(self._model, key)

@@ -39,12 +39,26 @@ def one_step(config: TrainConfig, cp: ContextParallel, batch: Any) -> Iterator[C
     placed = [cp.shard_batch(portion(batch, i, number)) for i in range(number)]
     grads, loss = pipeline.sums(pipeline.shard_params(params), placed)
     grads = whole_params(pipeline.stages, jax.device_get(grads))
-    losses = summed_losses(model)
-    exact, right = jax.jit(jax.value_and_grad(lambda p, b: losses(p, b).total))(params, read(batch))
+    exact, right = _one_device(config, params, [portion(batch, i, number) for i in range(number)])
     yield _check("loss", [(np.asarray(loss), np.asarray(exact))])
     for part, of_part in grads.items():
         leaves = map(jax.tree.leaves, (of_part, jax.device_get(right[part])))
         yield _check(f"gradients of {part}", list(zip(*leaves, strict=True)))
+
+
+def _one_device(config: TrainConfig, params: Any, batches: list[Any]) -> tuple[Any, Any]:
+    """Return the loss of the next tokens, and the gradients of all that is trained on."""
+    losses = summed_losses(config.model)
+
+    def total(params: Any, batch: Any) -> tuple[Any, Any]:
+        found = losses(params, batch)
+        return found.total, found.main
+
+    # Each microbatch by itself: a router's losses count the tokens of a microbatch.
+    one = jax.jit(jax.grad(total, has_aux=True))
+    found = [one(params, read(batch)) for batch in batches]
+    grads, loss = jax.tree.map(lambda *x: sum(x), *found)
+    return loss, grads
 
 
 def _check(name: str, pairs: list[tuple[Any, Any]]) -> Check:
