@@ -1,7 +1,10 @@
 """Refuse what pipelines do not compute; what the cut into stages needs is in `stages.py`."""
 
 from hcp_jax.models.config import ModelConfig
+from hcp_jax.models.recurrent_specs import KDASpec
+from hcp_jax.models.specs import AttentionSpec
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.placement import Groups
 
 
 def require_supported(model: ModelConfig, cp: ContextParallel, axis: str) -> None:
@@ -28,6 +31,13 @@ def require_supported(model: ModelConfig, cp: ContextParallel, axis: str) -> Non
             f"the mesh axis {axis!r} has a role in cp; stages need an axis of their own."
         )
     require_supported_model(model)
+    mixers = {type(stack.spec.mixer) for stack in model.plan.stacks}
+    if isinstance(cp.placement, Groups) and mixers != {AttentionSpec}:
+        raise NotImplementedError(
+            "pipelines with groups (widest_group) compute layers of attention only: gradients of "
+            "recurrent layers were not those of one device within 2e-6. Use streams "
+            "(widest_group=None), or no pipeline."
+        )
     tp = cp.axis_size(cp.tp)
     sizes = [size for stack in model.plan.stacks for size in stack.spec.tp_sizes.items()]
     for name, size in sizes:
@@ -55,6 +65,12 @@ def require_supported_model(model: ModelConfig) -> None:
     Raises:
         NotImplementedError: for what is not supported; the error says what.
     """
+    mixers = {type(stack.spec.mixer) for stack in model.plan.stacks}
+    if KDASpec in mixers:
+        raise NotImplementedError(
+            "pipelines do not compute KDA layers yet: gradients of their decays were not those of "
+            "one device within 2e-6. Use gated delta nets, or no pipeline."
+        )
     if model.offload_activations:
         raise NotImplementedError(
             "offload_activations is not supported in a pipeline: stages keep little besides the "

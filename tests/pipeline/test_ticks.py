@@ -17,7 +17,7 @@ from hcp_jax.dynamic import Microbatch
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.mtp import look_ahead
-from hcp_jax.models.recurrent_specs import GatedDeltaConfig, KDAConfig, Mamba2Config
+from hcp_jax.models.recurrent_specs import GatedDeltaConfig, Mamba2Config
 from hcp_jax.models.transformer import init_params
 from hcp_jax.pipeline.stages import whole_params
 from hcp_jax.pipeline.ticks import Pipeline
@@ -127,9 +127,8 @@ CASES = [
             groupings=GROUPS,
             numbers=(3,),
             num_layers=3,  # the last layer of the second period is one of zeros
-            layers="WM",
+            layers="WA",
             sliding_window=4,
-            mamba2=Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),
             **TIED,
         ),
         marks=pytest.mark.slow,
@@ -140,8 +139,8 @@ CASES = [
             {"pp": 2, "cp_outer": 2},
             numbers=(3,),
             num_layers=3,
-            layers="KG",
-            kda=KDAConfig(num_heads=4, head_size=4, chunk=4),
+            layers="MG",
+            mamba2=Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),
             gated_delta=GatedDeltaConfig(num_key_heads=2, num_value_heads=4, chunk=4),
         ),
         marks=pytest.mark.slow,
