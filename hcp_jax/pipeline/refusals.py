@@ -30,7 +30,7 @@ def require_supported(model: ModelConfig, cp: ContextParallel, axis: str) -> Non
         raise ValueError(
             f"the mesh axis {axis!r} has a role in cp; stages need an axis of their own."
         )
-    require_supported_model(model)
+    require_supported_model(model, isinstance(cp.placement, Groups))
     tp = cp.axis_size(cp.tp)
     sizes = [size for stack in model.plan.stacks for size in stack.spec.tp_sizes.items()]
     for name, size in sizes:
@@ -52,8 +52,12 @@ def require_vocabulary(model: ModelConfig, pp: int, tp: int) -> None:
         )
 
 
-def require_supported_model(model: ModelConfig) -> None:
+def require_supported_model(model: ModelConfig, groups: bool) -> None:
     """Check that a pipeline computes a model, on whatever mesh.
+
+    Args:
+        model: the model.
+        groups: whether microbatches have groups of devices.
 
     Raises:
         NotImplementedError: for what is not supported; the error says what.
@@ -64,11 +68,11 @@ def require_supported_model(model: ModelConfig) -> None:
             "pipelines do not compute KDA layers yet: gradients of their decays were not those of "
             "one device within 2e-6. Use gated delta nets, or no pipeline."
         )
-    if isinstance(cp.placement, Groups) and mixers != {AttentionSpec}:
+    if groups and mixers != {AttentionSpec}:
         raise NotImplementedError(
-            "pipelines with groups (widest_group) compute layers of attention only: gradients of "
-            "recurrent layers were not those of one device within 2e-6. Use streams "
-            "(widest_group=None), or no pipeline."
+            "pipelines with groups of devices (dynamic context parallelism) compute layers of attention only: gradients of "
+            "recurrent layers were not those of one device within 2e-6. Use streams, "
+            "or no pipeline."
         )
     if model.offload_activations:
         raise NotImplementedError(

@@ -112,7 +112,7 @@ def test_rotation_is_applied_in_float32_whatever_the_input():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"kind": "ntk", "factor": 2.0}, "linear, llama3 or yarn"),
+        ({"kind": "ntk", "factor": 2.0}, "linear, llama3, yarn or longrope"),
         ({"kind": "linear", "factor": 0.5}, "at least 1"),
         ({"kind": "yarn", "factor": 2.0}, "original_max_position_embeddings"),
         (
