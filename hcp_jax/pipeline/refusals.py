@@ -70,9 +70,9 @@ def require_supported_model(model: ModelConfig, groups: bool) -> None:
         )
     if groups and mixers != {AttentionSpec}:
         raise NotImplementedError(
-            "pipelines with groups of devices (dynamic context parallelism) compute layers of attention only: gradients of "
-            "recurrent layers were not those of one device within 2e-6. Use streams, "
-            "or no pipeline."
+            "pipelines with groups of devices (dynamic context parallelism) compute layers of "
+            "attention only: gradients of recurrent layers were not those of one device within "
+            "2e-6. Use streams, or no pipeline."
         )
     if model.offload_activations:
         raise NotImplementedError(

@@ -59,7 +59,7 @@ def test_tp_cuts_heads_columns_and_vocabulary_and_nothing_else():
 
 
 def test_every_rule_for_tp_has_a_parameter():
-    own = {"score_correction": True, "shared_expert_gate": True}
+    own = {"score_correction": True, "shared_expert_gate": True, "bias": True}
     moe = MoEConfig(8, 2, 8, shared_expert_intermediate_size=8, **own)
     letters = "".join(sorted(set(LETTERS) - {"W"}))
     layers = {
@@ -70,7 +70,7 @@ def test_every_rule_for_tp_has_a_parameter():
         "kda": KDAConfig(num_heads=4),
     }
     named = set()
-    for changes in ({"mlp_bias": True}, layers, {"moe": moe}):
+    for changes in ({"mlp_bias": True, "output_gate": True}, layers, {"moe": moe}):
         config = dataclasses.replace(CONFIG, **changes)
         paths = jax.tree_util.tree_flatten_with_path(abstract_model(config)[1])[0]
         keys = [tuple(key.key for key in path) for path, _ in paths]
