@@ -31,6 +31,13 @@ def require_supported(model: ModelConfig, cp: ContextParallel, axis: str) -> Non
             f"the mesh axis {axis!r} has a role in cp; stages need an axis of their own."
         )
     require_supported_model(model)
+    mixers = {type(stack.spec.mixer) for stack in model.plan.stacks}
+    if isinstance(cp.placement, Groups) and mixers != {AttentionSpec}:
+        raise NotImplementedError(
+            "pipelines with groups (widest_group) compute layers of attention only: gradients of "
+            "recurrent layers were not those of one device within 2e-6. Use streams "
+            "(widest_group=None), or no pipeline."
+        )
     tp = cp.axis_size(cp.tp)
     sizes = [size for stack in model.plan.stacks for size in stack.spec.tp_sizes.items()]
     for name, size in sizes:
@@ -63,12 +70,6 @@ def require_supported_model(model: ModelConfig) -> None:
         raise NotImplementedError(
             "pipelines do not compute KDA layers yet: gradients of their decays were not those of "
             "one device within 2e-6. Use gated delta nets, or no pipeline."
-        )
-    if isinstance(cp.placement, Groups) and mixers != {AttentionSpec}:
-        raise NotImplementedError(
-            "pipelines with groups (widest_group) compute layers of attention only: gradients of "
-            "recurrent layers were not those of one device within 2e-6. Use streams "
-            "(widest_group=None), or no pipeline."
         )
     if model.offload_activations:
         raise NotImplementedError(
