@@ -1,10 +1,7 @@
 """Refuse what pipelines do not compute; what the cut into stages needs is in `stages.py`."""
 
 from hcp_jax.models.config import ModelConfig
-from hcp_jax.models.recurrent_specs import KDASpec
-from hcp_jax.models.specs import AttentionSpec
 from hcp_jax.parallel.context import ContextParallel
-from hcp_jax.sequence.placement import Groups
 
 
 def require_supported(model: ModelConfig, cp: ContextParallel, axis: str) -> None:
@@ -30,7 +27,7 @@ def require_supported(model: ModelConfig, cp: ContextParallel, axis: str) -> Non
         raise ValueError(
             f"the mesh axis {axis!r} has a role in cp; stages need an axis of their own."
         )
-    require_supported_model(model, isinstance(cp.placement, Groups))
+    require_supported_model(model)
     tp = cp.axis_size(cp.tp)
     sizes = [size for stack in model.plan.stacks for size in stack.spec.tp_sizes.items()]
     for name, size in sizes:
@@ -52,28 +49,12 @@ def require_vocabulary(model: ModelConfig, pp: int, tp: int) -> None:
         )
 
 
-def require_supported_model(model: ModelConfig, groups: bool) -> None:
+def require_supported_model(model: ModelConfig) -> None:
     """Check that a pipeline computes a model, on whatever mesh.
-
-    Args:
-        model: the model.
-        groups: whether microbatches have groups of devices.
 
     Raises:
         NotImplementedError: for what is not supported; the error says what.
     """
-    mixers = {type(stack.spec.mixer) for stack in model.plan.stacks}
-    if KDASpec in mixers:
-        raise NotImplementedError(
-            "pipelines do not compute KDA layers yet: gradients of their decays were not those of "
-            "one device within 2e-6. Use gated delta nets, or no pipeline."
-        )
-    if groups and mixers != {AttentionSpec}:
-        raise NotImplementedError(
-            "pipelines with groups of devices (dynamic context parallelism) compute layers of "
-            "attention only: gradients of recurrent layers were not those of one device within "
-            "2e-6. Use streams, or no pipeline."
-        )
     if model.offload_activations:
         raise NotImplementedError(
             "offload_activations is not supported in a pipeline: stages keep little besides the "

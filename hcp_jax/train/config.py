@@ -144,7 +144,7 @@ class TrainConfig:
         from hcp_jax.pipeline.stages import Stages
 
         parallel = self.parallel.resolve()
-        require_supported_model(self.model, self.parallel.dynamic.enabled)
+        require_supported_model(self.model)
         require_vocabulary(self.model, parallel.pp, parallel.tp)
         stages = Stages(self.model, parallel.pp, parallel.virtual_stages)
         stages.chunk_comm_types(parallel.comm_type)

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 import hcp_jax as hcp
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
-from hcp_jax.models.recurrent_specs import KDAConfig, Mamba2Config
 from hcp_jax.models.transformer import abstract_model
 from hcp_jax.pipeline.stages import (
     Stages,
@@ -127,20 +126,6 @@ def test_what_cannot_be_cut_is_refused_with_what_can(changes, pp, v, error, mess
             {},
             ValueError,
             "names 8 layers, but the model has 7",
-        ),
-        (
-            {"pp": 2, "cp_outer": 4},
-            {},
-            {"layers": "K", "kda": KDAConfig(num_heads=4)},
-            NotImplementedError,
-            "do not compute KDA",
-        ),
-        (
-            {"pp": 2, "cp_outer": 4},
-            {"widest_group": 4},
-            {"layers": "M", "mamba2": Mamba2Config(num_heads=4)},
-            NotImplementedError,
-            "Use streams",
         ),
         ({"pp": 2, "tp": 4}, {}, {}, ValueError, "tp=4 cannot cut num_kv_heads=2"),
         (

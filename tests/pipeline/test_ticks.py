@@ -17,7 +17,7 @@ from hcp_jax.dynamic import Microbatch
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.mtp import look_ahead
-from hcp_jax.models.recurrent_specs import GatedDeltaConfig, Mamba2Config
+from hcp_jax.models.recurrent_specs import GatedDeltaConfig, KDAConfig, Mamba2Config
 from hcp_jax.models.transformer import init_params
 from hcp_jax.pipeline.stages import whole_params
 from hcp_jax.pipeline.ticks import Pipeline
@@ -84,6 +84,11 @@ EXPERTS = MoEConfig(
     router_aux_loss_coef=0.02,
     router_z_loss_coef=0.01,
 )
+RECURRENT = {
+    "mamba2": Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),
+    "gated_delta": GatedDeltaConfig(num_key_heads=2, num_value_heads=4, chunk=4),
+    "kda": KDAConfig(num_heads=4, head_size=8, chunk=4),
+}
 GROUPS = ((4,), (2, 2), (1, 1, 2), (1, 1, 1, 1), (2, 1, 1))
 CASES = [
     pytest.param(
@@ -127,8 +132,9 @@ CASES = [
             groupings=GROUPS,
             numbers=(3,),
             num_layers=3,  # the last layer of the second period is one of zeros
-            layers="WA",
+            layers="WK",
             sliding_window=4,
+            kda=RECURRENT["kda"],
             **TIED,
         ),
         marks=pytest.mark.slow,
@@ -138,10 +144,9 @@ CASES = [
         case(
             {"pp": 2, "cp_outer": 2},
             numbers=(3,),
-            num_layers=3,
-            layers="MG",
-            mamba2=Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),
-            gated_delta=GatedDeltaConfig(num_key_heads=2, num_value_heads=4, chunk=4),
+            num_layers=4,
+            layers="MGK",
+            **RECURRENT,
         ),
         marks=pytest.mark.slow,
         id="recurrent layers",
