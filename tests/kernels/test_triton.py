@@ -14,6 +14,7 @@ import hcp_jax.sequence.mask as masks
 from hcp_jax.kernels import core, reference, triton, triton_kernels
 from hcp_jax.sequence.layout import KeyRuns
 from hcp_jax.sequence.mask import Intervals
+from tests import oracle
 from tests.kernels.runs import single_run
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
@@ -251,7 +252,8 @@ def test_it_works_inside_shard_map():
     expected = [one_row(*(x[row : row + 1] for x in arrays)) for row in range(2)]
     got = jax.jit(sharded)(*arrays)
     for a, *b in zip(got, *expected, strict=True):
-        np.testing.assert_array_equal(a, np.concatenate(b))
+        # The interpreter's programs are XLA's, which rounds differently around a shard_map.
+        assert oracle.relative(a, np.concatenate(b)) <= 1e-6
 
 
 @pytest.mark.gpu
