@@ -6,6 +6,7 @@
 import collections
 import gc
 import os
+import pathlib
 import signal
 
 import hypothesis
@@ -53,6 +54,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The time of one example says little: the first one compiles.
 hypothesis.settings.register_profile("hcp", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("hcp")
+
+
+MOST_BYTES = 2 << 30
+"""A process that holds more at the end of a file of tests drops its compiled programs."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_earlier_files_do_not_fill_the_memory():
+    yield
+    pages = pathlib.Path("/proc/self/statm")  # only Linux has it
+    if (
+        pages.exists()
+        and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > MOST_BYTES
+    ):
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items):
