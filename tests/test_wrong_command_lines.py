@@ -209,7 +209,7 @@ DOORS = [
     "hcp_jax.verify.streams.checks",
     "hcp_jax.verify.groups.checks",
     "hcp_jax.commands.bench._compare",
-    "hcp_jax.planner.audit.audit_step",
+    "hcp_jax.planner.audit_tick.audit_run",
     "hcp_jax.planner.longest.longest",
     "hcp_jax.dynamic.simulate.simulate",
     "hcp_jax.train.hosts.cluster.Peers",

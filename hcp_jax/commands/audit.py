@@ -16,6 +16,7 @@ from hcp_jax.train import config as configuration
 
 if TYPE_CHECKING:
     from hcp_jax.compiled.report import Audit
+    from hcp_jax.planner.audit_tick import StepInTicks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         action="store_true",
-        help="one layer's attention, forward and backward, instead of the whole training step",
+        help="one layer's attention, forward and backward, instead of the whole training step (or "
+        "a pipeline's tick)",
     )
     parser.add_argument(
         "--widest-group",
@@ -53,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `hcp audit`; return the exit code."""
-    from hcp_jax.planner.audit import audit_attention, audit_step, chosen_flags, place, title
+    from hcp_jax.planner.audit import audit_attention, chosen_flags, place
+    from hcp_jax.planner.audit_tick import audit_run, step_in_ticks
 
     config = configuration.from_arguments(args)
     if config.parallel.dynamic.enabled and not args.widest_group:
@@ -66,32 +69,60 @@ def run(args: argparse.Namespace) -> int:
     cp = place(config, on)
     if args.widest_group:
         cp = dataclasses.replace(cp, widest_group=args.widest_group)
+    what, step = "step", None
     if args.attention:
+        what = "attention"
         rows = max(cp.axis_size(cp.dp), config.batch_size // config.accumulation)
         found = audit_attention(cp, on, config.model, config.seq_len, rows, flags)
     else:
-        found = audit_step(cp, on, config, flags)
+        found = audit_run(cp, on, config, flags)
+        if config.parallel.pp > 1:
+            what = "tick"
+            # Of dynamic context parallelism, only the schedule knows the microbatches of a step.
+            step = None if args.widest_group else step_in_ticks(config, found)
     if args.picture:
         from hcp_jax import viz
 
-        drawn = viz.draw_timeline(found.schedule, title(found, args.attention))
+        drawn = viz.draw_timeline(found.schedule, title(found, what))
         drawn.savefig(args.picture, dpi=130)
-    text = json.dumps({"flags": flags} | found.to_json(), indent=2)
+    told = {"flags": flags, "program": what} | found.to_json()
+    if step is not None:
+        told["step"] = step._asdict()
+    text = json.dumps(told, indent=2)
     if args.json == "-":
         terminal.say(text)
         return 0
     if args.json:
         pathlib.Path(args.json).write_text(text + "\n")
-    tell(found, flags, args.attention)
+    tell(found, flags, what, step)
     return 0
 
 
-def tell(found: "Audit", flags: dict[str, Any], attention: bool) -> None:
-    """Print the audit: memory, collectives, times, advice."""
-    from hcp_jax.planner.audit import advice, duration, title
+_TITLES = {
+    "step": "training step",
+    "attention": "attention of one layer, forward and backward",
+    "tick": "tick of a pipeline, forward and backward,",
+}
+
+
+def title(found: "Audit", what: str) -> str:
+    """Return one line that says what was compiled."""
+    return f"{_TITLES[what]} on {found.cluster}"
+
+
+def tell(found: "Audit", flags: dict[str, Any], what: str, step: "StepInTicks | None") -> None:
+    """Print the audit: memory, collectives, times, advice.
+
+    Args:
+        found: the audit.
+        flags: XLA flags that the program was compiled with.
+        what: "step", "attention" or "tick".
+        step: a step of ticks like this one; None if there is none, or it is not known.
+    """
+    from hcp_jax.planner.audit import advice, duration
 
     console = tables.console()
-    console.print(f"{title(found, attention)}; compiled in {found.compile_s:.0f} s")
+    console.print(f"{title(found, what)}; compiled in {found.compile_s:.0f} s")
     for name, value in flags.items():
         console.print(f"  --{name}={str(value).lower()}")
     gib = {name: size / 2**30 for name, size in found.to_json()["memory"].items()}
@@ -99,10 +130,13 @@ def tell(found: "Audit", flags: dict[str, Any], attention: bool) -> None:
         f"memory per GPU   {gib['peak_bytes']:.2f} of {gib['device_bytes']:.0f} GiB: arguments "
         f"{gib['argument_bytes']:.2f}, outputs {gib['output_bytes']:.2f} ({gib['alias_bytes']:.2f}"
         f" of them in place), temporaries {gib['temp_bytes']:.2f}"
+        + (f", moments besides {gib['beside_bytes']:.2f}" if found.memory.beside_bytes else "")
     )
     if found.memory.host_bytes:
         console.print(f"offloaded        {gib['host_bytes']:.2f} GiB to the host's memory, per GPU")
     console.print(f"ring hops        {found.ring_hops_hidden} of {found.ring_hops} hidden")
+    if found.sends:
+        console.print(f"sends to stages  {found.sends_hidden} of {found.sends} hidden")
     rows = []
     for moved in found.collectives:
         name = f"{moved.what}: {moved.kind}" if moved.what else moved.kind
@@ -116,13 +150,23 @@ def tell(found: "Audit", flags: dict[str, Any], attention: bool) -> None:
     tables.show(console, headings, rows, left=left, drop=("link", "count", "over", "seconds"))
     console.print()
     compute = found.schedule.compute_s
+    program = "tick" if what == "tick" else "step"
     console.print(
-        f"modelled         step {duration(found.schedule.step_s)} = attention "
+        f"modelled         {program} {duration(found.schedule.step_s)} = attention "
         f"{duration(compute['attention'])} + products {duration(compute['product'])} + other "
         f"{duration(compute['other'])} + waiting {duration(found.schedule.exposed_s)}; "
         f"bound by {_bound(found)}"
     )
-    for line in advice(found, flags):
+    if what == "tick" and step is None:
+        console.print("a step           has as many ticks as the schedule of its documents needs")
+    if step is not None:
+        console.print(
+            f"a step           {step.microbatches} microbatches in {step.ticks} ticks: "
+            f"{step.forward} forward, {step.both} with both passes as this one, {step.backward} "
+            f"backward; they take {step.ticks_of_time:g} times as long, "
+            f"{duration(step.modelled_s)}, before the update"
+        )
+    for line in advice(found, flags, program):
         console.print(f"- {line}")
 
 

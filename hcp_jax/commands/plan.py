@@ -136,13 +136,14 @@ def verify(found: Plan, fields: dict[str, Any], count: int) -> Plan:
         fields: fields of the `ModelConfig` of its model.
         count: number of splits to compile; large models take minutes each.
     """
-    from hcp_jax.planner.audit import audit_step, chosen_flags, place
+    from hcp_jax.planner.audit import chosen_flags, place
+    from hcp_jax.planner.audit_tick import audit_run
 
     verified = []
     for candidate in found.candidates[:count]:
         config = _train_config(found, candidate, fields)
         cp = place(config, found.cluster)
-        read = audit_step(cp, found.cluster, config, chosen_flags(found.cluster, []))
+        read = audit_run(cp, found.cluster, config, chosen_flags(found.cluster, []))
         verified.append(dataclasses.replace(candidate, compiled_bytes=read.memory.peak_bytes))
     ranked = sorted(verified, key=lambda candidate: not candidate.fits)
     return dataclasses.replace(found, candidates=(*ranked, *found.candidates[count:]))

@@ -105,6 +105,11 @@ class Moved:
     exposed_s: float
     behind: tuple[str, ...]
 
+    @property
+    def is_send(self) -> bool:
+        """True for a send between stages; what else stages exchange are sums."""
+        return self.what == "stages" and self.kind == "collective-permute"
+
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
@@ -135,6 +140,16 @@ class Audit:
         return sum(m.count for m in self.collectives if m.what == "ring" and m.hidden)
 
     @property
+    def sends(self) -> int:
+        """Number of sends between stages of a pipeline."""
+        return sum(moved.count for moved in self.collectives if moved.is_send)
+
+    @property
+    def sends_hidden(self) -> int:
+        """Number of sends between stages that compute hides."""
+        return sum(moved.count for moved in self.collectives if moved.is_send and moved.hidden)
+
+    @property
     def communication_s(self) -> float:
         """Seconds of all transfers, hidden or not."""
         return sum(moved.seconds for moved in self.collectives)
@@ -146,6 +161,8 @@ class Audit:
             "cluster": str(self.cluster),
             "ring_hops": self.ring_hops,
             "ring_hops_hidden": self.ring_hops_hidden,
+            "sends": self.sends,
+            "sends_hidden": self.sends_hidden,
             "memory": memory | {"peak_bytes": self.memory.peak_bytes, "fits": self.memory.fits},
             "collectives": [dataclasses.asdict(moved) for moved in self.collectives],
             "modelled": {

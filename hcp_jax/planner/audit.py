@@ -37,13 +37,7 @@ def place(config: TrainConfig, cluster: Cluster) -> ContextParallel:
 
     Raises:
         ValueError: if mesh and cluster differ in their number of devices.
-        NotImplementedError: for a pipeline.
     """
-    if config.parallel.pp > 1:
-        raise NotImplementedError(
-            f"parallel.pp is {config.parallel.pp}, but a pipeline is not compiled for a cluster "
-            "yet: use --parallel.pp 1."
-        )
     needed = config.parallel.num_devices
     if needed != cluster.size:
         raise ValueError(
@@ -223,18 +217,13 @@ def read_model(
     )
 
 
-def title(found: Audit, attention: bool) -> str:
-    """Return one line that says what was compiled."""
-    what = "attention of one layer, forward and backward" if attention else "training step"
-    return f"{what} on {found.cluster}"
-
-
-def advice(found: Audit, flags: Mapping[str, Any]) -> list[str]:
+def advice(found: Audit, flags: Mapping[str, Any], program: str = "step") -> list[str]:
     """Return advice about exposed transfers and memory; one line if nothing is wrong.
 
     Args:
         found: the audit.
         flags: XLA flags that the program was compiled with.
+        program: what the program computes, in a word.
     """
     lines = []
     memory, step = found.memory, found.schedule.step_s
@@ -251,9 +240,9 @@ def advice(found: Audit, flags: Mapping[str, Any]) -> list[str]:
         waits = sum(m.exposed_s for m in found.collectives if m.what == what)
         if what != "ring" and waits > 0.03 * step:
             lines.append(
-                f"{words[0]} {duration(waits)}, {waits / step:.0%} of the step. {words[1]}"
+                f"{words[0]} {duration(waits)}, {waits / step:.0%} of the {program}. {words[1]}"
             )
-    return lines or ["Everything fits, and what is exposed is less than 3 % of the step."]
+    return lines or [f"Everything fits, and what is exposed is less than 3 % of the {program}."]
 
 
 _ABOUT = {

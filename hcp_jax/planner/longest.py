@@ -12,6 +12,7 @@ from collections.abc import Callable
 from hcp_jax.compiled.report import Memory
 from hcp_jax.hardware import Cluster
 from hcp_jax.planner import audit
+from hcp_jax.planner.audit_tick import audit_run
 from hcp_jax.train.config import TrainConfig
 
 # Round tokens per device to a multiple of the chunk sizes in configs.
@@ -79,10 +80,10 @@ def longest_of_config(
     first: tuple[int, int],
     report: Callable[[int, Memory], None] = lambda tokens, memory: None,
 ) -> Longest:
-    """Return the `longest` of a config's training step on a cluster.
+    """Return the `longest` of a config's training step, or its pipeline's tick, on a cluster.
 
     Args:
-        config: config of the run; its seq_len is ignored, and each dp replica has one stream.
+        config: config of the run; its seq_len is ignored.
         cluster: cluster with as many GPUs as the config's mesh has devices.
         first: as in `longest`.
         report: called with tokens per device and memory after each compilation.
@@ -95,7 +96,7 @@ def longest_of_config(
 
     def measure(tokens: int) -> Memory:
         resized = dataclasses.replace(config, seq_len=tokens * cp.size)
-        memory = audit.audit_step(cp, cluster, resized, flags).memory
+        memory = audit_run(cp, cluster, resized, flags).memory
         report(tokens, memory)
         return memory
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import get_args
 
+from hcp_jax.cost import stages
 from hcp_jax.cost.memory import remat_that_fits
 from hcp_jax.cost.shape import ModelShape
 from hcp_jax.cost.split import Split
@@ -29,7 +30,8 @@ def with_remat(
     Args:
         config: the run.
         cp: its context.
-        memory_bytes: memory of a GPU; None if unknown, then attention's outputs are kept.
+        memory_bytes: memory of a GPU; None if unknown, then attention's outputs are kept, as in
+            pipelines that the model of memory does not know.
     """
     model = config.model
     if model.remat != "auto":
@@ -40,6 +42,7 @@ def with_remat(
         comm_type=cp.for_layer(0).comm_type,  # type: ignore[arg-type]
         fsdp=config.parallel.fsdp,
         ep=cp.ep,
+        virtual_stages=config.parallel.virtual_stages,
     )
     among: tuple[Remat, ...] = tuple(
         remat
@@ -47,9 +50,11 @@ def with_remat(
         if not (remat == "none" and model.offload_activations)
         and not (remat == "mlp" and model.mlp_chunk is not None)
     )
+    chosen: Remat = "attention"
     if memory_bytes is None:
-        chosen: Remat = "attention"
         why = f"the memory of {cp.device_kind} is not known"
+    elif stages.cut(shape, split.pp, split.virtual_stages) is None:
+        why = stages.refusal(shape) or "the model of memory knows no such stages"
     else:
         rows = max(1, config.batch_size // config.accumulation // split.dp)
         chosen = remat_that_fits(shape, split, config.seq_len, rows, memory_bytes, among)

@@ -130,6 +130,11 @@ def test_flags_that_are_set_are_not_asked_for():
     assert "set the flags" in line
 
 
+def test_advice_names_the_program_that_it_measured():
+    (line,) = audit.advice(an_audit([exposed("stages", 0.2, 0.1)]), {}, "tick")
+    assert "10% of the tick" in line
+
+
 def test_where_all_is_well_it_says_so():
     (line,) = audit.advice(an_audit([exposed("heads", 0.2, 0.001)]), {})
     assert line.startswith("Everything fits")

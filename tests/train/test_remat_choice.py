@@ -49,6 +49,16 @@ def test_auto_on_a_device_of_unknown_memory_keeps_attention_and_says_so():
     assert "is not known" in line
 
 
+def test_auto_in_a_pipeline_that_the_model_of_memory_does_not_know_keeps_attention():
+    cp = hcp.ContextParallel(hcp.make_mesh(pp=2, cp_inner=4), "a2a")
+    parallel = ParallelConfig(pp=2, cp_inner=4, comm_type="a2a")
+    model = dataclasses.replace(LLAMA, mtp_depths=1)
+    config = dataclasses.replace(CONFIG, model=model, parallel=parallel)
+    found, (line,) = with_remat(config, cp, 192 * 2**30)
+    assert found.model.remat == "attention"
+    assert "multi-token prediction" in line
+
+
 def test_a_named_policy_stays():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(LLAMA, remat="full"))
     cp = hcp.ContextParallel(hcp.make_mesh(cp_outer=2, cp_inner=4), "a2a+p2p")
