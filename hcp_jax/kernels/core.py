@@ -158,7 +158,7 @@ def resolve(implementation: str | None, problem: Problem) -> str:
             name
             for name in best
             if unsupported(name, problem) is None
-            and (name not in _TO_BE_CHECKED or trust.trusted(name, problem.device_kind))
+            and (name not in _TO_BE_CHECKED or trust.why_not(name, problem.device_kind) is None)
         )
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(implementation, IMPLEMENTATIONS, 1)
