@@ -25,12 +25,13 @@ from hcp_jax.base import terminal
 from hcp_jax.kernels import core, expert_product, trust
 from hcp_jax.kernels.core import CoreSpec, Problem
 from hcp_jax.kernels.expert_product import How
+from hcp_jax.kernels.tiles import Tiles
 from hcp_jax.kernels.trust import Verdict
 from hcp_jax.sequence.layout import PADDING, KeyRuns
 from hcp_jax.sequence.mask import Intervals
 
-TOLERANCE = 0.01
-"""Largest difference from the reference, as a share of the reference's largest value (bfloat16)."""
+TOLERANCES = {"bfloat16": 0.01, "float16": 0.01, "float32": 1e-4}
+"""Largest difference from the reference, as a share of its largest value, by dtype."""
 
 LSE_TOLERANCE = 1e-4
 """Largest difference of lse, absolute: logits and sums are float32 in every implementation."""
@@ -66,7 +67,12 @@ class Finding:
 
 
 def findings(
-    implementation: str, *, length: int = 704, head_sizes: tuple[int, ...] = (64, 128, 256)
+    implementation: str,
+    *,
+    length: int = 704,
+    head_sizes: tuple[int, ...] = (64, 128, 256),
+    dtype: str = "bfloat16",
+    tiles: Tiles | None = None,
 ) -> Iterator[Finding]:
     """Compare an implementation with the reference on the first device.
 
@@ -74,14 +80,16 @@ def findings(
         implementation: one of `core.IMPLEMENTATIONS`; interpreted on a CPU.
         length: number of queries and of key slots.
         head_sizes: head sizes; the second one (or the only one) also with a soft cap.
+        dtype: dtype of q, k and v.
+        tiles: tile sizes of the Pallas kernels; from the device kind's table if None.
     """
     device = jax.devices()[0]
     for head_size in head_sizes:
         caps = (None, 5.0) if head_size == head_sizes[min(1, len(head_sizes) - 1)] else (None,)
-        problem = _problem(device, head_size)
+        problem = _problem(device, head_size, dtype)
         if (why := core.unsupported(implementation, problem)) is not None:
             raise NotImplementedError(f"{implementation} cannot be checked: {why}")
-        arrays = _arrays(length, head_size, heads=4, kv_heads=2)
+        arrays = _arrays(length, head_size, 4, 2, dtype)
         for cap in caps:
             spec = CoreSpec(
                 implementation,
@@ -89,6 +97,7 @@ def findings(
                 logits_soft_cap=cap,
                 device_kind=device.device_kind,
                 interpret=device.platform == "cpu",
+                tiles=tiles,
             )
             run = jax.jit(functools.partial(_values_and_gradients, spec))
             exact = jax.jit(
@@ -102,14 +111,14 @@ def findings(
                 wide = [x.astype(jnp.float32) for x in arrays]
                 expected = jax.device_get(exact(*wide, intervals, runs))
                 for result, a, b, c in zip(_NAMES, got, expected, again, strict=True):
-                    yield _compare(case, result, a, b, c)
+                    yield _compare(case, result, a, b, c, TOLERANCES[dtype])
 
 
 def seconds(implementation: str, *, length: int = 4096, repeats: int = 20) -> float:
     """Return the median seconds of forward and backward, causal, head size 128."""
     device = jax.devices()[0]
     spec = CoreSpec(implementation, 128**-0.5, None, device.device_kind, device.platform == "cpu")
-    arrays = _arrays(length, 128, heads=16, kv_heads=4)
+    arrays = _arrays(length, 128, 16, 4, "bfloat16")
     index = np.arange(length, dtype=np.int32)[None]
     intervals = Intervals(np.zeros_like(index), index + 1)
     runs = _runs([0], [length])
@@ -219,11 +228,11 @@ def _values_and_gradients(
     return out, lse, *core.attend_grads(spec, q, k, v, intervals, runs, dout, lse, delta)
 
 
-def _arrays(length: int, head_size: int, *, heads: int, kv_heads: int) -> list[Any]:
+def _arrays(length: int, head_size: int, heads: int, kv_heads: int, dtype: str) -> list[Any]:
     keys = jax.random.split(jax.random.key(0), 4)
     numbers = (heads, kv_heads, kv_heads, heads)
     return [
-        jax.random.normal(key, (1, length, n, head_size), jnp.bfloat16)
+        jax.random.normal(key, (1, length, n, head_size), dtype)
         for key, n in zip(keys, numbers, strict=True)
     ]
 
@@ -295,7 +304,7 @@ def _exact_products(x: Any, weights: Any, dout: Any, sizes: np.ndarray) -> tuple
 
 
 def _compare(
-    case: str, result: str, got: Any, expected: Any, again: Any, tolerance: float = TOLERANCE
+    case: str, result: str, got: Any, expected: Any, again: Any, tolerance: float
 ) -> Finding:
     same = np.array_equal(got, again, equal_nan=True)
     got = np.asarray(got, np.float64)
@@ -309,8 +318,8 @@ def _compare(
     return Finding(case, result, error / max(largest, 1e-3), tolerance, same)
 
 
-def _problem(device: jax.Device, head_size: int) -> Problem:
-    return Problem("bfloat16", 4, 2, head_size, head_size, device.platform, device.device_kind)
+def _problem(device: jax.Device, head_size: int, dtype: str) -> Problem:
+    return Problem(dtype, 4, 2, head_size, head_size, device.platform, device.device_kind)
 
 
 if __name__ == "__main__":

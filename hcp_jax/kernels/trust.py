@@ -87,7 +87,7 @@ def _reason(kernels: str, device_kind: str) -> tuple[str | None, bool]:
         return "several processes must choose alike, and do not compare verdicts", False
     verdict = kept(kernels, device_kind)
     if verdict is None:
-        if not _is_here(device_kind):
+        if not user_cache.is_here(device_kind):
             return "they have not been checked, and this machine has no such GPU", False
         _log.info(
             f"checking the {kernels} kernels on {device_kind}: once, for about a minute "
@@ -141,7 +141,3 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> Verdict:
         return Verdict(found["passed"] is True, str(found["reason"]))
     last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
     return Verdict(False, f"the check ended with code {done.returncode}: {last[:200]}")
-
-
-def _is_here(device_kind: str) -> bool:
-    return any(d.device_kind == device_kind and d.platform == "gpu" for d in jax.local_devices())

@@ -18,6 +18,11 @@ from hcp_jax.base.cache_folder import cache_folder
 _log = logging.getLogger("hcp_jax")
 
 
+def is_here(device_kind: str) -> bool:
+    """Return whether this process has a GPU of this kind."""
+    return any(d.device_kind == device_kind and d.platform == "gpu" for d in jax.local_devices())
+
+
 def path(name: str) -> pathlib.Path:
     """Return the path of a file; it may not exist yet."""
     return cache_folder() / name

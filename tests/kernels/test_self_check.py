@@ -51,8 +51,8 @@ def test_a_wrong_gradient_is_noticed(monkeypatch):
 
 def test_results_that_are_not_numbers_are_no_small_error():
     nothing, right = jnp.full(3, jnp.nan), jnp.full(3, 2.0)
-    assert not self_check._compare("case", "out", nothing, right, nothing).passed
-    assert self_check._compare("case", "out", right, right, right).passed
+    assert not self_check._compare("case", "out", nothing, right, nothing, 0.01).passed
+    assert self_check._compare("case", "out", right, right, right, 0.01).passed
 
 
 def test_slower_kernels_are_not_taken():

@@ -49,7 +49,7 @@ def verdict_line(passed: bool, reason: str = "because") -> str:
 
 
 def test_kernels_that_passed_on_this_gpu_are_taken_and_checked_once(cache, monkeypatch):
-    monkeypatch.setattr(trust, "_is_here", lambda kind: kind == HOPPER)
+    monkeypatch.setattr(user_cache, "is_here", lambda kind: kind == HOPPER)
     started = printing(monkeypatch, stdout=verdict_line(True))
     assert best(HOPPER) == "mosaic"
     trust.why_not.cache_clear()  # as in a new process
@@ -80,7 +80,7 @@ def test_kernels_that_passed_on_this_gpu_are_taken_and_checked_once(cache, monke
 def test_kernels_that_fail_or_crash_are_not_taken_and_that_is_told(
     cache, monkeypatch, caplog, answer, reason
 ):
-    monkeypatch.setattr(trust, "_is_here", lambda kind: True)
+    monkeypatch.setattr(user_cache, "is_here", lambda kind: True)
     printing(monkeypatch, **answer)
     with caplog.at_level("INFO", "hcp_jax"):
         assert best(HOPPER) == "triton"
