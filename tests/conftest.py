@@ -41,8 +41,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # No test reads or writes the user's compiled programs, nor do the commands that tests start.
 os.environ["HCP_PROGRAM_CACHE"] = "off"
 
-# Nor what the user's GPUs have passed: `implementation=None` chooses alike everywhere.
+# Nor what the user's GPUs have passed, nor their tiles: all tests compile alike everywhere.
 os.environ["HCP_KERNEL_CHECK"] = "off"
+os.environ["HCP_KERNEL_TILES"] = "off"
 
 # The annotations of the kernels' functions are checked in every call, shapes included. Not those of
 # rooms whose public functions answer wrong shapes with a ValueError of their own.

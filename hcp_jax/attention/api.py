@@ -15,7 +15,7 @@ from hcp_jax.attention.local import LocalSpec, attention
 from hcp_jax.attention.refusals import require_whole_call
 from hcp_jax.attention.strategy import compose
 from hcp_jax.base import checks
-from hcp_jax.kernels.core import CoreSpec, Problem, resolve
+from hcp_jax.kernels.core import CoreSpec, Problem, resolve, tiles_kept
 from hcp_jax.parallel import one_device, spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.one_device import OneDevice
@@ -130,12 +130,14 @@ def _local_spec(
     """Return the static parameters of one device's part of a call."""
     problem = Problem.from_arrays(q, k, v, cp.platform, cp.device_kind)
     cap = None if logits_soft_cap is None else checks.soft_cap("logits_soft_cap", logits_soft_cap)
+    name = resolve(implementation, problem)
     core = CoreSpec(
-        implementation=resolve(implementation, problem),
+        implementation=name,
         scale=arguments.logits_scale(scale, q.shape[3]),
         logits_soft_cap=cap,
         device_kind=cp.device_kind,
         interpret=cp.platform == "cpu",
+        tiles=tiles_kept(name, problem),
     )
     composed = compose(cp, q.shape[2] // cp.axis_size(cp.tp, here=True))
     return LocalSpec(core, composed.lanes, composed.mover, cp.head_groups)

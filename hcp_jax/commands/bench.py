@@ -69,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of timings; the median counts (30)",
     )
     parser.add_argument(
-        "--sweep", action="store_true", help="time alternative Triton tiles instead"
+        "--sweep",
+        action="store_true",
+        help="time alternative Triton tiles instead, and keep the fastest: attention on this kind "
+        "of GPU takes them for this dtype and head size",
     )
     parser.add_argument(
         "--output",
@@ -151,17 +154,74 @@ def _compare(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
 
 def _sweep(args: argparse.Namespace, settings: list[Setting]) -> list[Row]:
     """Time each tile size for all three kernels; the table has forward and backward columns."""
-    from hcp_jax.kernels.tiles import Tile, Tiles
+    import jax
 
-    rows = []
+    from hcp_jax.kernels.tiles import Tile, Tiles, tiles_for
+
+    kind = "" if (device := jax.devices()[0]).platform == "cpu" else device.device_kind
+    table = tiles_for(kind, args.dtype, args.head_size, args.head_size)
+    contestants = {"the table's": table}
     for block_q, block_k in ((64, 64), (64, 128), (128, 32), (128, 64), (128, 128)):
         for warps in (4, 8):
             for stages in (2, 3):
                 tile = Tile(block_q, block_k, warps, stages)
                 name = f"{block_q}×{block_k}, {warps} warps, {stages} stages"
-                tiles = Tiles(tile, tile, tile)
-                rows += [_row(args, setting, "triton", name, tiles) for setting in settings]
-    return rows
+                contestants[name] = Tiles(tile, tile, tile)
+    timed = [
+        (tiles, [_row(args, setting, "triton", name, tiles) for setting in settings])
+        for name, tiles in contestants.items()
+    ]
+    _keep_fastest(args, timed)
+    return [row for _, rows in timed for row in rows]
+
+
+def _keep_fastest(args: argparse.Namespace, timed: list[tuple[Any, list[Row]]]) -> None:
+    """Keep the tiles with the fewest seconds over all masks, if they compute the right values."""
+    import jax
+
+    from hcp_jax.kernels import kept_tiles, self_check
+
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        terminal.say("no tiles are kept: without a GPU their times mean nothing")
+        return
+    tiles = _fastest(timed)
+    if tiles is None:
+        terminal.say("no tiles are kept: none computed every mask")
+        return
+    sizes = (args.head_size,)
+    try:
+        found = list(self_check.findings("triton", head_sizes=sizes, dtype=args.dtype, tiles=tiles))
+        reason = next((f"{x.result} of {x.case} is wrong" for x in found if not x.passed), None)
+    except Exception as error:  # such as too much shared memory with a soft cap
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+    if reason is not None:
+        terminal.say(f"no tiles are kept: the fastest, {tiles}, fail their check: {reason}")
+    elif kept_tiles.keep("triton", device.device_kind, args.dtype, args.head_size, tiles):
+        terminal.say(
+            f"attention takes these tiles from now on, kept in {kept_tiles.path()}: {tiles}"
+        )
+
+
+def _fastest(timed: list[tuple[Any, list[Row]]]) -> Any:
+    """Return the fastest tile for forward, with the fastest ones for backward; None if none ran."""
+    from hcp_jax.kernels.tiles import Tiles
+
+    # (forward, backward, tiles); a backward of no time at all is noise.
+    seconds = [
+        (
+            sum(row.forward_seconds or 0.0 for row in rows),
+            sum(row.backward_seconds or 0.0 for row in rows),
+            tiles,
+        )
+        for tiles, rows in timed
+        if all((row.backward_seconds or 0.0) > 1e-9 for row in rows)
+    ]
+    if not seconds:
+        return None
+    forward = min(seconds, key=lambda x: x[0])[2]
+    backward = min(seconds, key=lambda x: x[1])[2]
+    return Tiles(forward.forward, backward.dq, backward.dkv)
 
 
 def _row(

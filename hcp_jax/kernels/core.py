@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from hcp_jax.kernels import tiles, trust
+from hcp_jax.kernels import kept_tiles, tiles, trust
 from hcp_jax.kernels.merge import Partial
 from hcp_jax.kernels.tiles import Tiles
 from hcp_jax.sequence.layout import KeyRuns
@@ -44,7 +44,8 @@ class CoreSpec:
         logits_soft_cap: c, to compute logits `c · tanh(logits / c)`; None for no cap.
         device_kind: `jax.Device.device_kind` of the devices to run on; it selects tile sizes.
         interpret: run a Pallas kernel in its interpreter (on CPU devices).
-        tiles: tile sizes of the Pallas kernels; from the device kind's table if None.
+        tiles: tile sizes of the Pallas kernels; from the device kind's table if None. The attention
+            op asks `tiles_kept`.
     """
 
     implementation: str
@@ -158,7 +159,7 @@ def resolve(implementation: str | None, problem: Problem) -> str:
             name
             for name in best
             if unsupported(name, problem) is None
-            and (name not in _TO_BE_CHECKED or trust.trusted(name, problem.device_kind))
+            and (name not in _TO_BE_CHECKED or trust.why_not(name, problem.device_kind) is None)
         )
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(implementation, IMPLEMENTATIONS, 1)
@@ -177,6 +178,12 @@ def resolve(implementation: str | None, problem: Problem) -> str:
     return implementation
 
 
+def tiles_kept(implementation: str, problem: Problem) -> Tiles | None:
+    """Return the tiles that a sweep on this GPU has kept for such calls; None if there are none."""
+    sizes = problem.head_size, problem.v_head_size
+    return kept_tiles.find(implementation, problem.device_kind, problem.dtype, *sizes)
+
+
 def unsupported(implementation: str, problem: Problem) -> str | None:
     """Return why an implementation does not support a call, or None."""
     reason: str | None = _module(implementation).unsupported(problem)
@@ -191,8 +198,10 @@ def describe(platform: str, device_kind: str) -> str:
     """
     typical = Problem("bfloat16", 8, 8, 128, 128, platform, device_kind)
     name = resolve(None, typical)
-    own_tiles = name in ("triton", "mosaic")
-    return f"{name} ({tiles.describe(device_kind)})" if own_tiles else name
+    if name not in ("triton", "mosaic"):
+        return name
+    told = (tiles.describe(device_kind), kept_tiles.describe(name, device_kind))
+    return f"{name} ({'; '.join(filter(None, told))})"
 
 
 def _module(implementation: str) -> ModuleType:

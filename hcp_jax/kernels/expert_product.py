@@ -8,6 +8,8 @@ implementations:
     triton      Pallas kernels for NVIDIA GPUs (`expert_triton.py`): the FLOPs are those of the rows
     ragged_dot  `jax.lax.ragged_dot`. On CPUs it is exact and fast. On GPUs XLA (jax 0.12) makes it
                 a dense product over all experts: FLOPs and memory grow with E
+
+On GPUs the kernels are taken once they have passed their check there (`trust.py`), or by name.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hcp_jax.kernels import expert_triton
+from hcp_jax.kernels import expert_triton, trust
 from hcp_jax.kernels.tiles import Product, ProductTiles, product_tiles_for
 
 
@@ -43,7 +45,8 @@ def resolve(name: str | None, dtype: str, platform: str, device_kind: str) -> Ho
     """Return how to multiply: by the implementation named, or by the best for these devices.
 
     Args:
-        name: "triton", "ragged_dot", or None for Triton on GPUs and `ragged_dot` elsewhere.
+        name: "triton", "ragged_dot", or None for Triton on GPUs where its kernels have passed their
+            check, and `ragged_dot` elsewhere; the log says why they are not taken.
         dtype: of rows and weights.
         platform: "cpu" or "gpu".
         device_kind: `jax.Device.device_kind`.
@@ -52,7 +55,7 @@ def resolve(name: str | None, dtype: str, platform: str, device_kind: str) -> Ho
         ValueError: if there is no implementation of that name.
         NotImplementedError: if the named one cannot run there.
 
-    >>> resolve(None, "bfloat16", "gpu", "NVIDIA H200").implementation
+    >>> resolve("triton", "bfloat16", "gpu", "NVIDIA H200").implementation
     'triton'
     """
     if name is not None and name not in get_args(Product):
@@ -66,7 +69,12 @@ def resolve(name: str | None, dtype: str, platform: str, device_kind: str) -> Ho
             "for the best."
         )
     on_gpu = platform in ("gpu", "cuda")
-    chosen = name == "triton" or (name is None and on_gpu and why_not is None)
+    chosen = name == "triton" or (
+        name is None
+        and on_gpu
+        and why_not is None
+        and trust.why_not(trust.EXPERT_PRODUCT, device_kind) is None
+    )
     return How("triton" if chosen else "ragged_dot", device_kind, interpret=not on_gpu)
 
 
@@ -80,8 +88,13 @@ def describe(name: str | None, dtype: str, platform: str, device_kind: str) -> s
     if how.implementation == "triton":
         tile = (how.tiles or product_tiles_for("" if how.interpret else device_kind, dtype)).rows
         return f"triton (tiles of {tile.rows} rows and {tile.columns} columns)"
-    on_gpu = platform in ("gpu", "cuda")
-    return "ragged_dot (on GPUs, the FLOPs of all experts for each row)" if on_gpu else "ragged_dot"
+    if platform not in ("gpu", "cuda"):
+        return "ragged_dot"
+    dense = "ragged_dot (on GPUs, the FLOPs of all experts for each row"
+    if name is not None or expert_triton.unsupported(dtype, platform) is not None:
+        return f"{dense})"
+    why_not = trust.why_not(trust.EXPERT_PRODUCT, device_kind)
+    return f"{dense}; Triton's kernels are not taken: {why_not})"
 
 
 def product(how: How, x: Array, weights: Array, sizes: Array) -> Array:

@@ -4,7 +4,7 @@ This is data, not code: it changes when somebody measures, and the kernels do no
 chosen without a GPU, from what ptxas reports (docs/kernels.md has the figures): the largest tiles
 without register spills, with a soft cap and without. Large tiles are better because a tile's
 arithmetic grows with its area and its loads with its edge. `hcp bench attention --sweep` measures
-alternatives.
+alternatives and keeps the fastest for the GPU at hand (`kept_tiles.py`).
 """
 
 import dataclasses

@@ -1,32 +1,38 @@
-"""Decide whether `implementation=None` may take an implementation that few GPUs have run.
+"""Decide whether kernels that few GPUs have run may be taken where the user names none.
 
-Before it is taken on a kind of GPU, `self_check.py` runs it there: against the reference, twice for
-equal bits, and for its speed beside Triton's. That happens once, on first use, in a process of its
-own, so that a kernel that crashes or hangs does not take the caller with it. The verdict is kept in
-the user's cache folder, for this kind of GPU, version of jax and source of the kernels.
+These are Mosaic's kernels of attention (`implementation=None`) and Triton's of the products of
+experts (`model.moe.product` None). Before they are taken on a kind of GPU, `self_check.py` runs
+them there: against a reference, twice for equal bits, and for their speed beside what else would be
+taken. That happens once, on first use, in a process of its own, so that a kernel that crashes or
+hangs does not take the caller with it. The verdict is kept in the user's cache folder, for this
+kind of GPU, version of jax and source of the kernels.
 """
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 from typing import NamedTuple
 
 import jax
 
-from hcp_jax.base.cache_folder import cache_folder
+from hcp_jax.kernels import user_cache
 
 VARIABLE = "HCP_KERNEL_CHECK"
 """The environment variable that, set to "off", lets no check run and believes none."""
 
 CHECK_SECONDS = 600
 """A check that takes longer counts as failed: a kernel may wait for ever."""
+
+EXPERT_PRODUCT = "expert_product"
+"""The name, beside those of `core.IMPLEMENTATIONS`, of Triton's kernels for products of experts."""
+
+FILE = "kernels.json"
+"""The file of verdicts in the user's cache folder."""
 
 _log = logging.getLogger("hcp_jax")
 
@@ -35,7 +41,7 @@ class Verdict(NamedTuple):
     """What a check found.
 
     Attributes:
-        passed: whether the implementation is exact, deterministic and not slower than Triton's.
+        passed: whether the kernels are exact, deterministic and not slower than what else is taken.
         reason: in one line, why not, or what was seen.
     """
 
@@ -44,52 +50,67 @@ class Verdict(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def trusted(implementation: str, device_kind: str) -> bool:
-    """Return whether an implementation has passed its check on this kind of GPU.
+def why_not(kernels: str, device_kind: str) -> str | None:
+    """Return why kernels may not be taken unasked on this kind of GPU; None if they may.
 
-    The check runs if there is no verdict yet, the GPU is here, and this is the only process. With
-    several processes it does not: all of them must choose alike, and their hosts' verdicts may
-    differ. They take what the config names, or Triton.
+    They may once they have passed their check. It runs if there is no verdict yet, the GPU is here,
+    and this is the only process. With several processes it does not: all of them must choose alike,
+    and their hosts' verdicts may differ. They take what the config names. The answer is logged on
+    first use.
 
     Args:
-        implementation: name of the implementation, such as "mosaic".
+        kernels: name of an implementation of attention, such as "mosaic", or `EXPERT_PRODUCT`.
         device_kind: `jax.Device.device_kind`.
     """
-    if os.environ.get(VARIABLE, "").lower() in ("off", "0", "false", "no"):
-        return False
-    if jax.process_count() > 1:
-        _log.info(
-            f"attention does not use the {implementation} kernels: with several processes they are "
-            f"used only by name. Run `hcp verify --kernels` on each host, then set "
-            f"model.implementation={implementation} (implementation={implementation!r} in a call)."
+    reason, failed = _reason(kernels, device_kind)
+    if reason is not None and jax.process_index() == 0:
+        if kernels == EXPERT_PRODUCT:
+            who, named = "experts do", "model.moe.product=triton"
+        else:
+            who, named = "attention does", f"model.implementation={kernels}"
+            named += f" (implementation={kernels!r} in a call)"
+        # Without their kernels experts are many times slower; attention has others.
+        level = logging.WARNING if failed or kernels == EXPERT_PRODUCT else logging.INFO
+        _log.log(
+            level,
+            f"{who} not use the {kernels} kernels on {device_kind}: {reason}. `hcp verify "
+            f"--kernels` checks them; {named} takes them whatever the verdict.",
         )
-        return False
-    verdict = kept(implementation, device_kind)
-    if verdict is None and _is_here(device_kind):
+    return reason
+
+
+def _reason(kernels: str, device_kind: str) -> tuple[str | None, bool]:
+    """Return why the kernels may not be taken, or None; and whether they failed their check."""
+    if os.environ.get(VARIABLE, "").lower() in ("off", "0", "false", "no"):
+        return f"{VARIABLE} is off", False
+    if jax.process_count() > 1:
+        return "several processes must choose alike, and do not compare verdicts", False
+    verdict = kept(kernels, device_kind)
+    if verdict is None:
+        if not user_cache.is_here(device_kind):
+            return "they have not been checked, and this machine has no such GPU", False
         _log.info(
-            f"checking the {implementation} kernels on {device_kind}: once, for about a minute "
+            f"checking the {kernels} kernels on {device_kind}: once, for about a minute "
             f"({VARIABLE}=off skips it)"
         )
-        verdict = check(implementation, device_kind)
-        if not verdict.passed:
-            _log.warning(
-                f"attention does not use the {implementation} kernels on {device_kind}: "
-                f"{verdict.reason}. `hcp verify --kernels` checks them again."
-            )
-    return verdict is not None and verdict.passed
+        verdict = check(kernels, device_kind)
+    return (None, False) if verdict.passed else (verdict.reason, True)
 
 
-def kept(implementation: str, device_kind: str) -> Verdict | None:
+def kept(kernels: str, device_kind: str) -> Verdict | None:
     """Return the verdict that was kept of an earlier check; None if there is none."""
-    found = _read().get(_key(implementation, device_kind))
+    try:
+        found = user_cache.read(FILE).get(user_cache.key(kernels, device_kind))
+    except ValueError:  # not whole: the next check writes it anew
+        return None
     if isinstance(found, list) and len(found) == 2:
         return Verdict(found[0] is True, str(found[1]))
     return None
 
 
-def check(implementation: str, device_kind: str) -> Verdict:
+def check(kernels: str, device_kind: str) -> Verdict:
     """Run the check in a process of its own on a GPU of this machine, and keep the verdict."""
-    command = [sys.executable, "-m", "hcp_jax.kernels.self_check", implementation]
+    command = [sys.executable, "-m", "hcp_jax.kernels.self_check", kernels]
     root = str(pathlib.Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     # The caller's process holds most of the GPU's memory.
@@ -109,7 +130,7 @@ def check(implementation: str, device_kind: str) -> Verdict:
         verdict = Verdict(False, f"the check could not be started: {error.strerror}")
     else:
         verdict = _last_line(done)
-    _keep(_key(implementation, device_kind), verdict)
+    user_cache.write(FILE, user_cache.key(kernels, device_kind), list(verdict))
     return verdict
 
 
@@ -120,44 +141,3 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> Verdict:
         return Verdict(found["passed"] is True, str(found["reason"]))
     last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
     return Verdict(False, f"the check ended with code {done.returncode}: {last[:200]}")
-
-
-def _is_here(device_kind: str) -> bool:
-    return any(d.device_kind == device_kind and d.platform == "gpu" for d in jax.local_devices())
-
-
-def _key(implementation: str, device_kind: str) -> str:
-    return f"{implementation} | {device_kind} | jax {jax.__version__} | kernels {_sources()}"
-
-
-@functools.lru_cache(maxsize=1)
-def _sources() -> str:
-    """Return a digest of the source of the kernels: other kernels need another check."""
-    digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _path() -> pathlib.Path:
-    return cache_folder() / "kernels.json"
-
-
-def _read() -> dict[str, object]:
-    try:
-        found = json.loads(_path().read_text())
-    except (OSError, ValueError):  # none yet, or not whole
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _keep(key: str, verdict: Verdict) -> None:
-    """Write the verdict beside the others; a folder that cannot be written is told, no error."""
-    found = _read() | {key: list(verdict)}
-    try:
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=_path().parent, delete=False) as file:
-            json.dump(found, file, indent=1)
-        pathlib.Path(file.name).replace(_path())
-    except OSError as error:
-        _log.warning(f"the check of the kernels is not kept: {_path()}: {error.strerror}")

@@ -40,7 +40,8 @@ class MoEConfig:
         decoder_sparse_step: of the other layers, those whose number (from 1) is a multiple of this
             have experts.
         product: what multiplies rows with the weights of their experts, as in
-            `hcp_jax.kernels.expert_product`; None for "triton" on GPUs and "ragged_dot" elsewhere.
+            `hcp_jax.kernels.expert_product`; None for "triton" on GPUs
+            where its kernels have passed their check (`hcp verify --kernels`), else "ragged_dot".
         dispatch_parts: with `parallel.ep`, rows travel in this many parts, so that one part
             travels while experts compute another; docs/moe.md says when 2 is better than 1.
 

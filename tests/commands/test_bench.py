@@ -1,12 +1,18 @@
 """`hcp bench attention` on a CPU, where its figures mean nothing."""
 
 import argparse
+import dataclasses
+import functools
 import json
+import types
 
 import jax
 import pytest
 
 from hcp_jax.commands import bench
+from hcp_jax.kernels import kept_tiles, self_check, user_cache
+from hcp_jax.kernels.self_check import Finding
+from hcp_jax.kernels.tiles import Tile, Tiles
 
 
 def _run(tmp_path, *options):
@@ -60,7 +66,8 @@ def test_a_sweep_compiles_each_of_its_tiles(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_seconds", trace)
     rows = _run(tmp_path, "--sweep", "--masks", "causal", "--length", "512")
     assert not [row["note"] for row in rows if row["note"]]
-    forward, both = compiled[::2], compiled[1::2]
+    assert rows.pop(0)["contestant"] == "the table's"
+    forward, both = compiled[2::2], compiled[3::2]
     for row, [alone], [out, dq, dkv] in zip(rows, forward, both, strict=True):
         blocks, warps, stages = row["contestant"].split(", ")
         block_q, block_k = map(int, blocks.split("×"))
@@ -74,6 +81,45 @@ def test_a_sweep_compiles_each_of_its_tiles(tmp_path, monkeypatch):
         ):
             assert (sorted(grid), *found) == (sorted((512 // block, 2, 1)), *schedule)
     assert len({tuple(kernels) for kernels in both}) == len(rows) == 20
+
+
+def test_a_sweep_keeps_the_fastest_tiles_that_are_right(tmp_path, monkeypatch, capsys):
+    """On a made-up GPU, with made-up times and findings."""
+    kind = "NVIDIA A10"
+    monkeypatch.setattr(
+        jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", device_kind=kind)]
+    )
+    monkeypatch.setattr(user_cache, "cache_folder", lambda: tmp_path)
+    args = argparse.Namespace(dtype="bfloat16", head_size=64)
+    first, second, none = (Tiles(*[Tile(size, size, 4, 1)] * 3) for size in (16, 32, 64))
+
+    def row(forward, backward):
+        return bench.Row("", "causal", 64, forward, backward, None, None, "")
+
+    timed = [
+        (first, [row(1.0, 3.0), row(1.0, 3.0)]),
+        (second, [row(0.5, 2.0), row(2.0, 2.0)]),
+        (none, [row(0.1, 0.1), row(None, None)]),  # fails on a mask
+    ]
+    checked = []
+
+    def findings(passed, implementation, **options):
+        checked.append(options["tiles"])
+        yield Finding("case", "dk", 0.0, 0.01, passed)
+
+    monkeypatch.setattr(self_check, "findings", functools.partial(findings, False))
+    bench._keep_fastest(args, timed)
+    assert "dk of case is wrong" in capsys.readouterr().out
+    assert not kept_tiles.path().exists()
+    monkeypatch.setattr(self_check, "findings", functools.partial(findings, True))
+    bench._keep_fastest(args, timed)
+    best = Tiles(first.forward, second.dq, second.dkv)
+    assert checked == [best, best]
+    [(key, kept)] = json.loads(kept_tiles.path().read_text()).items()
+    assert key == user_cache.key("triton", kind)
+    assert kept == {"bfloat16 with head size 64": dataclasses.asdict(best)}
+    bench._keep_fastest(args, timed[2:])
+    assert "none computed every mask" in capsys.readouterr().out
 
 
 def _grid_and_schedule(call):

@@ -101,12 +101,13 @@ def test_tiles_cover_every_row_once_and_are_few(tile):
             assert sum(tiles[:, 0] < 6) == sum(-(-sizes // tile))
 
 
-def test_gpus_get_the_kernels_and_cpus_do_not():
+def test_what_is_named_is_taken_or_refused():
+    """`None` on GPUs: see test_trust.py."""
     assert resolve(None, "bfloat16", "cpu", "cpu").implementation == "ragged_dot"
     assert resolve("triton", "float32", "cpu", "cpu").interpret
-    for dtype, name in (("bfloat16", "triton"), ("float64", "ragged_dot")):
-        assert resolve(None, dtype, "cuda", "NVIDIA H200").implementation == name
-    assert describe(None, "bfloat16", "gpu", "NVIDIA H200").startswith("triton (tiles of 128 rows")
+    assert resolve("triton", "bfloat16", "cuda", "NVIDIA H200").implementation == "triton"
+    told = describe("triton", "bfloat16", "gpu", "NVIDIA H200")
+    assert told.startswith("triton (tiles of 128 rows")
     assert "all experts" in describe("ragged_dot", "bfloat16", "gpu", "NVIDIA H200")
     with pytest.raises(ValueError, match="there are triton, ragged_dot"):
         resolve("cublas", "bfloat16", "gpu", "NVIDIA H200")

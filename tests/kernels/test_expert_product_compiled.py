@@ -69,7 +69,7 @@ def product_flops(module):
     ("gpu", "dtype"), [("h100", "bfloat16"), ("a100", "bfloat16"), ("h100", "float32")]
 )
 def test_kernels_do_not_spill_and_compute_the_routed_rows(gpu, dtype, tmp_path):
-    module = compile_products(gpu, dtype, None, tmp_path)
+    module = compile_products(gpu, dtype, "triton", tmp_path)
     assert product_flops(module) == 3 * 2 * M * K * N  # not times E
     [thunks] = tmp_path.glob("*.thunk_sequence.txt")
     found = re.findall(

@@ -87,6 +87,7 @@ def test_one_part_travels_while_experts_compute_another(monkeypatch):
     def hidden(parts):
         """Return how many of the exchanges of rows experts hide, and of how many."""
         own = {"dispatch_parts": parts, "dtype": "bfloat16", "num_experts": 32}
+        own["product"] = "triton"
         spec = dataclasses.replace(SPEC, hidden_size=256, intermediate_size=256, **own)
         graph, state = nnx.split(nnx.eval_shape(lambda: MoE(spec, rngs=nnx.Rngs(0))))
         state = jax.tree_util.tree_map_with_path(
