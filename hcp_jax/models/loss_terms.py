@@ -27,6 +27,7 @@ class Mean(NamedTuple):
 
 _ROUTERS = {
     "load_balance": "balance",
+    "sequence_balance": "by_document",
     "router_z": "z",
     "router_entropy": "entropy",
     "max_load": "max_load",
@@ -39,11 +40,11 @@ def mean_names(model: ModelConfig) -> tuple[str, ...]:
 
     They are "mtp_loss_1" and so on: each depth's loss in nats per token that has a target; and of
     the routers, as means over tokens and layers, "load_balance" (the loss, about 1 at best),
-    "router_z", "router_entropy" in nats, and "max_load", the load of the fullest expert in
-    multiples of the mean load.
+    "sequence_balance" (that of documents, if it has a weight), "router_z", "router_entropy" in
+    nats, and "max_load", the load of the fullest expert in multiples of the mean load.
     """
     depths = tuple(f"mtp_loss_{d + 1}" for d in range(model.mtp_depths))
-    return depths + (() if model.moe is None else tuple(_ROUTERS))
+    return depths + _router_names(model)
 
 
 def depth_means(losses: Float[Array, "n"], weights: Float[Array, "B T n"]) -> dict[str, Mean]:
@@ -57,9 +58,16 @@ def depth_means(losses: Float[Array, "n"], weights: Float[Array, "B T n"]) -> di
     return {f"mtp_loss_{d + 1}": Mean(losses[d], counts[d]) for d in range(losses.shape[0])}
 
 
-def router_means(sums: RouterSums) -> dict[str, Mean]:
+def router_means(model: ModelConfig, sums: RouterSums) -> dict[str, Mean]:
     """Return the means of the routers by name."""
-    return {name: Mean(getattr(sums, field), sums.tokens) for name, field in _ROUTERS.items()}
+    return {name: Mean(getattr(sums, _ROUTERS[name]), sums.tokens) for name in _router_names(model)}
+
+
+def _router_names(model: ModelConfig) -> tuple[str, ...]:
+    if model.moe is None:
+        return ()
+    left_out = () if model.moe.sequence_aux_loss_coef else ("sequence_balance",)
+    return tuple(name for name in _ROUTERS if name not in left_out)
 
 
 def router_loss(moe: MoEConfig, sums: RouterSums, scale: Float[Array, ""]) -> Float[Array, ""]:
@@ -72,5 +80,6 @@ def router_loss(moe: MoEConfig, sums: RouterSums, scale: Float[Array, ""]) -> Fl
             padding, so that each router's mean weighs as much as the loss of the next tokens.
     """
     added = moe.router_aux_loss_coef * sums.balance + moe.router_z_loss_coef * sums.z
+    added += moe.sequence_aux_loss_coef * sums.by_document
     loss: Float[Array, ""] = added * scale + sums.signal
     return loss

@@ -34,6 +34,8 @@ class MoEConfig:
         shared_expert_gate: multiply its output by a learnt sigmoid per token (Qwen2-MoE).
         router_aux_loss_coef: weight of each layer's load-balance loss (Fedus et al., Switch
             Transformers, 2021), over all tokens of a microbatch.
+        sequence_aux_loss_coef: weight of each layer's load-balance loss of every document by itself
+            (DeepSeek-V3), which counts by its tokens; 0 for none.
         router_z_loss_coef: weight of the squared log-partition of each layer's router (Zoph et
             al., ST-MoE, 2022).
         first_k_dense_replace: the first layers, as many as this, have an MLP.
@@ -63,6 +65,7 @@ class MoEConfig:
     shared_expert_gate: bool = field(default=False, metadata=fixed())
     bias: bool = field(default=False, metadata=fixed_later())
     router_aux_loss_coef: float = field(default=1e-3, metadata=numbers(least=0, most=1e6))
+    sequence_aux_loss_coef: float = field(default=0.0, metadata=numbers(least=0, most=1e6))
     router_z_loss_coef: float = field(default=0.0, metadata=numbers(least=0, most=1e6))
     first_k_dense_replace: int = field(default=0, metadata=fixed(least=0, most=100_000))
     decoder_sparse_step: int = field(default=1, metadata=fixed(least=1, most=100_000))

@@ -21,16 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from hcp_jax.base import checks
 from hcp_jax.models import rules
 from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers import decoder
+from hcp_jax.models.layers.moe_documents import RoutedTokens
 from hcp_jax.models.layers.moe_router import RouterSums, no_sums
 from hcp_jax.models.layers.norm import make_norm
 from hcp_jax.models.specs import LayerSpec
-from hcp_jax.models.stacks import LAYER_INPUT, constrained, real_tokens, remat
+from hcp_jax.models.stacks import LAYER_INPUT, constrained, remat, routed_tokens
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.placed_mask import PlacedMask
@@ -63,7 +64,7 @@ class MTPDepth(nnx.Module):
         hidden: Float[Array, "B T D"],
         embedded: Float[Array, "B T D"],
         shared: Any,
-        real: Bool[Array, "B T"] | None,
+        tokens: RoutedTokens | None,
         cp: ContextParallel | None,
     ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
         """Return this depth's hidden states, before its last norm, and the sums of its router.
@@ -72,11 +73,11 @@ class MTPDepth(nnx.Module):
             hidden: those of the depth before.
             embedded: embeddings of the tokens that the depth before predicts.
             shared: what the mixer's `share` returned.
-            real: False for padding; needed by a router only.
+            tokens: needed by a router only.
             cp: context with one comm type; None for one device.
         """
         both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
-        return self.layer(self.eh_proj(both), shared, real, cp)
+        return self.layer(self.eh_proj(both), shared, tokens, cp)
 
 
 def apply_depths(
@@ -101,7 +102,7 @@ def apply_depths(
     """
     positions, mask = batch
     total = None if config.moe is None else no_sums()
-    real = None if total is None else real_tokens(mask, positions.shape, cp)
+    tokens = routed_tokens(config, mask, positions, positions.shape, cp)
     last = config.specs[-1].mixer
     shared = decoder.MIXERS[type(last)].share(last, positions, mask, config.widest_window)
     layer_cp = None if cp is None else cp.for_layer(config.num_layers - 1)
@@ -110,7 +111,7 @@ def apply_depths(
     def depth(params: Any, hidden: Any, embedded: Any) -> Any:
         hidden = checkpoint_name(hidden, LAYER_INPUT)
         depth = nnx.merge(graphdef, params)
-        hidden, sums = depth(hidden, embedded, shared, real, layer_cp)
+        hidden, sums = depth(hidden, embedded, shared, tokens, layer_cp)
         return constrained(hidden, cp), sums
 
     depth = remat(depth, config, 1)

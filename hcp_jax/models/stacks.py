@@ -22,12 +22,15 @@ from hcp_jax.models.config import ModelConfig
 from hcp_jax.models.layers import moe_router
 from hcp_jax.models.layers.decoder import MIXED, MIXERS, DecoderLayer
 from hcp_jax.models.layers.mlp import PRODUCTS
+from hcp_jax.models.layers.moe_documents import RoutedTokens
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.specs import Plan
 from hcp_jax.parallel import spmd
 from hcp_jax.parallel.context import ContextParallel
+from hcp_jax.sequence.layout import runs_per_device
 from hcp_jax.sequence.mask import Mask
 from hcp_jax.sequence.placed_mask import PlacedMask
+from hcp_jax.sequence.placement import Groups, Streams
 
 LAYER_INPUT = "hcp_layer_input"
 
@@ -81,7 +84,7 @@ def apply_layers(
         for stack in plan.stacks
     ]
     routed = config.moe is not None
-    real = real_tokens(mask, x.shape[:2], cp) if routed else None
+    tokens = routed_tokens(config, mask, positions, x.shape[:2], cp)
     whole = len(plan.stacks) == 1
     modules: list[Any] = (
         [layers] if whole else [getattr(layers, str(i)) for i in range(len(plan.stacks))]
@@ -91,7 +94,7 @@ def apply_layers(
     def layer(stack: int, cp: ContextParallel | None, x: Any, params: dict[str, Any]) -> Any:
         x = checkpoint_name(x, LAYER_INPUT)
         module = small_params.use_copies(nnx.merge(split[stack][0], params), cp)
-        x, sums = module(x, shared[stack], real, cp)
+        x, sums = module(x, shared[stack], tokens, cp)
         return constrained(x, cp), sums
 
     params = [
@@ -199,6 +202,45 @@ def _scan(
     return jax.lax.scan(step, carry, jax.tree.map(cut, [params[i] for i in stacks]))[0]
 
 
+def routed_tokens(
+    config: ModelConfig,
+    mask: Mask | PlacedMask,
+    positions: Int32[Array, "B1 T"],
+    shape: tuple[int, ...],
+    cp: ContextParallel | None,
+) -> RoutedTokens | None:
+    """Return what routers know of the tokens; None if there are no experts.
+
+    Positions tell where documents begin, if their load-balance loss has a weight.
+
+    Args:
+        config: the model.
+        mask: the batch's mask.
+        positions: number of tokens of the same document before each token.
+        shape: as in `real_tokens`.
+        cp: context; None for one device.
+    """
+    if config.moe is None:
+        return None
+    real = real_tokens(mask, shape, cp)
+    if not config.moe.sequence_aux_loss_coef:
+        return RoutedTokens(real)
+    placement = Streams() if cp is None else cp.placement
+    if isinstance(placement, Groups):
+        assert isinstance(mask, PlacedMask)
+        assert mask.runs is not None
+        index, runs = jnp.asarray(mask.intervals.end) - 1, mask.runs.starts.shape[-1]
+    else:
+        length = shape[1] * (cp.size if cp is not None and cp.on_device else 1)
+        index, runs = jnp.asarray(placement.global_index(length))[None], _runs(placement)
+    index = _here(index, shape, cp)
+    return RoutedTokens(real, index, index - jnp.broadcast_to(positions, shape), runs)
+
+
+def _runs(placement: Streams) -> int:
+    return 1 if placement.cp_size == 1 else runs_per_device(placement.layout)
+
+
 def real_tokens(
     mask: Mask | PlacedMask, shape: tuple[int, ...], cp: ContextParallel | None
 ) -> Bool[Array, "B T"]:
@@ -209,21 +251,24 @@ def real_tokens(
         shape: B and T of the tokens here; inside a `shard_map` they are a device's own part.
         cp: context; None for one device.
     """
-    rows, here = shape
-    inside = cp is not None and cp.on_device
     if isinstance(mask, PlacedMask):
         start, end = mask.intervals
     else:
-        times = cp.size if cp is not None and inside else 1
-        start, end = mask.intervals(here * times, xp=jnp)
+        times = cp.size if cp is not None and cp.on_device else 1
+        start, end = mask.intervals(shape[1] * times, xp=jnp)
         if cp is not None:
             start, end = (cp.placement.to_layout(x, 1) for x in (start, end))
-    real = jnp.asarray(end > start)
-    if cp is not None and inside and real.shape[1] != here:
+    return _here(jnp.asarray(end > start), shape, cp)
+
+
+def _here(x: Array, shape: tuple[int, ...], cp: ContextParallel | None) -> Array:
+    """Return a device's own part of an array, in the shape of its tokens."""
+    rows, here = shape
+    if cp is not None and cp.on_device and x.shape[1] != here:
         # Under groups, the intervals may be cut already, over all but the axes that exchange heads.
-        own = jax.lax.axis_index(cp.cp_axes) % (real.shape[1] // here)
-        real = jax.lax.dynamic_slice_in_dim(real, own * here, here, axis=1)
-    return jnp.broadcast_to(real, (rows, here))
+        own = jax.lax.axis_index(cp.cp_axes) % (x.shape[1] // here)
+        x = jax.lax.dynamic_slice_in_dim(x, own * here, here, axis=1)
+    return jnp.broadcast_to(x, (rows, here))
 
 
 def remat(layer: Callable, config: ModelConfig, turns: int) -> Callable:

@@ -95,7 +95,7 @@ class OnDevice:
             y, sums = self._apply(chunk, x, self._own(tick.feed.forward))
             carry = carry._replace(arriving=self._send(y, 1))
             if sums is not None:
-                means = _times(router_means(sums), f[mine, LIVE])
+                means = _times(router_means(self.stages.model, sums), f[mine, LIVE])
                 carry = carry._replace(means=_add(carry.means, means))
         if forward and backward:
             live = f[last, LIVE] * (f[last, CHUNK] == self.stages.virtual_stages - 1)
@@ -206,7 +206,7 @@ class OnDevice:
             by_depth = jnp.stack(found)
             means = depth_means(by_depth, weights)
             if sums is not None:
-                means |= _times(router_means(sums), live)
+                means |= _times(router_means(model, sums), live)
             added = model.mtp_loss_weight * jnp.mean(by_depth)
             return main + added + live * self._router_loss(sums, given), (main, means)
 

@@ -110,7 +110,7 @@ def _with_routers(
     layers = sum(model.moe.has_experts(number) for number in model.computed_layers)
     weight, tokens = (_over_devices(x, cp) for x in (jnp.sum(batch["weights"]), sums.tokens))
     total = losses.total + router_loss(model.moe, sums, layers * weight / nonzero(tokens))
-    return Losses(total, losses.main, losses.means | router_means(sums))
+    return Losses(total, losses.main, losses.means | router_means(model, sums))
 
 
 def _over_devices(x: Float[Array, ""], cp: ContextParallel | None) -> Float[Array, ""]:

@@ -165,7 +165,7 @@ def relative(got: np.ndarray, exact: np.ndarray) -> float:
     return float(np.abs(got[finite] - exact[finite]).max() / np.abs(exact[finite]).max())
 
 
-_OF_ROUTERS = ("load_balance", "router_z", "router_entropy", "max_load")
+_OF_ROUTERS = ("load_balance", "sequence_balance", "router_z", "router_entropy", "max_load")
 
 
 def same_step(many: Mapping[str, Any], single: Mapping[str, Any]) -> Iterator[Check]:

@@ -83,6 +83,7 @@ EXPERTS = MoEConfig(
     shared_expert_intermediate_size=8,
     router_aux_loss_coef=0.02,
     router_z_loss_coef=0.01,
+    sequence_aux_loss_coef=0.03,
 )
 RECURRENT = {
     "mamba2": Mamba2Config(num_heads=4, head_size=8, state_size=8, chunk=4),

@@ -35,6 +35,7 @@ MODEL = ModelConfig(
         first_k_dense_replace=1,
         router_aux_loss_coef=0.5,
         router_z_loss_coef=0.1,
+        sequence_aux_loss_coef=0.2,
     ),
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
@@ -70,7 +71,7 @@ def step(accumulation, sizes=None):
 def test_a_mesh_makes_the_step_of_one_device_in_portions():
     one, alone = step(accumulation=2)
     many, meshed = step(2, (("dp", 2), ("cp_outer", 2), ("cp_inner", 2)))
-    assert {"load_balance", "router_z", "router_entropy", "max_load"} <= set(meshed)
+    assert {"load_balance", "sequence_balance", "router_z", "max_load"} <= set(meshed)
     for name in alone:
         assert meshed[name] == pytest.approx(alone[name], rel=2e-6), name
     moved = [state.params["layers"]["1"]["mlp"]["gate"]["correction"] for state in (one, many)]
@@ -86,7 +87,8 @@ def test_the_losses_of_the_router_are_means_over_tokens_times_the_weight():
     real = np.asarray(real[1] > real[0])
     assert means["load_balance"].tokens == real.sum() == ROWS * T - 12
     found = values(means)
-    added = (0.5 * found["load_balance"] + 0.1 * found["router_z"]) * batch()["weights"].sum()
+    added = 0.5 * found["load_balance"] + 0.1 * found["router_z"]
+    added = (added + 0.2 * found["sequence_balance"]) * batch()["weights"].sum()
     assert total - main == pytest.approx(float(added), rel=1e-5)
 
 

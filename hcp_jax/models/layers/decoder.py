@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from hcp_jax.models import rules
 from hcp_jax.models.layers.attention import Attention
@@ -16,6 +16,7 @@ from hcp_jax.models.layers.kda import KDA
 from hcp_jax.models.layers.mamba2 import Mamba2
 from hcp_jax.models.layers.mlp import MLP
 from hcp_jax.models.layers.moe import MoE
+from hcp_jax.models.layers.moe_documents import RoutedTokens
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.layers.norm import make_norm
 from hcp_jax.models.recurrent_specs import GatedDeltaSpec, KDASpec, Mamba2Spec
@@ -66,7 +67,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         shared: Any,
-        real: Bool[Array, "B T"] | None,
+        tokens: RoutedTokens | None,
         cp: ContextParallel | None,
     ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
         """Apply the layer; return the sums of its router as well, None if it has none.
@@ -74,14 +75,14 @@ class DecoderLayer(nnx.Module):
         Args:
             x: activations, in cp's layout order.
             shared: what the mixer's `share` returned.
-            real: False for padding; needed by a router only.
+            tokens: needed by a router only.
             cp: context with one comm type; None for one device.
         """
         mixer, ffn = (getattr(self, name) for name in self.names)
         before, after, before_ffn, after_ffn = _NORM_NAMES[self.spec.norms]
         x = x + self._norm(after, mixer(self._norm(before, x), shared, cp))
         x = checkpoint_name(x, MIXED)
-        out, sums = ffn.treat(self._norm(before_ffn, x), real, cp)
+        out, sums = ffn.treat(self._norm(before_ffn, x), tokens, cp)
         return x + self._norm(after_ffn, out), sums
 
     def _norm(self, name: str | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

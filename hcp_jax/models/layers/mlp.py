@@ -83,7 +83,7 @@ class MLP(nnx.Module):
         return spmd.run(cp.mesh, cp.axes, chunked, cp.spec(3), params, x)
 
     def treat(
-        self, x: Float[Array, "B T D"], real: Any, cp: ContextParallel | None
+        self, x: Float[Array, "B T D"], tokens: Any, cp: ContextParallel | None
     ) -> tuple[Float[Array, "B T D"], None]:
         """Apply the MLP to all tokens, padding included; there are no sums of a router."""
         return self(x, cp), None

@@ -13,19 +13,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from hcp_jax.kernels import expert_product
 from hcp_jax.models.layers import moe_order, moe_router
 from hcp_jax.models.layers.embedding import live_axes, live_tp
 from hcp_jax.models.layers.mlp import GATED, MLP
 from hcp_jax.models.layers.moe_dispatch import Dispatch
+from hcp_jax.models.layers.moe_documents import RoutedTokens, document_loads
 from hcp_jax.models.layers.moe_router import RouterSums
 from hcp_jax.models.rules import Rule, Rules, bias, find, matrix
 from hcp_jax.models.specs import MoESpec
 from hcp_jax.parallel import one_device, spmd
 from hcp_jax.parallel.context import ContextParallel
 from hcp_jax.parallel.mesh import as_tuple
+from hcp_jax.parallel.peers import Peers
+from hcp_jax.sequence.placement import Groups
 
 
 class Gate(nnx.Module):
@@ -88,7 +91,7 @@ class MoE(nnx.Module):
         )
 
     def treat(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], cp: ContextParallel | None
+        self, x: Float[Array, "B T D"], tokens: RoutedTokens, cp: ContextParallel | None
     ) -> tuple[Float[Array, "B T D"], RouterSums]:
         """Apply each token's experts to it; return the router's sums as well.
 
@@ -96,7 +99,7 @@ class MoE(nnx.Module):
 
         Args:
             x: activations, in cp's layout order.
-            real: False for padding, which gets zeros from the experts.
+            tokens: say what is padding, which gets zeros from the experts.
             cp: says how tokens and weights are cut; None for one device.
         """
         gate, experts = (nnx.to_pure_dict(nnx.state(m)) for m in (self.gate, self.experts))
@@ -105,7 +108,7 @@ class MoE(nnx.Module):
         tp = live_tp(cp)
         if cp is None:
             local = functools.partial(_on_device, self.spec, None, (), ())
-            out, sums = local(gate, experts, x, real)
+            out, sums = local(gate, experts, x, tokens)
         else:
             everywhere = tuple(a for a in cp.flat_axes if cp.mesh.shape[a] > 1)
             live = live_axes(cp, cp.flat_axes)
@@ -120,11 +123,12 @@ class MoE(nnx.Module):
                 for name, p in experts.items()
             }
             whole = jax.tree.map(lambda _: PartitionSpec(), gate)
+            each = jax.tree.map(lambda _: cp.spec(2), tokens)
             out_specs = (cp.spec(3), moe_router.WHOLE)
             mapped = spmd.shard_map(
-                cp.mesh, cp.axes, local, (whole, specs, cp.spec(3), cp.spec(2)), out_specs
+                cp.mesh, cp.axes, local, (whole, specs, cp.spec(3), each), out_specs
             )
-            out, sums = spmd.run(cp.mesh, cp.axes, mapped, out_specs, gate, experts, x, real)
+            out, sums = spmd.run(cp.mesh, cp.axes, mapped, out_specs, gate, experts, x, tokens)
         if self.shared_experts is not None:
             shared = self.shared_experts(x, cp)
             if self.shared_expert_gate is not None:
@@ -149,7 +153,7 @@ def _on_device(
     gate: dict[str, Array],
     experts: dict[str, Array],
     x: Float[Array, "b t D"],
-    real: Bool[Array, "b t"],
+    tokens: RoutedTokens,
 ) -> tuple[Array, RouterSums]:
     """Compute the tokens of one device.
 
@@ -161,15 +165,18 @@ def _on_device(
         gate: parameters of the router.
         experts: weights of the experts.
         x: activations.
-        real: False for padding.
+        tokens: its tokens.
     """
-    flat, real = x.reshape(-1, x.shape[-1]), real.reshape(-1)
+    flat, real = x.reshape(-1, x.shape[-1]), tokens.real.reshape(-1)
     routing = moe_router.route(spec, flat, gate["kernel"], gate.get("correction"), gate.get("bias"))
     order = moe_order.by_expert(routing.expert, real, spec.num_experts)
     counts = order.sizes.astype(jnp.float32)
     counts = jax.lax.psum(counts, everywhere) if everywhere else counts
     load = counts * (spec.num_experts / jnp.maximum(jnp.sum(counts), 1))
-    sums = moe_router.router_sums(spec, routing, real, load, gate.get("correction"))
+    by_document = None
+    if tokens.document is not None:
+        by_document = document_loads(spec, tokens, routing, _holders(cp), counts)
+    sums = moe_router.router_sums(spec, routing, real, load, gate.get("correction"), by_document)
     rows = moe_order.spread(spec.top_k, flat, order)
     weight = routing.weight.reshape(-1, 1)
     weight = moe_order.spread(1, weight, order)
@@ -189,6 +196,15 @@ def _on_device(
     out = moe_order.collect(spec.top_k, out, order).reshape(x.shape)
     out = jax.lax.psum(out, tp) if tp else out
     return out, jax.lax.psum(sums, live) if live else sums
+
+
+def _holders(cp: ContextParallel | None) -> Peers:
+    """Return the devices that one document may lie on."""
+    if cp is None:
+        return Peers()
+    if isinstance(cp.placement, Groups):
+        return Peers(cp.flat_axes, cp.placement.num_devices, cp.placement.widest)
+    return Peers(cp.cp_axes, cp.size, cp.size)
 
 
 def _experts(

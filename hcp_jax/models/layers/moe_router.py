@@ -31,6 +31,7 @@ class RouterSums(NamedTuple):
 
     Attributes:
         balance: of the load-balance loss.
+        by_document: of the load-balance loss of each token's document; 0 if it has no weight.
         z: of the squared log-partition.
         entropy: of the entropy of the shares, in nats.
         max_load: of the load of the fullest expert, in multiples of the mean load.
@@ -40,6 +41,7 @@ class RouterSums(NamedTuple):
     """
 
     balance: Float[Array, ""]
+    by_document: Float[Array, ""]
     z: Float[Array, ""]
     entropy: Float[Array, ""]
     max_load: Float[Array, ""]
@@ -97,6 +99,7 @@ def router_sums(
     real: Bool[Array, "n"],
     load: Float[Array, "E"],
     correction: Float[Array, "E"] | None = None,
+    document_load: Float[Array, "n E"] | None = None,
 ) -> RouterSums:
     """Return the sums over the tokens given here.
 
@@ -110,6 +113,7 @@ def router_sums(
         real: False for padding.
         load: f · E, the load of each expert in multiples of the mean load, over *all* devices.
         correction: as in `route`.
+        document_load: `load` of each token's document; None if its loss has no weight.
     """
     here = real.astype(jnp.float32)
     share = jnp.where(real[:, None], routing.share, 0)
@@ -119,8 +123,12 @@ def router_sums(
     if correction is not None:
         moved = correction - jax.lax.stop_gradient(correction)
         signal = tokens * jnp.sum(moved * (load - 1))
+    by_document = jnp.zeros((), jnp.float32)
+    if document_load is not None:
+        by_document = jnp.sum(share * document_load)
     return RouterSums(
         balance=jnp.sum(share * load[None]),
+        by_document=by_document,
         z=jnp.sum(here * jnp.square(routing.log_z)),
         entropy=-jnp.sum(share * log_share),
         signal=signal,

@@ -12,6 +12,7 @@ from flax import nnx
 
 import hcp_jax as hcp
 from hcp_jax.models.layers.moe import MoE
+from hcp_jax.models.layers.moe_documents import RoutedTokens
 from hcp_jax.models.layers.moe_order import by_expert
 from hcp_jax.models.moe_config import MoEConfig
 from hcp_jax.models.specs import MLPSpec, MoESpec
@@ -105,11 +106,11 @@ def dense(spec, params, x, real):
     bias = params["gate"].get("correction", jnp.zeros(spec.num_experts))
     signal = tokens * ((bias - jax.lax.stop_gradient(bias)) * (load - 1)).sum()
     entropy = -(share * jnp.log(share)).sum()
-    return out, (balance, z, entropy, load.max() * tokens, signal, tokens)
+    return out, (balance, jnp.zeros(()), z, entropy, load.max() * tokens, signal, tokens)
 
 
 def weighted(out, sums, cotangent):
-    return (out * cotangent).sum() + 0.7 * sums[0] + 0.1 * sums[1] + sums[4]
+    return (out * cotangent).sum() + 0.7 * sums[0] + 0.1 * sums[2] + sums[5]
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def found(spec, skew, cp=None):
     graph, params, x, real, cotangent = inputs(spec, skew)
 
     def loss(params, x):
-        out, sums = nnx.merge(graph, params).treat(x, real, cp)
+        out, sums = nnx.merge(graph, params).treat(x, RoutedTokens(real), cp)
         return weighted(out, sums, cotangent), (out, sums)
 
     if cp is not None:
@@ -176,7 +177,7 @@ def test_the_kernels_of_gpus_compute_the_same():
 def test_no_token_is_lost_if_all_choose_the_same_experts(name):
     spec = SPECS[name]
     _, (_, sums) = assert_exact(spec, "one expert")
-    assert sums[3] / sums[5] == spec.num_experts / spec.top_k  # some experts have all, others none
+    assert sums[4] / sums[6] == spec.num_experts / spec.top_k  # some experts have all, others none
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_meshes_compute_the_same(sizes, ep, parts):
 
 def test_padding_is_not_routed():
     graph, params, x, real, _ = inputs(SPECS["top 2 of 8"], "")
-    treat = jax.jit(lambda x: nnx.merge(graph, params).treat(x, real, None))
+    treat = jax.jit(lambda x: nnx.merge(graph, params).treat(x, RoutedTokens(real), None))
     out, sums = treat(x)
     assert not np.any(out[~real])
     assert np.all(np.any(out[real], -1))

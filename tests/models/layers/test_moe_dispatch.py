@@ -15,6 +15,7 @@ from hcp_jax.cost import experts
 from hcp_jax.cost.traffic import EXPERT_DISPATCH, total
 from hcp_jax.models.layers.moe import MoE
 from hcp_jax.models.layers.moe_dispatch import Dispatch
+from hcp_jax.models.layers.moe_documents import RoutedTokens
 from hcp_jax.models.specs import MoESpec
 
 SPEC = MoESpec(
@@ -48,7 +49,7 @@ def test_one_round_sends_what_is_told(monkeypatch, parts):
     real = cp.shard(np.ones((4, 32), bool), dim=1)
 
     def treat(state, x):
-        return nnx.merge(graph, state).treat(x, real, cp)[0]
+        return nnx.merge(graph, state).treat(x, RoutedTokens(real), cp)[0]
 
     def sent(program, *args):
         found = hlo.collectives(program.lower(*args).compile().as_text())
@@ -100,7 +101,7 @@ def test_one_part_travels_while_experts_compute_another(monkeypatch):
 
         def step(state, x, real, dout):
             def treat(state, x):
-                return nnx.merge(graph, state).treat(x, real, cp)[0]
+                return nnx.merge(graph, state).treat(x, RoutedTokens(real), cp)[0]
 
             out, back = jax.vjp(treat, state, x)
             return out, back(jax.lax.optimization_barrier((dout, out))[0])
