@@ -7,9 +7,10 @@ does not depend on how the array is cut. A seal over `about` and `data` (`sealed
 before they are used. So a checkpoint is reported as one of another model only if it was written so,
 and not because a bit has changed.
 
-A checkpoint is written while training goes on, and gets its name only once it is whole. A damaged
-one is reported and moved away, and the one before it is used. A checkpoint can be restored onto
-another mesh, with another comm type, or by another number of processes.
+A checkpoint is written, and its checksums are computed, while training goes on; it gets its name
+only once it is whole. A damaged one is reported and moved away, and the one before it is used. A
+checkpoint can be restored onto another mesh, with another comm type, or by another number of
+processes.
 
 With several processes, an error in one is an error in all: after each operation that can fail, they
 exchange the results before anything that needs all of them.
@@ -115,16 +116,22 @@ class Checkpoints:
         self.wait()
         if self._latest == step:
             return
-        sums = checksums.sum_arrays(state)
-        arrays = {name: [*x, sums[name]] for name, x in sealed.describe_arrays(state).items()}
         data = sealed.plain(data)
-        about = {"step": step, "model": self._model, **self._run, "arrays": arrays}
-        items = {"data": data, "about": sealed.seal(about, data)}
+        about = {"step": step, "model": self._model, **self._run}
+        described, sums = sealed.describe_arrays(state), checksums.start(state)
+
+        def sealed_about() -> dict[str, Any]:
+            found = sums()
+            arrays = {name: [*x, found[name]] for name, x in described.items()}
+            return sealed.seal(about | {"arrays": arrays}, data)
+
         number = next(self._saves)
         self._messages.delete(f"save-{number - 1}")
         self._saving = step, f"save-{number}"
         self._latest = step
-        self._handle(self._write(lambda name: self._writer.begin(name, step, state, items)))
+        self._handle(
+            self._write(lambda name: self._writer.begin(name, step, state, data, sealed_about))
+        )
 
     def restore(
         self, like: StateT, require: Callable[[dict[str, Any]], None] = lambda about: None

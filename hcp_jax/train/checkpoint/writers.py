@@ -10,7 +10,7 @@ know of the others:
     sends its path                    ------>   receives the path
     copies its shards from the devices          copies its shards from the devices
       (training goes on)                          (training goes on)
-    writes them                                 writes them
+    writes them, then their checksums           writes them
     receives the result of each       <------   sends its result
     joins the parts, names the checkpoint
 
@@ -24,7 +24,7 @@ import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -36,18 +36,22 @@ from hcp_jax.train.hosts.kv_store import Messages, RemoteError, describe_error
 WRITE_SECONDS = 1200
 """A write that has neither ended nor failed after this long counts as failed."""
 
+About = Callable[[], dict[str, Any]]
+"""Returns the description of a checkpoint, as soon as the checksums in it are known."""
+
 
 class Writer(Protocol):
     """One process's part in writing checkpoints."""
 
-    def begin(self, name: str, step: int, state: Any, items: dict[str, Any]) -> None:
+    def begin(self, name: str, step: int, state: Any, data: Any, about: About) -> None:
         """Begin to write a checkpoint; the arrays have been copied when this returns.
 
         Args:
             name: of this save, in the messages between the processes.
             step: steps done.
             state: a pytree of arrays.
-            items: other items by their names, each of plain values.
+            data: the item of that name, of plain values.
+            about: returns the item of that name, of plain values; called by another thread.
         """
         ...
 
@@ -72,6 +76,8 @@ class First:
     def __init__(self, folder: pathlib.Path, options: dict[str, Any], messages: Messages):
         self._folder, self._messages = folder, messages
         self._name, self._path_sent = "", False
+        self._about: About = dict
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(quiet_orbax())
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +96,7 @@ class First:
                     create_directories_asynchronously=False,
                 ),
             ),
-            item_handlers=handlers(self._state_handler()),
+            item_handlers=handlers(self._state_handler(), self._about_handler()),
         )
 
     def latest(self) -> int | None:
@@ -103,11 +109,14 @@ class First:
         self._manager.reload()
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def begin(self, name: str, step: int, state: Any, items: dict[str, Any]) -> None:
+    def begin(self, name: str, step: int, state: Any, data: Any, about: About) -> None:
         """See `Writer`."""
-        self._name, self._path_sent = name, False
-        saves = {item: ocp.args.JsonSave(values) for item, values in items.items()}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), **saves)
+        self._name, self._path_sent, self._about = name, False, about
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            about=ocp.args.JsonSave({}),  # `_about_handler` writes what `about` returns.
+        )
         try:
             self._manager.save(step, args=args, force=True)
         finally:
@@ -123,7 +132,24 @@ class First:
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         with self._quiet:
+            self._thread.shutdown()
             self._manager.close()
+
+    def _about_handler(self) -> ocp.JsonCheckpointHandler:
+        """Return Orbax's handler; it waits for the checksums in a thread of its own.
+
+        Orbax waits for that thread before it gives the checkpoint its name.
+        """
+        handler = ocp.JsonCheckpointHandler()
+
+        async def write_beside(directory: epath.Path, *_: Any, **__: Any) -> list[Any]:
+            return [self._thread.submit(write, directory, self._about)]
+
+        def write(directory: epath.Path, about: About) -> None:
+            ocp.JsonCheckpointHandler().save(directory, args=ocp.args.JsonSave(about()))
+
+        handler.async_save = write_beside
+        return handler
 
     def _state_handler(self) -> ocp.StandardCheckpointHandler:
         """Return Orbax's handler; it also sends the path to the others, and gets their results."""
@@ -169,7 +195,7 @@ class Other:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._part: concurrent.futures.Future[None] | None = None
 
-    def begin(self, name: str, step: int, state: Any, items: dict[str, Any]) -> None:
+    def begin(self, name: str, step: int, state: Any, data: Any, about: About) -> None:
         """See `Writer`; only the arrays are written here."""
         self._part = None
         path = self._messages.receive(f"{name}/path", 0)
@@ -207,16 +233,20 @@ class Other:
             self._messages.send(f"{name}/part", describe_error(failed))
 
 
-def handlers(state: ocp.StandardCheckpointHandler | None = None) -> dict[str, Any]:
+def handlers(
+    state: ocp.StandardCheckpointHandler | None = None,
+    about: ocp.JsonCheckpointHandler | None = None,
+) -> dict[str, Any]:
     """Return Orbax's handler of each item of a checkpoint.
 
     Args:
         state: the handler of "state"; None for Orbax's own.
+        about: the handler of "about"; None for Orbax's own.
     """
     return {
         "state": state or ocp.StandardCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
-        "about": ocp.JsonCheckpointHandler(),
+        "about": about or ocp.JsonCheckpointHandler(),
     }
 
 

@@ -15,8 +15,8 @@ VALUES = {
 }
 
 
-def cut(values, sizes, spec, kind="device"):
-    mesh = jax.make_mesh(sizes, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+def cut(values, sizes, spec, kind="device", axis_type=AxisType.Auto):
+    mesh = jax.make_mesh(sizes, ("a", "b"), axis_types=(axis_type,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
     return jax.tree.map(lambda x: jax.device_put(x, sharding), values)
 
@@ -33,10 +33,20 @@ def by_hand(x):
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
-@pytest.mark.parametrize(("sizes", "spec"), [((8, 1), ("a",)), ((2, 4), ("b", "a")), ((1, 8), ())])
+@pytest.mark.parametrize(
+    ("sizes", "spec"),
+    [((8, 1), ("a",)), ((2, 4), ("b", "a")), ((1, 8), ()), ((2, 4), (("b", "a"),))],
+)
 def test_a_checksum_is_the_same_on_every_mesh(sizes, spec, kind):
     found = checksums.sum_arrays({"deep": cut(VALUES, sizes, spec, kind)})
     assert found == {f"deep.{name}": by_hand(x) for name, x in VALUES.items()}
+
+
+def test_explicit_axes_and_sizes_that_are_no_multiples_of_eight_change_nothing():
+    values = np.random.default_rng(2).standard_normal((6, 7), np.float32)
+    placed = cut(values, (2, 4), ("a",), axis_type=AxisType.Explicit)
+    sums = checksums.sum_arrays([placed, values[0, 0] + jnp.zeros(())])
+    assert sums == {"0": by_hand(values), "1": by_hand(values[:1, :1])}
 
 
 def one_bit(x):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import warnings
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from hcp_jax.train.checkpoint import checksums
 from hcp_jax.train.checkpoint.manager import CheckpointConfig, Checkpoints
 
 # A read or a write that fails half-way leaves Orbax's other ones behind, to be told of as they end.
@@ -217,6 +219,57 @@ def test_a_checkpoint_knows_the_run_it_is_of(tmp_path, sharding):
     checkpoints.close()
     about = json.loads((tmp_path / "checkpoints" / "3" / "about" / "metadata").read_text())
     assert about["config"] == {"seed": 3, "name": "one"}
+
+
+@pytest.fixture
+def held_sums(monkeypatch):
+    """Checksums that are not known before `held_sums.set()`."""
+    known, start = threading.Event(), checksums.start
+
+    def held_start(state):
+        sums = start(state)
+
+        def wait():
+            assert known.wait(60), "the checksums were waited for"
+            return sums()
+
+        return wait
+
+    monkeypatch.setattr(checksums, "start", held_start)
+    return known
+
+
+def test_a_save_waits_for_no_checksum_but_the_checkpoint_has_no_name_before_they_are_known(
+    tmp_path, sharding, held_sums
+):
+    state, like = make_state(sharding), make_state(sharding, seed=1)
+    before = jax.device_get(state)
+    checkpoints = Checkpoints(tmp_path, MODEL)
+    checkpoints.save(3, state, {"next": 5})
+    # The next step takes the memory of the state.
+    jax.jit(lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0)(state)
+    [unfinished] = (tmp_path / "checkpoints").iterdir()
+    assert "tmp" in unfinished.name
+    assert not (unfinished / "about" / "metadata").exists()
+    held_sums.set()
+    checkpoints.close()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert_equal_bits(jax.device_get(Checkpoints(tmp_path, MODEL).restore(like).state), before)
+
+
+def test_a_checkpoint_whose_checksums_cannot_be_computed_is_an_error_and_leaves_no_file(
+    tmp_path, sharding, monkeypatch
+):
+    checkpoints = Checkpoints(tmp_path, MODEL)
+
+    def no_sums():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(checksums, "start", lambda state: no_sums)
+    checkpoints.save(3, make_state(sharding), {})
+    with pytest.raises(OSError, match=r"step 3 could not be written .*out of memory"):
+        checkpoints.wait()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @pytest.fixture
