@@ -281,7 +281,7 @@ def test_the_train_command_trains_and_resumes_on_simulated_devices(tmp_path):
     ("line", "words"),
     [
         ("hcp ver", {"verify "}),
-        ("hcp train quickstart-", {"quickstart-moe ", "quickstart-pp "}),
+        ("hcp train quickstart-", {"quickstart-moe", "quickstart-pp"}),
         ("hcp train quickstart --optimizer.schedule w", {"wsd "}),
         ("hcp plan --gpus", {"--gpus-per-host "}),
     ],
