@@ -33,7 +33,8 @@ class Problem:
     menu: tuple[int, ...]  # widths of the programs that may be used
     smallest: int  # the smallest group beside wider ones
     best: list[Group]  # the cheapest group of each possible size, ascending
-    num_stages: int = 1
+    num_stages: int = 1  # of a pipeline
+    num_steps: int = 1  # steps that the microbatches are dealt to
     known: dict[tuple[int, int], Group] = dataclasses.field(default_factory=dict)
 
     def group(self, size: int, widest: int) -> Group:

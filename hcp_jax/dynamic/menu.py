@@ -14,6 +14,7 @@ import numpy as np
 
 from hcp_jax.base import checks
 from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.pipeline import order
 from hcp_jax.dynamic.plan import Schedule
 from hcp_jax.dynamic.scheduler import check_lengths, program_widths, schedule
 from hcp_jax.sequence.packing import Microbatch
@@ -101,6 +102,7 @@ def schedule_batches(
     menu: Iterable[int] | None = None,
     cost: Cost | None = None,
     seed: int = 0,
+    num_stages: int = 1,
 ) -> tuple[Step, ...]:
     """Schedule several batches together (a look-ahead), as many optimizer steps as batches.
 
@@ -117,6 +119,8 @@ def schedule_batches(
         menu: as in `schedule`.
         cost: as in `schedule`.
         seed: seed of the order; the same seed gives the same steps.
+        num_stages: stages of a pipeline, as in `schedule`; each step passes them by itself, its
+            microbatches in the order in which stages wait least.
 
     Returns:
         A step for each batch, with its microbatches and the sources of its documents. Together the
@@ -143,6 +147,8 @@ def schedule_batches(
         menu,
         cost,
         seed,
+        num_stages=num_stages,
+        num_steps=len(batches),
     )
     rng = np.random.default_rng(seed)
     dealt: list[list[Microbatch]] = [[] for _ in batches]
@@ -150,7 +156,18 @@ def schedule_batches(
         run = together.microbatches[first : first + len(batches)]
         for step, microbatch in zip(rng.permutation(len(batches)), run, strict=False):
             dealt[step].append(microbatch)
-    return tuple(_step(together, microbatches, sources) for microbatches in dealt)
+    steps = tuple(_step(together, microbatches, sources) for microbatches in dealt)
+    return steps if num_stages == 1 else tuple(_in_order(step, num_stages) for step in steps)
+
+
+def _in_order(step: Step, num_stages: int) -> Step:
+    """Return the step with its microbatches in the order in which stages wait least."""
+    plan = step.plan
+    if not plan.microbatches:
+        return step
+    chosen = order(plan.microbatch_seconds, num_stages)
+    microbatches = tuple(plan.microbatches[i] for i in chosen)
+    return step._replace(plan=dataclasses.replace(plan, microbatches=microbatches))
 
 
 def _step(

@@ -57,6 +57,7 @@ def schedule(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     num_stages: int = 1,
+    num_steps: int = 1,
 ) -> Schedule:
     """Schedule every document on as many devices as it needs.
 
@@ -75,6 +76,8 @@ def schedule(
         num_stages: stages of a pipeline that the microbatches pass; the schedule then minimises
             the time of its ticks, which is at most that of all microbatches plus (num_stages - 1)
             times that of the longest, and has them in the order in which stages wait least.
+        num_steps: steps of a pipeline that the microbatches are dealt to (`schedule_batches`), each
+            of which waits for its own longest; the schedule then has the longest first.
 
     Returns:
         The schedule, immutable, with every document exactly once and no device above M tokens.
@@ -100,9 +103,12 @@ def schedule(
     problem = dataclasses.replace(
         _problem(ascending, num_devices, max_tokens_per_device, cost, sizes, widths),
         num_stages=checks.integer("num_stages", num_stages, least=1),
+        num_steps=checks.integer("num_steps", num_steps, least=1),
     )
     filled = _search(problem, progress)
-    if num_stages > 1 and filled:
+    if num_stages > 1 and num_steps > 1:
+        filled = sorted(filled, key=lambda mb: -mb.seconds)
+    elif num_stages > 1 and filled:
         filled = [filled[i] for i in order_of_ticks([mb.seconds for mb in filled], num_stages)]
     return Schedule(
         lengths=tuple(of_length.tolist()),
@@ -242,11 +248,12 @@ def _try_ways(
 
 
 def _step_seconds(problem: Problem, filled: Sequence[Filled]) -> float:
-    """Return the seconds of a step over all layers: in a pipeline, those of its ticks."""
-    times = [mb.seconds for mb in filled]
-    if problem.num_stages == 1 or not times:
-        return sum(times)
-    return ratio_to_ideal(times, problem.num_stages) * sum(times)
+    """Return the seconds of all steps over all layers: in a pipeline, those of their ticks."""
+    if problem.num_stages == 1:
+        return sum(mb.seconds for mb in filled)
+    longest_first = sorted((mb.seconds for mb in filled), reverse=True)
+    dealt = (longest_first[i :: problem.num_steps] for i in range(problem.num_steps))
+    return sum(ratio_to_ideal(t, problem.num_stages) * sum(t) for t in dealt if t)
 
 
 def _busiest_pairs(filled: Sequence[Filled], lengths: list[int]) -> float:

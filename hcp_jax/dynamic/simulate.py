@@ -72,9 +72,7 @@ class Limits:
 
     def schedule_together(self, batches: Sequence[np.ndarray]) -> list[Schedule]:
         """Schedule all batches together; return a plan for each step."""
-        given = self._arguments
-        del given["num_stages"]  # the steps share out what is scheduled for all of them
-        return [step.plan for step in schedule_batches(batches, **given)]
+        return [step.plan for step in schedule_batches(batches, **self._arguments)]
 
     @property
     def _arguments(self) -> dict[str, Any]:

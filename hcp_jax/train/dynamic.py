@@ -284,6 +284,7 @@ def make_limits(config: TrainConfig, cp: ContextParallel) -> Limits:
             _cost(config.model, cp) if cost is None else read_cost(pathlib.Path(cost)),
             lanes=microbatch_lanes(cp, config.model.num_heads),
         ),
+        num_stages=config.parallel.pp,
     )
 
 

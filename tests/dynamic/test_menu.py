@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from hcp_jax.dynamic import Cost, choose_menu, schedule, schedule_batches
 from hcp_jax.dynamic.lengths import draw_lengths
+from hcp_jax.dynamic.pipeline import ratio_to_ideal
 from tests.dynamic.strategies import QUICK, cases
 
 BENCHMARK = "lognormal:mean=1024,sigma=1.5,min=128,max=8192"
@@ -90,3 +91,19 @@ def test_batches_together_fill_better_and_the_seed_orders_them():
 def test_no_batches_are_told():
     with pytest.raises(ValueError, match="at least one batch"):
         schedule_batches([])
+
+
+def test_in_a_pipeline_every_step_of_a_look_ahead_waits_less_for_its_longest_microbatch():
+    # Over all eight steps together, that long documents meet costs little; in each step, a lot.
+    lengths = [[131072] * 4 + [2048] * 537] * 8
+    plain, staged = (schedule_batches(lengths, 16, 32768, num_stages=pp) for pp in (1, 4))
+    for step in staged:
+        step.plan.check()
+        times = list(step.plan.microbatch_seconds)
+        assert times in (sorted(times), sorted(times, reverse=True))
+
+    def in_ticks(steps):
+        times = [step.plan.microbatch_seconds for step in steps]
+        return sum(ratio_to_ideal(t, 4) * sum(t) for t in times)
+
+    assert in_ticks(staged) < 0.8 * in_ticks(plain)

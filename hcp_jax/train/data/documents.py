@@ -49,6 +49,7 @@ class Limits(NamedTuple):
         seed: seed of the order of the documents, and of the scheduler's random choices.
         config: the run's `parallel.dynamic`.
         cost: the model of seconds that the scheduler minimises.
+        num_stages: stages of a pipeline, each of `num_devices`.
     """
 
     num_devices: int
@@ -56,6 +57,7 @@ class Limits(NamedTuple):
     seed: int
     config: DynamicConfig
     cost: Cost
+    num_stages: int = 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -120,9 +122,9 @@ class PlannedSteps(grain.IterDataset[PlannedStep]):
     def _schedule(self, batches: Sequence[Sequence[int]], seed: int) -> list[PlannedStep]:
         """Return steps as `plan` does, but a step may be empty."""
         lengths = [self.sizes[np.asarray(batch)] for batch in batches]
-        cost = self.limits.cost
+        cost, pp = self.limits.cost, self.limits.num_stages
         steps = []
-        for step in schedule_batches(lengths, *self._bounds, self.menu, cost, seed):
+        for step in schedule_batches(lengths, *self._bounds, self.menu, cost, seed, pp):
             numbers = [batches[b][i] for b, i in step.sources]
             steps.append(tuple(_renamed(mb, numbers) for mb in step.plan.microbatches))
         return steps

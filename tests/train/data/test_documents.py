@@ -1,16 +1,23 @@
 """Which documents each step trains on: all of them once an epoch, whatever the run goes through."""
 
+import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from hcp_jax.dynamic.config import DynamicConfig
 from hcp_jax.dynamic.cost import Cost
+from hcp_jax.dynamic.menu import schedule_batches
+from hcp_jax.parallel.config import ParallelConfig
 from hcp_jax.train import data
+from hcp_jax.train.config import TrainConfig
+from hcp_jax.train.data import documents
 from hcp_jax.train.data.documents import Limits, PlannedSteps, check_longest
 from hcp_jax.train.data.streams import Segments, Streams
+from hcp_jax.train.dynamic import make_limits
 
 RNG = np.random.default_rng(0)
 SIZES = np.minimum(RNG.lognormal(4, 1, 300).astype(np.int64) + 1, 512)
@@ -174,3 +181,19 @@ def test_a_window_of_before_programs_served_many_groupings_is_scheduled_anew():
     resumed = iter(steps)
     resumed.set_state(state)
     assert sorted(numbers(next(resumed))) == [0, 1, 2, 3]
+
+
+def test_steps_are_scheduled_for_the_stages_of_a_pipeline(monkeypatch):
+    asked = []
+
+    def schedule(*arguments):
+        asked.append(arguments[-1])
+        return schedule_batches(*arguments)
+
+    monkeypatch.setattr(documents, "schedule_batches", schedule)
+    parallel = ParallelConfig(pp=4, dynamic=DynamicConfig(enabled=True, max_tokens_per_device=512))
+    model = dataclasses.replace(TrainConfig().model, num_layers=4)
+    config = TrainConfig(steps=1, batch_size=8, seq_len=512, model=model, parallel=parallel)
+    cp = parallel.context_parallel(devices=jax.devices()[:4])
+    next(iter(PlannedSteps(SIZES, make_limits(config, cp))))
+    assert set(asked) == {4}
