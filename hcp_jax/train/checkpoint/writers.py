@@ -77,7 +77,6 @@ class First:
         self._folder, self._messages = folder, messages
         self._name, self._path_sent = "", False
         self._about: About = dict
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(quiet_orbax())
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,23 +131,24 @@ class First:
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         with self._quiet:
-            self._thread.shutdown()
             self._manager.close()
 
     def _about_handler(self) -> ocp.JsonCheckpointHandler:
-        """Return Orbax's handler; it waits for the checksums in a thread of its own.
+        """Return Orbax's handler; it waits for the checksums once all else is written.
 
-        Orbax waits for that thread before it gives the checkpoint its name.
+        Only then, so that nothing is still being written if they fail. It is in the background, and
+        before the checkpoint gets its name.
         """
         handler = ocp.JsonCheckpointHandler()
 
-        async def write_beside(directory: epath.Path, *_: Any, **__: Any) -> list[Any]:
-            return [self._thread.submit(write, directory, self._about)]
+        async def nothing_yet(*_: Any, **__: Any) -> list[Any]:
+            return []
 
-        def write(directory: epath.Path, about: About) -> None:
-            ocp.JsonCheckpointHandler().save(directory, args=ocp.args.JsonSave(about()))
+        def write(directory: epath.Path) -> None:
+            ocp.JsonCheckpointHandler().save(directory, args=ocp.args.JsonSave(self._about()))
 
-        handler.async_save = write_beside
+        handler.async_save = nothing_yet
+        handler.finalize = write
         return handler
 
     def _state_handler(self) -> ocp.StandardCheckpointHandler:
