@@ -10,8 +10,7 @@ Seconds are modelled:
     anything else      bytes read and written, at the memory's rate; every kernel adds a launch
     transfer           bytes that a device sends at the rate of its link, plus a latency
 
-The order of instructions, and what lies between a start and its done, are facts; only the seconds
-are modelled.
+Order, and what lies between a start and its done, are facts; only the seconds are modelled.
 """
 
 import dataclasses
