@@ -106,7 +106,7 @@ def test_keys_of_configs_that_the_pages_name_are_keys():
     sections = sorted({key.split(".")[0] for key in known if "." in key})
     named = re.compile(rf"`-{{0,2}}((?:{'|'.join(sections)})(?:\.[a-z_0-9]+)+)(?![\w/])")
     found = {(page.name, key) for page in WITH_COMMANDS for key in named.findall(page.read_text())}
-    files = {"eval.jsonl", "model.safetensors"}
+    files = {"eval.jsonl", "model.safetensors", "checkpoint.py"}
     assert len(found) > 40
     assert [(page, key) for page, key in sorted(found) if key not in parts | files] == []
 

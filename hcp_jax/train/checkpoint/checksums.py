@@ -5,7 +5,7 @@ order of an integer sum does not matter, so every device sums its own part. A ch
 is always noticed; any other change, such as two elements or blocks that were swapped, is missed
 with a probability of 2⁻³².
 
-The devices compute the sums while the caller goes on: `start` returns before they are known.
+GPUs compute the sums while the caller goes on: `start` returns before they are known.
 """
 
 import functools
@@ -22,7 +22,9 @@ def start(state: Any) -> Callable[[], dict[str, int]]:
     """Start to compute the checksum of each array; all processes must call this.
 
     The arrays may be donated as soon as this returns. Arrays in pinned host memory are copied to
-    the devices one by one, since they may not all fit there; this waits for them.
+    the devices one by one, since they may not all fit there; this waits for them. It also waits on
+    CPU devices: they run several programs at once, whose collectives would wait for each other's
+    threads, and the process would be aborted.
 
     Args:
         state: a pytree of arrays, on devices or in pinned host memory.
@@ -34,7 +36,8 @@ def start(state: Any) -> Callable[[], dict[str, int]]:
     sums: dict[str, jax.Array] = {}
     for path, x in jax.tree.leaves_with_path(state):
         total = sums[dotted(path)] = _sum_of(x.sharding)(x)
-        if x.sharding.memory_kind == "pinned_host":
+        on_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
+        if on_cpu or x.sharding.memory_kind == "pinned_host":
             jax.block_until_ready(total)
     return lambda: {name: int(total) for name, total in jax.device_get(sums).items()}
 
