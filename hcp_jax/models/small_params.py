@@ -43,7 +43,7 @@ class OnEachDevice(nnx.Module):
         """Apply the module to each token."""
         copies = getattr(self.module, self.name)[...]
         if self.name == "bias":
-            self.module.bias = None
+            self.module.bias, self.module.use_bias = None, False
             return self._map(_add, copies, self.module(x))
         graph, _ = nnx.split(self.module)
         return self._map(lambda own, x: nnx.merge(graph, {self.name: own[0]})(x), copies, x)
