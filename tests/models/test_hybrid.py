@@ -127,5 +127,8 @@ def test_patterns_that_mean_nothing_are_refused(settings, message):
 
 
 def test_a_hybrid_is_not_written_as_a_model_of_another_kind():
-    with pytest.raises(NotImplementedError, match="layer 1 is gated_delta, which is recurrent, and no supported family"):
+    with pytest.raises(
+        NotImplementedError,
+        match="layer 1 is gated_delta, which is recurrent, and no supported family",
+    ):
         raw_config(MODEL, 128, "float32")
