@@ -84,7 +84,7 @@ def _tensor(candidates: Candidates) -> list[str]:
     best = _best_of(candidates, lambda c: c.split.tp > 1)
     if best is None:
         return []
-    slower = 1 - best.cost.tokens_per_s / candidates[0].cost.tokens_per_s
+    slower = _share_slower(best, candidates[0])
     if slower < 0.005:
         return [
             f"Tensor parallelism (tp {best.split.tp}) would be as fast; without it, it is simpler."
@@ -110,15 +110,14 @@ def _experts(candidates: Candidates) -> list[str]:
         )
         if other is None:
             return [f"{text}; with all experts on every GPU, nothing would fit."]
-        faster = chosen.cost.tokens_per_s / other.cost.tokens_per_s - 1
         memory = _more_memory(chosen, other)
-        return [f"{text}; with all experts on every GPU it would be {_slower(faster)}, {memory}."]
+        slower = _slower(other, chosen)
+        return [f"{text}; with all experts on every GPU it would be {slower}, {memory}."]
     if other is None:
         return ["Experts are not cut over GPUs (ep 1): no split with more fits."]
-    slower = 1 - other.cost.tokens_per_s / chosen.cost.tokens_per_s
     return [
         f"Every GPU computes all experts (ep 1): with ep {other.split.ep}, rows that travel take "
-        f"{_waits(other, 'rows sent'):.0%} of the step, and it is {_slower(slower)}, "
+        f"{_waits(other, 'rows sent'):.0%} of the step, and it is {_slower(other, chosen)}, "
         f"{_more_memory(chosen, other)}."
     ]
 
@@ -138,22 +137,26 @@ def _pipeline(candidates: Candidates, no_pipeline: str | None) -> list[str]:
         )
         if other is None:
             return [f"{text}; without a pipeline, nothing fits."]
-        slower = 1 - other.cost.tokens_per_s / chosen.cost.tokens_per_s
         return [
             f"{text}. Without a pipeline, at its best ({other.split}), it would be "
-            f"{_slower(slower)}{_because(other)}."
+            f"{_slower(other, chosen)}{_because(other)}."
         ]
     if other is None:
         return ["No pipeline: none fits, or its stages would not divide the layers."]
-    slower = 1 - other.cost.tokens_per_s / chosen.cost.tokens_per_s
     return [
         f"No pipeline: with pp {other.split.pp}, at its best, layers are computed once more in "
         f"backward, stages wait for each other for {other.cost.bubble_s / other.cost.step_s:.0%} "
-        f"of the step, and it is {_slower(slower)}."
+        f"of the step, and it is {_slower(other, chosen)}."
     ]
 
 
-def _slower(share: float) -> str:
+def _share_slower(other: Candidate, chosen: Candidate) -> float:
+    """Return the share of the chosen split's tokens per second that another one lacks."""
+    return 1 - other.cost.tokens_per_s / chosen.cost.tokens_per_s
+
+
+def _slower(other: Candidate, chosen: Candidate) -> str:
+    share = _share_slower(other, chosen)
     return f"{share:.0%} slower" if share >= 0.005 else "as fast"
 
 
@@ -210,7 +213,7 @@ def _compared(chosen: Candidate, best: Candidate | None, comm_type: CommType) ->
     """Return a sentence on how much slower the best split of another comm type is, and why."""
     if best is None:
         return f"{comm_type}: does not fit, or the heads do not divide."
-    slower = 1 - best.cost.tokens_per_s / chosen.cost.tokens_per_s
+    slower = _share_slower(best, chosen)
     memory = _more_memory(chosen, best)
     verdict = f"{slower:.1%} slower" if slower >= 0.01 else f"as fast, {memory}"
     return f"{comm_type}, at its best ({best.split}): {verdict}{_because(best)}."
