@@ -136,6 +136,9 @@ def test_experts_are_cut_over_devices_where_that_is_faster_and_the_reason_is_giv
     ep = plan.best.split.ep
     assert ep > 1
     assert f"Experts are cut over {ep} GPUs" in plan.explain()
+    whole = next(c for c in plan.candidates if c.split.ep == 1 and c.fits)
+    slower = 1 - whole.cost.tokens_per_s / plan.best.cost.tokens_per_s
+    assert f"with all experts on every GPU it would be {slower:.0%} slower" in plan.explain()
 
 
 @pytest.mark.parametrize(
